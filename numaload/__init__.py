@@ -1,0 +1,70 @@
+"""numaload: weights from storage into the right memory, as fast as the hardware allows.
+
+The public names. They are loaded when first used: importing numaload loads neither numpy, numba,
+torch nor libnuma.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from numaload._version import __version__
+from numaload.numa import affinity as _affinity  # noqa: F401 - reads the allowed CPUs, see there
+
+if TYPE_CHECKING:
+    from numaload import errors
+    from numaload.formats.qtypes import QuantType
+    from numaload.mirrors import Mirror, MirrorReport, attach, mirror
+    from numaload.numa.topology import Topology, topology
+    from numaload.storage.prewarm import PrewarmReport, prewarm
+    from numaload.weights import Tensor, Weights
+    from numaload.weights import open_weights as open  # noqa: A004 - numaload.open, as files have
+
+__all__ = [
+    "Mirror",
+    "MirrorReport",
+    "PrewarmReport",
+    "QuantType",
+    "Tensor",
+    "Topology",
+    "Weights",
+    "__version__",
+    "attach",
+    "errors",
+    "mirror",
+    "open",
+    "prewarm",
+    "topology",
+]
+
+_PLACES: dict[str, tuple[str, str | None]] = {
+    "errors": ("errors", None),
+    "QuantType": ("formats.qtypes", "QuantType"),
+    "Topology": ("numa.topology", "Topology"),
+    "topology": ("numa.topology", "topology"),
+    "Mirror": ("mirrors", "Mirror"),
+    "MirrorReport": ("mirrors", "MirrorReport"),
+    "attach": ("mirrors", "attach"),
+    "mirror": ("mirrors", "mirror"),
+    "PrewarmReport": ("storage.prewarm", "PrewarmReport"),
+    "prewarm": ("storage.prewarm", "prewarm"),
+    "Tensor": ("weights", "Tensor"),
+    "Weights": ("weights", "Weights"),
+    "open": ("weights", "open_weights"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'numaload' has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _PLACES[name]
+    found = import_module(f"numaload.{module}")
+    value = found if attribute is None else getattr(found, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

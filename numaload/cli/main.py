@@ -1,0 +1,65 @@
+"""Arguments to verbs. Exit status: 0 done, 1 failed or not placed as asked, 2 usage, 130 Ctrl-C."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from numaload._version import __version__
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments in (["--version"], ["-V"]):  # before anything that takes time to load
+        print(f"numaload {__version__}")
+        return 0
+    return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    import os
+
+    from numaload.cli.output import complain, show_warnings
+    from numaload.errors import CancelledError, NumaloadError, UsageError
+
+    options = _parse(arguments)
+    show_warnings()
+    try:
+        return int(options.run(options))
+    except UsageError as error:
+        complain(str(error))
+        return 2
+    except CancelledError as error:
+        complain(f"{error} after {error.done} of {error.total} bytes")
+        return 130
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; closing it again must not raise.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (NumaloadError, OSError) as error:
+        complain(str(error))
+        return 1
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    import argparse
+
+    from numaload.cli import files, machine, replicas
+
+    parser = argparse.ArgumentParser(
+        prog="numaload",
+        description="Get every weight from storage into the right memory, and prove where it went.",
+        epilog="Nodes are written as in numactl: all, local, 0,2-3, !1.",
+    )
+    parser.add_argument("-V", "--version", action="version", version=f"numaload {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for group in (files, machine, replicas):
+        group.add_verbs(verbs)
+    return parser.parse_args(arguments)

@@ -1,0 +1,98 @@
+"""What people see: tables and JSON on stdout, progress and messages on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+WORTH_A_BAR = 64 << 20  # bytes; less is over before a bar is drawn
+
+
+def complain(text: str) -> None:
+    print(f"numaload: error: {text}", file=sys.stderr)
+
+
+def note(text: str) -> None:
+    print(f"numaload: {text}", file=sys.stderr)
+
+
+def show_warnings() -> None:
+    """Fallbacks as one line each, without Python's file and line."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"numaload: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+    warnings.simplefilter("always")
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: 1536 is "1.5 KiB"."""
+    for unit in UNITS:
+        if abs(nbytes) < 1024 or unit == UNITS[-1]:
+            break
+        nbytes /= 1024
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+
+
+def rate(nbytes: int, seconds: float) -> str:
+    return f"{nbytes / max(seconds, 1e-9) / 1e9:.2f} GB/s"
+
+
+def print_json(data: Any) -> None:
+    json.dump(data, sys.stdout, indent=2, default=_plain)
+    print()
+
+
+def _plain(value: Any) -> Any:
+    for method in ("to_dict", "tolist"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    return str(value)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Left-aligned columns; numbers to the right. For terminals and for grep alike."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(h), *(len(r[i]) for r in cells), 0) for i, h in enumerate(header)]
+    right = [
+        all(isinstance(row[i], int) for row in rows) and bool(rows) for i in range(len(header))
+    ]
+    for line in [list(header), *cells]:
+        parts = [
+            c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)
+        ]
+        print("  ".join(parts).rstrip())
+
+
+@contextmanager
+def progress_bar(
+    label: str, total: int, *, quiet: bool
+) -> Iterator[Callable[[int, int], None] | None]:
+    """A callback for the API that draws a bar, on a terminal and where there is time for one."""
+    if quiet or not sys.stderr.isatty() or total < WORTH_A_BAR:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress("{task.description}", *columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done, whole: bar.update(task, completed=done, total=whole)

@@ -1,0 +1,118 @@
+"""A model to try things on: random weights in several types, written with the gguf package.
+
+``python -m numaload.demo DIR --size 300M --splits 3``
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from numaload.formats.qtypes import BLOCKS, QuantType
+
+WIDTH, HIDDEN, EXPERTS = 1024, 2816, 8
+TYPES = ("Q4_K", "Q6_K", "Q8_0", "BF16", "F16", "F32", "Q5_K")
+# Where each type keeps its float16 scales, in a block: random bytes there would be inf or NaN.
+SCALES: dict[str, tuple[int, ...]] = {
+    "Q4_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
+
+
+def random_blocks(qtype: QuantType, rows: int, columns: int, rng: Any) -> Any:
+    """(rows, bytes per row) uint8: random quants with small finite scales."""
+    import numpy as np
+
+    block_size, type_size = BLOCKS[qtype]
+    if qtype in (QuantType.F32, QuantType.F16, QuantType.BF16):
+        values = (rng.standard_normal((rows, columns)) * 0.02).astype(np.float32)
+        if qtype is QuantType.BF16:
+            values = (values.view(np.uint32) >> 16).astype(np.uint16)
+        return values.astype(np.float16 if qtype is QuantType.F16 else values.dtype).view(np.uint8)
+    blocks = rng.integers(0, 256, (rows * (columns // block_size), type_size), dtype=np.uint8)
+    for at in SCALES[qtype.name]:
+        scale = (rng.random(len(blocks)) * 0.01).astype(np.float16)
+        blocks[:, at : at + 2] = scale.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(rows, -1)
+
+
+def _layers(size: int, rng: Any) -> Iterator[tuple[str, QuantType, Any]]:
+    import numpy as np
+
+    written, layer = 0, 0
+    while written < size:
+        qtype = QuantType[TYPES[layer % len(TYPES)]]
+        shapes = {"attn_q": (WIDTH, WIDTH), "ffn_down": (WIDTH, HIDDEN // 256 * 256)}
+        for name, (rows, columns) in shapes.items():
+            blocks = random_blocks(qtype, rows, columns, rng)
+            yield f"blk.{layer}.{name}.weight", qtype, blocks
+            written += blocks.nbytes
+        if layer % 4 == 0:
+            blocks = random_blocks(QuantType.Q4_K, EXPERTS * 512, WIDTH, rng)
+            yield (
+                f"blk.{layer}.ffn_gate_exps.weight",
+                QuantType.Q4_K,
+                blocks.reshape(EXPERTS, 512, -1),
+            )
+            written += blocks.nbytes
+        norm = np.ones((1, WIDTH), np.float32).view(np.uint8)
+        yield f"blk.{layer}.attn_norm.weight", QuantType.F32, norm.reshape(-1)
+        layer += 1
+
+
+def write_model(path: str, size: int, splits: int = 1, seed: int = 0) -> list[str]:
+    """Write a model of about ``size`` bytes at ``path`` (a .gguf); the files written.
+
+    With splits over 1 the names are those of gguf-split: NAME-00001-of-0000N.gguf.
+    """
+    import gguf
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    tensors = list(_layers(size, rng))
+    per_file = -(-len(tensors) // splits)
+    writer = gguf.GGUFWriter(
+        path, "llama", split_max_tensors=per_file if splits > 1 else 0, small_first_shard=False
+    )
+    writer.add_name("numaload demo")
+    writer.add_block_count(sum(name.endswith("attn_norm.weight") for name, _, _ in tensors))
+    writer.add_embedding_length(WIDTH)
+    writer.add_token_list([f"token {i}" for i in range(1000)])
+    for name, qtype, blocks in tensors:
+        raw = None if qtype is QuantType.F32 else gguf.GGMLQuantizationType[qtype.name]
+        writer.add_tensor(name, blocks.view(np.float32) if raw is None else blocks, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    stem = path.removesuffix(".gguf")
+    if splits == 1:
+        return [path]
+    return sorted(f"{stem}{n}" for n in _split_endings(stem))
+
+
+def _split_endings(stem: str) -> list[str]:
+    folder, name = os.path.split(stem)
+    return [n.removeprefix(name) for n in os.listdir(folder or ".") if n.startswith(f"{name}-0")]
+
+
+def parse_size(text: str) -> int:
+    """``300M`` as bytes; units are powers of 1024."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    scale = units.get(text[-1:].upper(), 1)
+    return int(float(text[:-1] if scale > 1 else text) * scale)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a demo model.")
+    parser.add_argument("path", help="the .gguf to write")
+    parser.add_argument("--size", type=parse_size, default="300M")
+    parser.add_argument("--splits", type=int, default=1)
+    options = parser.parse_args()
+    for file in write_model(options.path, options.size, options.splits):
+        print(file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Descriptions of file formats: what is where in a file. Nothing here computes on weights."""

@@ -1,0 +1,1 @@
+"""What the machine is made of, and where pages and threads really are."""

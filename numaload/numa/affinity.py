@@ -1,0 +1,24 @@
+"""The CPUs this process may use, read before any other library can narrow them.
+
+libgomp pins the main thread while torch is imported when OMP_PROC_BIND or GOMP_CPU_AFFINITY is
+set, so what was allowed is read when numaload is first imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+ALLOWED = frozenset(os.sched_getaffinity(0))
+
+
+@contextmanager
+def pinned_to(cpus: frozenset[int]) -> Iterator[None]:
+    """Run the calling thread on these CPUs only; its affinity comes back however this ends."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

@@ -1,0 +1,106 @@
+"""Address ranges with an owner: mapped files and memory bound to a node.
+
+Views keep the range alive. ``close()`` only lets go of it: the pages are unmapped when the last
+view is gone, so no array can be left pointing at nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Collection
+
+from numaload.errors import ClosedError, NumaError
+from numaload.numa import syscalls
+from numaload.numa.syscalls import HUGE, PAGE
+
+
+class Mapping:
+    """``length`` bytes at ``address``, which is 2 MiB-aligned and has unmapped neighbours."""
+
+    def __init__(self, address: int, length: int, reserved: tuple[int, int]) -> None:
+        self.address, self.length = address, length
+        self._memory = syscalls.memory_at(address, length) if length else None
+        if self._memory is not None:
+            # The finalizer hangs on what views refer to, not on this object.
+            weakref.finalize(self._memory, syscalls.munmap, *reserved).atexit = False
+
+    @property
+    def range(self) -> tuple[int, int]:
+        return self.address, self.length
+
+    def view(
+        self, offset: int = 0, nbytes: int | None = None, *, write: bool = False
+    ) -> memoryview:
+        """The bytes as a flat buffer that keeps the range alive, read-only unless asked."""
+        if self.closed:
+            raise ClosedError("this memory was closed")
+        if self._memory is None:
+            return memoryview(b"")
+        stop = self.length if nbytes is None else offset + nbytes
+        flat = memoryview(self._memory).cast("B")[offset:stop]
+        return flat if write else flat.toreadonly()
+
+    @property
+    def closed(self) -> bool:
+        return self._memory is None and self.length > 0
+
+    def close(self) -> None:
+        self._memory = None
+
+    def __enter__(self) -> Mapping:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def map_file(fd: int, length: int, *, write: bool = False) -> Mapping:
+    """A shared mapping of the first ``length`` bytes of a file."""
+    prot = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
+    return _map(length, prot, mmap.MAP_SHARED, fd)
+
+
+def map_private(length: int) -> Mapping:
+    """Zeroed memory of this process, with huge pages asked for where the kernel gives them."""
+    mapping = _map(length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if length >= HUGE:
+        syscalls.madvise(mapping.address, mapping.length, syscalls.MADV_HUGEPAGE)
+    return mapping
+
+
+def _map(length: int, prot: int, flags: int, fd: int = -1) -> Mapping:
+    """Reserve more than needed, then map on a 2 MiB boundary inside.
+
+    Huge pages need an address congruent to the file's offset, and the reserved rest keeps the
+    kernel from merging this range with another in /proc/self/numa_maps.
+    """
+    if length == 0:
+        return Mapping(0, 0, (0, 0))
+    size = -(-length // PAGE) * PAGE
+    total = size + HUGE + PAGE
+    none = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | syscalls.MAP_NORESERVE
+    start = syscalls.mmap_at(0, total, syscalls.PROT_NONE, none)
+    address = -(-(start + PAGE) // HUGE) * HUGE
+    try:
+        syscalls.mmap_at(address, size, prot, flags | syscalls.MAP_FIXED, fd)
+    except NumaError:
+        syscalls.munmap(start, total)
+        raise
+    return Mapping(address, length, (start, total))
+
+
+def bind(mapping: Mapping, nodes: Collection[int]) -> None:
+    """Bind pages that are not there yet to these nodes, strictly. Raises: NumaError."""
+    if mapping.length:
+        size = -(-mapping.length // PAGE) * PAGE
+        syscalls.mbind(mapping.address, size, syscalls.MPOL_BIND, nodes)
+
+
+def populate_read(mapping: Mapping, start: int = 0, stop: int | None = None) -> None:
+    """Map what is in RAM into this process, so that the kernel's counts include it."""
+    stop = mapping.length if stop is None else stop
+    size = -(-(stop - start) // PAGE) * PAGE
+    if size and syscalls.madvise(mapping.address + start, size, syscalls.MADV_POPULATE_READ):
+        for offset in range(start, stop, PAGE):  # kernels before 5.14
+            mapping.view(offset, 1)[0]

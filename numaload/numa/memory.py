@@ -1,0 +1,107 @@
+"""How much memory is left: per node, for this process's cgroups, for the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# Never planned for: what the kernel, other programs and page tables need to go on.
+RESERVE_SHARE, RESERVE_MIN, RESERVE_MAX = 50, 64 << 20, 1 << 30
+
+
+class Limit(NamedTuple):
+    """``free`` bytes may still be used; ``name`` says by whose leave."""
+
+    name: str
+    free: int
+
+
+def _fields(path: str) -> dict[str, int]:
+    """Lines ``[Node 0] Name: 12 kB`` or ``name 12`` as bytes; empty where there is no such file."""
+    fields: dict[str, int] = {}
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        words = line.split()
+        if words and words[0] == "Node":
+            words = words[2:]
+        if len(words) >= 2 and words[1].isdigit():
+            scale = 1024 if words[2:] == ["kB"] else 1
+            fields[words[0].rstrip(":")] = int(words[1]) * scale
+    return fields
+
+
+def reserve(total: int) -> int:
+    return min(RESERVE_MAX, max(RESERVE_MIN, total // RESERVE_SHARE))
+
+
+def node_free(node: int, sys_root: str = "/sys") -> int:
+    """Bytes that strictly bound memory can take on this node without an OOM kill.
+
+    Free pages and clean page cache, less a reserve. FilePages would be wrong: it counts shared
+    memory, which cannot be given back.
+    """
+    info = _fields(f"{sys_root}/devices/system/node/node{node}/meminfo") or _fields("/proc/meminfo")
+    cache = info.get("Active(file)", 0) + info.get("Inactive(file)", 0)
+    clean = max(0, cache - info.get("Dirty", 0) - info.get("Writeback", 0))
+    slab = info.get("SReclaimable", 0) // 2  # part of it stays in use
+    return max(0, info.get("MemFree", 0) + clean + slab - reserve(info.get("MemTotal", 0)))
+
+
+def machine_available() -> Limit:
+    """What the kernel thinks can be used without swapping (MemAvailable)."""
+    return Limit("this machine (MemAvailable)", _fields("/proc/meminfo").get("MemAvailable", 0))
+
+
+def cgroup_limits() -> Iterator[Limit]:
+    """Room under every memory limit above this process; page cache counts as room."""
+    for folder, maximum, current in _cgroup_folders():
+        limit, used = _number(f"{folder}/{maximum}"), _number(f"{folder}/{current}")
+        if limit is None or used is None or limit >= 1 << 60:
+            continue
+        stat = _fields(f"{folder}/memory.stat")
+        files = "total_{}" if "total_inactive_file" in stat else "{}"
+        cache = sum(stat.get(files.format(k), 0) for k in ("inactive_file", "active_file"))
+        yield Limit(f"cgroup {folder} ({maximum})", max(0, limit - used + cache))
+
+
+def _cgroup_folders() -> Iterator[tuple[str, str, str]]:
+    """(folder, name of its limit, name of its usage) from this process's group to the root."""
+    names = {
+        2: ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        1: ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    }
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
+            rows = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return
+    for _, controllers, group in rows:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, maximum, current = names[1 if controllers else 2]
+        # Inside a container the path may be the host's; then only the root is there.
+        while True:
+            folder = f"{root}{group}".rstrip("/")
+            if os.path.isdir(folder):
+                yield folder, maximum, current
+            if group in ("", "/"):
+                break
+            group = os.path.dirname(group)  # noqa: PLW2901
+
+
+def _number(path: str) -> int | None:
+    try:
+        with open(path, encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return None  # "max", or no such limit
+
+
+def available() -> Limit:
+    """The tightest of the machine's and the cgroups' limits."""
+    return min([machine_available(), *cgroup_limits()], key=lambda limit: limit.free)

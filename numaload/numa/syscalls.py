@@ -1,0 +1,175 @@
+"""The kernel's memory calls. The only module that uses ctypes.
+
+Four calls need no libnuma but are taken from it where it loads (its own exported symbols, not its
+wrappers, which hide errno): mbind, get_mempolicy, set_mempolicy, move_pages. ``binding()`` says
+which way they go. Numbers and flags: linux/mempolicy.h, asm/unistd.h; aarch64 is untested.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, partial
+from typing import NamedTuple
+
+from numaload.errors import NumaError, NumaUnavailableError
+
+LIBNUMA = "libnuma.so.1"
+LIBNUMA_HINT = "apt-get install libnuma1"
+
+# mempolicy.h
+MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE = 0, 1, 2, 3
+# mman.h; Python 3.10 to 3.12 lack these
+PROT_NONE, MAP_FIXED, MAP_NORESERVE = 0, 0x10, 0x4000
+MADV_HUGEPAGE, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_COLLAPSE = 14, 22, 23, 25
+
+PAGE = mmap.PAGESIZE
+HUGE = 2 << 20
+MASK_BITS = 1024  # the kernel's MAX_NUMNODES at most
+WORD_BITS = 64
+
+NUMBERS: dict[str, dict[str, int]] = {
+    "x86_64": {"mbind": 237, "set_mempolicy": 238, "get_mempolicy": 239, "move_pages": 279},
+    "aarch64": {"mbind": 235, "get_mempolicy": 236, "set_mempolicy": 237, "move_pages": 239},
+}
+
+_void_p, _int, _long, _ulong = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_ulong
+_Mask = _ulong * (MASK_BITS // WORD_BITS)
+PROTOTYPES: dict[str, list[type]] = {
+    "mbind": [_void_p, _ulong, _int, _void_p, _ulong, ctypes.c_uint],
+    "set_mempolicy": [_int, _void_p, _ulong],
+    "get_mempolicy": [_void_p, _void_p, _ulong, _void_p, _ulong],
+    "move_pages": [_int, _ulong, _void_p, _void_p, _void_p, _int],
+}
+
+
+class Binding(NamedTuple):
+    """How the four calls reach the kernel; ``calls`` return -1 and set errno as in C."""
+
+    name: str
+    calls: dict[str, Callable[..., int]]
+
+
+@cache
+def binding() -> Binding:
+    """libnuma's symbols where it loads, else raw system calls. Raises: NumaUnavailableError."""
+    try:
+        library = ctypes.CDLL(LIBNUMA, use_errno=True)
+        return Binding(LIBNUMA, {name: _symbol(library, name) for name in PROTOTYPES})
+    except (OSError, AttributeError):
+        return Binding("system calls", {name: _raw(name) for name in PROTOTYPES})
+
+
+def _symbol(library: ctypes.CDLL, name: str) -> Callable[..., int]:
+    function = getattr(library, name)
+    function.argtypes, function.restype = PROTOTYPES[name], _long
+    return function  # type: ignore[no-any-return]
+
+
+def _raw(name: str) -> Callable[..., int]:
+    machine = platform.machine()
+    if machine not in NUMBERS:
+        raise NumaUnavailableError(
+            f"no {LIBNUMA} and no system call numbers for {machine}: {LIBNUMA_HINT}", call=name
+        )
+    function = ctypes.CDLL(None, use_errno=True)["syscall"]
+    function.argtypes, function.restype = [_long, *PROTOTYPES[name]], _long
+    return partial(function, NUMBERS[machine][name])
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = _void_p
+    library.mmap.argtypes = [_void_p, ctypes.c_size_t, _int, _int, _int, ctypes.c_int64]
+    library.munmap.argtypes = [_void_p, ctypes.c_size_t]
+    library.madvise.argtypes = [_void_p, ctypes.c_size_t, _int]
+    library.mincore.argtypes = [_void_p, ctypes.c_size_t, _void_p]
+    return library
+
+
+def _failed(call: str, what: str, node: int | None = None) -> NumaError:
+    errno = ctypes.get_errno()
+    return NumaError(f"{call}: {what}: {os.strerror(errno)}", call=call, node=node, errno=errno)
+
+
+def _mask(nodes: Collection[int]) -> ctypes.Array[ctypes.c_ulong]:
+    mask = _Mask()
+    for node in nodes:
+        if not 0 <= node < MASK_BITS:
+            raise NumaError(f"node {node} is beyond {MASK_BITS - 1}", call="nodemask", node=node)
+        mask[node // WORD_BITS] |= 1 << node % WORD_BITS
+    return mask
+
+
+def mbind(address: int, length: int, mode: int, nodes: Collection[int]) -> None:
+    """Set the policy of pages not yet there. Returning proves nothing: count the pages after."""
+    # The kernel reads one bit less than maxnode says.
+    if binding().calls["mbind"](address, length, mode, _mask(nodes), MASK_BITS + 1, 0) != 0:
+        node = next(iter(nodes)) if len(nodes) == 1 else None
+        raise _failed("mbind", f"{length} bytes to nodes {sorted(nodes)}", node)
+
+
+def set_mempolicy(mode: int, nodes: Collection[int]) -> None:
+    """Policy of the calling thread's own allocations, page cache that it reads included."""
+    if binding().calls["set_mempolicy"](mode, _mask(nodes), MASK_BITS + 1) != 0:
+        raise _failed("set_mempolicy", f"nodes {sorted(nodes)}")
+
+
+def get_mempolicy() -> tuple[int, list[int]]:
+    """Mode and nodes of the calling thread's policy."""
+    mode, mask = _int(), _Mask()
+    if binding().calls["get_mempolicy"](ctypes.byref(mode), mask, MASK_BITS + 1, None, 0) != 0:
+        raise _failed("get_mempolicy", "this thread")
+    nodes = [i for i in range(MASK_BITS) if mask[i // WORD_BITS] >> i % WORD_BITS & 1]
+    return mode.value, nodes
+
+
+def pages_nodes(addresses: Sequence[int]) -> list[int]:
+    """The node of each page by move_pages; negative errno where there is none (-2: not in RAM)."""
+    count = len(addresses)
+    pages, status = (_void_p * count)(*addresses), (_int * count)(*[-(1 << 20)] * count)
+    if binding().calls["move_pages"](0, count, pages, None, status, 0) < 0:
+        raise _failed("move_pages", f"asking for {count} pages")
+    return list(status)
+
+
+def mmap_at(address: int, length: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
+    """mmap(2); the address it gave. Raises: NumaError."""
+    result = _libc().mmap(address, length, prot, flags, fd, offset)
+    if result is None or result == ctypes.c_void_p(-1).value:
+        raise _failed("mmap", f"{length} bytes")
+    return int(result)
+
+
+def munmap(address: int, length: int) -> None:
+    if _libc().munmap(address, length) != 0:
+        raise _failed("munmap", f"{length} bytes")
+
+
+def madvise(address: int, length: int, advice: int) -> int:
+    """madvise(2) as it answers: 0, or an errno that the caller decides about."""
+    return ctypes.get_errno() if _libc().madvise(address, length, advice) != 0 else 0
+
+
+def mincore(address: int, length: int) -> bytes:
+    """A byte per page of the range, 1 where it is in RAM."""
+    vector = ctypes.create_string_buffer(-(-length // PAGE))
+    if _libc().mincore(address, length, vector) != 0:
+        raise _failed("mincore", f"{length} bytes")
+    return vector.raw.translate(_LOWEST_BIT)[: -(-length // PAGE)]
+
+
+_LOWEST_BIT = bytes(i & 1 for i in range(256))
+
+
+def memory_at(address: int, nbytes: int) -> ctypes.Array[ctypes.c_ubyte]:
+    """The bytes at an address as an object with the buffer protocol. It owns nothing."""
+    return (ctypes.c_ubyte * nbytes).from_address(address)
+
+
+def address_of(array: ctypes.Array[ctypes.c_ubyte]) -> int:
+    return ctypes.addressof(array)

@@ -1,0 +1,1 @@
+"""Replicas: the model file itself, byte for byte, once per node. Planned, built, verified, kept."""

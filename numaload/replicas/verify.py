@@ -1,0 +1,88 @@
+"""Verifying replicas again: the kernel's page counts and the checksums of every chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as MappingType
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from numaload.errors import ChecksumError
+from numaload.numa.mapping import Mapping, populate_read
+from numaload.numa.placement import Placement, locate
+from numaload.numa.topology import Topology
+from numaload.numa.workers import finish, pool
+from numaload.replicas.build import CHUNK
+
+
+@dataclass
+class Verified:
+    """What the kernel and the checksums said. ``wrong_chunks``: {node: [(path, chunk)]}."""
+
+    placements: dict[int, Placement]
+    chunks: int
+    wrong_chunks: dict[int, list[tuple[str, int]]]
+
+    @property
+    def right(self) -> bool:
+        return not self.wrong_chunks and all(p.right for p in self.placements.values())
+
+    def check(self) -> None:
+        """Raises: PlacementError, ChecksumError."""
+        for node, placement in self.placements.items():
+            placement.check(f"replica on node {node}")
+        for node, chunks in self.wrong_chunks.items():
+            path, chunk = chunks[0]
+            raise ChecksumError(
+                f"{path}: {len(chunks)} chunks on node {node} differ from what was copied,"
+                f" the first is {chunk} (byte {chunk * CHUNK})",
+                path=path,
+                chunk=chunk,
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "right": self.right,
+            "chunks": self.chunks,
+            "wrong_chunks": self.wrong_chunks,
+            "placements": {node: p.to_dict() for node, p in self.placements.items()},
+        }
+
+
+def placements_of(replicas: MappingType[int, Sequence[Mapping]]) -> dict[int, Placement]:
+    """Ask where the replicas are now, all pages; maps them into this process first."""
+    for mappings in replicas.values():
+        for mapping in mappings:
+            populate_read(mapping)
+    groups = [([node], mappings) for node, mappings in replicas.items()]
+    return dict(zip(replicas, locate(groups), strict=True))
+
+
+def verify(
+    replicas: MappingType[int, Sequence[Mapping]],
+    paths: Sequence[str],
+    checksums: Sequence[Sequence[int]],
+    machine: Topology,
+) -> Verified:
+    """Count the pages and hash every chunk, each node's by threads on that node."""
+    placements = placements_of(replicas)
+    wrong: dict[int, list[tuple[str, int]]] = {}
+    for node, mappings in replicas.items():
+        for path, mapping, sums in zip(paths, mappings, checksums, strict=True):
+            bad = wrong_chunks(mapping, sums, machine, node)
+            if bad:
+                wrong.setdefault(node, []).extend((path, chunk) for chunk in bad)
+    return Verified(placements, sum(map(len, checksums)) * len(replicas), wrong)
+
+
+def wrong_chunks(mapping: Mapping, sums: Sequence[int], machine: Topology, node: int) -> list[int]:
+    def right(chunk: int) -> bool:
+        start = chunk * CHUNK
+        view = mapping.view(start, min(CHUNK, mapping.length - start))
+        return bool(xxhash.xxh3_64_intdigest(view) == sums[chunk])
+
+    workers = pool(machine, node)
+    found = finish([workers.submit(right, chunk) for chunk in range(len(sums))])
+    return [chunk for chunk, ok in enumerate(found) if not ok]

@@ -1,0 +1,1 @@
+"""Files: opening, reading at full speed, what of them is in RAM."""

@@ -1,0 +1,112 @@
+"""Opened weight files: who they are, and reads that either give every byte or say why not."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from typing import NamedTuple
+
+from numaload.errors import FileChangedError, ReadError
+
+HEAD_BYTES = 1 << 20  # of the file's start, which holds the header, go into the identity
+
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class Identity(NamedTuple):
+    """A file that was not replaced or rewritten has the same. ``head`` hashes its first MiB."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    head: str = ""
+
+    @classmethod
+    def of(cls, status: os.stat_result, head: str = "") -> Identity:
+        return cls(
+            status.st_dev,
+            status.st_ino,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+            head,
+        )
+
+
+class SourceFile:
+    """A regular file open for reading. Raises: ReadError for anything else."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            # Opening a FIFO without O_NONBLOCK would wait for a writer for ever.
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise ReadError(error.strerror or str(error), path=path) from error
+        status = os.fstat(self.fd)
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            kind = KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
+            raise ReadError(f"expected a file, found {kind}", path=path)
+        self.size, self._opened = status.st_size, Identity.of(status)
+
+    def identity(self) -> Identity:
+        head = self.read_at(0, min(HEAD_BYTES, self.size))
+        return self._opened._replace(head=hashlib.blake2b(head, digest_size=16).hexdigest())
+
+    def check_unchanged(self) -> None:
+        """Raises: FileChangedError if the open file was written to or cut since it was opened."""
+        now = Identity.of(os.fstat(self.fd))
+        if now != self._opened:
+            fields = [f for f in Identity._fields if getattr(now, f) != getattr(self._opened, f)]
+            raise FileChangedError(f"changed while in use ({', '.join(fields)})", path=self.path)
+
+    def read_at(self, offset: int, nbytes: int) -> bytes:
+        buffer = bytearray(nbytes)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from ``offset``. Raises: ReadError, FileChangedError for bytes gone."""
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self.fd, [view[done:]], offset + done)
+            except OSError as error:
+                message = error.strerror or str(error)
+                raise ReadError(message, path=self.path, offset=offset + done) from error
+            if count == 0:
+                raise FileChangedError(
+                    f"ends early: {len(view) - done} bytes are missing",
+                    path=self.path,
+                    offset=offset + done,
+                )
+            done += count
+
+    def drop_cache(self, offset: int, nbytes: int) -> None:
+        """Give page cache back. Pages that someone maps or writes stay."""
+        os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> SourceFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "fd", -1) >= 0:
+            self.close()

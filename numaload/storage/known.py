@@ -1,0 +1,92 @@
+"""The models that this user prewarmed or mirrored since boot: what a bare ``mirror`` works on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from numaload.errors import NumaloadError, StoreError, warn_once
+from numaload.storage import userdir
+from numaload.storage.files import Identity, SourceFile
+
+FOLDER = "known"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's files, in split order, with what they were like when they were used."""
+
+    paths: tuple[str, ...]
+    identities: tuple[Identity, ...]
+
+    @property
+    def key(self) -> str:
+        """Names this model in the store. Other content, another key."""
+        return hashlib.blake2b(repr(self.identities).encode(), digest_size=16).hexdigest()
+
+    @property
+    def size(self) -> int:
+        return sum(identity.size for identity in self.identities)
+
+    def unchanged(self) -> bool:
+        try:
+            return identify(self.paths).identities == self.identities
+        except NumaloadError:
+            return False
+
+    def to_json(self) -> bytes:
+        return json.dumps({"paths": self.paths, "identities": self.identities}).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Model:
+        """Raises: ValueError, TypeError, KeyError for what to_json did not write."""
+        data = json.loads(text)
+        identities = tuple(Identity(*row) for row in data["identities"])
+        return cls(tuple(str(p) for p in data["paths"]), identities)
+
+
+def identify(paths: Sequence[str]) -> Model:
+    identities = []
+    for path in paths:
+        with SourceFile(path) as file:
+            identities.append(file.identity())
+    return Model(tuple(os.path.abspath(path) for path in paths), tuple(identities))
+
+
+def remember(model: Model) -> None:
+    """Note that this user uses the model. If that fails, only ``mirror`` without FILE suffers."""
+    try:
+        with userdir.opened() as store, _folder(store, create=True) as folder:
+            userdir.write_whole(f"{model.key}.json", model.to_json(), folder)
+    except (OSError, StoreError) as error:
+        warn_once("known", f"{error}; a later `numaload mirror` without FILE will not find this")
+
+
+def recall() -> list[Model]:
+    """What was remembered, latest first, changed or not."""
+    with userdir.opened(create=False) as store:
+        if store is None or FOLDER not in os.listdir(store):
+            return []
+        with _folder(store) as folder:
+            names = [n for n in os.listdir(folder) if n.endswith(".json")]
+            names.sort(key=lambda n: os.stat(n, dir_fd=folder).st_mtime_ns, reverse=True)
+            return [Model.from_json(userdir.read_owned(name, folder)) for name in names]
+
+
+class _folder:  # noqa: N801 - a context manager
+    def __init__(self, store: int | None, *, create: bool = False) -> None:
+        if store is None:
+            raise StoreError(f"{userdir.path()} is not there")
+        if create and FOLDER not in os.listdir(store):
+            os.mkdir(FOLDER, 0o700, dir_fd=store)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.fd = os.open(FOLDER, flags, dir_fd=store)
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)

@@ -1,0 +1,309 @@
+"""Weights and Tensor: what users hold. Headers are read at once, weights only when looked at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from numaload.errors import (
+    ClosedError,
+    SplitError,
+    TensorNotFoundError,
+    UnknownQuantTypeError,
+    UsageError,
+)
+from numaload.formats.gguf import Header, Metadata, TensorInfo, parse_header
+from numaload.formats.qtypes import BLOCKS, QuantType
+from numaload.formats.splits import check_splits, sibling_paths, split_count
+from numaload.numa.mapping import Mapping as MemoryMapping
+from numaload.numa.mapping import map_file
+from numaload.numa.topology import Topology, topology
+from numaload.storage.files import SourceFile
+from numaload.storage.known import Model
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Rows = slice | range | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a model, opened, with its parsed header."""
+
+    file: SourceFile
+    header: Header
+
+
+class Tensor:
+    """One tensor: a description, and zero-copy access to its blocks.
+
+    dims are in GGUF order (fastest first), shape in numpy order; nbytes and offset are bytes.
+    """
+
+    def __init__(self, info: TensorInfo, weights: Weights, part: int) -> None:
+        self._info, self._weights, self._part = info, weights, part
+
+    name = property(lambda self: self._info.name)
+    dims = property(lambda self: self._info.dims)
+    nbytes = property(lambda self: self._info.nbytes)
+    offset = property(lambda self: self._info.offset)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(reversed(self._info.dims))
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        count = 1
+        for dim in self._info.dims:
+            count *= dim
+        return count
+
+    @property
+    def qtype(self) -> QuantType:
+        """Raises: UnknownQuantTypeError; ``type_name`` names those too."""
+        found = self._info.qtype
+        if found is None:
+            raise UnknownQuantTypeError(
+                f"tensor {self.name!r} has the unknown type id {self._info.type_id};"
+                " the rest of the file can be used",
+                path=self.path,
+            )
+        return found
+
+    @property
+    def type_name(self) -> str:
+        return self._info.type_name
+
+    @property
+    def path(self) -> str:
+        """The file that holds it: the source, also where this view is of a replica."""
+        return self._weights._parts[self._part].file.path  # noqa: SLF001
+
+    @property
+    def node(self) -> int | None:
+        """The node whose memory this view is in; None for the page cache."""
+        return self._weights.node
+
+    @property
+    def address(self) -> int:
+        """Where the blocks are in this process, valid until the weights are closed."""
+        self.qtype  # noqa: B018 - an unknown type has no known extent
+        return self._weights._mapping(self._part).address + self.offset  # type: ignore[no-any-return]  # noqa: SLF001
+
+    @property
+    def buffer(self) -> memoryview:
+        """The blocks as flat read-only bytes, zero-copy."""
+        self.qtype  # noqa: B018
+        return self._weights._mapping(self._part).view(self.offset, self.nbytes)  # noqa: SLF001
+
+    @property
+    def blocks(self) -> NDArray[np.uint8]:
+        """(rows, bytes per row) uint8, read-only, zero-copy; experts one after another."""
+        import numpy as np
+
+        return np.frombuffer(self.buffer, np.uint8).reshape(self._rows, -1)
+
+    @property
+    def _rows(self) -> int:
+        columns = self.dims[0] if self.dims else 1
+        return self.size // columns if columns else 0
+
+    def dequantize(
+        self,
+        dtype: Any = "float32",
+        out: Any = None,
+        rows: Rows | None = None,
+        expert: int | None = None,
+    ) -> Any:
+        """Floats of the whole tensor, of rows, of one expert, or of rows of one expert.
+
+        dtype: "float32", "float16" or "bfloat16" (an ml_dtypes array), or numpy's or torch's.
+        rows: (start, stop) or a slice; of a tensor of three dims they count through all experts.
+        out: any C-contiguous buffer of that item size and element count, torch tensors included.
+        Returns: ``out``, or a new array: ``shape``, or (rows, columns), or ``shape[1:]``.
+        Bit-exact with ggml. Raises: UnsupportedTypeError, UnknownQuantTypeError, UsageError.
+        """
+        import numpy as np
+
+        from numaload.dequantize import as_output, dequantize_blocks, dtype_of
+
+        wanted = dtype_of(dtype)
+        start, stop, shape = self._selection(rows, expert)
+        qtype = self.qtype
+        _, type_size = BLOCKS[qtype]
+        blocks = self.blocks[start:stop].reshape(-1, type_size)
+        result = np.empty(shape, wanted) if out is None else out
+        flat = as_output(result, wanted, int(np.prod(shape, dtype=object)))
+        if flat.size:
+            dequantize_blocks(blocks, qtype, wanted, flat, self._weights.workers())
+        return result
+
+    def _selection(self, rows: Rows | None, expert: int | None) -> tuple[int, int, tuple[int, ...]]:
+        """First row, row after the last, shape of the result."""
+        first, count, shape = 0, self._rows, self.shape
+        if expert is not None:
+            if len(shape) != 3:
+                raise UsageError(
+                    f"{self.name}: shape {shape} has no experts, three dims are needed"
+                )
+            if not 0 <= expert < shape[0]:
+                raise UsageError(f"{self.name}: expert {expert} of {shape[0]}")
+            first, count, shape = expert * shape[1], shape[1], shape[1:]
+        if rows is None:
+            return first, first + count, shape
+        start, stop = _row_range(rows, count, self.name)
+        return first + start, first + stop, (stop - start, shape[-1] if shape else 1)
+
+    def __repr__(self) -> str:
+        return f"<Tensor {self.name} {self.type_name} {self.shape}>"
+
+
+def _row_range(rows: Rows, count: int, name: str) -> tuple[int, int]:
+    if isinstance(rows, tuple):
+        start, stop, step = *rows, 1
+    else:
+        start, stop, step = (
+            rows.start or 0,
+            count if rows.stop is None else rows.stop,
+            rows.step or 1,
+        )
+    if step != 1 or not 0 <= start <= stop <= count:
+        raise UsageError(
+            f"{name}: rows {rows} of {count}; a range inside, in steps of 1, is needed"
+        )
+    return start, stop
+
+
+class Weights(Mapping[str, Tensor]):
+    """All tensors of a model, in file order, by name; over its files or over one replica.
+
+    ``close()`` gives up the memory; arrays handed out before stay valid, raw addresses do not.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        mappings: Sequence[MemoryMapping] | None = None,
+        node: int | None = None,
+    ) -> None:
+        self._parts, self.node, self._closed = parts, node, False
+        self._machine: Topology | None = None
+        self._mappings: list[MemoryMapping | None] = [None] * len(parts)
+        self._mappings[:] = mappings or self._mappings
+        self._tensors = {
+            info.name: Tensor(info, self, index)
+            for index, part in enumerate(parts)
+            for info in part.header.tensors
+        }
+
+    @property
+    def paths(self) -> list[str]:
+        return [part.file.path for part in self._parts]
+
+    @property
+    def metadata(self) -> Metadata:
+        """Of the first file: the others hold only what says that they are splits."""
+        return self._parts[0].header.metadata
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(part.file.size for part in self._parts)
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        return self._parts
+
+    def model(self) -> Model:
+        """The identity under which replicas of these files are kept."""
+        paths = tuple(os.path.abspath(path) for path in self.paths)
+        return Model(paths, tuple(part.file.identity() for part in self._parts))
+
+    def workers(self) -> Any:
+        """The threads that work on these weights: on their node, or everywhere."""
+        from numaload.numa.workers import pool
+
+        if self._machine is None:
+            self._machine = topology()
+        return pool(self._machine, self.node)
+
+    def _mapping(self, index: int) -> MemoryMapping:
+        if self._closed:
+            raise ClosedError("these weights were closed")
+        mapping = self._mappings[index]
+        if mapping is None:
+            file = self._parts[index].file
+            file.check_unchanged()
+            mapping = self._mappings[index] = map_file(file.fd, file.size)
+        return mapping
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise TensorNotFoundError(name, self._tensors)
+        return self._tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def close(self) -> None:
+        self._closed = True
+        for mapping in self._mappings:
+            if mapping is not None:
+                mapping.close()
+        if self.node is None:
+            for part in self._parts:
+                part.file.close()
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = "" if self.node is None else f" on node {self.node}"
+        return f"<Weights {self.paths[0]}: {len(self)} tensors, {self.nbytes} bytes{where}>"
+
+
+def open_weights(path: str | os.PathLike[str]) -> Weights:
+    """Open a GGUF model by any one of its files: headers only, milliseconds.
+
+    Raises: ReadError, and the FormatErrors of a header or of splits that do not fit together.
+    """
+    given = os.fspath(path)
+    parts = [_open_part(given)]
+    try:
+        count = split_count(parts[0].header, given)
+        paths = sibling_paths(given) if count > 1 else [given]
+        if len(paths) != count:
+            raise SplitError(
+                f"named as one of {len(paths)} files, split.count is {count}", path=given
+            )
+        parts = [parts[0] if p == given else _open_part(p) for p in paths]
+        check_splits(paths, [part.header for part in parts])
+    except BaseException:
+        for part in parts:
+            part.file.close()
+        raise
+    return Weights(parts)
+
+
+def _open_part(path: str) -> Part:
+    file = SourceFile(path)
+    try:
+        return Part(file, parse_header(file.read_at, file.size, path))
+    except BaseException:
+        file.close()
+        raise

@@ -10,7 +10,7 @@
     |  |- MetadataError                         a key, value type, string or array that cannot be
     |  |- TensorInfoError                       name, dims, offset or overlap of a tensor
     |  |- UnknownQuantTypeError                 a type id that no table here knows
-    |  `- SplitError                            split files that are missing or do not belong together
+    |  `- SplitError                            split files missing, or not of one model
     |- UnsupportedTypeError (NotImplementedError)  no way to float
     |- TensorNotFoundError (KeyError)           .name, with close matches
     |- MetadataKeyError (KeyError)              .name

@@ -1,0 +1,271 @@
+"""Point 6, mirror: planned, built whole or not at all, kept in the store, verified again.
+
+Placement on several nodes is tested in tests/numa; this is what one node can show.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+from pathlib import Path
+
+import gguf
+import pytest
+
+import numaload as api
+from commands import Numaload, evict, sparse_model, used_bytes, wait_for
+from numaload.numa.memory import available
+from numaload.storage import known
+
+MIB = 1 << 20
+ATTACH = """
+import json, sys, numaload
+m = numaload.attach(sys.argv[1])
+found = m.verify()
+print(json.dumps({"nodes": m.nodes, "right": found.right, "chunks": found.chunks,
+                  "sum": int(m.view(m.nodes[0])["blk.0.attn_q.weight"].blocks.sum())}))
+"""
+
+
+def replicas(numaload: Numaload) -> list[str]:
+    entries = numaload.json("status")["replicas"]
+    return [path for entry in entries for paths in entry["replicas"].values() for path in paths]
+
+
+def left_over(numaload: Numaload) -> list[str]:
+    """What is in the store beside its lock and the models known."""
+    return [name for name in os.listdir(numaload.store) if name not in ("lock", "known")]
+
+
+@pytest.fixture
+def own_model(model_files: list[str], tmp_path: Path) -> list[str]:
+    """A copy that a test may change."""
+    return [shutil.copy(path, str(tmp_path)) for path in model_files]
+
+
+def test_a_replica_is_the_file_itself(numaload: Numaload, model_files: list[str]) -> None:
+    (report,) = numaload.json("mirror", model_files[0], "--nodes", "all")
+    assert report["placed"]
+    assert report["kind"] == "shared"
+    paths = replicas(numaload)
+    assert [os.path.basename(p) for p in paths] == [os.path.basename(p) for p in model_files]
+    for replica, source in zip(paths, model_files, strict=True):
+        assert Path(replica).read_bytes() == Path(source).read_bytes()
+        assert stat.S_IMODE(os.stat(replica).st_mode) == 0o400
+        assert len(gguf.GGUFReader(replica).tensors) > 0  # another engine maps it unmodified
+    assert stat.S_IMODE(os.stat(numaload.store).st_mode) == 0o700
+    with api.open(paths[1]) as weights:  # and so do we, split files and all
+        assert weights.paths == paths
+
+
+def test_another_process_attaches_verifies_and_releases(numaload: Numaload, model: str) -> None:
+    before = used_bytes(numaload.store)
+    numaload("mirror", model)
+    found = numaload.python(ATTACH, model)
+    assert found["right"]
+    with api.open(model) as weights:
+        assert found["sum"] == int(weights["blk.0.attn_q.weight"].blocks.sum())
+    assert "all checksums right" in numaload("verify", model).stdout
+    assert "released" in numaload("release", model).stdout
+    assert replicas(numaload) == []
+    assert used_bytes(numaload.store) - before < MIB
+    assert "no replica" in numaload("verify", model, status=1).stderr
+
+
+def test_mirroring_twice_builds_once(numaload: Numaload, model: str) -> None:
+    numaload("mirror", model)
+    first = replicas(numaload)
+    assert "there already" in numaload("mirror", model).stdout
+    assert replicas(numaload) == first
+
+
+def test_two_at_once_build_once(numaload: Numaload, model: str) -> None:
+    jobs = [numaload.start("mirror", model) for _ in range(3)]
+    outputs = [job.communicate(timeout=120) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0], outputs
+    assert len(numaload.json("status")["replicas"]) == 1
+
+
+def test_without_file_the_models_used_since_boot(
+    numaload: Numaload, own_model: list[str], tmp_path: Path
+) -> None:
+    assert "numaload prewarm MODEL.gguf" in numaload("mirror", status=2).stderr
+    numaload("prewarm", own_model[0])
+    done = numaload("mirror")
+    assert f"plan: {own_model[0]}" in done.stderr
+    assert len(replicas(numaload)) == 2
+    numaload("release")
+    with open(own_model[1], "ab") as file:
+        file.write(b"more")
+    done = numaload("mirror", status=2)
+    assert "changed or went away" in done.stderr
+    assert left_over(numaload) == []
+
+
+def test_without_file_nothing_is_built_unless_all_fit(
+    numaload: Numaload, model: str, tmp_path: Path
+) -> None:
+    huge = sparse_model(tmp_path / "huge.gguf", available().free + (1 << 30))
+    numaload("prewarm", model)
+    known.remember(known.identify([huge]))
+    done = numaload("mirror", status=1)
+    assert "does NOT fit" in done.stderr
+    assert f"plan: {huge}" in done.stderr
+    assert left_over(numaload) == []
+
+
+def test_what_does_not_fit_is_refused_with_numbers(numaload: Numaload, tmp_path: Path) -> None:
+    huge = sparse_model(tmp_path / "huge.gguf", available().free + (1 << 30))
+    before = used_bytes(numaload.store)
+    done = numaload("mirror", huge, status=1)
+    assert "nothing was built" in done.stderr
+    assert str(-(-os.path.getsize(huge) // 4096) * 4096) in done.stderr
+    assert left_over(numaload) == []
+    assert used_bytes(numaload.store) - before < MIB
+    assert numaload.json("plan", huge, status=1)["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("how", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)], ids=["SIGKILL", "ctrl-c"]
+)
+def test_a_builder_stopped_half_way_leaves_nothing(
+    numaload: Numaload, tmp_path: Path, model: str, how: signal.Signals, status: int
+) -> None:
+    big = sparse_model(tmp_path / "big.gguf", 1500 * MIB)
+    before = used_bytes(numaload.store.parent)
+    job = numaload.start("mirror", big)
+    wait_for(lambda: used_bytes(numaload.store.parent) - before > 64 * MIB, "the build to begin")
+    job.send_signal(how)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == status, errors
+    assert "Traceback" not in errors
+    wait_for(lambda: used_bytes(numaload.store.parent) - before < MIB, "memory to come back", 30)
+    assert left_over(numaload) == []
+    assert replicas(numaload) == []
+    numaload("mirror", model)
+    assert len(replicas(numaload)) == 2
+
+
+def test_leftovers_of_a_kill_while_publishing_are_cleared(numaload: Numaload, model: str) -> None:
+    numaload("mirror", model)
+    (entry,) = left_over(numaload)
+    os.rename(numaload.store / entry, numaload.store / f".{entry}")  # as before the last rename
+    assert numaload.json("status")["replicas"] == []
+    assert left_over(numaload) == []
+
+
+def test_source_cache_that_was_there_stays_and_other_is_given_back(
+    numaload: Numaload, model_files: list[str]
+) -> None:
+    def resident() -> int:
+        rows = numaload.json("status", model_files[0])["page_cache"]
+        return sum(row["resident"] for row in rows)
+
+    size = sum(map(os.path.getsize, model_files))
+    numaload("prewarm", model_files[0])
+    numaload("mirror", model_files[0])
+    assert resident() == size
+    numaload("release")
+    evict(model_files)
+    numaload("mirror", model_files[0])
+    assert resident() < size // 4
+
+
+def test_a_changed_file_finds_no_replica(numaload: Numaload, own_model: list[str]) -> None:
+    numaload("mirror", own_model[0])
+    with open(own_model[0], "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    assert "changed since it was mirrored" in numaload("verify", own_model[0], status=1).stderr
+    assert "CHANGED" in numaload("status").stdout
+    with pytest.raises(api.errors.ReplicaNotFoundError, match="changed"):
+        api.attach(own_model[0])
+    numaload("mirror", own_model[0])
+    assert len(numaload.json("status")["replicas"]) == 2
+    numaload("release", own_model[0])
+    assert left_over(numaload) == []
+
+
+def test_a_file_that_changes_while_it_is_copied(numaload: Numaload, own_model: list[str]) -> None:
+    def rewrite(done: int, total: int) -> None:
+        if done == total:
+            os.utime(own_model[0])
+
+    with pytest.raises(api.errors.FileChangedError, match="mtime_ns"):
+        api.mirror(own_model[0], shared=True, progress=rewrite)
+    assert left_over(numaload) == []
+
+
+def test_a_file_that_shrinks_while_it_is_copied(numaload: Numaload, own_model: list[str]) -> None:
+    def cut(done: int, total: int) -> None:
+        os.truncate(own_model[1], 4096)
+
+    with pytest.raises(api.errors.FileChangedError):
+        api.mirror(own_model[0], shared=True, progress=cut)
+    assert left_over(numaload) == []
+
+
+def test_callback_cancels(numaload: Numaload, model: str) -> None:
+    with pytest.raises(api.errors.CancelledError):
+        api.mirror(model, shared=True, progress=lambda *_: False)
+    assert left_over(numaload) == []
+
+
+def test_a_flipped_bit_is_found(numaload: Numaload, model: str) -> None:
+    numaload("mirror", model)
+    path = replicas(numaload)[1]
+    os.chmod(path, 0o600)
+    with open(path, "r+b") as file:
+        file.seek(17 * MIB)
+        byte = file.read(1)
+        file.seek(17 * MIB)
+        file.write(bytes([byte[0] ^ 4]))
+    assert "DIFFER" in numaload("verify", status=1).stdout
+    with api.attach(model) as mirror:
+        found = mirror.verify()
+        assert found.wrong_chunks == {mirror.nodes[0]: [(mirror.report.paths[1], 1)]}
+        with pytest.raises(api.errors.ChecksumError, match="chunk"):
+            found.check()
+
+
+def test_releasing_what_is_in_use_says_so_and_hurts_nobody(numaload: Numaload, model: str) -> None:
+    numaload("mirror", model)
+    with api.attach(model) as mirror:
+        blocks = mirror.local()["blk.0.attn_q.weight"].blocks
+        total = int(blocks.sum())
+        assert "still in use" in numaload("release").stdout
+        assert int(blocks.sum()) == total
+    assert "nothing was in the store" in numaload("release").stdout
+
+
+@pytest.mark.parametrize("kind", ["open to others", "a link", "somebody else's"])
+def test_an_unsafe_store_is_refused(
+    numaload: Numaload, model: str, tmp_path: Path, kind: str
+) -> None:
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    if kind == "a link":
+        numaload.store.symlink_to(target)
+    else:
+        numaload.store.mkdir(mode=0o700)
+    if kind == "open to others":
+        numaload.store.chmod(0o755)
+    if kind == "somebody else's":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a folder away")
+        os.chown(numaload.store, 12345, 12345)
+    done = numaload("mirror", model, status=1)
+    assert str(numaload.store) in done.stderr
+    assert list(target.iterdir()) == []
+
+
+def test_in_process_on_one_node_copies_nothing(store: Path, model: str) -> None:
+    if len(api.topology().usable) != 1:
+        pytest.skip("this machine has several nodes")
+    with api.mirror(model) as mirror:
+        assert mirror.report.kind == "mapped"
+        assert "nothing was copied" in mirror.report.note
+        assert mirror.local()["blk.0.attn_q.weight"].node is None
+    assert not store.exists()

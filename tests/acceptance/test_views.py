@@ -1,0 +1,112 @@
+"""Point 7, views and pinning: local views, pinned threads, addresses, and what close() ends."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import numaload as api
+from commands import Numaload
+from numaload.numa.syscalls import memory_at
+
+NAME = "blk.0.attn_q.weight"
+
+
+@pytest.fixture
+def mirror(numaload: Numaload, model: str) -> Iterator[api.Mirror]:
+    with api.mirror(model, shared=True) as built:
+        yield built
+
+
+def test_views_have_the_weights_of_the_file(mirror: api.Mirror, model: str) -> None:
+    node = mirror.nodes[0]
+    view = mirror.view(node)
+    with api.open(model) as weights:
+        assert list(view) == list(weights)
+        for name, tensor in weights.items():
+            assert np.array_equal(view[name].blocks, tensor.blocks)
+            assert view[name].node == node
+            assert tensor.node is None
+    assert mirror.local().node in mirror.nodes
+
+
+def test_pinned_runs_there_and_restores(mirror: api.Mirror) -> None:
+    node, before = mirror.nodes[0], os.sched_getaffinity(0)
+    with mirror.pinned(node) as view:
+        assert os.sched_getaffinity(0) == api.topology().nodes[node].usable_cpus
+        assert view[NAME].node == node
+    assert os.sched_getaffinity(0) == before
+
+
+def test_affinity_comes_back_after_an_exception(mirror: api.Mirror) -> None:
+    one = {min(os.sched_getaffinity(0))}
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, one)
+    try:
+        with pytest.raises(ZeroDivisionError), mirror.pinned(mirror.nodes[0]):
+            raise ZeroDivisionError
+        assert os.sched_getaffinity(0) == one
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_addresses_point_at_the_blocks(mirror: api.Mirror) -> None:
+    addresses = mirror.addresses(NAME)
+    assert list(addresses) == mirror.nodes
+    for node, address in addresses.items():
+        tensor = mirror.view(node)[NAME]
+        assert bytes(memory_at(address, tensor.nbytes)) == tensor.blocks.tobytes()
+
+
+def test_arrays_outlive_close_and_addresses_do_not(mirror: api.Mirror) -> None:
+    tensor = mirror.view(mirror.nodes[0])[NAME]
+    blocks, copy = tensor.blocks, tensor.blocks.copy()
+    address = mirror.addresses(NAME)[mirror.nodes[0]]
+    mirror.close()
+    for use in (mirror.local, mirror.verify, lambda: mirror.addresses(NAME), lambda: tensor.blocks):
+        with pytest.raises(api.errors.ClosedError):
+            use()
+    gc.collect()
+    assert np.array_equal(blocks, copy)
+    assert mapped(address)
+    del blocks
+    gc.collect()
+    assert not mapped(address)
+
+
+def test_unknown_nodes_and_names(mirror: api.Mirror) -> None:
+    with pytest.raises(api.errors.UsageError, match="no replica on node 77"):
+        mirror.view(77)
+    with pytest.raises(api.errors.TensorNotFoundError, match=r"close: blk\.0\.attn_q"):
+        mirror.addresses("blk.0.attn_q.weigth")
+
+
+def test_views_are_read_only(mirror: api.Mirror) -> None:
+    blocks = mirror.view(mirror.nodes[0])[NAME].blocks
+    assert not blocks.flags.writeable
+    with pytest.raises(ValueError, match="read-only"):
+        blocks[0, 0] = 1
+
+
+def test_leases_end_with_close(mirror: api.Mirror, numaload: Numaload) -> None:
+    mirror.close()
+    assert "still in use" not in numaload("release").stdout
+
+
+def test_attach_finds_only_what_is_there(numaload: Numaload, model: str, store: Path) -> None:
+    with pytest.raises(api.errors.ReplicaNotFoundError, match="numaload mirror"):
+        api.attach(model)
+    assert not store.exists()
+
+
+def mapped(address: int) -> bool:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = (int(word, 16) for word in line.split()[0].split("-"))
+        if start <= address < stop:
+            return line.split()[1] != "---p"
+    return False

@@ -1,0 +1,99 @@
+"""Running numaload as users do, and files that tests need."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+LIMIT_S = 300  # a hang shall fail; no test measures time by it
+
+
+@dataclass(frozen=True)
+class Numaload:
+    """The command line on one store."""
+
+    store: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"NUMALOAD_STORE": str(self.store)}
+
+    def command(self, *words: object) -> list[str]:
+        return [sys.executable, "-m", "numaload", *map(str, words)]
+
+    def __call__(self, *words: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run a verb; its exit status must be ``status``."""
+        done = subprocess.run(
+            self.command(*words), capture_output=True, text=True, env=self.environment,
+            timeout=LIMIT_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
+        return done
+
+    def json(self, *words: object, status: int = 0) -> Any:
+        return json.loads(self(*words, "--json", status=status).stdout)
+
+    def start(self, *words: object, **options: Any) -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        return subprocess.Popen(self.command(*words), text=True, env=self.environment, **pipes)
+
+    def python(self, program: str, *arguments: object) -> Any:
+        """Run a program in another process; the JSON that it prints."""
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True,
+            env=self.environment, timeout=LIMIT_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+def wait_for(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain: {what}"
+        time.sleep(0.01)
+
+
+def evict(paths: list[str]) -> None:
+    """Give the page cache of these files back, so that they are cold. Needs no root."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def sparse_model(path: Path, nbytes: int) -> str:
+    """A valid GGUF of about this size that takes no room on disk: one tensor of zeros."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    rows = nbytes // 4096
+    writer.add_tensor_info("big.weight", [rows, 1024], np.dtype(np.float32), rows * 4096)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with path.open("r+b") as file:
+        file.seek(0, os.SEEK_END)
+        start = -(-file.tell() // 32) * 32
+        file.truncate(start + rows * 4096)
+    return str(path)
+
+
+def used_bytes(path: Path) -> int:
+    """What is in use of the file system that holds ``path``."""
+    while not path.exists():
+        path = path.parent
+    status = os.statvfs(path)
+    return (status.f_blocks - status.f_bfree) * status.f_frsize

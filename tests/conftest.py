@@ -1,0 +1,45 @@
+"""What all tests share: a demo model, and a store of their own instead of the user's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from commands import Numaload
+from numaload.demo import write_model
+
+
+@pytest.fixture(scope="session")
+def model_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The split files of a model; in a guest they were written outside, its disk is its memory."""
+    given = os.environ.get("NUMALOAD_TEST_MODELS")
+    if given:
+        return sorted(str(path) for path in Path(given).glob("demo-*.gguf"))
+    folder = tmp_path_factory.mktemp("model")
+    return write_model(str(folder / "demo.gguf"), 40 << 20, splits=2)
+
+
+@pytest.fixture
+def model(model_files: list[str]) -> str:
+    """One of the split files: any one will do."""
+    return model_files[-1]
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty store in shared memory for this test."""
+    folder = Path(tempfile.mkdtemp(prefix="numaload-test-", dir="/dev/shm"))
+    monkeypatch.setenv("NUMALOAD_STORE", str(folder / "store"))
+    yield folder / "store"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def numaload(store: Path) -> Numaload:
+    """The command line, on this test's store."""
+    return Numaload(store)

@@ -1,0 +1,34 @@
+"""Tests on a kernel with several NUMA nodes: scripts/guest-tests runs them in a virtual machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+import numaload as api
+from witness import kernel_killed
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Outside a guest these tests are not collected, so here the machine must be right."""
+    if len(api.topology().all) < 2:
+        raise pytest.UsageError("two NUMA nodes are needed: scripts/guest-tests boots them")
+
+
+@pytest.fixture(autouse=True)
+def nobody_was_killed() -> Iterator[None]:
+    yield
+    assert kernel_killed() == []
+
+
+@pytest.fixture(scope="session")
+def guest() -> str:
+    """Which guest this is: two-nodes, no-libnuma, cpu-less, user."""
+    return os.environ.get("NUMALOAD_GUEST", "two-nodes")
+
+
+@pytest.fixture(scope="session")
+def nodes() -> list[int]:
+    return api.topology().all

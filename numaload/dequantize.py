@@ -38,13 +38,13 @@ RangeFunction = Callable[[int, int], None]
 
 def dtype_of(dtype: Any) -> np.dtype[Any]:
     """A dtype from its name, or from numpy's, ml_dtypes' or torch's object. Raises: UsageError."""
-    name = dtype if isinstance(dtype, str) else str(dtype)
-    if not isinstance(dtype, str) and not name.startswith("torch."):
-        name = np.dtype(dtype).name
+    name = str(dtype).removeprefix("torch.")
     try:
-        return DTYPES[name.removeprefix("torch.")]
-    except KeyError:
-        raise UsageError(f"dtype {name}: expected {', '.join(DTYPES)}") from None
+        if name not in DTYPES and not isinstance(dtype, str):
+            name = np.dtype(dtype).name
+        return DTYPES[name]
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(f"dtype {dtype}: expected {', '.join(DTYPES)}") from None
 
 
 def dequantize_blocks(
@@ -74,6 +74,8 @@ ToFloat32 = Callable[[int, int, NDArray[np.float32]], None]
 
 
 def _kernel(blocks: Blocks, qtype: QuantType) -> ToFloat32:
+    if qtype is QuantType.F32:
+        return lambda start, stop, out: _widen(blocks[start:stop], out)
     kernel = registry.load(qtype)
     if kernel is None:
         return _by_gguf(blocks, qtype)
@@ -87,8 +89,6 @@ def _kernel(blocks: Blocks, qtype: QuantType) -> ToFloat32:
 def _by_gguf(blocks: Blocks, qtype: QuantType) -> ToFloat32:
     import gguf
 
-    if qtype in RAW:
-        return lambda start, stop, out: _widen(blocks[start:stop], out)
     try:
         foreign = gguf.GGMLQuantizationType(qtype.value)
         gguf.quants.dequantize(np.zeros_like(blocks, shape=(1, blocks.shape[1])), foreign)
@@ -96,11 +96,20 @@ def _by_gguf(blocks: Blocks, qtype: QuantType) -> ToFloat32:
         raise UnsupportedTypeError(f"{qtype.name} cannot be turned to float: {error}") from error
     warn_once(
         f"gguf-py {qtype.name}",
-        f"{qtype.name} has no kernel here yet and goes through gguf-py, 10 to 50 times slower",
+        f"{qtype.name} has no kernel here yet and goes through gguf-py, 10 to 100 times slower",
     )
 
+    step = max(1, SCRATCH // BLOCKS[qtype][0])
+
     def run(start: int, stop: int, out: NDArray[np.float32]) -> None:
-        out[:] = gguf.quants.dequantize(blocks[start:stop], foreign).reshape(out.shape)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            # As one row: gguf-py works on 16 rows at a time, and its temporaries are many times
+            # the size of these. Infinite scales are the file's business, not worth a warning.
+            row = blocks[first:last].reshape(1, -1)
+            with np.errstate(all="ignore"):
+                floats = gguf.quants.dequantize(row, foreign)
+            out[first - start : last - start] = floats.reshape(last - first, -1)
 
     return run
 
@@ -158,12 +167,17 @@ def as_output(out: Any, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
         raise UsageError(f"out has {flat.size} elements, expected {size}")
     if not flat.flags.writeable:
         raise UsageError("out is read-only")
-    return flat.view(dtype)
+    view = flat.view(dtype)
+    if not view.flags.aligned or not flat.dtype.isnative:
+        raise UsageError(
+            f"out is not aligned to {dtype.itemsize} bytes or not of native byte order"
+        )
+    return view
 
 
 def _flat_buffer(out: Any) -> NDArray[Any]:
     if isinstance(out, np.ndarray):
-        array = out
+        array = np.asarray(out)  # no subclass: np.matrix, for one, is never flat
     else:
         try:
             array = np.frombuffer(out, memoryview(out).format)
@@ -176,8 +190,13 @@ def _flat_buffer(out: Any) -> NDArray[Any]:
 
 def _flat_tensor(out: Any) -> NDArray[Any]:
     """A torch tensor, without importing torch: its bfloat16 has no buffer protocol."""
-    if out.device.type != "cpu" or not out.is_contiguous():
-        raise UsageError(f"out: expected a contiguous CPU tensor, found one on {out.device}")
+    strided = out.device.type == "cpu" and str(out.layout) == "torch.strided"
+    # Without an address: a storage that was resized to nothing under the tensor.
+    if not strided or not out.is_contiguous() or (out.numel() and not out.data_ptr()):
+        raise UsageError(
+            f"out: expected a contiguous tensor in CPU memory, found a {out.layout} one"
+            f" on {out.device}"
+        )
     memory = memory_at(out.data_ptr(), out.numel() * out.element_size())
     # The array lives no longer than the call that was given the tensor.
     return np.frombuffer(memoryview(memory), f"V{out.element_size()}")

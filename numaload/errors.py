@@ -82,13 +82,14 @@ class _LookupError(NumaloadError, KeyError):
     kind = "name"
 
     def __init__(self, name: str, known: Any = ()) -> None:
-        close = get_close_matches(name, [str(k) for k in known], n=3)
-        hint = f"; close: {', '.join(close)}" if close else ""
         super().__init__(name)
-        self.name, self._text = name, f"no {self.kind} {name!r}{hint}"
+        self.name, self._known = name, known
 
     def __str__(self) -> str:
-        return self._text
+        # Only when it is shown: ``get`` of what may be absent is no error to anyone.
+        close = get_close_matches(self.name, [str(k) for k in self._known], n=3)
+        hint = f"; close: {', '.join(close)}" if close else ""
+        return f"no {self.kind} {self.name!r}{hint}"
 
 
 class TensorNotFoundError(_LookupError):

@@ -73,7 +73,7 @@ class Mirror:
         self._weights, self._machine, self._leases = weights, machine, list(leases)
         self._replicas, self._checksums = replicas, checksums
         self._views = {n: Weights(weights.parts, m, n) for n, m in replicas.items()}
-        self._closed = False
+        self._closed = self._owns_weights = False
 
     def view(self, node: int) -> Weights:
         """The weights in ``node``'s memory. Raises: UsageError, ClosedError."""
@@ -126,6 +126,8 @@ class Mirror:
         for lease in self._leases:
             lease.close()
         self._leases.clear()
+        if self._owns_weights:
+            self._weights.close()
 
     def __enter__(self) -> Mirror:
         return self
@@ -164,13 +166,36 @@ def mirror(
     """
     if policy not in POLICIES:
         raise UsageError(f"policy {policy!r}: expected {' or '.join(POLICIES)}")
-    opened = weights if isinstance(weights, Weights) else open_weights(weights)
     machine = topology()
     chosen = machine.select(nodes)
-    if shared:
-        return mirror_shared([opened], machine, chosen, progress)[0]
-    if len(machine.usable) == 1:
-        return _mapped(opened, machine, chosen)
+
+    def make(opened: Weights) -> Mirror:
+        if shared:
+            return mirror_shared([opened], machine, chosen, progress)[0]
+        if len(machine.usable) == 1:
+            return _mapped(opened, machine, chosen)
+        return _private(opened, machine, chosen, progress)
+
+    return _opened(weights, make)
+
+
+def _opened(what: Weights | str | os.PathLike[str], make: Callable[[Weights], Mirror]) -> Mirror:
+    """Weights that were opened here are closed with the mirror, or with its failure."""
+    if isinstance(what, Weights):
+        return make(what)
+    opened = open_weights(what)
+    try:
+        made = make(opened)
+    except BaseException:
+        opened.close()
+        raise
+    made._owns_weights = True  # noqa: SLF001
+    return made
+
+
+def _private(
+    opened: Weights, machine: Topology, chosen: list[int], progress: Progress | None
+) -> Mirror:
     plan([(opened.model(), chosen)], machine, shared=False).check()
     files = [part.file for part in opened.parts]
     built = build(files, chosen, private_arena, machine, progress)
@@ -256,14 +281,13 @@ def attach(
 ) -> Mirror:
     """The replicas of this model that are in the store, for this process to use.
 
-    nodes: which are needed; by default whatever is there. Where they are is asked of the kernel
-    by ``verify()`` and, cheaper, is in ``report`` after ``locate()``.
+    nodes: which are needed; by default all that is there. Where their pages are is asked of the
+    kernel, for ``report``; ``verify()`` asks again and checks the checksums too.
     Raises: ReplicaNotFoundError, saying whether the file changed since it was mirrored.
     """
-    weights = path if isinstance(path, Weights) else open_weights(path)
     machine = topology()
     wanted = None if nodes is None else machine.select(nodes)
-    return _attach(weights, machine, wanted, None)
+    return _opened(path, lambda weights: _attach(weights, machine, wanted, None))
 
 
 def _attach(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from operator import index
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from numaload.errors import (
@@ -59,10 +62,7 @@ class Tensor:
     @property
     def size(self) -> int:
         """Elements."""
-        count = 1
-        for dim in self._info.dims:
-            count *= dim
-        return count
+        return prod(self.dims)
 
     @property
     def qtype(self) -> QuantType:
@@ -107,12 +107,17 @@ class Tensor:
         """(rows, bytes per row) uint8, read-only, zero-copy; experts one after another."""
         import numpy as np
 
-        return np.frombuffer(self.buffer, np.uint8).reshape(self._rows, -1)
+        block_size, type_size = BLOCKS[self.qtype]
+        row_bytes = self._columns // block_size * type_size
+        return np.frombuffer(self.buffer, np.uint8).reshape(self._rows, row_bytes)
+
+    @property
+    def _columns(self) -> int:
+        return self.dims[0] if self.dims else 1
 
     @property
     def _rows(self) -> int:
-        columns = self.dims[0] if self.dims else 1
-        return self.size // columns if columns else 0
+        return prod(self.dims[1:])
 
     def dequantize(
         self,
@@ -139,7 +144,7 @@ class Tensor:
         _, type_size = BLOCKS[qtype]
         blocks = self.blocks[start:stop].reshape(-1, type_size)
         result = np.empty(shape, wanted) if out is None else out
-        flat = as_output(result, wanted, int(np.prod(shape, dtype=object)))
+        flat = as_output(result, wanted, prod(shape))
         if flat.size:
             dequantize_blocks(blocks, qtype, wanted, flat, self._weights.workers())
         return result
@@ -153,31 +158,25 @@ class Tensor:
                     f"{self.name}: shape {shape} has no experts, three dims are needed"
                 )
             if not 0 <= expert < shape[0]:
-                raise UsageError(f"{self.name}: expert {expert} of {shape[0]}")
+                raise UsageError(f"{self.name}: expert {expert}, expected 0 to {shape[0] - 1}")
             first, count, shape = expert * shape[1], shape[1], shape[1:]
         if rows is None:
             return first, first + count, shape
         start, stop = _row_range(rows, count, self.name)
-        return first + start, first + stop, (stop - start, shape[-1] if shape else 1)
+        return first + start, first + stop, (stop - start, self._columns)
 
     def __repr__(self) -> str:
         return f"<Tensor {self.name} {self.type_name} {self.shape}>"
 
 
 def _row_range(rows: Rows, count: int, name: str) -> tuple[int, int]:
-    if isinstance(rows, tuple):
-        start, stop, step = *rows, 1
-    else:
-        start, stop, step = (
-            rows.start or 0,
-            count if rows.stop is None else rows.stop,
-            rows.step or 1,
-        )
-    if step != 1 or not 0 <= start <= stop <= count:
-        raise UsageError(
-            f"{name}: rows {rows} of {count}; a range inside, in steps of 1, is needed"
-        )
-    return start, stop
+    wanted = slice(*rows) if isinstance(rows, tuple) and len(rows) == 2 else rows
+    if isinstance(wanted, (slice, range)):
+        start = 0 if wanted.start is None else index(wanted.start)
+        stop = count if wanted.stop is None else index(wanted.stop)
+        if wanted.step in (None, 1) and 0 <= start <= stop <= count:
+            return start, stop
+    raise UsageError(f"{name}: rows {rows} of {count}; a range inside, in steps of 1, is needed")
 
 
 class Weights(Mapping[str, Tensor]):
@@ -196,6 +195,7 @@ class Weights(Mapping[str, Tensor]):
         self._machine: Topology | None = None
         self._mappings: list[MemoryMapping | None] = [None] * len(parts)
         self._mappings[:] = mappings or self._mappings
+        self._lock = RLock()
         self._tensors = {
             info.name: Tensor(info, self, index)
             for index, part in enumerate(parts)
@@ -233,15 +233,16 @@ class Weights(Mapping[str, Tensor]):
             self._machine = topology()
         return pool(self._machine, self.node)
 
-    def _mapping(self, index: int) -> MemoryMapping:
-        if self._closed:
-            raise ClosedError("these weights were closed")
-        mapping = self._mappings[index]
-        if mapping is None:
-            file = self._parts[index].file
-            file.check_unchanged()
-            mapping = self._mappings[index] = map_file(file.fd, file.size)
-        return mapping
+    def _mapping(self, part: int) -> MemoryMapping:
+        with self._lock:  # a mapping that another one replaced would take its addresses with it
+            mapping = self._mappings[part]
+            if self._closed or (mapping is not None and mapping.closed):
+                raise ClosedError(f"the weights of {self.paths[0]} were closed")
+            if mapping is None:
+                file = self._parts[part].file
+                file.check_unchanged()
+                mapping = self._mappings[part] = map_file(file.fd, file.size)
+            return mapping
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._tensors:
@@ -258,13 +259,14 @@ class Weights(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def close(self) -> None:
-        self._closed = True
-        for mapping in self._mappings:
-            if mapping is not None:
-                mapping.close()
-        if self.node is None:
-            for part in self._parts:
-                part.file.close()
+        with self._lock:
+            self._closed = True
+            for mapping in self._mappings:
+                if mapping is not None:
+                    mapping.close()
+            if self.node is None:
+                for part in self._parts:
+                    part.file.close()
 
     def __enter__(self) -> Weights:
         return self
@@ -282,28 +284,38 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
 
     Raises: ReadError, and the FormatErrors of a header or of splits that do not fit together.
     """
-    given = os.fspath(path)
-    parts = [_open_part(given)]
+    given = os.fsdecode(path)
+    parts = {given: _open_part(given)}
     try:
-        count = split_count(parts[0].header, given)
+        count = split_count(parts[given].header, given)
         paths = sibling_paths(given) if count > 1 else [given]
         if len(paths) != count:
             raise SplitError(
                 f"named as one of {len(paths)} files, split.count is {count}", path=given
             )
-        parts = [parts[0] if p == given else _open_part(p) for p in paths]
-        check_splits(paths, [part.header for part in parts])
+        for other in paths:
+            if other != given:
+                parts[other] = _open_part(other)
+        check_splits(paths, [parts[p].header for p in paths])
     except BaseException:
-        for part in parts:
+        for part in parts.values():
             part.file.close()
         raise
-    return Weights(parts)
+    return Weights([parts[p] for p in paths])
 
 
 def _open_part(path: str) -> Part:
     file = SourceFile(path)
+
+    def read_at(offset: int, nbytes: int) -> bytes:
+        """Arrays of the metadata are read when they are asked for: perhaps long after opening."""
+        if file.fd < 0:
+            raise ClosedError(f"{path} was closed")
+        file.check_unchanged()
+        return file.read_at(offset, nbytes)
+
     try:
-        return Part(file, parse_header(file.read_at, file.size, path))
+        return Part(file, parse_header(read_at, file.size, path))
     except BaseException:
         file.close()
         raise

@@ -91,12 +91,9 @@ def _short(value: Any) -> str:
 
 
 def prewarm(options: argparse.Namespace) -> int:
-    import os
-
     from numaload.storage.prewarm import prewarm as warm
 
-    total = sum(os.path.getsize(f) for f in options.files if os.path.isfile(f))
-    with progress_bar("prewarm", total, quiet=options.json) as progress:
+    with progress_bar("prewarm", quiet=options.json) as progress:
         report = warm(
             options.files, nodes=options.nodes, policy=options.policy,
             threads=options.threads, force=options.force, progress=progress,

@@ -6,7 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -71,28 +71,38 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 @contextmanager
-def progress_bar(
-    label: str, total: int, *, quiet: bool
-) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A callback for the API that draws a bar, on a terminal and where there is time for one."""
-    if quiet or not sys.stderr.isatty() or total < WORTH_A_BAR:
+    if quiet or not sys.stderr.isatty():
         yield None
         return
+    with ExitStack() as stack:
+        yield _Bar(label, stack)
+
+
+class _Bar:
+    """Begins with the first call, which the API makes after all it had to announce."""
+
+    def __init__(self, label: str, stack: ExitStack) -> None:
+        self.label, self.stack = label, stack
+        self.bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None and total >= WORTH_A_BAR:
+            self.bar = self.stack.enter_context(_rich_bar())
+            self.task = self.bar.add_task(self.label, total=total)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=total)
+
+
+def _rich_bar() -> Any:
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
     columns = (
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
     )
-    with Progress("{task.description}", *columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda done, whole: bar.update(task, completed=done, total=whole)
+    return progress.Progress("{task.description}", *columns, console=Console(stderr=True))

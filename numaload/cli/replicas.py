@@ -99,8 +99,7 @@ def mirror(options: argparse.Namespace) -> int:
     if not models:
         complain(TEACH)
         return 2
-    total = sum(weights.nbytes for weights in models) * len(nodes)
-    with progress_bar("mirror", total, quiet=options.json) as progress:
+    with progress_bar("mirror", quiet=options.json) as progress:
         mirrors = mirror_shared(
             models, machine, nodes, progress, lambda todo: _print_plan(todo, note)
         )

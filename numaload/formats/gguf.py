@@ -17,6 +17,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from math import prod
 from typing import Any, NamedTuple, NoReturn, overload
 
 from numaload.errors import (
@@ -35,7 +36,8 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4  # ggml.h GGML_MAX_DIMS
 MAX_NAME = 65535  # bytes; ggml's own limit for keys
-MAX_HEADER = 1 << 30  # bytes; the largest vocabularies need 1 % of it
+MAX_HEADER = 1 << 28  # bytes; the largest vocabularies need a tenth of it
+MAX_ELEMENTS = 1 << 60  # so that their bytes, as any of our floats, count in 63 bits
 MAX_NESTING = 4  # arrays of arrays; ggml itself refuses any
 MIN_KV, MIN_TENSOR = 13, 24  # bytes of the smallest possible entry
 FIRST_READ = 1 << 18
@@ -99,12 +101,23 @@ class MetadataArray(Sequence[Any]):
         return TYPE_NAMES[self.type_id]
 
     def tolist(self) -> list[Any]:
+        return list(self._decoded())
+
+    def _decoded(self) -> list[Any]:
         if self._values is None:
-            raw = self._read_at(self.offset, self.nbytes)
-            self._values = _Decoder(raw, self.offset, self._path).elements(
-                self.type_id, self._count
-            )
+            decoder = _Decoder(self._read_at(self.offset, self.nbytes))
+            try:
+                values = decoder.elements(self.type_id, self._count)
+            except (struct.error, KeyError, OverflowError, RecursionError) as error:
+                raise self._changed() from error
+            if decoder.pos != self.nbytes:
+                raise self._changed()
+            self._values = values
         return self._values
+
+    def _changed(self) -> MetadataError:
+        message = f"{self!r} has other lengths in it than when the header was read"
+        return MetadataError(message, path=self._path, offset=self.offset)
 
     def __len__(self) -> int:
         return self._count
@@ -114,15 +127,15 @@ class MetadataArray(Sequence[Any]):
     @overload
     def __getitem__(self, index: slice) -> list[Any]: ...
     def __getitem__(self, index: int | slice) -> Any:
-        return self.tolist()[index]
+        return self._decoded()[index]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.tolist())
+        return iter(self._decoded())
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, MetadataArray):
-            return self.tolist() == other.tolist()
-        return isinstance(other, (list, tuple)) and self.tolist() == list(other)
+            return self._decoded() == other._decoded()
+        return isinstance(other, (list, tuple)) and self._decoded() == list(other)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -140,6 +153,10 @@ class Metadata(Mapping[str, Any]):
         if key not in self._values:
             raise MetadataKeyError(key, self._values)
         return self._values[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        # Mapping.get would compare the key with all others, to name close ones in an unseen error.
+        return self._values.get(key, default)
 
     def __contains__(self, key: object) -> bool:
         return key in self._values
@@ -161,8 +178,8 @@ class Metadata(Mapping[str, Any]):
 class _Decoder:
     """Values of one array, from bytes whose structure was walked before."""
 
-    def __init__(self, raw: bytes, origin: int, path: str) -> None:
-        self.raw, self.pos, self.origin, self.path = raw, 0, origin, path
+    def __init__(self, raw: bytes) -> None:
+        self.raw, self.pos = raw, 0
 
     def elements(self, type_id: int, count: int) -> list[Any]:
         if type_id == STRING:
@@ -209,7 +226,9 @@ class _Cursor:
 
     def inside(self, end: int, what: str) -> None:
         if end > self.size:
-            self.fail(TruncatedError, f"{what} needs {end} bytes, the file has {self.size}")
+            self.fail(
+                TruncatedError, f"{what} ends at byte {end} or later, the file at {self.size}"
+            )
 
     def unpack(self, fmt: struct.Struct, what: str) -> tuple[Any, ...]:
         self.need(self.pos + fmt.size, what)
@@ -217,14 +236,27 @@ class _Cursor:
         self.pos += fmt.size
         return values
 
-    def string(self, what: str, limit: int = MAX_HEADER) -> str:
+    def string(self, what: str) -> str:
         (length,) = self.unpack(U64, what)
-        if length > limit:
-            self.fail(FormatError, f"{what} of {length} bytes, at most {limit} are possible")
+        return self.take(length, what).decode("utf-8", "surrogateescape")
+
+    def name(self, what: str, kind: type[FormatError]) -> str:
+        """A metadata key or the name of a tensor. Unlike values these are printed: text only."""
+        at = self.pos
+        (length,) = self.unpack(U64, what)
+        if length > MAX_NAME:
+            self.fail(kind, f"{what} of {length} bytes, at most {MAX_NAME} are possible", at)
+        raw = self.take(length, what)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            self.fail(kind, f"{what} {bytes(raw)!r} is not UTF-8", at)
+
+    def take(self, length: int, what: str) -> bytearray:
         start, end = self.pos, self.pos + length
         self.need(end, what)
         self.pos = end
-        return self.buffer[start:end].decode("utf-8", "surrogateescape")
+        return self.buffer[start:end]
 
     def skip_strings(self, count: int, what: str) -> None:
         """The one hot loop: a vocabulary has hundreds of thousands of strings."""
@@ -285,17 +317,17 @@ def parse_header(read_at: ReadAt, size: int, path: str = "<buffer>") -> Header:
     """Read the header of a GGUF file of ``size`` bytes.
 
     read_at(offset, n): exactly n bytes, or an error of its own.
-    Raises: NotGGUFError, UnsupportedVersionError, TruncatedError, MetadataError, TensorInfoError.
+    Raises: NotGGUFError, UnsupportedVersionError, TruncatedError, MetadataError, TensorInfoError,
+    and FormatError itself for a header too large to be one.
     """
     cursor = _Cursor(read_at, size, path)
     version, n_tensors, n_kv = _preamble(cursor)
     metadata = _metadata(cursor, n_kv)
-    rows = [_tensor_row(cursor) for _ in range(_plausible(cursor, n_tensors, "tensors"))]
+    rows = _tensor_rows(cursor, n_tensors)
     header_end = cursor.pos
     alignment = _alignment(cursor, metadata)
     data_start = -(-header_end // alignment) * alignment
     tensors = [_tensor_info(cursor, row, data_start, alignment) for row in rows]
-    _check_names(cursor, tensors)
     _check_overlap(cursor, tensors)
     return Header(version, metadata, tensors, alignment, data_start, header_end)
 
@@ -329,7 +361,7 @@ def _metadata(cursor: _Cursor, n_kv: int) -> Metadata:
     types: dict[str, int] = {}
     for _ in range(_plausible(cursor, n_kv, "metadata entries")):
         at = cursor.pos
-        key = cursor.string("metadata key", MAX_NAME)
+        key = cursor.name("metadata key", MetadataError)
         if key in values:
             cursor.fail(MetadataError, f"key {key!r} appears twice", at)
         (types[key],) = cursor.unpack(U32, f"type of {key!r}")
@@ -345,9 +377,19 @@ class _Row(NamedTuple):
     offset: int
 
 
+def _tensor_rows(cursor: _Cursor, n_tensors: int) -> list[_Row]:
+    rows: dict[str, _Row] = {}
+    for _ in range(_plausible(cursor, n_tensors, "tensors")):
+        row = _tensor_row(cursor)
+        if row.name in rows:
+            cursor.fail(TensorInfoError, f"tensor {row.name!r} appears twice", row.at)
+        rows[row.name] = row
+    return list(rows.values())
+
+
 def _tensor_row(cursor: _Cursor) -> _Row:
     at = cursor.pos
-    name = cursor.string("tensor name", MAX_NAME)
+    name = cursor.name("tensor name", TensorInfoError)
     (n_dims,) = cursor.unpack(U32, f"tensor {name!r}")
     if n_dims > MAX_DIMS:
         cursor.fail(TensorInfoError, f"tensor {name!r} has {n_dims} dims, at most {MAX_DIMS}", at)
@@ -393,20 +435,10 @@ def _nbytes(cursor: _Cursor, row: _Row, what: str) -> int:
             f"{what}: rows of {first} elements are no whole {name} blocks of {block_size}",
             row.at,
         )
-    elements = 1
-    for dim in row.dims:  # Python integers: nothing wraps
-        elements *= dim
-    if elements >= 1 << 63:
-        cursor.fail(TensorInfoError, f"{what}: dims {row.dims} are over 2^63 elements", row.at)
-    return elements // block_size * type_size
-
-
-def _check_names(cursor: _Cursor, tensors: list[TensorInfo]) -> None:
-    seen: set[str] = set()
-    for tensor in tensors:
-        if tensor.name in seen:
-            cursor.fail(TensorInfoError, f"tensor {tensor.name!r} appears twice")
-        seen.add(tensor.name)
+    # Python integers: nothing wraps. A dim of 0 must not hide that the others are impossible.
+    if prod(max(dim, 1) for dim in row.dims) >= MAX_ELEMENTS:
+        cursor.fail(TensorInfoError, f"{what}: dims {row.dims}, over 2^60 elements", row.at)
+    return prod(row.dims) // block_size * type_size
 
 
 def _check_overlap(cursor: _Cursor, tensors: list[TensorInfo]) -> None:

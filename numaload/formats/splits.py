@@ -13,7 +13,7 @@ from typing import NamedTuple
 from numaload.errors import SplitError
 from numaload.formats.gguf import Header
 
-NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+NAME = re.compile(r"(?s)(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 MAX_SPLITS = 99999
 
 
@@ -55,15 +55,15 @@ def sibling_paths(path: str) -> list[str]:
 def split_count(header: Header, path: str) -> int:
     """How many files the header says the model has; 1 where it says nothing."""
     count = header.metadata.get("split.count", 1)
-    if type(count) is not int or count > MAX_SPLITS:
-        raise SplitError(f"split.count is {count!r}, expected 1 to {MAX_SPLITS}", path=path)
+    if type(count) is not int or not 0 <= count <= MAX_SPLITS:
+        raise SplitError(f"split.count is {count!r}, expected 0 to {MAX_SPLITS}", path=path)
     if count > 1 and split_name(path) is None:
         raise SplitError(
             f"part of {count} split files, but not named NAME-00001-of-{count:05d}.gguf,"
             " so the others cannot be found",
             path=path,
         )
-    return max(count, 1)
+    return max(count, 1)  # gguf-split --merge leaves a 0
 
 
 def check_splits(paths: Sequence[str], headers: Sequence[Header]) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 
 from numaload.errors import UsageError
 
 MAX_ID = 1 << 16
+BLANK = "\0\n\t "  # around lists; recorded files end in NULs
+RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 
 
 def parse_list(text: str) -> list[int]:
-    """Ids in ascending order. ``text``: ``"0,2-3"``, possibly with the NULs of recorded files."""
+    """Ids in ascending order. ``text``: ``"0,2-3"``. Raises: ValueError."""
     ids: set[int] = set()
-    for part in text.strip("\0\n\t ").split(","):
+    for part in text.strip(BLANK).split(","):
         if not part.strip():
             continue
-        first, _, last = part.strip().partition("-")
-        start, stop = int(first), int(last or first)
-        if not 0 <= start <= stop < MAX_ID:
+        match = RANGE.fullmatch(part.strip())
+        start, stop = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not start <= stop < MAX_ID:
             raise ValueError(f"{part!r} is no range of ids")
         ids.update(range(start, stop + 1))
     return sorted(ids)
@@ -36,7 +39,7 @@ def format_list(ids: Iterable[int]) -> str:
 
 def parse_map(text: str) -> list[int]:
     """Ids of a ``cpumap``: comma-separated 32-bit hexadecimal words, highest first."""
-    bits = int(text.strip("\0\n\t ").replace(",", "") or "0", 16)
+    bits = int(text.strip(BLANK).replace(",", "") or "0", 16)
     return [i for i in range(bits.bit_length()) if bits >> i & 1]
 
 
@@ -47,19 +50,22 @@ def select(
 
     everything: what ``all`` means. known: what may be named. Raises: UsageError.
     """
-    if text == "all":
-        return sorted(everything)
     if text == "local":
         return [local]
-    try:
-        ids = parse_list(text.removeprefix("!"))
-    except ValueError:
-        raise UsageError(f"nodes {text!r}: expected all, local, 0,2-3 or !1") from None
-    if text.startswith("!"):
-        ids = sorted(set(everything) - set(ids))
+    ids = sorted(everything) if text == "all" else _named(text, everything)
     unknown = sorted(set(ids) - set(known))
     if unknown or not ids:
         have = format_list(known)
         what = f"node {format_list(unknown)} is not usable here" if unknown else "no node is left"
-        raise UsageError(f"nodes {text!r}: {what}; usable: {have}")
+        raise UsageError(f"nodes {text!r}: {what}; usable: {have or 'none'}")
     return ids
+
+
+def _named(text: str, everything: Collection[int]) -> list[int]:
+    try:
+        ids = parse_list(text.removeprefix("!"))
+    except ValueError:
+        ids = []
+    if not ids:
+        raise UsageError(f"nodes {text!r}: expected all, local, 0,2-3 or !1")
+    return sorted(set(everything) - set(ids)) if text.startswith("!") else ids

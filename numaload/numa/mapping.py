@@ -6,11 +6,13 @@ view is gone, so no array can be left pointing at nothing.
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import weakref
 from collections.abc import Collection
 
-from numaload.errors import ClosedError, NumaError
+from numaload.errors import ClosedError, NumaError, UsageError
 from numaload.numa import syscalls
 from numaload.numa.syscalls import HUGE, PAGE
 
@@ -19,7 +21,7 @@ class Mapping:
     """``length`` bytes at ``address``, which is 2 MiB-aligned and has unmapped neighbours."""
 
     def __init__(self, address: int, length: int, reserved: tuple[int, int]) -> None:
-        self.address, self.length = address, length
+        self.address, self.length, self.closed = address, length, False
         self._memory = syscalls.memory_at(address, length) if length else None
         if self._memory is not None:
             # The finalizer hangs on what views refer to, not on this object.
@@ -35,18 +37,16 @@ class Mapping:
         """The bytes as a flat buffer that keeps the range alive, read-only unless asked."""
         if self.closed:
             raise ClosedError("this memory was closed")
+        stop = self.length if nbytes is None else offset + nbytes
+        if not 0 <= offset <= stop <= self.length:  # a slice would silently be shorter
+            raise UsageError(f"bytes {offset} to {stop} of a mapping of {self.length}")
         if self._memory is None:
             return memoryview(b"")
-        stop = self.length if nbytes is None else offset + nbytes
         flat = memoryview(self._memory).cast("B")[offset:stop]
         return flat if write else flat.toreadonly()
 
-    @property
-    def closed(self) -> bool:
-        return self._memory is None and self.length > 0
-
     def close(self) -> None:
-        self._memory = None
+        self._memory, self.closed = None, True
 
     def __enter__(self) -> Mapping:
         return self
@@ -98,9 +98,22 @@ def bind(mapping: Mapping, nodes: Collection[int]) -> None:
 
 
 def populate_read(mapping: Mapping, start: int = 0, stop: int | None = None) -> None:
-    """Map what is in RAM into this process, so that the kernel's counts include it."""
+    """Map what is in RAM into this process, so that the kernel's counts include it.
+
+    start: a multiple of the page size. Raises: NumaError where the file got shorter or cannot be
+    read; touching such a page would kill the process.
+    """
     stop = mapping.length if stop is None else stop
     size = -(-(stop - start) // PAGE) * PAGE
-    if size and syscalls.madvise(mapping.address + start, size, syscalls.MADV_POPULATE_READ):
-        for offset in range(start, stop, PAGE):  # kernels before 5.14
-            mapping.view(offset, 1)[0]
+    failed = size and syscalls.madvise(mapping.address + start, size, syscalls.MADV_POPULATE_READ)
+    if failed == errno.EINVAL:  # kernels before 5.14
+        view = mapping.view()
+        for offset in range(start, stop, PAGE):
+            view[offset]
+    elif failed:
+        raise NumaError(
+            f"madvise: bytes {start} to {stop} cannot be read: {os.strerror(failed)};"
+            " was the file cut short?",
+            call="madvise",
+            errno=failed,
+        )

@@ -17,9 +17,9 @@ class Limit(NamedTuple):
     free: int
 
 
-def _fields(path: str) -> dict[str, int]:
+def fields(path: str) -> dict[str, int]:
     """Lines ``[Node 0] Name: 12 kB`` or ``name 12`` as bytes; empty where there is no such file."""
-    fields: dict[str, int] = {}
+    found: dict[str, int] = {}
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             lines = file.read().splitlines()
@@ -31,52 +31,57 @@ def _fields(path: str) -> dict[str, int]:
             words = words[2:]
         if len(words) >= 2 and words[1].isdigit():
             scale = 1024 if words[2:] == ["kB"] else 1
-            fields[words[0].rstrip(":")] = int(words[1]) * scale
-    return fields
+            found[words[0].rstrip(":")] = int(words[1]) * scale
+    return found
 
 
 def reserve(total: int) -> int:
     return min(RESERVE_MAX, max(RESERVE_MIN, total // RESERVE_SHARE))
 
 
-def node_free(node: int, sys_root: str = "/sys") -> int:
+def node_free(node: int, sys_root: str = "/sys", proc_root: str = "/proc") -> int:
     """Bytes that strictly bound memory can take on this node without an OOM kill.
 
     Free pages and clean page cache, less a reserve. FilePages would be wrong: it counts shared
     memory, which cannot be given back.
     """
-    info = _fields(f"{sys_root}/devices/system/node/node{node}/meminfo") or _fields("/proc/meminfo")
+    base = f"{sys_root}/devices/system/node"
+    # Only a kernel without NUMA has all memory on one node; an absent node has none.
+    path = f"{base}/node{node}/meminfo" if os.path.isdir(base) else f"{proc_root}/meminfo"
+    info = fields(path)
     cache = info.get("Active(file)", 0) + info.get("Inactive(file)", 0)
     clean = max(0, cache - info.get("Dirty", 0) - info.get("Writeback", 0))
     slab = info.get("SReclaimable", 0) // 2  # part of it stays in use
     return max(0, info.get("MemFree", 0) + clean + slab - reserve(info.get("MemTotal", 0)))
 
 
-def machine_available() -> Limit:
+def machine_available(proc_root: str = "/proc") -> Limit:
     """What the kernel thinks can be used without swapping (MemAvailable)."""
-    return Limit("this machine (MemAvailable)", _fields("/proc/meminfo").get("MemAvailable", 0))
+    free = fields(f"{proc_root}/meminfo").get("MemAvailable", 0)
+    return Limit("this machine (MemAvailable)", free)
 
 
-def cgroup_limits() -> Iterator[Limit]:
+def cgroup_limits(sys_root: str = "/sys", proc_root: str = "/proc") -> Iterator[Limit]:
     """Room under every memory limit above this process; page cache counts as room."""
-    for folder, maximum, current in _cgroup_folders():
+    for folder, maximum, current in _cgroup_folders(sys_root, proc_root):
         limit, used = _number(f"{folder}/{maximum}"), _number(f"{folder}/{current}")
         if limit is None or used is None or limit >= 1 << 60:
             continue
-        stat = _fields(f"{folder}/memory.stat")
-        files = "total_{}" if "total_inactive_file" in stat else "{}"
-        cache = sum(stat.get(files.format(k), 0) for k in ("inactive_file", "active_file"))
+        stat = fields(f"{folder}/memory.stat")
+        prefix = "total_" if "total_inactive_file" in stat else ""  # version 1: with descendants
+        cache = sum(stat.get(prefix + key, 0) for key in ("inactive_file", "active_file"))
         yield Limit(f"cgroup {folder} ({maximum})", max(0, limit - used + cache))
 
 
-def _cgroup_folders() -> Iterator[tuple[str, str, str]]:
+def _cgroup_folders(sys_root: str, proc_root: str) -> Iterator[tuple[str, str, str]]:
     """(folder, name of its limit, name of its usage) from this process's group to the root."""
+    base = f"{sys_root}/fs/cgroup"
     names = {
-        2: ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        1: ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        2: (base, "memory.max", "memory.current"),
+        1: (f"{base}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     }
     try:
-        with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
+        with open(f"{proc_root}/self/cgroup", encoding="utf-8", errors="replace") as file:
             rows = [line.rstrip("\n").split(":", 2) for line in file]
     except OSError:
         return
@@ -102,6 +107,7 @@ def _number(path: str) -> int | None:
         return None  # "max", or no such limit
 
 
-def available() -> Limit:
+def available(sys_root: str = "/sys", proc_root: str = "/proc") -> Limit:
     """The tightest of the machine's and the cgroups' limits."""
-    return min([machine_available(), *cgroup_limits()], key=lambda limit: limit.free)
+    limits = [machine_available(proc_root), *cgroup_limits(sys_root, proc_root)]
+    return min(limits, key=lambda limit: limit.free)

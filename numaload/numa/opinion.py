@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from numaload.numa.lists import format_list
 from numaload.numa.syscalls import LIBNUMA, binding
 from numaload.numa.topology import Topology
 
@@ -29,8 +30,7 @@ def second_opinion(machine: Topology) -> str:
         return "none, py-libnuma is not installed: pip install numaload[libnuma]"
     except Exception as error:  # noqa: BLE001 - whatever a second opinion dies of, ours stands
         return f"none, py-libnuma failed: {error!r}"
-    wrong = [line for line in found if line]
-    return "; ".join(wrong) if wrong else "libnuma agrees on CPUs and distances"
+    return "; ".join(found) if found else "libnuma agrees on CPUs and distances"
 
 
 def _ask(info: Any, machine: Topology) -> list[str]:
@@ -38,19 +38,17 @@ def _ask(info: Any, machine: Topology) -> list[str]:
     lines = []
     ids = sorted(machine.nodes)
     highest = info.get_max_node()
-    if ids and highest != ids[-1]:
+    if highest != ids[-1]:
         lines.append(f"libnuma's highest node is {highest}, /sys has {ids[-1]}")
     for node in machine.nodes.values():
         if node.id > highest or not node.cpus:
             continue
-        theirs = set(info.node_to_cpus(node.id))
-        if theirs != set(node.cpus):
-            lines.append(
-                f"node {node.id}: libnuma has CPUs {sorted(theirs)}, /sys {sorted(node.cpus)}"
-            )
+        theirs, ours = format_list(info.node_to_cpus(node.id)), format_list(node.cpus)
+        if theirs != ours:
+            lines.append(f"node {node.id}: libnuma has CPUs {theirs or 'none'}, /sys {ours}")
         for other in ids:
             distance = info.numa_distance(node.id, other)
             if distance != node.distances.get(other, distance):
-                ours = node.distances[other]
-                lines.append(f"distance {node.id} to {other}: libnuma {distance}, /sys {ours}")
+                known = node.distances[other]
+                lines.append(f"distance {node.id} to {other}: libnuma {distance}, /sys {known}")
     return lines

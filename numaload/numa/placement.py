@@ -8,19 +8,28 @@ Both see only pages that this process has mapped: populate first.
 from __future__ import annotations
 
 import random
+import re
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from numaload.errors import NumaError, PlacementError, warn_once
 from numaload.numa import syscalls
 from numaload.numa.lists import format_list
 from numaload.numa.mapping import Mapping
-from numaload.numa.syscalls import PAGE
+from numaload.numa.syscalls import HUGE, PAGE
 
 ABSENT = -1  # in the counts: pages that are not in RAM, or not mapped here
 SAMPLES = 10_000
+
+Range = tuple[int, int]  # (address, bytes)
+# Words of numa_maps. File names cannot look like these: their blanks are escaped.
+NODE_PAGES = re.compile(r" N(\d+)=(\d+)(?!\S)")
+KERNEL_PAGE = re.compile(r" kernelpagesize_kB=(\d+)")
+HUGE_FIELDS = ("AnonHugePages:", "ShmemPmdMapped:", "FilePmdMapped:")  # of smaps
 
 
 @dataclass
@@ -64,63 +73,77 @@ class Placement:
 def locate(groups: Sequence[tuple[list[int], Sequence[Mapping]]]) -> list[Placement]:
     """Ask the kernel about several replicas at once: [(nodes asked for, its mappings), ...].
 
-    One reading of numa_maps serves all of them: it walks the page tables of the whole process.
+    One reading of numa_maps and one of smaps serve all of them: both walk the page tables of the
+    whole process.
     """
-    live = [[m for m in mappings if m.length] for _, mappings in groups]
-    counts = count_pages([m.range for mappings in live for m in mappings])
+    live = [[m.range for m in mappings if m.length] for _, mappings in groups]
+    counts = count_pages([r for ranges in live for r in ranges])
+    huge = _huge_bytes([r for ranges in live for r in ranges])
     placements = []
-    for (asked, _), mappings in zip(groups, live, strict=True):
+    for (asked, _), ranges in zip(groups, live, strict=True):
         on: Counter[int] = Counter()
-        for _ in mappings:
+        for _ in ranges:
             on.update(next(counts))
-        pages = sum(-(-m.length // PAGE) for m in mappings)
+        pages = sum(-(-length // PAGE) for _, length in ranges)
         on[ABSENT] = max(0, pages - sum(on.values()))
-        ranges = [m.range for m in mappings]
-        placements.append(Placement(asked, pages, dict(+on), _sample(ranges), _huge_bytes(ranges)))
+        huge_pages = sum(next(huge) for _ in ranges)
+        placements.append(Placement(asked, pages, dict(+on), _sample(ranges), huge_pages))
     return placements
 
 
-def count_pages(ranges: Sequence[tuple[int, int]]) -> Iterator[dict[int, int]]:
-    """For each (address, length): {node: pages mapped there}, from /proc/self/numa_maps."""
-    lines = _numa_maps()
-    found: list[Counter[int]] = [Counter() for _ in ranges]
-    for start, on in lines:
-        for (address, length), counts in zip(ranges, found, strict=True):
-            if address <= start < address + length:
-                counts.update(on)
-    return iter(found)
+class Area(NamedTuple):
+    """One line of numa_maps, or paragraph of smaps: a mapped range as the kernel divides them."""
+
+    start: int
+    counts: dict[int, int]
 
 
-def _numa_maps() -> list[tuple[int, dict[int, int]]]:
-    """(start address, {node: base pages}) of each mapped range.
+def _inside(areas: Sequence[Area], ranges: Sequence[Range]) -> Iterator[Counter[int]]:
+    """The counts of each range, summed. ``areas`` ascend, as the kernel lists them.
+
+    A range is a whole Mapping: no area reaches beyond one.
+    """
+    starts = [area.start for area in areas]
+    for address, length in ranges:
+        counts: Counter[int] = Counter()
+        for i in range(bisect_left(starts, address), bisect_left(starts, address + length)):
+            counts.update(areas[i].counts)
+        yield counts
+
+
+def count_pages(ranges: Sequence[Range]) -> Iterator[dict[int, int]]:
+    """For each (address, length): {node: pages mapped there}, from /proc/self/numa_maps.
+
+    Raises: NumaError.
+    """
+    try:
+        with open("/proc/self/numa_maps", encoding="utf-8", errors="replace") as file:
+            areas = parse_numa_maps(file)
+    except OSError as error:
+        raise NumaError(
+            f"/proc/self/numa_maps: {error.strerror}", call="numa_maps", errno=error.errno or 0
+        ) from error
+    return _inside(areas, ranges)
+
+
+def parse_numa_maps(lines: Iterable[str]) -> list[Area]:
+    """{node: base pages} of each mapped range that has any.
 
     ``7f3e00000000 bind:1 file=/dev/shm/x dirty=512 N1=512 kernelpagesize_kB=4``: the policy may
     hold a space, the file name is escaped, and N counts are in units of kernelpagesize.
     """
-    rows = []
-    try:
-        with open("/proc/self/numa_maps", encoding="utf-8", errors="replace") as file:
-            lines = file.readlines()
-    except OSError as error:
-        raise NumaError(f"/proc/self/numa_maps: {error.strerror}", call="numa_maps") from error
+    areas = []
     for line in lines:
-        words = line.split()
-        counts = {
-            int(w[1 : w.index("=")]): int(w[w.index("=") + 1 :]) for w in words if _is_count(w)
-        }
+        counts = {int(node): int(pages) for node, pages in NODE_PAGES.findall(line)}
         if counts:
-            unit = next((int(w[18:]) for w in words if w.startswith("kernelpagesize_kB=")), 4)
-            scale = (unit << 10) // PAGE
-            rows.append((int(words[0], 16), {n: c * scale for n, c in counts.items()}))
-    return rows
+            unit = KERNEL_PAGE.search(line)
+            scale = (int(unit[1]) << 10) // PAGE if unit else 1
+            start = int(line.partition(" ")[0], 16)
+            areas.append(Area(start, {node: pages * scale for node, pages in counts.items()}))
+    return areas
 
 
-def _is_count(word: str) -> bool:
-    node, _, count = word[1:].partition("=")
-    return word[0] == "N" and node.isdigit() and count.isdigit()
-
-
-def _sample(ranges: Sequence[tuple[int, int]], samples: int = SAMPLES) -> dict[int, int]:
+def _sample(ranges: Sequence[Range], samples: int = SAMPLES) -> dict[int, int]:
     """{node: pages} of random pages, by move_pages; empty where the call is refused."""
     pages = [-(-length // PAGE) for _, length in ranges]
     total = sum(pages)
@@ -128,11 +151,11 @@ def _sample(ranges: Sequence[tuple[int, int]], samples: int = SAMPLES) -> dict[i
         return {}
     # Random, not every n-th: a stride would alias with interleaving.
     chosen = random.sample(range(total), samples) if total > samples else range(total)
-    addresses, first = [], 0
-    for (address, _), count in zip(ranges, pages, strict=True):
-        inside = (i - first for i in chosen if first <= i < first + count)
-        addresses += [address + i * PAGE for i in inside]
-        first += count
+    firsts = list(accumulate(pages, initial=0))
+    addresses = []
+    for i in chosen:
+        which = bisect_right(firsts, i) - 1
+        addresses.append(ranges[which][0] + (i - firsts[which]) * PAGE)
     try:
         nodes = syscalls.pages_nodes(addresses)
     except NumaError as error:
@@ -141,18 +164,24 @@ def _sample(ranges: Sequence[tuple[int, int]], samples: int = SAMPLES) -> dict[i
     return dict(Counter(max(node, ABSENT) for node in nodes))
 
 
-def _huge_bytes(ranges: Sequence[tuple[int, int]]) -> int:
-    """Bytes of these ranges that are mapped by huge pages, from /proc/self/smaps."""
-    total, inside = 0, False
+def _huge_bytes(ranges: Sequence[Range]) -> Iterator[int]:
+    """For each range: bytes of it that are mapped by huge pages; 0 where nobody tells."""
     try:
         with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                head = line.split(None, 1)[0]
-                if "-" in head and not head.endswith(":"):
-                    start = int(head.split("-")[0], 16)
-                    inside = any(a <= start < a + n for a, n in ranges)
-                elif inside and head in ("AnonHugePages:", "ShmemPmdMapped:", "FilePmdMapped:"):
-                    total += int(line.split()[1]) << 10
+            areas = parse_smaps(file)
     except OSError:
-        return 0
-    return total
+        areas = []
+    return (counts[HUGE] for counts in _inside(areas, ranges))
+
+
+def parse_smaps(lines: Iterable[str]) -> list[Area]:
+    """{2 MiB: bytes mapped by huge pages} of each mapped range, of any kind of memory."""
+    areas: list[Area] = []
+    for line in lines:
+        head, _, rest = line.partition(" ")
+        if head in HUGE_FIELDS:
+            counts = areas[-1].counts
+            counts[HUGE] = counts.get(HUGE, 0) + (int(rest.split()[0]) << 10)
+        elif not head.rstrip().endswith(":"):  # 7f3e00000000-7f3e40000000 r--s ...
+            areas.append(Area(int(head.partition("-")[0], 16), {}))
+    return areas

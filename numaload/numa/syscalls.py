@@ -8,6 +8,7 @@ which way they go. Numbers and flags: linux/mempolicy.h, asm/unistd.h; aarch64 i
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import platform
@@ -16,9 +17,18 @@ from functools import cache, partial
 from typing import NamedTuple
 
 from numaload.errors import NumaError, NumaUnavailableError
+from numaload.numa.lists import format_list
 
 LIBNUMA = "libnuma.so.1"
 LIBNUMA_HINT = "apt-get install libnuma1"
+SYSTEM_CALLS, NO_CALLS = "system calls", "none"  # other names of a binding
+
+# What a refused policy call usually means; the kernel gives only a number.
+HINTS = {
+    errno.EPERM: "forbidden, as in a container: start it with --cap-add SYS_NICE",
+    errno.ENOSYS: "a kernel without NUMA, or a container that hides it",
+    errno.EINVAL: "the node is absent, has no memory or is outside this process's cpuset",
+}
 
 # mempolicy.h
 MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE = 0, 1, 2, 3
@@ -55,12 +65,18 @@ class Binding(NamedTuple):
 
 @cache
 def binding() -> Binding:
-    """libnuma's symbols where it loads, else raw system calls. Raises: NumaUnavailableError."""
+    """libnuma's symbols where it loads, else raw system calls.
+
+    Where both are missing the calls raise NumaUnavailableError: much can be done without them.
+    """
     try:
         library = ctypes.CDLL(LIBNUMA, use_errno=True)
         return Binding(LIBNUMA, {name: _symbol(library, name) for name in PROTOTYPES})
     except (OSError, AttributeError):
-        return Binding("system calls", {name: _raw(name) for name in PROTOTYPES})
+        numbers = NUMBERS.get(platform.machine())
+    if numbers is None:
+        return Binding(NO_CALLS, dict.fromkeys(PROTOTYPES, _unavailable))
+    return Binding(SYSTEM_CALLS, {name: _raw(name, numbers[name]) for name in PROTOTYPES})
 
 
 def _symbol(library: ctypes.CDLL, name: str) -> Callable[..., int]:
@@ -69,15 +85,17 @@ def _symbol(library: ctypes.CDLL, name: str) -> Callable[..., int]:
     return function  # type: ignore[no-any-return]
 
 
-def _raw(name: str) -> Callable[..., int]:
-    machine = platform.machine()
-    if machine not in NUMBERS:
-        raise NumaUnavailableError(
-            f"no {LIBNUMA} and no system call numbers for {machine}: {LIBNUMA_HINT}", call=name
-        )
+def _raw(name: str, number: int) -> Callable[..., int]:
     function = ctypes.CDLL(None, use_errno=True)["syscall"]
     function.argtypes, function.restype = [_long, *PROTOTYPES[name]], _long
-    return partial(function, NUMBERS[machine][name])
+    return partial(function, number)
+
+
+def _unavailable(*_: object) -> int:
+    raise NumaUnavailableError(
+        f"no {LIBNUMA} and no system call numbers for {platform.machine()}: {LIBNUMA_HINT}",
+        errno=errno.ENOSYS,
+    )
 
 
 @cache
@@ -91,9 +109,18 @@ def _libc() -> ctypes.CDLL:
     return library
 
 
-def _failed(call: str, what: str, node: int | None = None) -> NumaError:
-    errno = ctypes.get_errno()
-    return NumaError(f"{call}: {what}: {os.strerror(errno)}", call=call, node=node, errno=errno)
+def _failed(call: str, what: str) -> NumaError:
+    code = ctypes.get_errno()
+    return NumaError(f"{call}: {what}: {os.strerror(code)}", call=call, errno=code)
+
+
+def _refused(call: str, what: str, nodes: Collection[int] = ()) -> NumaError:
+    """The error of a policy call, with what to do about it."""
+    code = ctypes.get_errno()
+    kind = NumaUnavailableError if code in (errno.EPERM, errno.ENOSYS) else NumaError
+    hint = f" ({HINTS[code]})" if code in HINTS else ""
+    node = next(iter(nodes)) if len(nodes) == 1 else None
+    return kind(f"{call}: {what}: {os.strerror(code)}{hint}", call=call, node=node, errno=code)
 
 
 def _mask(nodes: Collection[int]) -> ctypes.Array[ctypes.c_ulong]:
@@ -109,21 +136,20 @@ def mbind(address: int, length: int, mode: int, nodes: Collection[int]) -> None:
     """Set the policy of pages not yet there. Returning proves nothing: count the pages after."""
     # The kernel reads one bit less than maxnode says.
     if binding().calls["mbind"](address, length, mode, _mask(nodes), MASK_BITS + 1, 0) != 0:
-        node = next(iter(nodes)) if len(nodes) == 1 else None
-        raise _failed("mbind", f"{length} bytes to nodes {sorted(nodes)}", node)
+        raise _refused("mbind", f"{length} bytes to node {format_list(nodes)}", nodes)
 
 
 def set_mempolicy(mode: int, nodes: Collection[int]) -> None:
     """Policy of the calling thread's own allocations, page cache that it reads included."""
     if binding().calls["set_mempolicy"](mode, _mask(nodes), MASK_BITS + 1) != 0:
-        raise _failed("set_mempolicy", f"nodes {sorted(nodes)}")
+        raise _refused("set_mempolicy", f"node {format_list(nodes)}", nodes)
 
 
 def get_mempolicy() -> tuple[int, list[int]]:
     """Mode and nodes of the calling thread's policy."""
     mode, mask = _int(), _Mask()
     if binding().calls["get_mempolicy"](ctypes.byref(mode), mask, MASK_BITS + 1, None, 0) != 0:
-        raise _failed("get_mempolicy", "this thread")
+        raise _refused("get_mempolicy", "this thread")
     nodes = [i for i in range(MASK_BITS) if mask[i // WORD_BITS] >> i % WORD_BITS & 1]
     return mode.value, nodes
 
@@ -160,7 +186,7 @@ def mincore(address: int, length: int) -> bytes:
     vector = ctypes.create_string_buffer(-(-length // PAGE))
     if _libc().mincore(address, length, vector) != 0:
         raise _failed("mincore", f"{length} bytes")
-    return vector.raw.translate(_LOWEST_BIT)[: -(-length // PAGE)]
+    return vector.raw.translate(_LOWEST_BIT)
 
 
 _LOWEST_BIT = bytes(i & 1 for i in range(256))

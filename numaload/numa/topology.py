@@ -13,7 +13,8 @@ from typing import Any
 
 from numaload.errors import UsageError
 from numaload.numa.affinity import ALLOWED
-from numaload.numa.lists import format_list, parse_list, parse_map, select
+from numaload.numa.lists import BLANK, format_list, parse_list, parse_map, select
+from numaload.numa.memory import fields
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Node:
 
     @property
     def why_not(self) -> str:
-        """Why ``all`` leaves this node out, or an empty string."""
+        """What keeps this node from being used like any other, or an empty string."""
         if not self.has_memory:
             return "has no memory"
         if not self.memory_allowed:
@@ -54,8 +55,14 @@ class Topology:
 
     @property
     def all(self) -> list[int]:
-        """Nodes that ``--nodes all`` means: with memory and CPUs, both allowed."""
-        return [n.id for n in self.nodes.values() if not n.why_not]
+        """Nodes that ``--nodes all`` means: the usable memory nearest to each allowed CPU.
+
+        A node with both is its own nearest. CPUs whose node has no memory, or none that this
+        process may use, are served by another, which may have no CPUs itself.
+        """
+        usable = self.usable
+        with_cpus = [n.id for n in self.nodes.values() if n.usable_cpus and usable]
+        return sorted({self.nearest(node, usable) for node in with_cpus})
 
     @property
     def usable(self) -> list[int]:
@@ -64,7 +71,9 @@ class Topology:
 
     @property
     def left_out(self) -> dict[int, str]:
-        return {n.id: n.why_not for n in self.nodes.values() if n.why_not}
+        """{node: why ``all`` does not include it}."""
+        included = self.all
+        return {n.id: n.why_not for n in self.nodes.values() if n.id not in included}
 
     @property
     def cpus(self) -> frozenset[int]:
@@ -75,11 +84,11 @@ class Topology:
         return next((n.id for n in self.nodes.values() if cpu in n.cpus), None)
 
     def local(self) -> int:
-        """The usable node nearest to the CPU that the calling thread may run on now."""
+        """The usable node nearest to the CPUs that the calling thread may run on now."""
         cpus = os.sched_getaffinity(0)
         here = [n for n in self.nodes.values() if n.cpus & cpus]
-        most = max(here, key=lambda n: len(n.cpus & cpus), default=None)
-        return self.nearest(most.id, self.usable) if most else self.usable[0]
+        most = max(here or self.nodes.values(), key=lambda n: len(n.cpus & cpus))
+        return self.nearest(most.id, self.usable)
 
     def nearest(self, node: int, among: Collection[int]) -> int:
         """The node among these with the smallest distance from ``node`` (itself if it is one)."""
@@ -103,9 +112,9 @@ class Topology:
         return select(nodes, everything=self.all, known=self.usable, local=self.local())
 
     def to_dict(self) -> dict[str, Any]:
-        rows = []
+        rows, left_out = [], self.left_out
         for node in self.nodes.values():
-            row = asdict(node) | {"why_not": node.why_not}
+            row = asdict(node) | {"why_not": left_out.get(node.id, "")}
             row |= {key: sorted(row[key]) for key in ("cpus", "usable_cpus")}
             rows.append(row)
         return {"nodes": rows, "all": self.all, "source": self.source}
@@ -121,14 +130,15 @@ def topology(
     if not ids:
         return _single_node(proc_root, cpus)
     mems = _allowed_mems(proc_root)
-    nodes = {i: _node(base, i, ids, cpus, mems) for i in ids}
+    distances = _distances(base, ids)
+    nodes = {i: _node(f"{base}/node{i}", i, distances[i], cpus, mems) for i in ids}
     return Topology(nodes, base)
 
 
 def _read(path: str) -> str | None:
     try:
         with open(path, encoding="ascii", errors="replace") as file:
-            return file.read().strip("\0\n\t ")
+            return file.read().strip(BLANK)
     except OSError:
         return None
 
@@ -152,11 +162,14 @@ def _allowed_mems(proc_root: str) -> frozenset[int] | None:
 
 
 def _node(
-    base: str, node: int, ids: list[int], allowed: frozenset[int], mems: frozenset[int] | None
+    path: str,
+    node: int,
+    distances: dict[int, int],
+    allowed: frozenset[int],
+    mems: frozenset[int] | None,
 ) -> Node:
-    path = f"{base}/node{node}"
     cpus = frozenset(_cpus(path))
-    memory = _meminfo(path)
+    memory = fields(f"{path}/meminfo")
     return Node(
         id=node,
         cpus=cpus,
@@ -164,8 +177,8 @@ def _node(
         memory_total=memory.get("MemTotal", 0),
         memory_free=memory.get("MemFree", 0),
         memory_allowed=mems is None or node in mems,
-        distances=_distances(_read(f"{path}/distance"), ids),
-        packages=_packages(f"{base}/../cpu", cpus),
+        distances=distances,
+        packages=_packages(f"{path}/../../cpu", cpus),
     )
 
 
@@ -176,29 +189,28 @@ def _cpus(path: str) -> list[int]:
     return parse_map(_read(f"{path}/cpumap") or "")  # old POWER kernels have only this
 
 
-def _meminfo(path: str) -> dict[str, int]:
-    """``Node 0 MemFree:  1234 kB`` as {"MemFree": bytes}."""
-    rows = (line.split() for line in (_read(f"{path}/meminfo") or "").splitlines())
-    return {row[2].rstrip(":"): int(row[3]) << 10 for row in rows if len(row) >= 4}
-
-
-def _distances(text: str | None, ids: list[int]) -> dict[int, int]:
-    """The row has one number per online node, in the order of ids; it is not indexed by id."""
-    row = [int(word) for word in (text or "").split()]
-    if len(row) == len(ids):
-        return dict(zip(ids, row, strict=True))
-    return {i: row[i] for i in ids if i < len(row)}
+def _distances(base: str, ids: list[int]) -> dict[int, dict[int, int]]:
+    """{node: {other: distance}}. A row lists the online nodes in the order of ids, not by id."""
+    possible = parse_list(_read(f"{base}/possible") or "")
+    distances: dict[int, dict[int, int]] = {}
+    for node in ids:
+        row = [int(word) for word in (_read(f"{base}/node{node}/distance") or "").split()]
+        # Rows of other lengths cannot be told apart: better no distance than a wrong one.
+        columns = next((order for order in (ids, possible) if len(order) == len(row)), [])
+        pairs = zip(columns, row if columns else [], strict=True)
+        distances[node] = {other: distance for other, distance in pairs if other in ids}
+    return distances
 
 
 def _packages(base: str, cpus: Collection[int]) -> tuple[int, ...]:
-    texts = (_read(f"{base}/cpu{cpu}/topology/physical_package_id") for cpu in cpus)
-    return tuple(sorted({int(text) for text in texts if text}))
+    """Sockets; -1, where the firmware does not say, is none."""
+    texts = (_read(f"{base}/cpu{cpu}/topology/physical_package_id") or "" for cpu in cpus)
+    return tuple(sorted({int(text) for text in texts if text.isdecimal()}))
 
 
 def _single_node(proc_root: str, cpus: frozenset[int]) -> Topology:
     """A kernel without NUMA support: everything is node 0."""
-    rows = (line.split() for line in (_read(f"{proc_root}/meminfo") or "").splitlines())
-    memory = {row[0].rstrip(":"): int(row[1]) << 10 for row in rows if len(row) >= 2}
+    memory = fields(f"{proc_root}/meminfo")
     total, free = memory.get("MemTotal", 0), memory.get("MemFree", 0)
     node = Node(0, cpus, cpus, total, free, memory_allowed=True, distances={0: 10})
     return Topology({0: node}, f"{proc_root}/meminfo")

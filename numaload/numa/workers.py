@@ -10,30 +10,43 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from errno import EINVAL
 from typing import TypeVar
 
+from numaload.errors import NumaError
+from numaload.numa.affinity import pin
 from numaload.numa.topology import Topology
 
 T = TypeVar("T")
 PIECES_EACH = 4  # so that a thread that was interrupted does not hold up the rest
-POLL_S = 0.1  # how long a waiting main thread may leave Ctrl-C unanswered
 
 
 class Workers:
-    """``count`` threads that run only on ``cpus``."""
+    """``count`` threads that run only on ``cpus``. Their tasks raise NumaError if they cannot."""
 
     def __init__(
         self, cpus: Iterable[int], count: int | None = None, name: str = "numaload"
     ) -> None:
         self.cpus = frozenset(cpus)
+        if not self.cpus:
+            raise NumaError("no CPUs to run threads on", call="sched_setaffinity", errno=EINVAL)
         self.count = count or len(self.cpus)
+        self._refused: NumaError | None = None
         self._pool = ThreadPoolExecutor(self.count, name, initializer=self._pin)
 
     def _pin(self) -> None:
-        os.sched_setaffinity(0, self.cpus)
+        try:
+            pin(self.cpus)
+        except NumaError as error:
+            self._refused = error  # raised from here it would break the pool and lose its name
+
+    def _run(self, function: Callable[..., T], *arguments: object) -> T:
+        if self._refused is not None:
+            raise self._refused
+        return function(*arguments)
 
     def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
-        return self._pool.submit(function, *arguments)
+        return self._pool.submit(self._run, function, *arguments)
 
     def ranges(self, function: Callable[[int, int], None], total: int, grain: int = 1) -> None:
         """Call ``function(start, stop)`` over [0, total), in pieces of at least ``grain``."""
@@ -52,11 +65,8 @@ def finish(futures: list[Future[T]], stop: threading.Event | None = None) -> lis
     stop: set in that case, for tasks that look at it.
     """
     try:
-        pending = set(futures)
-        while pending:
-            done, pending = wait(pending, POLL_S, FIRST_EXCEPTION)
-            for future in done:
-                future.result()
+        wait(futures, return_when=FIRST_EXCEPTION)  # Ctrl-C ends this; polling costs too much
+        return [future.result() for future in futures if future.done()]
     except BaseException:
         if stop is not None:
             stop.set()
@@ -64,7 +74,6 @@ def finish(futures: list[Future[T]], stop: threading.Event | None = None) -> lis
             future.cancel()
         wait(futures)
         raise
-    return [future.result() for future in futures]
 
 
 _pools: dict[tuple[frozenset[int], int], Workers] = {}

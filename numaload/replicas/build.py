@@ -104,14 +104,16 @@ class _Build:
         self.scratch = threading.local()
 
     def run(self) -> None:
+        if self.progress:
+            self.progress(0, self.total)
         pools = {node: self._workers(node) for node in self.nodes}
         try:
             finish(
                 [
-                    pools[node].submit(self._fill, node, i, chunk)
-                    for i, row in enumerate(self.sums)
-                    for chunk in range(len(row))
-                    for node in self.nodes
+                    workers.submit(self._work, node, todo)
+                    for node, workers in pools.items()
+                    for todo in [self._chunks()]
+                    for _ in range(workers.count)
                 ],
                 self.stop,
             )
@@ -128,9 +130,21 @@ class _Build:
         cpus = self.machine.nodes[self.machine.threads_node(node)].usable_cpus
         return Workers(cpus, min(MAX_THREADS, len(cpus)), f"numaload-build-{node}")
 
+    def _chunks(self) -> Iterator[tuple[int, int]]:
+        """(file, chunk) in order; the threads of a node share one of these."""
+        for i, row in enumerate(self.sums):
+            for chunk in range(len(row)):
+                yield i, chunk
+
+    def _work(self, node: int, todo: Iterator[tuple[int, int]]) -> None:
+        while not self.stop.is_set():
+            with self.lock:
+                task = next(todo, None)
+            if task is None:
+                return
+            self._fill(node, *task)
+
     def _fill(self, node: int, i: int, chunk: int) -> None:
-        if self.stop.is_set():
-            return
         file, arena = self.files[i], self.arenas[node][i]
         start = chunk * CHUNK
         stop = min(start + CHUNK, file.size)

@@ -13,7 +13,7 @@ from numaload.errors import ChecksumError
 from numaload.numa.mapping import Mapping, populate_read
 from numaload.numa.placement import Placement, locate
 from numaload.numa.topology import Topology
-from numaload.numa.workers import finish, pool
+from numaload.numa.workers import pool
 from numaload.replicas.build import CHUNK
 
 
@@ -78,11 +78,14 @@ def verify(
 
 
 def wrong_chunks(mapping: Mapping, sums: Sequence[int], machine: Topology, node: int) -> list[int]:
-    def right(chunk: int) -> bool:
-        start = chunk * CHUNK
-        view = mapping.view(start, min(CHUNK, mapping.length - start))
-        return bool(xxhash.xxh3_64_intdigest(view) == sums[chunk])
+    wrong: list[int] = []
 
-    workers = pool(machine, node)
-    found = finish([workers.submit(right, chunk) for chunk in range(len(sums))])
-    return [chunk for chunk, ok in enumerate(found) if not ok]
+    def check(first: int, last: int) -> None:
+        for chunk in range(first, last):
+            start = chunk * CHUNK
+            view = mapping.view(start, min(CHUNK, mapping.length - start))
+            if xxhash.xxh3_64_intdigest(view) != sums[chunk]:
+                wrong.append(chunk)
+
+    pool(machine, node).ranges(check, len(sums))
+    return sorted(wrong)

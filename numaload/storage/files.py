@@ -50,8 +50,8 @@ class SourceFile:
         try:
             # Opening a FIFO without O_NONBLOCK would wait for a writer for ever.
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise ReadError(error.strerror or str(error), path=path) from error
+        except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+            raise ReadError(getattr(error, "strerror", None) or str(error), path=path) from error
         status = os.fstat(self.fd)
         if not stat.S_ISREG(status.st_mode):
             self.close()

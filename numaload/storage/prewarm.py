@@ -196,6 +196,8 @@ class _Job:
                 *(machine.nodes[machine.threads_node(n)].usable_cpus for n in nodes)
             )
         count = threads or min(MAX_THREADS, max(1, len(cpus) // 2), -(-self.total // CHUNK))
+        if self.progress:
+            self.progress(0, self.total)
         # Threads of this job alone: the memory policy ends with them.
         workers = Workers(cpus, count, "numaload-prewarm")
         try:

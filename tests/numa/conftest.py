@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import numaload as api
+from commands import Numaload
+from forked import ForkedNumaload
 from witness import kernel_killed
 
 
@@ -21,6 +24,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def nobody_was_killed() -> Iterator[None]:
     yield
     assert kernel_killed() == []
+
+
+@pytest.fixture
+def numaload(store: Path) -> Numaload:
+    return ForkedNumaload(store)
 
 
 @pytest.fixture(scope="session")

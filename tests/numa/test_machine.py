@@ -63,7 +63,7 @@ def test_affinity_smaller_than_a_node(numaload: Numaload, nodes: list[int]) -> N
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {one})
     try:
-        found = numaload.json("nodes")
+        found = Numaload(numaload.store).json("nodes")  # allowed CPUs are read at the start
     finally:
         os.sched_setaffinity(0, before)
     assert found["all"] == [nodes[1]]

@@ -1,0 +1,59 @@
+"""Point 2, README: its two commands are what is there, and the demo does the whole main job."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from commands import Numaload
+from numaload.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_two_commands_exist() -> None:
+    typed = re.findall(r"^(scripts/\S+)$", README, re.MULTILINE)
+    assert typed[:2] == ["scripts/demo", "scripts/check"]
+    assert all(os.access(ROOT / command, os.X_OK) for command in typed)
+    assert "scripts/check" in (ROOT / ".ci/run").read_text()
+
+
+def test_demo_runs_the_main_job(numaload: Numaload, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/demo.py", "--size", "48M"], text=True,
+        capture_output=True, check=False, env=numaload.environment | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for said in ("3 files", "memory is bound", "read in", "pages there (100 %)",
+                 "all checksums right", "million weights", "released"):  # fmt: skip
+        assert said in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["inspect", "nodes", "prewarm", "plan", "mirror", "status", "verify", "release"],
+)
+def test_every_verb_is_explained_and_has_help(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"`numaload {verb}" in README
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: numaload {verb}" in capsys.readouterr().out
+
+
+def test_python_example_runs(
+    numaload: Numaload, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README's example, on the test's model."""
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert "model.gguf" in example
+    exec(compile(example.replace("model.gguf", model), "README.md", "exec"), {})  # noqa: S102

@@ -1,0 +1,191 @@
+"""What ``dtype=`` and ``out=`` take and refuse, and what goes which way to floats."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import subprocess
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.lib.stride_tricks import as_strided
+
+from numaload import errors
+from numaload.dequantize import DTYPES, as_output, dequantize_blocks, dtype_of
+from numaload.errors import NumaloadWarning, UnsupportedTypeError, UsageError
+from numaload.formats.qtypes import BLOCKS, QuantType
+from numaload.numa.topology import topology
+from numaload.numa.workers import pool
+
+F32, F16, BF16 = DTYPES.values()
+SIZE = 6
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("float32", "float32"),
+        ("bfloat16", "bfloat16"),
+        (np.float16, "float16"),
+        (np.dtype("f4"), "float32"),
+        (ml_dtypes.bfloat16, "bfloat16"),
+        (np.dtype(ml_dtypes.bfloat16), "bfloat16"),
+        ("torch.float16", "float16"),
+    ],
+    ids=str,
+)
+def test_dtypes(given: Any, name: str) -> None:
+    assert dtype_of(given) is DTYPES[name]
+
+
+@pytest.mark.parametrize(
+    "given", ["float64", "f4", "", np.int32, int, None, object(), {"names": 1}, 3], ids=repr
+)
+def test_dtypes_that_are_not_made(given: Any) -> None:
+    with pytest.raises(UsageError, match="expected float32, float16, bfloat16"):
+        dtype_of(given)
+
+
+OUTPUTS: dict[str, tuple[Any, np.dtype[Any]]] = {
+    "float32": (np.zeros(SIZE, np.float32), F32),
+    "two-dims": (np.zeros((2, 3), np.float32), F32),
+    "three-dims": (np.zeros((1, 2, 3), np.float16), F16),
+    "bfloat16": (np.zeros(SIZE, ml_dtypes.bfloat16), BF16),
+    "bfloat16-as-uint16": (np.zeros((3, 2), np.uint16), BF16),
+    "float32-as-int32": (np.zeros(SIZE, np.int32), F32),
+    "both-orders": (np.zeros((1, SIZE), np.float32, order="F"), F32),
+    "part-of-an-array": (np.zeros((4, 3), np.float32)[1:3], F32),
+    "matrix": (np.zeros((2, 3), np.float32).view(np.matrix), F32),
+    "memoryview": (memoryview(bytearray(4 * SIZE)).cast("f"), F32),
+    "memoryview-two-dims": (memoryview(bytearray(4 * SIZE)).cast("f", [2, 3]), F32),
+    "memoryview-of-halves": (np.zeros((2, 3), np.float16).data, F16),
+    "array.array": (array.array("f", [0] * SIZE), F32),
+    "array.array-of-shorts": (array.array("H", [0] * SIZE), BF16),
+    "ctypes": ((ctypes.c_float * SIZE)(), F32),
+    "ctypes-two-dims": ((ctypes.c_uint16 * 3 * 2)(), F16),
+}
+
+
+@pytest.mark.parametrize(("out", "dtype"), OUTPUTS.values(), ids=OUTPUTS)
+def test_outputs(out: Any, dtype: np.dtype[Any]) -> None:
+    flat = as_output(out, dtype, SIZE)
+    assert (flat.shape, flat.dtype) == ((SIZE,), dtype)
+    flat[:] = np.arange(SIZE)
+    written = np.frombuffer(bytes(memoryview(_bits(out))), dtype)
+    np.testing.assert_array_equal(written, np.arange(SIZE))
+
+
+def _bits(out: Any) -> Any:
+    """ml_dtypes' own arrays export no buffer."""
+    return np.asarray(out).view(np.uint8) if isinstance(out, np.ndarray) else out
+
+
+def _read_only(flat: Any) -> Any:
+    flat.flags.writeable = False
+    return flat
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "float64": (np.zeros(SIZE), "out has items of 8 bytes, float32 has 4"),
+    "bytearray": (bytearray(4 * SIZE), "items of 1 bytes"),
+    "memoryview-of-bytes": (memoryview(bytearray(4 * SIZE)), "items of 1 bytes"),
+    "too-few": (np.zeros(SIZE - 1, np.float32), "out has 5 elements, expected 6"),
+    "too-many": (np.zeros((2, SIZE), np.float32), "out has 12 elements, expected 6"),
+    "fortran": (np.zeros((2, 3), np.float32, order="F"), "not C-contiguous"),
+    "every-second": (np.zeros(2 * SIZE, np.float32)[::2], "not C-contiguous"),
+    "reversed": (np.zeros(SIZE, np.float32)[::-1], "not C-contiguous"),
+    "overlapping": (as_strided(np.zeros(1, np.float32), (SIZE,), (0,)), "not C-contiguous"),
+    "broadcast": (np.broadcast_to(np.zeros(1, np.float32), (SIZE,)), "not C-contiguous"),
+    "strided-memoryview": (memoryview(array.array("f", [0] * 12))[::2], "C-contiguous buffer"),
+    "read-only": (_read_only(np.zeros(SIZE, np.float32)), "read-only"),
+    "read-only-memoryview": (memoryview(bytes(4 * SIZE)).cast("f"), "read-only"),
+    "unaligned": (memoryview(bytearray(4 * SIZE + 1))[1:].cast("f"), "not aligned"),
+    "big-endian": (np.zeros(SIZE, ">f4"), "byte order"),
+    "list": ([0.0] * SIZE, "expected a C-contiguous buffer"),
+    "number": (7, "expected a C-contiguous buffer"),
+    "str": ("out", "expected a C-contiguous buffer"),
+}
+
+
+@pytest.mark.parametrize(("out", "words"), REFUSED.values(), ids=REFUSED)
+def test_outputs_that_are_refused(out: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        as_output(out, F32, SIZE)
+
+
+def test_an_empty_output() -> None:
+    for out in (np.zeros((0, 4), np.float32), array.array("f")):
+        assert as_output(out, F32, 0).size == 0
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_torch_outputs(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    dtype = getattr(torch, name)
+    assert dtype_of(dtype) is DTYPES[name]
+    out = torch.zeros((2, 3), dtype=dtype)
+    as_output(out, DTYPES[name], SIZE)[:] = np.arange(SIZE)
+    assert out.tolist() == [[0, 1, 2], [3, 4, 5]]
+    part = torch.zeros((4, 3), dtype=dtype)[2:]
+    as_output(part, DTYPES[name], SIZE)[:] = np.arange(SIZE)
+    assert part.tolist() == out.tolist()
+    assert as_output(torch.zeros(0, dtype=dtype), DTYPES[name], 0).size == 0
+
+
+def test_torch_outputs_that_are_refused() -> None:
+    torch = pytest.importorskip("torch")
+    emptied = torch.zeros(SIZE)
+    emptied.untyped_storage().resize_(0)
+    refused = {
+        "items of 8 bytes": torch.zeros(SIZE, dtype=torch.float64),
+        "5 elements": torch.zeros(SIZE - 1),
+        "contiguous tensor in CPU memory, found a torch.strided one on cpu": torch.zeros(3, 2).T,
+        "found a torch.sparse_coo one": torch.zeros(2, 3).to_sparse(),
+        "torch.strided one on meta": torch.zeros(SIZE, device="meta"),
+        "tensor in CPU memory": emptied,
+    }
+    for words, out in refused.items():
+        with pytest.raises(UsageError, match=words):
+            as_output(out, F32, SIZE)
+
+
+def run(qtype: QuantType, blocks: Any, dtype: np.dtype[Any]) -> Any:
+    out = np.empty(len(blocks) * BLOCKS[qtype][0], dtype)
+    dequantize_blocks(blocks, qtype, dtype, out, pool(topology()))
+    return out
+
+
+def test_float16_overflows_to_infinity() -> None:
+    values = np.array([65504, 65519, 65520, -1e38, np.inf, np.nan], np.float32)
+    out = run(QuantType.F32, values.view(np.uint8).reshape(-1, 4), F16)
+    np.testing.assert_array_equal(out, [65504, 65504, np.inf, -np.inf, np.inf, np.nan])
+
+
+@pytest.mark.parametrize("name", ["Q1_0", "Q2_0", "Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"])
+def test_types_without_floats(name: str) -> None:
+    blocks = np.zeros((1, BLOCKS[QuantType[name]][1]), np.uint8)
+    with pytest.raises(UnsupportedTypeError, match=f"{name} cannot be turned to float"):
+        run(QuantType[name], blocks, F32)
+
+
+def test_infinite_scales_warn_of_nothing_but_the_detour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gguf-py computes with numpy, which warns of infinities where ggml does not."""
+    monkeypatch.setattr(errors, "_said", set())
+    blocks = np.full((3, 18), 0x7C, np.uint8)
+    with pytest.warns(NumaloadWarning, match="Q4_0 has no kernel here yet") as caught:
+        run(QuantType.Q4_0, blocks, F16)
+    assert len(caught) == 1
+
+
+def test_widening_float32_needs_no_other_package() -> None:
+    program = (
+        "import sys, numpy as np; from numaload.dequantize import *\n"
+        "from numaload.numa.workers import Workers\n"
+        "import os; w = Workers(os.sched_getaffinity(0), 1); out = np.empty(1, 'float16')\n"
+        "dequantize_blocks(np.zeros((1, 4), 'u1'), QuantType.F32, out.dtype, out, w)\n"
+        "assert 'gguf' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

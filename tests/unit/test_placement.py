@@ -1,0 +1,217 @@
+"""Reading the kernel's page counts, and judging them."""
+
+from __future__ import annotations
+
+import errno
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from numaload import errors
+from numaload.errors import NumaError, NumaloadWarning, PlacementError
+from numaload.numa import placement, syscalls
+from numaload.numa.mapping import bind, map_private
+from numaload.numa.placement import (
+    ABSENT,
+    Placement,
+    count_pages,
+    locate,
+    parse_numa_maps,
+    parse_smaps,
+)
+from numaload.numa.syscalls import HUGE, PAGE
+from numaload.numa.topology import topology
+
+NODE = topology().usable[0]
+
+# Lines as kernels print them; the counts are in base pages.
+NUMA_MAPS: dict[str, tuple[str, dict[int, int]]] = {
+    "nothing-there": ("7f0000000000 default file=/usr/lib/libc.so.6", {}),
+    "plain": ("7f0000000000 default anon=5 dirty=5 N0=5 kernelpagesize_kB=4", {0: 5}),
+    "bind": ("7f0000000000 bind:1 anon=512 dirty=512 N1=512 kernelpagesize_kB=4", {1: 512}),
+    "static": ("7f0000000000 bind=static:0 anon=1 N0=1 kernelpagesize_kB=4", {0: 1}),
+    "policy-with-blank": (
+        "7f0000000000 prefer (many):0-1 anon=7 N0=3 N1=4 kernelpagesize_kB=4",
+        {0: 3, 1: 4},
+    ),
+    "weighted": (
+        "7f0000000000 weighted interleave:0-1 anon=3 N0=2 N1=1 kernelpagesize_kB=4",
+        {0: 2, 1: 1},
+    ),
+    "wide-ids": ("7f0000000000 default anon=9 N8=4 N250=5 kernelpagesize_kB=4", {8: 4, 250: 5}),
+    "escaped-name": (
+        r"7f0000000000 bind:0 file=/m/a\040N9\0755\040N1=7 mapped=2 N0=2 kernelpagesize_kB=4",
+        {0: 2},
+    ),
+    "name-like-a-count": (
+        "7f0000000000 default file=/N1=5/N2=6 mapped=2 N0=2 kernelpagesize_kB=4",
+        {0: 2},
+    ),
+    "hugetlb": (
+        r"7f0000000000 bind:1 file=/anon\040(deleted) huge anon=3 N1=3 kernelpagesize_kB=2048",
+        {1: 3 * 512},
+    ),
+    "transparent-huge": (
+        "7f0000000000 bind:0 anon=1024 dirty=1024 N0=1024 kernelpagesize_kB=4",
+        {0: 1024},
+    ),
+}
+
+
+@pytest.mark.skipif(PAGE != 4096, reason="the lines are of a kernel with 4 KiB pages")
+@pytest.mark.parametrize(("line", "counts"), NUMA_MAPS.values(), ids=NUMA_MAPS)
+def test_numa_maps_lines(line: str, counts: dict[int, int]) -> None:
+    areas = parse_numa_maps([line + "\n"])
+    assert [tuple(area) for area in areas] == ([(0x7F0000000000, counts)] if counts else [])
+
+
+SMAPS = """\
+55d5e0c00000-55d5e0e00000 r--p 00000000 00:1c 1234   /m/a: b-c
+Size:               2048 kB
+AnonHugePages:         0 kB
+VmFlags: rd mr mw me sd
+7f0000000000-7f0000800000 rw-p 00000000 00:00 0
+Rss:                8192 kB
+AnonHugePages:      4096 kB
+ShmemPmdMapped:        0 kB
+FilePmdMapped:         0 kB
+THPeligible:           1
+7f0000a00000-7f0000e00000 r--s 00000000 00:1b 77     /dev/shm/AnonHugePages:
+ShmemPmdMapped:     2048 kB
+FilePmdMapped:      2048 kB
+"""
+
+
+def test_smaps_paragraphs() -> None:
+    areas = parse_smaps(SMAPS.splitlines(keepends=True))
+    assert [(area.start, area.counts.get(HUGE, 0)) for area in areas] == [
+        (0x55D5E0C00000, 0),
+        (0x7F0000000000, 4 << 20),
+        (0x7F0000A00000, 4 << 20),
+    ]
+
+
+@pytest.mark.parametrize("own_pages", [1, 3, 200])
+def test_counts_of_one_mapping_among_others(own_pages: int) -> None:
+    with map_private(own_pages * PAGE) as mapping, map_private(5 * PAGE) as other:
+        for one in (mapping, other):
+            one.view(write=True)[:] = bytes(one.length)
+        counts = list(count_pages([other.range, mapping.range, (1 << 40, PAGE), other.range]))
+    assert [sum(count.values()) for count in counts] == [5, own_pages, 0, 5]
+
+
+def test_a_mapping_that_the_kernel_split_is_counted_whole() -> None:
+    with map_private(8 * PAGE) as mapping:
+        bind(mapping, [NODE])
+        mapping.view(write=True)[:] = bytes(mapping.length)
+        middle = mapping.address + 2 * PAGE
+        syscalls.mbind(middle, 2 * PAGE, syscalls.MPOL_INTERLEAVE, [NODE])
+        areas = parse_numa_maps(Path("/proc/self/numa_maps").read_text().splitlines())
+        inside = [a for a in areas if mapping.address <= a.start < mapping.address + mapping.length]
+        assert len(inside) == 3
+        assert next(count_pages([mapping.range])) == {NODE: 8}
+
+
+def test_locate_several_at_once() -> None:
+    with map_private(3 * HUGE) as first, map_private(PAGE + 1) as second, map_private(0) as empty:
+        bind(first, [NODE])
+        bind(second, [NODE])
+        first.view(write=True)[: HUGE + 1 : PAGE] = bytes(HUGE // PAGE + 1)
+        second.view(write=True)[:] = bytes(second.length)
+        found = locate([([NODE], [first]), ([NODE], [second, empty]), ([NODE], [empty])])
+    assert [p.pages for p in found] == [3 * HUGE // PAGE, 2, 0]
+    assert found[0].on[ABSENT] == found[0].elsewhere > 0
+    assert not found[0].right
+    assert found[0].huge_pages % HUGE == 0
+    assert found[1].on == {NODE: 2}
+    assert found[1].sampled == {NODE: 2}
+    assert found[1].right
+    assert found[2].right
+
+
+@pytest.mark.parametrize(
+    ("on", "sampled", "right"),
+    [
+        ({1: 100}, {1: 10}, True),
+        ({1: 100}, {}, True),  # the second witness may be refused
+        ({1: 99, ABSENT: 1}, {1: 10}, False),
+        ({0: 1, 1: 99}, {1: 10}, False),
+        ({1: 100}, {0: 1, 1: 9}, False),
+        ({1: 100}, {ABSENT: 1, 1: 9}, False),
+        ({}, {}, False),
+    ],
+)
+def test_both_witnesses_must_agree(
+    on: dict[int, int], sampled: dict[int, int], right: bool
+) -> None:
+    found = Placement([1], 100, on, sampled)
+    assert found.right == right
+    assert found.elsewhere == 100 - on.get(1, 0)
+    if right:
+        found.check("replica")
+        return
+    with pytest.raises(PlacementError, match="replica: 100 pages asked for on node 1") as caught:
+        found.check("replica")
+    assert caught.value.placements == {1: on or sampled}
+
+
+def test_pages_on_any_node_asked_for_are_right() -> None:
+    found = Placement([0, 1], 10, {0: 5, 1: 5})
+    assert found.placed == 10
+    assert found.to_dict() | {"placed": 10, "elsewhere": 0} == found.to_dict()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The addresses that the second witness is asked about."""
+    addresses: list[int] = []
+
+    def pages_nodes(chosen: list[int]) -> list[int]:
+        addresses.extend(chosen)
+        return [-errno.ENOENT if address == 3 * PAGE else 1 for address in chosen]
+
+    monkeypatch.setattr(syscalls, "pages_nodes", pages_nodes)
+    return addresses
+
+
+def test_few_pages_are_all_sampled(asked: list[int]) -> None:
+    found = placement._sample([(3 * PAGE, 2 * PAGE), (1 << 30, PAGE + 1)])
+    assert asked == [3 * PAGE, 4 * PAGE, 1 << 30, (1 << 30) + PAGE]
+    assert found == {ABSENT: 1, 1: 3}
+
+
+def test_many_pages_are_sampled_at_random_from_all_ranges(asked: list[int]) -> None:
+    random.seed(1)
+    ranges = [(i << 40, (i + 1) * 1000 * PAGE) for i in range(1, 4)]
+    placement._sample(ranges, samples=900)
+    assert len(set(asked)) == len(asked) == 900
+    per_range = [sum(a <= one < a + n for one in asked) for a, n in ranges]
+    assert sum(per_range) == 900
+    # Each by its share of the 9,000 pages, 200, 300 and 400; never at a fixed distance.
+    assert all(abs(n - share) < 80 for n, share in zip(per_range, (200, 300, 400), strict=True))
+    steps = {b - a for a, b in zip(sorted(asked), sorted(asked)[1:], strict=False)}
+    assert len(steps) > 10
+
+
+def test_a_refused_sample_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: list[int]) -> list[int]:
+        raise NumaError("move_pages: refused", call="move_pages", errno=errno.EPERM)
+
+    monkeypatch.setattr(syscalls, "pages_nodes", refused)
+    monkeypatch.setattr(errors, "_said", set())
+    with pytest.warns(NumaloadWarning, match="verified by numa_maps alone"):
+        assert placement._sample([(0, PAGE)]) == {}
+    assert placement._sample([(0, PAGE)]) == {}
+
+
+def test_kernel_without_page_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(path: str, **_: Any) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+
+    monkeypatch.setattr(placement, "open", absent, raising=False)
+    with pytest.raises(NumaError, match="/proc/self/numa_maps: No such file") as caught:
+        count_pages([(0, PAGE)])
+    assert (caught.value.call, caught.value.errno) == ("numa_maps", errno.ENOENT)
+    assert list(placement._huge_bytes([(0, PAGE)])) == [0]

@@ -1,0 +1,214 @@
+"""Pinned threads: where they run, how they fail and how they stop."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from machines import APART, XEON, Machine
+from numaload.errors import NumaError, UsageError
+from numaload.numa.affinity import ALLOWED, pinned_to
+from numaload.numa.topology import topology
+from numaload.numa.workers import Workers, finish, pool
+
+HERE = frozenset(os.sched_getaffinity(0))
+ONE_CPU = frozenset([min(HERE)])
+NO_CPU = frozenset([1022, 1023])  # ids that the kernel knows how to refuse
+
+
+@pytest.fixture
+def workers() -> Iterator[Workers]:
+    workers = Workers(HERE, 2)
+    yield workers
+    workers.close()
+
+
+def test_threads_run_on_their_cpus_only() -> None:
+    workers = Workers(ONE_CPU, 2)
+    try:
+        found = finish([workers.submit(os.sched_getaffinity, 0) for _ in range(8)])
+    finally:
+        workers.close()
+    assert all(cpus == ONE_CPU for cpus in found)
+    assert os.sched_getaffinity(0) == HERE
+
+
+def test_a_thread_per_cpu_unless_told() -> None:
+    assert Workers(HERE).count == len(HERE)
+    assert Workers(HERE, 5).count == 5
+
+
+def test_cpus_that_are_gone_are_a_named_error(capfd: pytest.CaptureFixture[str]) -> None:
+    workers = Workers(NO_CPU, 2)
+    ran: list[int] = []
+    try:
+        for _ in range(2):
+            with pytest.raises(NumaError, match="CPUs 1022-1023: Invalid argument") as caught:
+                workers.ranges(lambda start, _stop: ran.append(start), 100)
+    finally:
+        workers.close()
+    assert (caught.value.call, caught.value.errno) == ("sched_setaffinity", errno.EINVAL)
+    assert ran == []
+    assert capfd.readouterr().err == ""
+
+
+def test_no_cpus_at_all() -> None:
+    with pytest.raises(NumaError, match="no CPUs"):
+        Workers([])
+
+
+def test_pinned_to_gives_the_affinity_back() -> None:
+    with pinned_to(ONE_CPU):
+        assert os.sched_getaffinity(0) == ONE_CPU
+    with pytest.raises(KeyError), pinned_to(ONE_CPU):
+        raise KeyError
+    with pytest.raises(NumaError, match="sched_setaffinity"), pinned_to(NO_CPU):
+        pass
+    assert os.sched_getaffinity(0) == HERE
+
+
+@pytest.mark.parametrize(
+    ("total", "grain", "most"), [(0, 1, 0), (1, 1, 1), (7, 100, 1), (100, 1, 8), (100, 40, 2)]
+)
+def test_ranges_cover_everything_once(total: int, grain: int, most: int, workers: Workers) -> None:
+    seen: list[tuple[int, int]] = []
+    workers.ranges(lambda start, stop: seen.append((start, stop)), total, grain)
+    assert [i for start, stop in sorted(seen) for i in range(start, stop)] == list(range(total))
+    assert len(seen) <= most
+    assert all(stop - start >= min(grain, total) for start, stop in sorted(seen)[:-1])
+
+
+def test_results_come_in_order(workers: Workers) -> None:
+    def late(i: int) -> int:
+        time.sleep(0.01 * (3 - i))
+        return i
+
+    assert finish([workers.submit(late, i) for i in range(3)]) == [0, 1, 2]
+    assert finish([]) == []
+
+
+def test_first_error_stops_the_rest(workers: Workers) -> None:
+    stop, begun = threading.Event(), threading.Event()
+    ran: list[int] = []
+
+    def fail() -> None:
+        begun.wait()
+        raise OverflowError("first")
+
+    def wait_for_stop(i: int) -> None:
+        begun.set()
+        assert stop.wait(30)
+        ran.append(i)
+        time.sleep(0.02)  # time to cancel the next
+
+    futures = [workers.submit(wait_for_stop, 0), workers.submit(fail)]
+    futures += [workers.submit(wait_for_stop, i) for i in range(1, 200)]
+    with pytest.raises(OverflowError, match="first"):
+        finish(futures, stop)
+    # What ran was waited for; what had not begun never does.
+    assert 0 in ran
+    assert len(ran) < 200
+    assert all(future.done() for future in futures)
+
+
+def test_the_pool_goes_on_after_an_error(workers: Workers) -> None:
+    def fail(start: int, _stop: int) -> None:
+        raise OverflowError(start)
+
+    with pytest.raises(OverflowError):
+        workers.ranges(fail, 10)
+    assert workers.submit(int, "7").result() == 7
+
+
+INTERRUPTED = """
+import os, threading, time
+from numaload.numa.workers import Workers, finish
+workers, stop = Workers(os.sched_getaffinity(0), 2), threading.Event()
+late = []
+futures = [workers.submit(stop.wait, 60) for _ in range(2)]
+futures += [workers.submit(late.append, i) for i in range(100)]
+print("ready", flush=True)
+begin = time.monotonic()
+try:
+    finish(futures, stop)
+except KeyboardInterrupt:
+    print(stop.is_set(), len(late) < 100, time.monotonic() - begin < 30, flush=True)
+workers.close()
+"""
+
+
+def test_ctrl_c_while_waiting() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        child.send_signal(signal.SIGINT)
+        assert child.stdout.read().split() == ["True", "True", "True"]
+    assert child.returncode == 0
+
+
+FORKED = """
+import json, os, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+from numaload.numa.topology import topology
+from numaload.numa.workers import finish, pool
+machine = topology()
+before = pool(machine)
+before.ranges(lambda start, stop: None, 100)
+read, write = os.pipe()
+if os.fork() == 0:
+    again = pool(machine)
+    found = finish([again.submit(os.sched_getaffinity, 0)])
+    os.write(write, json.dumps([again is before, sorted(found[0])]).encode())
+    os._exit(0)
+os.wait()
+print(os.read(read, 1000).decode())
+before.ranges(lambda start, stop: None, 100)
+"""
+
+
+def test_a_forked_child_makes_its_own_pool() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [False, sorted(HERE)]
+
+
+def test_pools_are_kept_and_belong_to_cpus(tmp_path: Path) -> None:
+    machine = topology(**XEON.write(tmp_path), allowed=frozenset({1, 2, 16}))
+    assert pool(machine, 0).cpus == {1, 2}
+    assert pool(machine, 1).cpus == {16}
+    assert pool(machine).cpus == {1, 2, 16}
+    assert pool(machine, 1) is pool(machine, 1, 1)
+    assert pool(machine, 0) is not pool(machine, 0, 1)
+    assert pool(machine, 0, 7).count == 7
+
+
+def test_pool_of_a_node_without_cpus_is_the_nearest(tmp_path: Path) -> None:
+    machine = topology(**APART.write(tmp_path), allowed=frozenset(range(4)))
+    assert pool(machine, 3).cpus == {2, 3}
+
+
+def test_pool_where_no_cpu_is_allowed(tmp_path: Path) -> None:
+    machine = topology(**Machine(XEON.nodes, XEON.rows).write(tmp_path), allowed=NO_CPU)
+    with pytest.raises(UsageError, match="no usable node"):
+        pool(machine, 0)
+    with pytest.raises(NumaError, match="no CPUs"):
+        pool(machine)
+
+
+def test_allowed_cpus_were_read_at_import() -> None:
+    assert HERE == ALLOWED

@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 from typing import Any
 
-from numaload.cli.output import note, print_json, print_table, progress_bar, rate, size
+from numaload.cli.output import note, print_json, print_table, printable, progress_bar, rate, size
 
 SHOWN = 8  # elements of an array that inspect prints
 WIDTH = 100
@@ -51,7 +51,7 @@ def inspect(options: argparse.Namespace) -> int:
         print_table(["type", "tensors", "bytes"], _by_type(weights))
         if options.metadata:
             for key, value in weights.metadata.items():
-                print(f"{key} ({weights.metadata.type_name(key)}) = {_short(value)}")
+                print(f"{printable(key)} ({weights.metadata.type_name(key)}) = {_short(value)}")
     return 0
 
 

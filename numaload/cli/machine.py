@@ -48,10 +48,18 @@ def print_nodes(machine: Topology) -> None:
     ]
     print_table(header, rows)
     print(f"all: {format_list(machine.all) or 'none'}")
+    for line in left_out(machine):
+        print(line)
+
+
+def left_out(machine: Topology) -> list[str]:
+    """A line per reason why ``all`` does not include some nodes."""
     usable = set(machine.usable)
-    left_out = ((why, n in usable) for n, why in machine.left_out.items())
-    for (why, named), ids in _grouped(left_out, machine.left_out).items():
-        print(f"node {ids} is left out of all: {why}{', but may be named' if named else ''}")
+    reasons = ((why, n in usable) for n, why in machine.left_out.items())
+    return [
+        f"node {ids} is left out of all: {why}{', but may be named' if named else ''}"
+        for (why, named), ids in _grouped(reasons, machine.left_out).items()
+    ]
 
 
 def _how(name: str) -> str:

@@ -56,9 +56,14 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def printable(text: object) -> str:
+    """Names come from files that are not trusted: no control characters for the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Left-aligned columns; numbers to the right. For terminals and for grep alike."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(h), *(len(r[i]) for r in cells), 0) for i, h in enumerate(header)]
     right = [
         all(isinstance(row[i], int) for row in rows) and bool(rows) for i in range(len(header))

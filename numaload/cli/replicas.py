@@ -55,13 +55,14 @@ def _models(files: list[str]) -> list[Any]:
 
 
 def _plan(options: argparse.Namespace) -> tuple[list[Any], Any, list[int]]:
+    from numaload.cli.machine import left_out
     from numaload.numa.topology import topology
 
     machine = topology()
     nodes = machine.select(options.nodes)
     if options.nodes == "all":
-        for node, why in machine.left_out.items():
-            note(f"node {node} is left out of all: {why}")
+        for line in left_out(machine):
+            note(line)
     return _models(options.files), machine, nodes
 
 

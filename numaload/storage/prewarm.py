@@ -51,7 +51,8 @@ class PrewarmReport:
     def done(self) -> bool:
         """Whether all of it is in RAM, and on the nodes asked for if any were."""
         whole = self.resident == self.size or not self.residency_known
-        return whole and (not self.nodes or self.elsewhere == 0)
+        counted = sum(self.on_nodes.values()) >= self.size
+        return whole and (not self.nodes or (counted and self.elsewhere == 0))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"elsewhere": self.elsewhere, "done": self.done}
@@ -86,11 +87,14 @@ def prewarm(
     """
     if policy is not None and policy not in POLICIES:
         raise UsageError(f"policy {policy!r}: expected {' or '.join(POLICIES)}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads: {threads}, expected at least 1")
     machine = topology() if nodes is not None or policy is not None else None
     selected = machine.select("all" if nodes is None else nodes) if machine else []
     policy = (policy or "bind") if machine else None
-    whole = list(dict.fromkeys(p for path in _paths(what) for p in sibling_paths(path)))
-    files = [SourceFile(path) for path in whole]
+    # A file that was given twice, or through a link too, is one file.
+    whole = {os.path.realpath(p): p for path in _paths(what) for p in sibling_paths(path)}
+    files = [SourceFile(path) for path in whole.values()]
     try:
         return _prewarm(files, machine, selected, policy, threads, force, progress)
     finally:
@@ -195,7 +199,7 @@ class _Job:
             cpus = frozenset().union(
                 *(machine.nodes[machine.threads_node(n)].usable_cpus for n in nodes)
             )
-        count = threads or min(MAX_THREADS, max(1, len(cpus) // 2), -(-self.total // CHUNK))
+        count = min(threads or min(MAX_THREADS, max(1, len(cpus) // 2)), -(-self.total // CHUNK))
         if self.progress:
             self.progress(0, self.total)
         # Threads of this job alone: the memory policy ends with them.
@@ -232,15 +236,20 @@ class _Job:
 def _locate(files: list[SourceFile], found: list[Residency]) -> dict[int, int]:
     on: Counter[int] = Counter()
     for file, resident in zip(files, found, strict=True):
-        on.update(cached_on(file, resident))
+        # Where the kernel does not tell what is resident, all of it was read just now.
+        on.update(cached_on(file, resident if resident.known else Residency(file.size, ())))
     return dict(sorted(on.items()))
 
 
 def _remember(files: list[SourceFile]) -> None:
     """Models only: a bare ``mirror`` shall not pick up any file that was ever warmed."""
-    groups: dict[str, list[str]] = {}
-    for file in files:
-        if file.size >= 4 and file.read_at(0, 4) == b"GGUF":
-            groups.setdefault(sibling_paths(file.path)[0], sibling_paths(file.path))
-    for paths in groups.values():
-        known.remember(known.identify(paths))
+    by_path = {file.path: file for file in files}
+    groups = {
+        tuple(sibling_paths(path))
+        for path, file in by_path.items()
+        if file.size >= 4 and file.read_at(0, 4) == b"GGUF"
+    }
+    for paths in groups:
+        # Of the files that were read, not of what has these names by now.
+        identities = tuple(by_path[path].identity() for path in paths)
+        known.remember(known.Model(tuple(map(os.path.abspath, paths)), identities))

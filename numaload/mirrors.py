@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Mapping as MappingType
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,10 +224,13 @@ def _report(
 def plan_shared(models: Sequence[Weights], machine: Topology, nodes: Sequence[int]) -> Plan:
     """What ``mirror_shared`` would build: nodes that have no replica of a model yet."""
     builds = []
+    there: dict[str, set[int]] = {}
     for weights in models:
         model = weights.model()
-        there = {node for entry in store.find(model) for node in entry.nodes}
-        builds.append((model, [node for node in nodes if node not in there]))
+        if model.key not in there:
+            there[model.key] = {node for entry in store.find(model) for node in entry.nodes}
+        builds.append((model, [node for node in nodes if node not in there[model.key]]))
+        there[model.key].update(nodes)  # the same model once more needs nothing more
     return plan(builds, machine, shared=True)
 
 
@@ -247,13 +250,16 @@ def mirror_shared(
         if announce:
             announce(todo)
         todo.check()
-        done = []
-        for weights, (model, missing) in zip(models, todo.builds, strict=True):
-            built = None
-            if missing:
-                built = _build_shared(weights, model, missing, machine, folder, progress)
-            known.remember(model)
-            done.append(_attach(weights, machine, list(nodes), built))
+        with ExitStack() as failed:
+            done = []
+            for weights, (model, missing) in zip(models, todo.builds, strict=True):
+                built = None
+                if missing:
+                    built = _build_shared(weights, model, missing, machine, folder, progress)
+                known.remember(model)
+                done.append(_attach(weights, machine, list(nodes), built))
+                failed.callback(done[-1].close)
+            failed.pop_all()
     return done
 
 
@@ -299,12 +305,31 @@ def _attach(
     missing = [node for node in nodes if node not in by_node]
     if missing or not nodes:
         raise ReplicaNotFoundError(_why_missing(weights, model, missing))
-    leases = {name: store.Lease(e) for name, e in {e.name: e for e in by_node.values()}.items()}
-    replicas = {node: leases[by_node[node].name].map(node) for node in nodes}
-    report = _report(weights, machine, nodes, "shared", built)
-    report.placements |= placements_of({n: replicas[n] for n in nodes if n not in report.built})
-    sums = {node: by_node[node].checksums for node in nodes}
+    with ExitStack() as failed:
+        leases: dict[str, store.Lease] = {}
+        for entry in (by_node[node] for node in nodes):
+            if entry.name not in leases:
+                leases[entry.name] = store.Lease(entry)
+                failed.callback(leases[entry.name].close)
+        replicas = {node: leases[by_node[node].name].map(node) for node in nodes}
+        report = _report(weights, machine, nodes, "shared", built)
+        report.placements |= placements_of({n: replicas[n] for n in nodes if n not in report.built})
+        sums = {node: by_node[node].checksums for node in nodes}
+        failed.pop_all()
     return Mirror(weights, replicas, report, machine, sums, list(leases.values()))
+
+
+def verify_entry(entry: store.Entry, machine: Topology) -> Verified:
+    """What ``Mirror.verify`` does, of an entry of the store whose source may be gone.
+
+    Raises: StoreError for replicas that cannot be mapped.
+    """
+    lease = store.Lease(entry)
+    try:
+        replicas = {node: lease.map(node) for node in entry.nodes}
+        return verify(replicas, entry.model.paths, entry.checksums, machine)
+    finally:
+        lease.close()
 
 
 def _why_missing(weights: Weights, model: known.Model, missing: list[int]) -> str:

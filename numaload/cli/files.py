@@ -121,7 +121,7 @@ def _tell(report: Any) -> None:
     if report.elsewhere:
         note(
             f"{size(report.elsewhere)} are on other nodes: page cache stays where it was first"
-            " read; to read it again: dd of=FILE oflag=nocache conv=notrunc,fdatasync count=0"
+            " read; to drop it, then prewarm again: dd if=FILE iflag=nocache count=0"
         )
     if report.resident < report.size and report.residency_known:
         note(

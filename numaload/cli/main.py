@@ -21,15 +21,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    import os
+    import io
 
     from numaload.cli.output import complain, show_warnings
     from numaload.errors import CancelledError, NumaloadError, UsageError
 
     options = _parse(arguments)
     show_warnings()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
-        return int(options.run(options))
+        status = int(options.run(options))
+        sys.stdout.flush()  # a full disk or a reader that left shall be an error here
+        return status  # noqa: TRY300 - both belong to the attempt
     except UsageError as error:
         complain(str(error))
         return 2
@@ -39,13 +43,24 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         complain("interrupted")
         return 130
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; closing it again must not raise.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has seen enough
+        _drop_output()
         return 1
     except (NumaloadError, OSError) as error:
         complain(str(error))
+        if not isinstance(error, NumaloadError):
+            _drop_output()
         return 1
+
+
+def _drop_output() -> None:
+    """Closing a stream that cannot be written must not raise once more when Python ends."""
+    import os
+
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -45,8 +46,22 @@ def rate(nbytes: int, seconds: float) -> str:
 
 
 def print_json(data: Any) -> None:
-    json.dump(data, sys.stdout, indent=2, default=_plain)
-    print()
+    try:
+        text = json.dumps(data, indent=2, default=_plain, allow_nan=False)
+    except ValueError:  # metadata may hold numbers that JSON has no words for
+        text = json.dumps(_finite(data), indent=2, default=_plain, allow_nan=False)
+    print(text)
+
+
+def _finite(value: Any) -> Any:
+    """The same with NaN and infinities as strings."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if isinstance(value, (str, int, bool, type(None))) else _finite(_plain(value))
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,19 @@ TEACH = (
     "no models known since boot: numaload mirror MODEL.gguf, or numaload prewarm MODEL.gguf first"
 )
 
+# By what has become of the file that was mirrored.
+SOURCE_TEXTS = {
+    "changed": "the file changed since it was mirrored",
+    "gone": "the file is gone since it was mirrored",
+    "unreadable": "the file cannot be read any more",
+}
+SOURCE_NOTES = {
+    "unchanged": "",
+    "changed": ", the file CHANGED since: release it",
+    "gone": ", the file is GONE: this may be the last copy",
+    "unreadable": ", the file cannot be read any more",
+}
+
 
 def add_verbs(verbs: Any) -> None:
     for name, run, text in (
@@ -40,17 +53,21 @@ def _common(parser: argparse.ArgumentParser, run: Any, help_: str) -> None:
 
 def _models(files: list[str]) -> list[Any]:
     """The models given, or those used since boot that are still what they were."""
+    from numaload.errors import NumaloadError
     from numaload.storage import known
     from numaload.weights import open_weights
 
-    if files:
-        return [open_weights(file) for file in files]
+    if files:  # of which several may belong to one model: model-*.gguf
+        return list({opened.model().key: opened for opened in map(open_weights, files)}.values())
     found = []
     for model in known.recall():
-        if model.unchanged():
-            found.append(open_weights(model.paths[0]))
-        else:
+        if not model.unchanged():
             note(f"{model.paths[0]} changed or went away since it was used; left out")
+            continue
+        try:
+            found.append(open_weights(model.paths[0]))
+        except NumaloadError as error:
+            note(f"{error}; left out")
     return found
 
 
@@ -135,18 +152,34 @@ def _where(placement: Any) -> str:
     return text + huge + (f"; ELSEWHERE by node: {others}" if others else "")
 
 
-def _chosen(files: list[str]) -> list[Any]:
-    """Entries of the store for these files, found by path: the file may have changed or gone."""
-    import os
+def _chosen(files: list[str]) -> tuple[list[Any], list[str]]:
+    """Entries of the store for these files, and those of the files that have none.
 
+    They are found by path, through links too: the file may have changed or gone.
+    """
     from numaload.formats.splits import sibling_paths
     from numaload.replicas import store
 
     store.sweep()
+    entries = store.entries()
     if not files:
-        return store.entries()
-    wanted = {os.path.abspath(p) for f in files for p in (f, *_siblings(sibling_paths, f))}
-    return [entry for entry in store.entries() if wanted & set(entry.model.paths)]
+        return entries, []
+    names = [_names(entry.model.paths) for entry in entries]
+    wanted = {file: _names([file, *_siblings(sibling_paths, file)]) for file in files}
+    every = set().union(*wanted.values())
+    chosen = [entry for entry, its in zip(entries, names, strict=True) if its & every]
+    return chosen, [file for file in files if not any(its & wanted[file] for its in names)]
+
+
+def _names(paths: Any) -> set[str]:
+    import os
+
+    return {name for path in paths for name in (os.path.abspath(path), os.path.realpath(path))}
+
+
+def _complain_none(missing: list[str]) -> None:
+    for file in missing:
+        complain(f"{file}: no replicas of it in the store: numaload mirror {file}")
 
 
 def _siblings(find: Any, path: str) -> list[str]:
@@ -162,18 +195,19 @@ def status(options: argparse.Namespace) -> int:
     from numaload.formats.splits import sibling_paths
     from numaload.storage import known
 
-    entries = _chosen(options.files)
+    chosen, _ = _chosen(options.files)
     used = {p for m in known.recall() for p in m.paths}
-    files = [p for f in options.files for p in _siblings(sibling_paths, f)] or sorted(used)
-    stored = [_entry_status(entry) for entry in entries]
-    cached = [row for row in map(_file_status, files) if row]
+    given = dict.fromkeys(p for f in options.files for p in _siblings(sibling_paths, f))
+    stored = [row for row in map(_entry_status, chosen) if row]
+    cached = [row for row in map(_file_status, given or sorted(used)) if row]
+    stored_all = all("error" not in row for row in stored)
     if options.json:
         print_json({"replicas": stored, "page_cache": cached})
-        return 0
+        return 0 if stored_all else 1
     print("replicas:" if stored else "replicas: none")
     for row in stored:
-        note_ = "" if row["unchanged"] else ", the file CHANGED since: release it"
-        print(f"  {row['paths'][0]}: {size(row['nbytes'])}, built {row['age_s']:.0f} s ago{note_}")
+        about = SOURCE_NOTES[row["source"]]
+        print(f"  {row['paths'][0]}: {size(row['nbytes'])}, built {row['age_s']:.0f} s ago{about}")
         for node, placement in row["placements"].items():
             print(f"    node {node}: {_where(placement)}")
             print(f"    node {node}: {row['replicas'][node][0]}")
@@ -183,7 +217,7 @@ def status(options: argparse.Namespace) -> int:
             ["  file", "resident", "of", "by node"],
             [[f"  {r['path']}", size(r["resident"]), size(r["size"]), _by_node(r)] for r in cached],
         )
-    return 0
+    return 0 if stored_all else 1
 
 
 def _by_node(row: dict[str, Any]) -> str:
@@ -192,35 +226,51 @@ def _by_node(row: dict[str, Any]) -> str:
     return ", ".join(f"{n}: {size(b)}" for n, b in row["on_nodes"].items())
 
 
-def _entry_status(entry: Any) -> dict[str, Any]:
+def _entry_status(entry: Any) -> dict[str, Any] | None:
+    from numaload.errors import NumaloadError
     from numaload.replicas import store
     from numaload.replicas.verify import placements_of
 
-    lease = store.Lease(entry)
+    placements, failed = {}, {}
     try:
-        placements = placements_of({node: lease.map(node) for node in entry.nodes})
-    finally:
-        lease.close()
+        lease = store.Lease(entry)
+        try:
+            placements = placements_of({node: lease.map(node) for node in entry.nodes})
+        finally:
+            lease.close()
+    except NumaloadError as error:  # the others are still worth showing
+        if not store.is_there(entry):
+            return None  # released by someone else just now
+        complain(str(error))
+        failed = {"error": str(error)}
     count = range(len(entry.model.paths))
+    source = entry.model.state()
     return {
         "paths": list(entry.model.paths),
         "nbytes": entry.model.size,
         "age_s": time.time() - entry.created,
-        "unchanged": entry.model.unchanged(),
+        "unchanged": source == "unchanged",
+        "source": source,
         "placements": placements,
         "replicas": {node: [entry.path(node, i) for i in count] for node in entry.nodes},
-    }
+    } | failed
 
 
 def _file_status(path: str) -> dict[str, Any] | None:
     import os
 
+    from numaload.errors import ReadError
     from numaload.storage.files import SourceFile
     from numaload.storage.residency import cached_on, residency
 
     if not os.path.exists(path):
         return None
-    with SourceFile(path) as file:
+    try:
+        file = SourceFile(path)
+    except ReadError as error:  # the others are still worth showing
+        note(str(error))
+        return None
+    with file:
         found = residency(file)
         on = cached_on(file, found) if found.known else {}
     resident = found.resident
@@ -234,18 +284,28 @@ def _file_status(path: str) -> dict[str, Any] | None:
 
 
 def verify(options: argparse.Namespace) -> int:
-    from numaload.mirrors import attach
+    from numaload.errors import NumaloadError
+    from numaload.mirrors import verify_entry
+    from numaload.numa.topology import topology
 
-    paths = options.files or sorted({e.model.paths[0] for e in _chosen([])})
-    if not paths:
+    entries, missing = _chosen(options.files)
+    _complain_none(missing)
+    if not entries and not missing:
         complain("nothing in the store: numaload mirror MODEL.gguf")
-        return 1
-    right, rows = True, []
-    for path in paths:
-        with attach(path) as one:
-            found = one.verify()
+    right, rows, machine = bool(entries) and not missing, [], topology()
+    for entry in entries:
+        path, source = entry.model.paths[0], entry.model.state()
+        try:
+            found = verify_entry(entry, machine)
+        except NumaloadError as error:  # the others are still worth verifying
+            complain(str(error))
+            rows.append({"path": path, "source": source, "right": False, "error": str(error)})
+            right = False
+            continue
         right &= found.right
-        rows.append({"path": path} | found.to_dict())
+        rows.append({"path": path, "source": source} | found.to_dict())
+        if source != "unchanged":
+            note(f"{path}: {SOURCE_TEXTS[source]}; verified is the replica as it was built")
         for node, placement in () if options.json else sorted(found.placements.items()):
             bad = len(found.wrong_chunks.get(node, []))
             sums = "all checksums right" if not bad else f"{bad} chunks DIFFER from the source"
@@ -258,14 +318,15 @@ def verify(options: argparse.Namespace) -> int:
 def release(options: argparse.Namespace) -> int:
     from numaload.replicas import store
 
-    chosen = _chosen(options.files)
-    if options.files and not chosen:
-        complain(f"no replicas of {', '.join(options.files)}")
-        return 1
+    chosen, missing = _chosen(options.files)
+    _complain_none(missing)
+    damaged = [] if options.files else store.release_damaged()
     done = store.release(chosen)
     if options.json:
         print_json(done)
-        return 0
+        return 1 if missing else 0
+    for path in damaged:
+        print(f"removed {path}, which could not be read")
     for one in done:
         later = (
             "; still in use, the memory comes back when the last process closes it"
@@ -273,6 +334,6 @@ def release(options: argparse.Namespace) -> int:
             else ""
         )
         print(f"released {one.entry.model.paths[0]}: {size(one.nbytes)}{later}")
-    if not done:
+    if not done and not damaged and not missing:
         print("nothing was in the store")
-    return 0
+    return 1 if missing else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,14 @@ from numaload.numa.placement import Placement, locate
 from numaload.numa.topology import Topology
 from numaload.numa.workers import Workers, finish
 from numaload.replicas.arena import Arena
-from numaload.replicas.plan import free_on
+from numaload.replicas.plan import LEAST_FREE, free_on
 from numaload.storage.files import SourceFile
 from numaload.storage.residency import Residency, residency
 
 CHUNK = 16 << 20  # bytes filled and checksummed at a time; a multiple of a huge page
 MAX_THREADS = 8  # per node; a memory controller is busy with fewer
-LEAST_FREE = 32 << 20  # on a node, on top of the reserve that the estimate already leaves
+PIECE = 1 << 20  # bytes of the source hashed at a time: they stay in a core's cache
+TRUSTED = 256 << 20  # bytes filled, at most, between two looks at a node's free memory
 
 Progress = Callable[[int, int], object]
 Allocate = Callable[[int, int], Arena]  # (size, node) -> where to fill
@@ -98,6 +100,7 @@ class _Build:
         self.before = [residency(file) for file in files]
         self.waiting = [[len(nodes)] * len(row) for row in self.sums]
         self.known: dict[tuple[int, int], int] = {}
+        self.room = dict.fromkeys(nodes, 0)  # bytes that may be filled before looking again
         self.done, self.total = 0, sum(file.size for file in files) * len(nodes)
         self.given_back = 0
         self.lock, self.stop = threading.Lock(), threading.Event()
@@ -128,7 +131,8 @@ class _Build:
 
     def _workers(self, node: int) -> Workers:
         cpus = self.machine.nodes[self.machine.threads_node(node)].usable_cpus
-        return Workers(cpus, min(MAX_THREADS, len(cpus)), f"numaload-build-{node}")
+        chunks = sum(map(len, self.sums))
+        return Workers(cpus, max(1, min(MAX_THREADS, len(cpus), chunks)), f"numaload-build-{node}")
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
         """(file, chunk) in order; the threads of a node share one of these."""
@@ -149,22 +153,35 @@ class _Build:
         start = chunk * CHUNK
         stop = min(start + CHUNK, file.size)
         self._check_room(node, stop - start)
-        arena.prepare(start, stop)
-        view = arena.mapping.view(start, stop - start, write=True)
-        file.read_into(view, start)
-        self._compare(file, i, chunk, view, node)
+        # Released at once: a view in the traceback of an error would keep the whole arena.
+        with arena.mapping.view(start, stop - start, write=True) as view:
+            arena.prepare(start, stop)
+            file.read_into(view, start)
+            self._compare(file, i, chunk, view, node)
         self._finished(file, i, chunk, stop - start)
 
     def _check_room(self, node: int, nbytes: int) -> None:
-        """Someone else may fill the node meanwhile, and the kernel would kill rather than fail."""
+        """Someone else may fill the node meanwhile, and the kernel would kill rather than fail.
+
+        Looking takes longer than it takes eight threads to fill a chunk, so while there is plenty
+        a look is good for several chunks.
+        """
+        with self.lock:
+            self.room[node] -= nbytes
+            if self.room[node] >= 0:
+                return
         free = free_on(node, self.machine)
         if free < nbytes + LEAST_FREE:
             raise NodeMemoryError(
-                f"node {node} ran out while it was filled: {free} bytes left; rolled back",
+                f"node {node} ran out while it was filled: needs {nbytes + LEAST_FREE} bytes for"
+                f" the next chunk, has {free}; all of it is given back: free memory there, or"
+                " leave this node out (--nodes)",
                 node=node,
-                needed=nbytes,
+                needed=nbytes + LEAST_FREE,
                 free=free,
             )
+        with self.lock:
+            self.room[node] = min(TRUSTED, (free - LEAST_FREE) // 8)
 
     def _compare(self, file: SourceFile, i: int, chunk: int, view: memoryview, node: int) -> None:
         """The first node to have a chunk reads the source once more, into a buffer of its own."""
@@ -173,7 +190,7 @@ class _Build:
             first = (i, chunk) not in self.known
             expected = self.known.setdefault((i, chunk), found)
         if first:
-            expected = xxhash.xxh3_64_intdigest(self._source(file, chunk, len(view)))
+            expected = self._source(file, chunk * CHUNK, len(view))
             self.sums[i][chunk] = found
         if found != expected:
             raise ChecksumError(
@@ -183,12 +200,15 @@ class _Build:
                 chunk=chunk,
             )
 
-    def _source(self, file: SourceFile, chunk: int, nbytes: int) -> memoryview:
+    def _source(self, file: SourceFile, start: int, nbytes: int) -> int:
         if not hasattr(self.scratch, "buffer"):
-            self.scratch.buffer = bytearray(CHUNK)
-        view = memoryview(self.scratch.buffer)[:nbytes]
-        file.read_into(view, chunk * CHUNK)
-        return view
+            self.scratch.buffer = bytearray(PIECE)
+        digest = xxhash.xxh3_64()
+        for offset in range(start, start + nbytes, PIECE):
+            view = memoryview(self.scratch.buffer)[: min(PIECE, start + nbytes - offset)]
+            file.read_into(view, offset)
+            digest.update(view)
+        return digest.intdigest()
 
     def _finished(self, file: SourceFile, i: int, chunk: int, nbytes: int) -> None:
         with self.lock:
@@ -199,9 +219,10 @@ class _Build:
                 self.stop.set()
                 raise CancelledError("cancelled", done=self.done, total=self.total)
         if last:
-            self.given_back += self._give_back(
-                file, self.before[i], chunk * CHUNK, chunk * CHUNK + nbytes
-            )
+            start = chunk * CHUNK
+            dropped = self._give_back(file, self.before[i], start, start + nbytes)
+            with self.lock:
+                self.given_back += dropped
 
     @staticmethod
     def _give_back(file: SourceFile, before: Residency, start: int, stop: int) -> int:
@@ -214,6 +235,10 @@ class _Build:
 
 
 def _overlaps(runs: Sequence[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
-    for first, last in runs:
-        if first < stop and last > start:
+    """``runs`` ascend and may be a hundred thousand: a large file, half evicted."""
+    for i in range(max(0, bisect_right(runs, (start,)) - 1), len(runs)):
+        first, last = runs[i]
+        if first >= stop:
+            return
+        if last > start:
             yield max(first, start), min(last, stop)

@@ -17,6 +17,8 @@ from numaload.numa.topology import Topology
 from numaload.storage import userdir
 from numaload.storage.known import Model
 
+LEAST_FREE = 32 << 20  # on a node that is being filled, on top of what free_on leaves
+
 
 @dataclass(frozen=True)
 class Need:
@@ -79,7 +81,9 @@ def plan(builds: Sequence[tuple[Model, Sequence[int]]], machine: Topology, *, sh
         for node in nodes:
             per_node[node] = per_node.get(node, 0) + footprint(model)
     total = sum(per_node.values())
-    needs = [Need(f"node {n}", b, free_on(n, machine), n) for n, b in sorted(per_node.items())]
+    # Filling stops at LEAST_FREE: what fits only without it would be rolled back at its end.
+    room = {n: max(0, free_on(n, machine) - LEAST_FREE) for n in per_node}
+    needs = [Need(f"node {n}", b, room[n], n) for n, b in sorted(per_node.items())]
     if total:
         limits = [memory.machine_available(), *memory.cgroup_limits()]
         if shared:
@@ -97,7 +101,8 @@ def free_on(node: int, machine: Topology) -> int:
     """Bytes that may be bound to this node."""
     if [n.id for n in machine.nodes.values() if n.has_memory] == [node]:
         # The only memory there is: the kernel's own estimate is better than one from its parts.
-        return memory.machine_available().free
+        total = machine.nodes[node].memory_total
+        return max(0, memory.machine_available().free - memory.reserve(total))
     return memory.node_free(node)
 
 

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from numaload.errors import StoreError, warn_once
+from numaload.errors import ReplicaNotFoundError, StoreError, warn_once
 from numaload.numa.mapping import Mapping, map_file
 from numaload.replicas.build import CHUNK, Built
 from numaload.storage import userdir
@@ -69,39 +69,86 @@ class Entry:
 
     @classmethod
     def from_json(cls, name: str, text: bytes) -> Entry:
+        """Raises: ValueError, TypeError, KeyError for what to_json did not write."""
         row = json.loads(text)
         if (row["version"], row["chunk"]) != (VERSION, CHUNK):
-            raise StoreError(f"{name}: built by another version of numaload; release it")
+            raise ValueError("built by another version of numaload")
         sums = tuple(tuple(int(c, 16) for c in sums) for sums in row["checksums"])
         model = Model.from_json(json.dumps(row["model"]).encode())
-        return cls(name, model, tuple(row["nodes"]), sums, row["created"], row["seconds"])
+        created, seconds = float(row["created"]), float(row["seconds"])
+        entry = cls(name, model, tuple(row["nodes"]), sums, created, seconds)
+        entry._check()
+        return entry
+
+    def _check(self) -> None:
+        """Fewer checksums than chunks would let the rest pass unseen when it is verified."""
+        names = [os.path.basename(path) for path in self.model.paths]
+        chunks = [-(-identity.size // CHUNK) for identity in self.model.identities]
+        expected = {
+            "nodes": all(type(node) is int and node >= 0 for node in self.nodes) and self.nodes,
+            "file names": names and not {"", ".", ".."} & set(names),
+            "checksums": [len(row) for row in self.checksums] == chunks,
+        }
+        wrong = [what for what, holds in expected.items() if not holds]
+        if wrong:
+            raise ValueError(f"wrong {', '.join(wrong)}")
 
 
 def entries() -> list[Entry]:
-    """Everything in the store, oldest first. A dot in front: not there yet, or no more."""
+    """Everything in the store, oldest first; what cannot be read is left out and said."""
+    found, damaged = _scan()
+    for name, why in damaged.items():
+        warn_once(
+            f"damaged {name}",
+            f"{userdir.path()}/{name}: no entry that can be read ({why}); left out;"
+            " numaload release without FILE takes it away",
+        )
+    return found
+
+
+def _scan() -> tuple[list[Entry], dict[str, str]]:
+    """Entries, oldest first, and {name: what is wrong with it} of what is none."""
+    found: list[Entry] = []
+    damaged: dict[str, str] = {}
     with userdir.opened(create=False) as store:
-        found = [] if store is None else [_entry(name, store) for name in _entry_names(store)]
-    return sorted((e for e in found if e is not None), key=lambda e: e.created)
+        for name in _entry_names(store) if store is not None else ():
+            entry = _read(name, store)
+            if isinstance(entry, Entry):
+                found.append(entry)
+            elif _is_there(name, store):  # or else it was released by someone just now
+                damaged[name] = entry
+    return sorted(found, key=lambda entry: entry.created), damaged
 
 
-def _entry_names(store: int) -> list[str]:
-    return [n for n in os.listdir(store) if "." in n and not n.startswith(".")]
-
-
-def _entry(name: str, store: int) -> Entry | None:
+def _read(name: str, store: int | None) -> Entry | str:
+    """The entry, or why it is none."""
     try:
         with _folder(name, store) as folder:
             return Entry.from_json(name, userdir.read_owned(MANIFEST, folder))
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        return str(error) or type(error).__name__
+
+
+def _entry_names(store: int) -> list[str]:
+    """A dot in front: not there yet, or no more."""
+    return [n for n in os.listdir(store) if "." in n and not n.startswith(".")]
+
+
+def is_there(entry: Entry) -> bool:
+    with userdir.opened(create=False) as store:
+        return store is not None and _is_there(entry.name, store)
+
+
+def _is_there(name: str, store: int | None) -> bool:
+    try:
+        os.stat(name, dir_fd=store, follow_symlinks=False)
     except FileNotFoundError:
-        return None  # released by someone else just now
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(
-            f"{userdir.path()}/{name}: damaged manifest ({error}); remove it"
-        ) from error
+        return False
+    return True
 
 
 @contextmanager
-def _folder(name: str, parent: int) -> Iterator[int]:
+def _folder(name: str, parent: int | None) -> Iterator[int]:
     fd = os.open(name, DIRECTORY, dir_fd=parent)
     try:
         yield fd
@@ -115,30 +162,52 @@ def find(model: Model) -> list[Entry]:
 
 
 class Lease:
-    """An entry in use: while this is open, ``release`` says so."""
+    """An entry in use: while this is open, ``release`` says so.
+
+    Raises: ReplicaNotFoundError where somebody released it meanwhile.
+    """
+
+    fd = -1
 
     def __init__(self, entry: Entry) -> None:
-        with userdir.opened(create=False) as store:
-            if store is None:
-                raise StoreError(f"{userdir.path()} is gone")
-            self.fd = os.open(entry.name, DIRECTORY, dir_fd=store)
-        fcntl.flock(self.fd, fcntl.LOCK_SH)
         self.entry = entry
+        with userdir.opened(create=False) as store, self._gone():
+            if store is None:
+                raise FileNotFoundError
+            self.fd = os.open(entry.name, DIRECTORY, dir_fd=store)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_SH)
+        except BaseException:
+            self.close()
+            raise
 
     def map(self, node: int) -> list[Mapping]:
         """The replica's files on this node, read-only. Raises: StoreError."""
         mappings = []
-        with _folder(f"node{node}", self.fd) as folder:
+        with self._gone(), _folder(f"node{node}", self.fd) as folder:
             for path, identity in zip(
                 self.entry.model.paths, self.entry.model.identities, strict=True
             ):
                 mappings.append(_map_replica(os.path.basename(path), identity.size, folder))
         return mappings
 
+    @contextmanager
+    def _gone(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            where = f"{userdir.path()}/{self.entry.name}"
+            raise ReplicaNotFoundError(
+                f"{self.entry.model.paths[0]}: its replica ({where}) was released or removed"
+            ) from error
+
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _map_replica(name: str, size: int, folder: int) -> Mapping:
@@ -163,6 +232,7 @@ def building() -> Iterator[int]:
     with userdir.opened() as store:
         if store is None:
             raise StoreError(f"{userdir.path()} cannot be made")
+        userdir.check_tmpfs(store)
         lock = _lock_file(store)
         try:
             if not _try_lock(lock):
@@ -253,14 +323,28 @@ def release(chosen: Sequence[Entry]) -> list[Released]:
     done = []
     with userdir.opened(create=False) as store:
         for entry in chosen if store is not None else ():
-            assert store is not None  # noqa: S101 - for the type checker
-            with _folder(entry.name, store) as folder:
-                in_use = not _try_lock(folder)
-            aside = f".{entry.name}"
-            os.rename(entry.name, aside, src_dir_fd=store, dst_dir_fd=store)
-            _remove(aside, store)
+            try:
+                with _folder(entry.name, store) as folder:
+                    in_use = not _try_lock(folder)
+                    _take_away(entry.name, store)
+            except FileNotFoundError:
+                continue  # someone else released it just now
             done.append(Released(entry, entry.model.size * len(entry.nodes), in_use))
     return done
+
+
+def release_damaged() -> list[str]:
+    """Take away what is in the place of entries and cannot be read as one; its paths."""
+    with userdir.opened(create=False) as store:
+        names = [name for name in _scan()[1] if _take_away(name, store)]
+    return [f"{userdir.path()}/{name}" for name in names]
+
+
+def _take_away(name: str, store: int | None) -> bool:
+    assert store is not None  # noqa: S101 - what has a name is in a store
+    os.rename(name, f".{name}", src_dir_fd=store, dst_dir_fd=store)
+    _remove(f".{name}", store)
+    return True
 
 
 def _remove(name: str, parent: int) -> None:

@@ -83,9 +83,9 @@ def wrong_chunks(mapping: Mapping, sums: Sequence[int], machine: Topology, node:
     def check(first: int, last: int) -> None:
         for chunk in range(first, last):
             start = chunk * CHUNK
-            view = mapping.view(start, min(CHUNK, mapping.length - start))
-            if xxhash.xxh3_64_intdigest(view) != sums[chunk]:
-                wrong.append(chunk)
+            with mapping.view(start, min(CHUNK, mapping.length - start)) as view:
+                if xxhash.xxh3_64_intdigest(view) != sums[chunk]:
+                    wrong.append(chunk)
 
     pool(machine, node).ranges(check, len(sums))
     return sorted(wrong)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from numaload.errors import NumaloadError, StoreError, warn_once
@@ -32,10 +33,17 @@ class Model:
         return sum(identity.size for identity in self.identities)
 
     def unchanged(self) -> bool:
+        return self.state() == "unchanged"
+
+    def state(self) -> str:
+        """What the files are now, next to what they were: unchanged, changed, gone, unreadable."""
+        if not all(map(os.path.exists, self.paths)):
+            return "gone"
         try:
-            return identify(self.paths).identities == self.identities
+            same = identify(self.paths).identities == self.identities
         except NumaloadError:
-            return False
+            return "unreadable"
+        return "unchanged" if same else "changed"
 
     def to_json(self) -> bytes:
         return json.dumps({"paths": self.paths, "identities": self.identities}).encode()
@@ -45,7 +53,13 @@ class Model:
         """Raises: ValueError, TypeError, KeyError for what to_json did not write."""
         data = json.loads(text)
         identities = tuple(Identity(*row) for row in data["identities"])
-        return cls(tuple(str(p) for p in data["paths"]), identities)
+        paths = tuple(data["paths"])
+        numbers = [number for identity in identities for number in identity[:-1]]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("wrong numbers in identities")
+        if not paths or not all(type(p) is str for p in paths) or len(paths) != len(identities):
+            raise ValueError("wrong paths")
+        return cls(paths, identities)
 
 
 def identify(paths: Sequence[str]) -> Model:
@@ -66,22 +80,35 @@ def remember(model: Model) -> None:
 
 
 def recall() -> list[Model]:
-    """What was remembered, latest first, changed or not."""
+    """What was remembered last of each model, latest first, changed or not."""
     with userdir.opened(create=False) as store:
         if store is None or FOLDER not in os.listdir(store):
             return []
         with _folder(store) as folder:
             names = [n for n in os.listdir(folder) if n.endswith(".json")]
             names.sort(key=lambda n: os.stat(n, dir_fd=folder).st_mtime_ns, reverse=True)
-            return [Model.from_json(userdir.read_owned(name, folder)) for name in names]
+            found = [model for name in names for model in _recalled(name, folder)]
+    latest: dict[tuple[str, ...], Model] = {}
+    for model in found:
+        latest.setdefault(model.paths, model)
+    return list(latest.values())
+
+
+def _recalled(name: str, folder: int) -> Iterator[Model]:
+    try:
+        yield Model.from_json(userdir.read_owned(name, folder))
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        where = f"{userdir.path()}/{FOLDER}/{name}"
+        warn_once(where, f"{where}: no record that can be read ({error}); left out: rm {where}")
 
 
 class _folder:  # noqa: N801 - a context manager
     def __init__(self, store: int | None, *, create: bool = False) -> None:
         if store is None:
             raise StoreError(f"{userdir.path()} is not there")
-        if create and FOLDER not in os.listdir(store):
-            os.mkdir(FOLDER, 0o700, dir_fd=store)
+        if create:
+            with suppress(FileExistsError):
+                os.mkdir(FOLDER, 0o700, dir_fd=store)
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         self.fd = os.open(FOLDER, flags, dir_fd=store)
 

@@ -243,13 +243,13 @@ def _locate(files: list[SourceFile], found: list[Residency]) -> dict[int, int]:
 
 def _remember(files: list[SourceFile]) -> None:
     """Models only: a bare ``mirror`` shall not pick up any file that was ever warmed."""
-    by_path = {file.path: file for file in files}
+    opened = {os.path.realpath(file.path): file for file in files}
     groups = {
-        tuple(sibling_paths(path))
-        for path, file in by_path.items()
+        tuple(sibling_paths(file.path))
+        for file in files
         if file.size >= 4 and file.read_at(0, 4) == b"GGUF"
     }
     for paths in groups:
         # Of the files that were read, not of what has these names by now.
-        identities = tuple(by_path[path].identity() for path in paths)
+        identities = tuple(opened[os.path.realpath(path)].identity() for path in paths)
         known.remember(known.Model(tuple(map(os.path.abspath, paths)), identities))

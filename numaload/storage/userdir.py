@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from numaload.errors import StoreError
 
@@ -17,7 +17,9 @@ SHARED_MEMORY = "/dev/shm"  # noqa: S108 - what is made there is checked for its
 
 
 def path() -> str:
-    return os.environ.get("NUMALOAD_STORE") or f"{SHARED_MEMORY}/numaload-{os.geteuid()}"
+    # Absolute: paths of replicas are printed for others. And O_NOFOLLOW follows "link/".
+    given = os.environ.get("NUMALOAD_STORE")
+    return os.path.abspath(given) if given else f"{SHARED_MEMORY}/numaload-{os.geteuid()}"
 
 
 @contextmanager
@@ -61,17 +63,46 @@ def _check(where: str, status: os.stat_result) -> None:
 
 def read_owned(name: str, folder: int) -> bytes:
     """A small file of this user's inside the folder. Raises: OSError, StoreError."""
-    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-    with open(fd, "rb") as file:
-        if os.fstat(fd).st_uid != os.geteuid():
-            raise StoreError(f"{name} in {path()} belongs to another user")
-        return file.read()
+    # A FIFO would otherwise be waited for.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(name, flags, dir_fd=folder)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise StoreError(f"{name} in {path()} is not a file of this user's")
+        with open(fd, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(fd)
 
 
 def write_whole(name: str, data: bytes, folder: int) -> None:
     """Write a small file so that others see all of it or nothing."""
-    aside = f".{name}.{os.getpid()}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(aside, flags, 0o600, dir_fd=folder), "wb") as file:
-        file.write(data)
-    os.rename(aside, name, src_dir_fd=folder, dst_dir_fd=folder)
+    aside = f".{name}.{os.urandom(4).hex()}"  # other threads may write the same name
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with open(os.open(aside, flags, 0o600, dir_fd=folder), "wb") as file:
+            file.write(data)
+        os.rename(aside, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(aside, dir_fd=folder)
+        raise
+
+
+def check_tmpfs(folder: int) -> None:
+    """Raises: StoreError elsewhere: other file systems ignore where memory is bound to."""
+    device = os.fstat(folder).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+            rows = [line.split() for line in file]
+    except OSError:
+        return
+    # "36 35 98:0 /root /mount/point options [optional...] - type source options"
+    kinds = {row[row.index("-", 6) + 1] for row in rows if row[2] == wanted}
+    if kinds and kinds != {"tmpfs"}:
+        raise StoreError(
+            f"{path()} is on {', '.join(sorted(kinds))}, expected a tmpfs: set NUMALOAD_STORE to a"
+            " folder on one, as in /dev/shm"
+        )

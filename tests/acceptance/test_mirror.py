@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
 from pathlib import Path
 
 import gguf
@@ -178,7 +179,10 @@ def test_a_changed_file_finds_no_replica(numaload: Numaload, own_model: list[str
     with open(own_model[0], "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
-    assert "changed since it was mirrored" in numaload("verify", own_model[0], status=1).stderr
+    for words in ((own_model[0],), ()):  # the replica itself is what it was
+        done = numaload("verify", *words)
+        assert "changed since it was mirrored" in done.stderr
+        assert "all checksums right" in done.stdout
     assert "CHANGED" in numaload("status").stdout
     with pytest.raises(api.errors.ReplicaNotFoundError, match="changed"):
         api.attach(own_model[0])
@@ -269,3 +273,155 @@ def test_in_process_on_one_node_copies_nothing(store: Path, model: str) -> None:
         assert "nothing was copied" in mirror.report.note
         assert mirror.local()["blk.0.attn_q.weight"].node is None
     assert not store.exists()
+
+
+def test_all_files_of_a_model_given_build_it_once(
+    numaload: Numaload, model_files: list[str], tmp_path: Path
+) -> None:
+    """As the shell expands model-*.gguf."""
+    links = [tmp_path / os.path.basename(path) for path in model_files]
+    for link, path in zip(links, model_files, strict=True):
+        link.symlink_to(path)
+    found = numaload.json("plan", *model_files, *links)
+    assert len(found["builds"]) == 1
+    assert found["nbytes"] == sum(-(-os.path.getsize(p) // 4096) * 4096 for p in model_files)
+    (report,) = numaload.json("mirror", *model_files, *links)
+    assert report["placed"]
+    assert len(numaload.json("status")["replicas"]) == 1
+    (row,) = numaload.json("verify", *model_files)
+    assert row["right"]
+
+
+def test_one_model_twice_in_one_call_is_planned_once(store: Path, model: str) -> None:
+    from numaload.mirrors import mirror_shared, plan_shared
+
+    machine = api.topology()
+    nodes = machine.all
+    with api.open(model) as one, api.open(model) as other:
+        plan = plan_shared([one, other], machine, nodes)
+        assert [list(missing) for _, missing in plan.builds] == [nodes, []]
+        mirrors = mirror_shared([one, other], machine, nodes)
+        assert [mirror.report.built for mirror in mirrors] == [nodes, []]
+        for mirror in mirrors:
+            mirror.close()
+    assert len([name for name in os.listdir(store) if "." in name]) == 1
+
+
+def test_a_replica_whose_file_is_gone(numaload: Numaload, own_model: list[str]) -> None:
+    numaload("mirror", own_model[0])
+    for path in own_model:
+        os.unlink(path)
+    for words in (own_model, ()):
+        done = numaload("verify", *words)
+        assert "the file is gone" in done.stderr
+        assert "all checksums right" in done.stdout
+        assert "GONE" in numaload("status", *words).stdout
+    (row,) = numaload.json("verify", own_model[1])
+    assert (row["right"], row["source"]) == (True, "gone")
+    assert "released" in numaload("release", own_model[1]).stdout
+    assert left_over(numaload) == []
+
+
+def test_replicas_are_found_through_links_and_relative_paths(
+    numaload: Numaload, own_model: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "links"
+    folder.mkdir()
+    links = [folder / os.path.basename(path) for path in own_model]
+    for link, path in zip(links, own_model, strict=True):
+        link.symlink_to(path)
+    for mirrored, asked in ((own_model[0], links[1]), (links[0], own_model[1])):
+        numaload("mirror", mirrored)
+        relative = os.path.relpath(asked)
+        assert len(numaload.json("status", relative)["replicas"]) == 1
+        assert "all checksums right" in numaload("verify", relative).stdout
+        assert "released" in numaload("release", relative).stdout
+    assert left_over(numaload) == []
+
+
+def test_files_without_replicas_are_named(
+    numaload: Numaload, model: str, own_model: list[str]
+) -> None:
+    numaload("mirror", model)
+    done = numaload("release", own_model[0], model, status=1)
+    assert f"{own_model[0]}: no replicas" in done.stderr
+    assert "released" in done.stdout
+    assert numaload.json("release", own_model[0], status=1) == []
+    assert numaload.json("verify", own_model[0], status=1) == []
+
+
+def test_one_damaged_replica_hides_no_other(
+    numaload: Numaload, model: str, own_model: list[str]
+) -> None:
+    numaload("mirror", model)
+    os.unlink(replicas(numaload)[0])
+    numaload("mirror", own_model[0])
+    for verb in ("status", "verify"):
+        done = numaload(verb, status=1)
+        assert "released or removed" in done.stderr
+        assert own_model[0] in done.stdout
+        rows = numaload.json(verb, status=1)
+        assert len(rows["replicas"] if verb == "status" else rows) == 2
+    for name in left_over(numaload):
+        (numaload.store / name / "manifest.json").write_text("{}")
+    assert "no entry that can be read" in numaload("status").stderr
+    assert "removed" in numaload("release").stdout
+    assert left_over(numaload) == []
+
+
+def test_a_bare_mirror_leaves_out_what_it_cannot_read(numaload: Numaload, model: str) -> None:
+    numaload("prewarm", model)
+    bad = numaload.store.parent / "bad.gguf"
+    bad.write_bytes(b"GGUF but no more")
+    numaload("prewarm", bad)
+    (numaload.store / "known" / "0.json").write_text("[")
+    done = numaload("mirror")
+    assert f"{bad}: " in done.stderr
+    assert "no record that can be read" in done.stderr
+    assert len(replicas(numaload)) == 2
+    assert "page cache" in numaload("status").stdout
+
+
+FULL = """
+import json, os, sys, numaload
+small = os.environ["NUMALOAD_STORE"] + "/.."
+def fill(done, total):  # after the plan, by somebody else
+    if not done:
+        room = os.statvfs(small)
+        with open(small + "/filler", "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize - (16 << 10))
+try:
+    numaload.mirror(sys.argv[1], shared=True, progress=fill)
+except numaload.errors.NodeMemoryError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def test_a_tmpfs_that_others_fill_meanwhile_is_an_error(
+    numaload: Numaload, model: str, tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=80M,mode=700", "small", str(small)]
+    if subprocess.run(words, check=False, capture_output=True).returncode != 0:
+        pytest.skip("a small tmpfs cannot be mounted here: root is needed")
+    try:
+        there = Numaload(small / "store")
+        assert "tmpfs" in there.python(FULL, model)
+        (small / "filler").unlink()
+        assert used_bytes(small) < MIB
+        assert left_over(there) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_names_that_are_no_text(numaload: Numaload, own_model: list[str], tmp_path: Path) -> None:
+    """Python gives such bytes as characters that cannot be printed."""
+    named = sparse_model(tmp_path / "x.gguf", MIB)
+    path = os.fsdecode(os.fsencode(str(tmp_path)) + b"/\xff\n.gguf")
+    os.rename(named, path)
+    numaload("mirror", path)
+    assert "released" not in numaload("status").stdout
+    assert "all checksums right" in numaload("verify", path).stdout
+    assert numaload.json("status")["replicas"][0]["paths"] == [path]
+    assert "released" in numaload("release", path).stdout

@@ -156,3 +156,19 @@ def test_page_cache_on_the_node_asked_for(numaload: Numaload, model_files: list[
         "0": sum(-(-os.path.getsize(p) // 4096) * 4096 for p in model_files)
     }
     assert report["elsewhere"] == 0
+
+
+def test_output_that_cannot_be_written_is_an_error(numaload: Numaload, model: str) -> None:
+    environment = {k: v for k, v in numaload.environment.items() if k != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w", encoding="ascii") as full:
+        done = subprocess.run(
+            numaload.command("prewarm", model, "--json"), stdout=full, stderr=subprocess.PIPE,
+            env=environment, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_threads_that_cannot_be_are_usage_errors(numaload: Numaload, model: str) -> None:
+    assert "at least 1" in numaload("prewarm", model, "--threads", "-1", status=2).stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 import numaload as api
 from commands import Numaload
 from numaload.numa.syscalls import memory_at
+from numaload.replicas import store as stores
 
 NAME = "blk.0.attn_q.weight"
 
@@ -110,3 +112,16 @@ def mapped(address: int) -> bool:
         if start <= address < stop:
             return line.split()[1] != "---p"
     return False
+
+
+def test_attach_holds_only_what_it_uses(mirror: api.Mirror, model: str) -> None:
+    """A mirror of some nodes does not keep the replicas of others in use."""
+    mirror.close()
+    (entry,) = stores.entries()
+    other = dataclasses.replace(entry, name=f"{entry.name}x", nodes=(77,))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(entry.path(entry.nodes[0], 0))))
+    os.mkdir(f"{root}/{other.name}", 0o700)
+    Path(f"{root}/{other.name}/manifest.json").write_bytes(other.to_json())
+    with api.attach(model, nodes=entry.nodes[0]):
+        done = stores.release(stores.entries())
+    assert {one.entry.name: one.in_use for one in done} == {entry.name: True, other.name: False}

@@ -1,0 +1,225 @@
+"""Filling replicas: room, errors in the middle, what is given back. On the memory of one node."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import numaload as api
+from commands import evict
+from numaload.errors import CancelledError, NodeMemoryError
+from numaload.numa import syscalls
+from numaload.numa.workers import Workers
+from numaload.replicas import build as builds
+from numaload.replicas.arena import Arena, private_arena, shared_arena
+from numaload.replicas.build import CHUNK, TRUSTED, build
+from numaload.replicas.plan import LEAST_FREE
+from numaload.storage import userdir
+from numaload.storage.files import SourceFile
+from numaload.storage.residency import residency
+
+MIB = 1 << 20
+NODE = api.topology().all[0]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[SourceFile]:
+    """Four chunks and a bit, not in the page cache."""
+    path = tmp_path / "source"
+    path.write_bytes(os.urandom(4 * CHUNK + 5000))
+    evict([str(path)])
+    with SourceFile(str(path)) as file:
+        yield file
+
+
+def run(file: SourceFile, **options: Any) -> builds.Built:
+    return build([file], [NODE], options.pop("allocate", private_arena), api.topology(), **options)
+
+
+def mapped(address: int) -> bool:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = (int(word, 16) for word in line.split()[0].split("-"))
+        if start <= address < stop:
+            return line.split()[1] != "---p"
+    return False
+
+
+RUNS = st.lists(st.integers(0, 60), unique=True).map(
+    lambda edges: list(zip(sorted(edges)[::2], sorted(edges)[1::2], strict=False))
+)
+
+
+@given(RUNS, st.integers(0, 60), st.integers(1, 20))
+def test_overlaps(runs: list[tuple[int, int]], start: int, length: int) -> None:
+    stop = start + length
+    naive = {i for first, last in runs for i in range(first, last)} & set(range(start, stop))
+    found = list(builds._overlaps(runs, start, stop))
+    assert {i for first, last in found for i in range(first, last)} == naive
+    assert all(first < last for first, last in found)
+
+
+def test_overlaps_do_not_look_at_all_runs() -> None:
+    class Counted(list[tuple[int, int]]):
+        looks = 0
+
+        def __getitem__(self, i: Any) -> Any:
+            self.looks += 1
+            return super().__getitem__(i)
+
+        def __iter__(self) -> Iterator[tuple[int, int]]:
+            self.looks += len(self)
+            return super().__iter__()
+
+    runs = Counted((2 * i, 2 * i + 1) for i in range(100_000))
+    assert list(builds._overlaps(runs, 100_000, 100_003)) == [
+        (100_000, 100_001),
+        (100_002, 100_003),
+    ]
+    assert runs.looks < 50
+
+
+def test_what_was_given_back_is_counted_by_all_threads(
+    source: SourceFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SourceFile.drop_cache
+
+    def slowly(self: SourceFile, offset: int, nbytes: int) -> None:
+        real(self, offset, nbytes)
+        time.sleep(0.05)  # so that several threads are in the middle of it
+
+    monkeypatch.setattr(SourceFile, "drop_cache", slowly)
+    before = residency(source)
+    built = run(source)
+    built.close()
+    assert built.given_back == source.size - before.resident > 4 * CHUNK
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_a_failed_build_is_freed_though_its_error_is_kept(
+    source: SourceFile, store: Path, shared: bool
+) -> None:
+    addresses: list[int] = []
+    with userdir.opened() as folder:
+        assert folder is not None
+
+        def allocate(size: int, node: int) -> Arena:
+            arena = shared_arena(size, node, folder) if shared else private_arena(size, node)
+            addresses.append(arena.mapping.address)
+            return arena
+
+        descriptors = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(CancelledError) as kept:
+            run(source, allocate=allocate, progress=lambda done, _: done == 0)
+        assert kept.value.done > 0
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert [mapped(address) for address in addresses] == [False]
+
+
+def test_no_more_threads_than_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    class Watched(Workers):
+        def __init__(self, cpus: Any, count: int, name: str) -> None:
+            counts.append(count)
+            super().__init__(cpus, count, name)
+
+    monkeypatch.setattr(builds, "Workers", Watched)
+    (tmp_path / "x").write_bytes(b"tiny")
+    with SourceFile(str(tmp_path / "x")) as file:
+        run(file).close()
+    assert counts == [1]
+
+
+def test_an_empty_file_among_others(tmp_path: Path, source: SourceFile) -> None:
+    (tmp_path / "empty").touch()
+    with SourceFile(str(tmp_path / "empty")) as empty:
+        for files in ([empty], [empty, source]):
+            built = build(files, [NODE], private_arena, api.topology())
+            assert [len(row) for row in built.checksums] == [-(-f.size // CHUNK) for f in files]
+            assert built.placements[NODE].right
+            built.close()
+
+
+class Room:
+    """A build that fills nothing, on a node whose free memory is what ``free`` says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+        self.free, self.looks = free, 0
+        monkeypatch.setattr(builds, "free_on", self.look)
+        self.job = builds._Build([], [NODE], api.topology(), None)
+
+    def look(self, *_: object) -> int:
+        self.looks += 1
+        return self.free
+
+    def fill(self, chunks: int) -> None:
+        for _ in range(chunks):
+            self.job._check_room(NODE, CHUNK)
+            self.free -= CHUNK
+
+
+def test_with_plenty_of_room_a_look_is_good_for_several_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    room = Room(monkeypatch, 1 << 40)
+    room.fill(1000)
+    assert room.looks <= 1 + 1000 / (TRUSTED / CHUNK)
+
+
+def test_with_little_room_every_chunk_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = Room(monkeypatch, LEAST_FREE + 3 * CHUNK)
+    room.fill(3)
+    assert room.looks == 3
+    with pytest.raises(NodeMemoryError, match=f"node {NODE} ran out.* has {LEAST_FREE}") as caught:
+        room.fill(1)
+    assert caught.value.needed == CHUNK + LEAST_FREE
+
+
+def test_someone_else_who_fills_the_node_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = Room(monkeypatch, 1 << 40)
+    room.fill(1)
+    room.free = 0
+    with pytest.raises(NodeMemoryError):
+        room.fill(1 + TRUSTED // CHUNK)
+
+
+def test_a_full_tmpfs_is_an_error_before_it_is_a_signal(
+    source: SourceFile, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel answers is tested with a real one in the acceptance tests."""
+    real = syscalls.madvise
+
+    def full(address: int, length: int, advice: int) -> int:
+        return 14 if advice == syscalls.MADV_POPULATE_WRITE else real(address, length, advice)
+
+    monkeypatch.setattr(syscalls, "madvise", full)
+    with userdir.opened() as folder:
+        assert folder is not None
+        with pytest.raises(NodeMemoryError, match=r"tmpfs .* ran out while node"):
+            run(source, allocate=lambda size, node: shared_arena(size, node, folder))
+
+
+def test_kernels_that_cannot_populate_fill_all_the_same(
+    source: SourceFile, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = syscalls.madvise
+    new = (syscalls.MADV_POPULATE_WRITE, syscalls.MADV_COLLAPSE)
+
+    def old(address: int, length: int, advice: int) -> int:
+        return 22 if advice in new else real(address, length, advice)
+
+    monkeypatch.setattr(syscalls, "madvise", old)
+    monkeypatch.setattr("numaload.errors._said", {"collapse"})
+    with userdir.opened() as folder:
+        assert folder is not None
+        built = run(source, allocate=lambda size, node: shared_arena(size, node, folder))
+        view = built.arenas[NODE][0].mapping.view()
+        assert view == source.read_at(0, source.size)
+        built.close()

@@ -1,0 +1,260 @@
+"""The store where something is wrong: damage, races, errors in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import numaload as api
+from numaload.errors import NumaloadWarning, ReplicaNotFoundError, StoreError
+from numaload.replicas import store as stores
+from numaload.replicas.arena import shared_arena
+from numaload.storage import known, userdir
+from numaload.storage.files import Identity
+from numaload.storage.known import Model
+
+pytestmark = pytest.mark.usefixtures("store")
+
+
+@pytest.fixture(autouse=True)
+def every_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numaload.errors._said", set())
+
+
+def entry_at(store: Path, model: str, name: str = "") -> Path:
+    """A replica in the store, and its folder; ``name``: of a second one, made from it."""
+    api.mirror(model, shared=True).close()
+    (entry,) = stores.entries()
+    if name:
+        (store / name).mkdir()
+        (store / name / "manifest.json").write_bytes(
+            (store / entry.name / "manifest.json").read_bytes()
+        )
+    return store / (name or entry.name)
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def with_model(**changes: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda row: row["model"].update(changes)
+
+
+def first_identity(*numbers: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda row: row["model"]["identities"][0].__setitem__(slice(0, 5), numbers)
+
+
+DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "another version": lambda row: row.update(version=2),
+    "another chunk size": lambda row: row.update(chunk=1 << 20),
+    "no checksums": lambda row: row.pop("checksums"),
+    "a checksum less": lambda row: row["checksums"][0].pop(),
+    "a file's checksums less": lambda row: row["checksums"].pop(),
+    "nodes as text": lambda row: row.update(nodes=["../../x"]),
+    "negative nodes": lambda row: row.update(nodes=[-1]),
+    "no nodes": lambda row: row.update(nodes=[]),
+    "created never": lambda row: row.update(created="never"),
+    "a path upwards": with_model(paths=["/models/..", "/models/b"]),
+    "a folder": with_model(paths=["/models/", "/models/b"]),
+    "paths of other types": with_model(paths=[1, 2]),
+    "fewer paths": with_model(paths=["/models/a"]),
+    "no identities": with_model(identities=[], paths=[]),
+    "identities of other types": with_model(identities=[["x"], None]),
+    "a negative size": first_identity(1, 1, -1, 1, 1),
+    "a size as text": first_identity(1, 1, "1", 1, 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_manifest_is_left_out_and_said(
+    store: Path, model: str, damage: Callable[[dict[str, Any]], object]
+) -> None:
+    bad = entry_at(store, model, "bad.entry")
+    assert len(stores.entries()) == 2  # it is read before it is damaged
+    row = json.loads((bad / "manifest.json").read_bytes())
+    damage(row)
+    (bad / "manifest.json").write_text(json.dumps(row))
+    with pytest.warns(NumaloadWarning, match=r"bad\.entry: no entry that can be read"):
+        assert len(stores.entries()) == 1
+    assert stores.release_damaged() == [str(bad)]
+    assert not bad.exists()
+    assert len(stores.entries()) == 1
+
+
+@pytest.mark.parametrize("kind", ["empty", "no JSON", "deep", "a FIFO", "a file", "a link"])
+def test_what_is_no_entry_is_left_out_and_taken_away(store: Path, model: str, kind: str) -> None:
+    entry_at(store, model)
+    bad, elsewhere = store / "bad.entry", store.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    if kind == "a file":
+        bad.touch()
+    elif kind == "a link":
+        bad.symlink_to(elsewhere)
+    else:
+        bad.mkdir()
+    if kind in ("no JSON", "deep"):
+        (bad / "manifest.json").write_text({"no JSON": "{", "deep": "[" * 100_000}[kind])
+    if kind == "a FIFO":
+        os.mkfifo(bad / "manifest.json")
+    with pytest.warns(NumaloadWarning, match="numaload release"):
+        assert len(stores.entries()) == 1
+    assert stores.release_damaged() == [str(bad)]
+    assert not os.path.lexists(bad)
+    assert (elsewhere / "kept").exists()
+
+
+def test_an_entry_that_is_released_before_it_is_used(store: Path, model: str) -> None:
+    entry_at(store, model)
+    (entry,) = stores.entries()
+    lease, before = stores.Lease(entry), descriptors()
+    assert [done.in_use for done in stores.release([entry])] == [True]
+    with pytest.raises(ReplicaNotFoundError, match="released or removed"):
+        lease.map(0)
+    with pytest.raises(ReplicaNotFoundError, match="released or removed"):
+        stores.Lease(entry)
+    assert stores.release([entry]) == []  # a second process was as fast
+    assert descriptors() == before
+
+
+def test_a_lease_that_is_dropped_ends(store: Path, model: str) -> None:
+    entry_at(store, model)
+    (entry,) = stores.entries()
+    stores.Lease(entry)
+    assert [done.in_use for done in stores.release([entry])] == [False]
+
+
+def test_attaching_what_cannot_be_mapped_leaves_no_lease(store: Path, model: str) -> None:
+    folder = entry_at(store, model)
+    next(iter(folder.glob("node*/*"))).unlink()
+    before = descriptors()
+    with pytest.raises(ReplicaNotFoundError) as caught:
+        api.attach(model)
+    assert descriptors() == before, caught
+    (done,) = stores.release(stores.entries())
+    assert not done.in_use
+
+
+@pytest.mark.parametrize("call", ["link", "rename", "write"])
+def test_publishing_that_fails_leaves_nothing(
+    store: Path, model: str, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    done, before = [], descriptors()
+
+    def fail(*arguments: Any, **_: Any) -> None:
+        done.append(arguments)
+        raise OSError(28, "No space left on device")
+
+    where: Any = {"link": os, "rename": os, "write": userdir}[call]
+    monkeypatch.setattr(where, {"write": "write_whole"}.get(call, call), fail)
+    with pytest.raises(OSError, match="No space left"):
+        api.mirror(model, shared=True)
+    monkeypatch.undo()
+    assert done
+    assert [name for name in os.listdir(store) if name != "lock"] == []
+    assert descriptors() == before
+
+
+def test_small_files_are_whole_or_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        monkeypatch.setattr(os, "rename", fail)
+        with pytest.raises(OSError, match="No space left"):
+            userdir.write_whole("x", b"data", folder)
+        assert list(tmp_path.iterdir()) == []
+        monkeypatch.undo()
+        userdir.write_whole("x", b"data", folder)
+        assert userdir.read_owned("x", folder) == b"data"
+    finally:
+        os.close(folder)
+
+
+def test_an_arena_that_is_dropped_keeps_no_nameless_file() -> None:
+    with userdir.opened() as folder:
+        assert folder is not None
+        before = descriptors()
+        arena = shared_arena(1 << 20, 0, folder)
+        assert descriptors() == before + 1
+        del arena
+        assert descriptors() == before
+
+
+def test_only_a_tmpfs_can_hold_replicas(
+    store: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for where, expected in (("/proc", "is on proc, expected a tmpfs"), (store.parent, None)):
+        fd = os.open(where, os.O_RDONLY)
+        try:
+            if expected is None:
+                userdir.check_tmpfs(fd)
+            else:
+                with pytest.raises(StoreError, match=expected):
+                    userdir.check_tmpfs(fd)
+        finally:
+            os.close(fd)
+
+    def refuse(_: int) -> None:
+        raise StoreError("no tmpfs")
+
+    monkeypatch.setattr(userdir, "check_tmpfs", refuse)
+    with pytest.raises(StoreError, match="no tmpfs"):
+        api.mirror(model, shared=True)
+
+
+def test_a_link_is_refused_with_a_slash_behind_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "target").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    monkeypatch.setenv("NUMALOAD_STORE", f"{tmp_path}/link/")
+    with pytest.raises(StoreError, match="expected a folder of yours"), userdir.opened():
+        pass
+
+
+def a_model(path: str, size: int) -> Model:
+    return Model((path,), (Identity(1, ord(path[-1]), size, 1, 1),))
+
+
+def test_damaged_records_of_known_models_are_left_out_and_said(store: Path) -> None:
+    known.remember(a_model("/a", 1))
+    good = json.loads(next((store / "known").iterdir()).read_bytes())
+    for i, text in enumerate(
+        ["", "{}", "[]", json.dumps(good | {"paths": [1]}), json.dumps(good | {"paths": []})]
+    ):
+        (store / "known" / f"{i}.json").write_text(text)
+    (store / "known" / "folder.json").mkdir()
+    with pytest.warns(NumaloadWarning, match="no record that can be read") as warned:
+        assert known.recall() == [a_model("/a", 1)]
+    assert len(warned) == 6
+
+
+def test_of_a_file_that_changed_the_last_record_counts(store: Path) -> None:
+    models = [a_model("/a", 1), a_model("/b", 1), a_model("/a", 2)]
+    for second, model in enumerate(models):
+        known.remember(model)
+        os.utime(store / "known" / f"{model.key}.json", (second, second))
+    assert known.recall() == [models[2], models[1]]
+
+
+def test_what_became_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"data")
+    model = known.identify([str(path)])
+    assert model.state() == "unchanged"
+    path.write_bytes(b"other")
+    assert model.state() == "changed"
+    path.unlink()
+    assert model.state() == "gone"
+    path.mkdir()
+    assert model.state() == "unreadable"

@@ -135,7 +135,8 @@ def _prewarm(
     )
     if absent:
         if not force:
-            _check_room(absent, nodes)
+            # All nodes together are the machine, whose own estimate is better than a sum.
+            _check_room(absent, nodes if machine and nodes != machine.usable else [])
         machine = machine or topology()
         job = _Job(files, before, absent, progress)
         report.threads = job.run(machine, nodes, policy, threads)

@@ -106,14 +106,7 @@ class Mirror:
         """Ask the kernel for every page again and hash every chunk. Nothing is raised by this."""
         if self._closed:
             raise ClosedError("this mirror was closed")
-        done = Verified({}, 0, {})
-        for node, mappings in self._replicas.items():
-            paths = self.report.paths
-            one = verify({node: mappings}, paths, self._checksums[node], self._machine)
-            done.placements |= one.placements
-            done.wrong_chunks |= one.wrong_chunks
-            done.chunks += one.chunks
-        return done
+        return verify(self._replicas, self.report.paths, self._checksums, self._machine)
 
     def close(self) -> None:
         """Let go. Memory is unmapped when the last array of it is gone; addresses end now."""
@@ -327,7 +320,8 @@ def verify_entry(entry: store.Entry, machine: Topology) -> Verified:
     lease = store.Lease(entry)
     try:
         replicas = {node: lease.map(node) for node in entry.nodes}
-        return verify(replicas, entry.model.paths, entry.checksums, machine)
+        sums = dict.fromkeys(entry.nodes, entry.checksums)
+        return verify(replicas, entry.model.paths, sums, machine)
     finally:
         lease.close()
 

@@ -50,10 +50,16 @@ class Workers:
 
     def ranges(self, function: Callable[[int, int], None], total: int, grain: int = 1) -> None:
         """Call ``function(start, stop)`` over [0, total), in pieces of at least ``grain``."""
+        finish(self.submit_ranges(function, total, grain))
+
+    def submit_ranges(
+        self, function: Callable[[int, int], None], total: int, grain: int = 1
+    ) -> list[Future[None]]:
+        """The same without waiting, for work on several nodes at once."""
         pieces = min(self.count * PIECES_EACH, max(1, total // max(1, grain)))
         step = max(1, -(-total // pieces))
         starts = range(0, total, step)
-        finish([self.submit(function, start, min(start + step, total)) for start in starts])
+        return [self.submit(function, start, min(start + step, total)) for start in starts]
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

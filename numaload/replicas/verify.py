@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping as MappingType
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import xxhash
@@ -13,7 +14,7 @@ from numaload.errors import ChecksumError
 from numaload.numa.mapping import Mapping, populate_read
 from numaload.numa.placement import Placement, locate
 from numaload.numa.topology import Topology
-from numaload.numa.workers import pool
+from numaload.numa.workers import finish, pool
 from numaload.replicas.build import CHUNK
 
 
@@ -63,29 +64,41 @@ def placements_of(replicas: MappingType[int, Sequence[Mapping]]) -> dict[int, Pl
 def verify(
     replicas: MappingType[int, Sequence[Mapping]],
     paths: Sequence[str],
-    checksums: Sequence[Sequence[int]],
+    checksums: MappingType[int, Sequence[Sequence[int]]],
     machine: Topology,
 ) -> Verified:
-    """Count the pages and hash every chunk, each node's by threads on that node."""
+    """Count the pages and hash every chunk, all nodes at once, each by threads on that node.
+
+    checksums: {node: a row per file}: replicas that were built at different times have their own.
+    """
     placements = placements_of(replicas)
-    wrong: dict[int, list[tuple[str, int]]] = {}
-    for node, mappings in replicas.items():
-        for path, mapping, sums in zip(paths, mappings, checksums, strict=True):
-            bad = wrong_chunks(mapping, sums, machine, node)
-            if bad:
-                wrong.setdefault(node, []).extend((path, chunk) for chunk in bad)
-    return Verified(placements, sum(map(len, checksums)) * len(replicas), wrong)
+    wrong: list[tuple[int, int, int]] = []  # (node, file, chunk)
+    jobs = [
+        job
+        for node, mappings in replicas.items()
+        for i, (mapping, sums) in enumerate(zip(mappings, checksums[node], strict=True))
+        for job in pool(machine, node).submit_ranges(
+            partial(_check, mapping, sums, wrong, (node, i)), len(sums)
+        )
+    ]
+    finish(jobs)
+    by_node: dict[int, list[tuple[str, int]]] = {}
+    for node, i, chunk in sorted(wrong):
+        by_node.setdefault(node, []).append((paths[i], chunk))
+    chunks = sum(len(sums) for node in replicas for sums in checksums[node])
+    return Verified(placements, chunks, by_node)
 
 
-def wrong_chunks(mapping: Mapping, sums: Sequence[int], machine: Topology, node: int) -> list[int]:
-    wrong: list[int] = []
-
-    def check(first: int, last: int) -> None:
-        for chunk in range(first, last):
-            start = chunk * CHUNK
-            with mapping.view(start, min(CHUNK, mapping.length - start)) as view:
-                if xxhash.xxh3_64_intdigest(view) != sums[chunk]:
-                    wrong.append(chunk)
-
-    pool(machine, node).ranges(check, len(sums))
-    return sorted(wrong)
+def _check(
+    mapping: Mapping,
+    sums: Sequence[int],
+    wrong: list[tuple[int, int, int]],
+    where: tuple[int, int],
+    first: int,
+    last: int,
+) -> None:
+    for chunk in range(first, last):
+        start = chunk * CHUNK
+        with mapping.view(start, min(CHUNK, mapping.length - start)) as view:
+            if xxhash.xxh3_64_intdigest(view) != sums[chunk]:
+                wrong.append((*where, chunk))

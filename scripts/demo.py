@@ -82,7 +82,7 @@ def run(paths: list[str]) -> None:
         print(f"{len(weights.paths)} files, {len(weights)} tensors of {', '.join(kinds)}")
     say("2. The machine")
     type_command("nodes")
-    say("3. Read it into the page cache, on all cores")
+    say("3. Read it into the page cache")
     type_command("prewarm", model)
     say("4. A replica in every node's own memory, proven by the kernel and by checksums")
     type_command("mirror", model, "--nodes", "all")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import numaload as api
-from commands import Numaload, evict, sparse_model, wait_for
+from commands import KEPT, Numaload, evict, sparse_model, wait_for
 from numaload.numa.memory import available
 from numaload.storage.files import SourceFile
 from numaload.storage.residency import residency
@@ -45,7 +45,7 @@ def test_all_split_files_become_resident(numaload: Numaload, model_files: list[s
     assert report["paths"] == model_files
     assert report["resident"] == report["size"] == size
     assert report["read"] == size - report["resident_before"] > size // 2
-    assert [resident(p) for p in model_files] == [os.path.getsize(p) for p in model_files]
+    assert sum(map(resident, model_files)) > KEPT * size
 
 
 def test_what_was_resident_is_counted_and_not_read(
@@ -53,8 +53,9 @@ def test_what_was_resident_is_counted_and_not_read(
 ) -> None:
     numaload("prewarm", model_files[0])
     report = numaload.json("prewarm", model_files[0])
-    assert report["resident_before"] == report["size"]
-    assert report["read"] == report["threads"] == 0
+    assert report["resident_before"] > KEPT * report["size"]
+    assert report["read"] == report["size"] - report["resident_before"]
+    assert bool(report["threads"]) == bool(report["read"])
     assert "were resident" in numaload("prewarm", model_files[0]).stdout
 
 
@@ -65,7 +66,7 @@ def test_python_api_takes_paths_and_weights(store: Path, model_files: list[str])
         report = api.prewarm(weights, threads=2, progress=lambda *step: seen.append(step))
     assert report.done
     assert seen[-1] == (report.read, report.read)
-    assert api.prewarm(model_files).read == 0
+    assert api.prewarm(model_files).resident_before > KEPT * report.size
 
 
 @pytest.mark.parametrize("verb", ["--version", "prewarm"])
@@ -142,19 +143,23 @@ def test_bad_input_is_a_named_error(numaload: Numaload, tmp_path: Path) -> None:
         assert str(tmp_path) in done.stderr
 
 
-@pytest.mark.parametrize("nodes", ["99", "one", "!0-63"])
-def test_nodes_that_cannot_be_are_usage_errors(numaload: Numaload, model: str, nodes: str) -> None:
-    assert "usable" in numaload("prewarm", model, "--nodes", nodes, status=2).stderr or (
-        nodes == "one"
-    )
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [("99", "node 99 is not usable here"), ("one", "expected all, local"), ("!0-63", "no node")],
+    ids=["absent", "no-list", "none-left"],
+)
+def test_nodes_that_cannot_be_are_usage_errors(
+    numaload: Numaload, model: str, nodes: str, said: str
+) -> None:
+    assert said in numaload("prewarm", model, "--nodes", nodes, status=2).stderr
 
 
 def test_page_cache_on_the_node_asked_for(numaload: Numaload, model_files: list[str]) -> None:
     evict(model_files)
     report = numaload.json("prewarm", model_files[0], "--nodes", "0", "--policy", "bind")
-    assert report["on_nodes"] == {
-        "0": sum(-(-os.path.getsize(p) // 4096) * 4096 for p in model_files)
-    }
+    assert report["done"]
+    assert report["on_nodes"].keys() == {"0"}
+    assert report["on_nodes"]["0"] >= report["size"]
     assert report["elsewhere"] == 0
 
 

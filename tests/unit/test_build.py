@@ -98,7 +98,7 @@ def test_what_was_given_back_is_counted_by_all_threads(
     before = residency(source)
     built = run(source)
     built.close()
-    assert built.given_back == source.size - before.resident > 4 * CHUNK
+    assert built.given_back >= source.size - before.resident > 4 * CHUNK
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])

@@ -173,10 +173,10 @@ def test_kernel_arguments_given_come_last_and_win() -> None:
 
 
 def test_only_what_the_guest_leaves_is_writable() -> None:
-    shares = values(qemu(), "-virtfs")
+    shares = values(qemu(), "-fsdev")
     assert len(shares) == 3
     assert [share for share in shares if "readonly=on" not in share] == [
-        "local,mount_tag=out,path=/job/out,security_model=none"
+        "local,id=out,path=/job/out,security_model=none"
     ]
 
 
@@ -384,3 +384,24 @@ def test_help() -> None:
         [sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True
     )
     assert "--nodes" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("console", "code", "tries"),
+    [("panic", vm.GUEST_DIED, 2), ("+ set +ex\n", vm.GUEST_DIED, 1), ("panic", vm.TIMED_OUT, 1)],
+    ids=["died-booting", "died-later", "timeout"],
+)
+def test_only_a_guest_that_died_booting_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: str, code: int, tries: int
+) -> None:
+    runs = []
+
+    def dies(*_: object) -> int:
+        runs.append(1)
+        (tmp_path / "console").write_text(console)
+        raise vm.GuestError("gone", code)
+
+    monkeypatch.setattr(vm, "run_guest", dies)
+    with pytest.raises(vm.GuestError):
+        vm.boot_and_run(None, None, tmp_path, "marker", 1.0)
+    assert len(runs) == tries

@@ -64,3 +64,12 @@ def kernel_killed() -> list[str]:
         for line in log.splitlines()
         if re.search(r"oom-kill|Out of memory|Killed process", line)
     ]
+
+
+def mapped(address: int) -> bool:
+    """Whether this process can reach the address; reserved neighbours do not count."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = (int(word, 16) for word in line.split()[0].split("-"))
+        if start <= address < stop:
+            return line.split()[1] != "---p"
+    return False

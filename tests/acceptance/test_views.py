@@ -15,6 +15,7 @@ import numaload as api
 from commands import Numaload
 from numaload.numa.syscalls import memory_at
 from numaload.replicas import store as stores
+from witness import mapped
 
 NAME = "blk.0.attn_q.weight"
 
@@ -104,14 +105,6 @@ def test_attach_finds_only_what_is_there(numaload: Numaload, model: str, store: 
     with pytest.raises(api.errors.ReplicaNotFoundError, match="numaload mirror"):
         api.attach(model)
     assert not store.exists()
-
-
-def mapped(address: int) -> bool:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        start, stop = (int(word, 16) for word in line.split()[0].split("-"))
-        if start <= address < stop:
-            return line.split()[1] != "---p"
-    return False
 
 
 def test_attach_holds_only_what_it_uses(mirror: api.Mirror, model: str) -> None:

@@ -24,6 +24,7 @@ from numaload.replicas.plan import LEAST_FREE
 from numaload.storage import userdir
 from numaload.storage.files import SourceFile
 from numaload.storage.residency import residency
+from witness import mapped
 
 MIB = 1 << 20
 NODE = api.topology().all[0]
@@ -41,14 +42,6 @@ def source(tmp_path: Path) -> Iterator[SourceFile]:
 
 def run(file: SourceFile, **options: Any) -> builds.Built:
     return build([file], [NODE], options.pop("allocate", private_arena), api.topology(), **options)
-
-
-def mapped(address: int) -> bool:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        start, stop = (int(word, 16) for word in line.split()[0].split("-"))
-        if start <= address < stop:
-            return line.split()[1] != "---p"
-    return False
 
 
 RUNS = st.lists(st.integers(0, 60), unique=True).map(

@@ -48,19 +48,35 @@ def dtype_of(dtype: Any) -> np.dtype[Any]:
 
 
 def dequantize_blocks(
-    blocks: Blocks, qtype: QuantType, dtype: np.dtype[Any], out: NDArray[Any], workers: Workers
+    blocks: Blocks,
+    qtype: QuantType,
+    dtype: np.dtype[Any],
+    out: NDArray[Any],
+    workers: Workers,
+    *,
+    name: str = "",
+    byte_order: str = "little",
 ) -> None:
     """Turn ``blocks`` (n_blocks, type_size) into ``out``, flat, n_blocks * block_size of ``dtype``.
 
     Bit-exact with ggml's to_float; types without a kernel go through gguf-py, said once.
+    name: of the tensor, for errors. byte_order: of the blocks; F32, F16 and BF16 can be "big".
     Raises: UnsupportedTypeError.
     """
+    what = f"tensor {name!r}: {qtype.name}" if name else qtype.name
     block_size, _ = BLOCKS[qtype]
     grain = max(1, GRAIN // block_size)
+    swapped = byte_order == "big"
+    if swapped and qtype not in RAW:
+        raise UnsupportedTypeError(
+            f"{what} of a big-endian file cannot be turned to float, only"
+            f" {', '.join(one.name for one in RAW)} can: gguf-convert-endian of gguf-py makes a"
+            " little-endian file of it"
+        )
     if RAW.get(qtype) == dtype.name:
-        task = _copy(blocks, out)
+        task = _copy(blocks, out, swapped=swapped)
     else:
-        to_float32 = _kernel(blocks, qtype)
+        to_float32 = (_swapped if swapped else _kernel)(blocks, qtype, what)
         floats = out.reshape(-1, block_size)
         if dtype.name == "float32":
             task = _direct(to_float32, floats)
@@ -73,12 +89,12 @@ def dequantize_blocks(
 ToFloat32 = Callable[[int, int, NDArray[np.float32]], None]
 
 
-def _kernel(blocks: Blocks, qtype: QuantType) -> ToFloat32:
+def _kernel(blocks: Blocks, qtype: QuantType, what: str) -> ToFloat32:
     if qtype is QuantType.F32:
         return lambda start, stop, out: _widen(blocks[start:stop], out)
     kernel = registry.load(qtype)
     if kernel is None:
-        return _by_gguf(blocks, qtype)
+        return _by_gguf(blocks, qtype, what)
 
     def run(start: int, stop: int, out: NDArray[np.float32]) -> None:
         kernel(blocks[start:stop], out, 0, stop - start)
@@ -86,14 +102,27 @@ def _kernel(blocks: Blocks, qtype: QuantType) -> ToFloat32:
     return run
 
 
-def _by_gguf(blocks: Blocks, qtype: QuantType) -> ToFloat32:
+def _swapped(blocks: Blocks, qtype: QuantType, what: str) -> ToFloat32:
+    """Of big-endian floats: pieces of them the other way round, through the same kernels."""
+    width = blocks.shape[1]
+
+    def run(start: int, stop: int, out: NDArray[np.float32]) -> None:
+        for first in range(start, stop, SCRATCH):
+            last = min(first + SCRATCH, stop)
+            piece = blocks[first:last].view(f">u{width}").astype(f"<u{width}").view(np.uint8)
+            _kernel(piece, qtype, what)(0, last - first, out[first - start : last - start])
+
+    return run
+
+
+def _by_gguf(blocks: Blocks, qtype: QuantType, what: str) -> ToFloat32:
     import gguf
 
     try:
         foreign = gguf.GGMLQuantizationType(qtype.value)
         gguf.quants.dequantize(np.zeros_like(blocks, shape=(1, blocks.shape[1])), foreign)
     except (NotImplementedError, ValueError) as error:
-        raise UnsupportedTypeError(f"{qtype.name} cannot be turned to float: {error}") from error
+        raise UnsupportedTypeError(f"{what} cannot be turned to float: {error}") from error
     warn_once(
         f"gguf-py {qtype.name}",
         f"{qtype.name} has no kernel here yet and goes through gguf-py, 10 to 100 times slower",
@@ -118,8 +147,11 @@ def _widen(blocks: Blocks, out: NDArray[np.float32]) -> None:
     out[:] = np.ascontiguousarray(blocks).view(np.float32)
 
 
-def _copy(blocks: Blocks, out: NDArray[Any]) -> RangeFunction:
+def _copy(blocks: Blocks, out: NDArray[Any], *, swapped: bool) -> RangeFunction:
     target = out.view(np.uint8).reshape(blocks.shape)
+    if swapped:
+        width = blocks.shape[1]
+        blocks, target = blocks.view(f">u{width}"), target.view(f"<u{width}")
 
     def task(start: int, stop: int) -> None:
         np.copyto(target[start:stop], blocks[start:stop])

@@ -5,11 +5,11 @@
     NumaloadError
     |- FormatError (ValueError)                 .path .offset: the file is not what it says
     |  |- NotGGUFError                          the first bytes are no GGUF magic
-    |  |- UnsupportedVersionError               a GGUF version or byte order that is not read
+    |  |- UnsupportedVersionError               a GGUF version that is not read
     |  |- TruncatedError                        the file ends before what it announces
     |  |- MetadataError                         a key, value type, string or array that cannot be
     |  |- TensorInfoError                       name, dims, offset or overlap of a tensor
-    |  |- UnknownQuantTypeError                 a type id that no table here knows
+    |  |- UnknownQuantTypeError                 a type id removed from ggml, of a fork, or unknown
     |  `- SplitError                            split files missing, or not of one model
     |- UnsupportedTypeError (NotImplementedError)  no way to float
     |- TensorNotFoundError (KeyError)           .name, with close matches
@@ -35,11 +35,28 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
+from errno import EMFILE, ENFILE
+from itertools import islice
 from typing import Any
 
 
 class NumaloadError(Exception):
-    """What all errors of numaload have in common."""
+    """What all errors of numaload have in common. They can be pickled and copied, fields too."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (type(self), self.args, self._fields())
+
+    def _fields(self) -> dict[str, Any]:
+        return self.__dict__
+
+
+def _rebuilt(kind: type[NumaloadError], args: tuple[Any, ...], fields: dict[str, Any]) -> Any:
+    """Not through __init__ of ``kind``, which takes other arguments than end up in ``args``."""
+    plain: type[Exception] = OSError if issubclass(kind, OSError) else Exception
+    error = plain.__new__(kind, *args)
+    plain.__init__(error, *args)  # OSError takes its errno from these
+    error.__dict__.update(fields)
+    return error
 
 
 class FormatError(NumaloadError, ValueError):
@@ -76,6 +93,9 @@ class SplitError(FormatError): ...
 class UnsupportedTypeError(NumaloadError, NotImplementedError): ...
 
 
+COMPARED = 10_000  # names, in search of close ones; models have less
+
+
 class _LookupError(NumaloadError, KeyError):
     """KeyError prints the repr of its argument; these print a sentence."""
 
@@ -85,9 +105,17 @@ class _LookupError(NumaloadError, KeyError):
         super().__init__(name)
         self.name, self._known = name, known
 
+    def _close(self) -> list[str]:
+        # Files that are not trusted have as many names as they like, and comparing takes its time.
+        known = [str(key) for key in islice(self._known, COMPARED)]
+        return get_close_matches(self.name, known, n=3)
+
+    def _fields(self) -> dict[str, Any]:
+        return self.__dict__ | {"_known": self._close()}
+
     def __str__(self) -> str:
         # Only when it is shown: ``get`` of what may be absent is no error to anyone.
-        close = get_close_matches(self.name, [str(k) for k in self._known], n=3)
+        close = self._close()
         hint = f"; close: {', '.join(close)}" if close else ""
         return f"no {self.kind} {self.name!r}{hint}"
 
@@ -170,6 +198,28 @@ class UsageError(NumaloadError, ValueError): ...
 
 class NumaloadWarning(UserWarning):
     """Something was done in a lesser way than asked; the text says how to get the better one."""
+
+
+# What a process ran out of, where the system's own words do not tell the way out.
+WAYS_OUT = {
+    EMFILE: "raise this process's limit (ulimit -n), or close files",
+    ENFILE: "raise the machine's limit: sysctl fs.file-max",
+}
+
+
+def reason(error: OSError) -> str:
+    """What the system said, with the way out where this process ran out of something."""
+    said = error.strerror or str(error)
+    return f"{said}; {WAYS_OUT[error.errno]}" if error.errno in WAYS_OUT else said
+
+
+def check_limits(error: BaseException, path: str) -> None:
+    """For those who go on without a file that they cannot open.
+
+    Raises: ReadError if this process or machine may open no more files: that says nothing of it.
+    """
+    if isinstance(error, OSError) and error.errno in WAYS_OUT:
+        raise ReadError(reason(error), path=path) from error
 
 
 _said: set[str] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import index
@@ -17,14 +17,17 @@ from numaload.errors import (
     UnknownQuantTypeError,
     UsageError,
 )
-from numaload.formats.gguf import Header, Metadata, TensorInfo, parse_header
-from numaload.formats.qtypes import BLOCKS, QuantType
-from numaload.formats.splits import check_splits, sibling_paths, split_count
+from numaload.formats.gguf import Header, TensorInfo, parse_header
+from numaload.formats.metadata import Metadata
+from numaload.formats.qtypes import BLOCKS, QuantType, foreign_type
+from numaload.formats.splits import check_splits, sibling_paths, split_count, split_link
+from numaload.numa.lists import Group, format_list
 from numaload.numa.mapping import Mapping as MemoryMapping
 from numaload.numa.mapping import map_file
 from numaload.numa.topology import Topology, topology
 from numaload.storage.files import SourceFile
 from numaload.storage.known import Model
+from numaload.storage.parallel import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,9 +72,10 @@ class Tensor:
         """Raises: UnknownQuantTypeError; ``type_name`` names those too."""
         found = self._info.qtype
         if found is None:
+            type_id = self._info.type_id
             raise UnknownQuantTypeError(
-                f"tensor {self.name!r} has the unknown type id {self._info.type_id};"
-                " the rest of the file can be used",
+                f"tensor {self.name!r} cannot be used, the rest of the file can: type {type_id} is"
+                f" {foreign_type(type_id).why}",
                 path=self.path,
             )
         return found
@@ -86,8 +90,13 @@ class Tensor:
         return self._weights._parts[self._part].file.path  # noqa: SLF001
 
     @property
+    def byte_order(self) -> str:
+        """Of its numbers in the file, and so in ``blocks``: "little", or "big" (rare)."""
+        return self._weights._parts[self._part].header.byte_order  # noqa: SLF001
+
+    @property
     def node(self) -> int | None:
-        """The node whose memory this view is in; None for the page cache."""
+        """The node whose memory this view is in; None for page cache, copies and several nodes."""
         return self._weights.node
 
     @property
@@ -104,7 +113,10 @@ class Tensor:
 
     @property
     def blocks(self) -> NDArray[np.uint8]:
-        """(rows, bytes per row) uint8, read-only, zero-copy; experts one after another."""
+        """(rows, bytes per row) uint8, read-only, zero-copy; experts one after another.
+
+        The bytes as they are in the file, which may be a big-endian one: see ``byte_order``.
+        """
         import numpy as np
 
         block_size, type_size = BLOCKS[self.qtype]
@@ -132,7 +144,8 @@ class Tensor:
         rows: (start, stop) or a slice; of a tensor of three dims they count through all experts.
         out: any C-contiguous buffer of that item size and element count, torch tensors included.
         Returns: ``out``, or a new array: ``shape``, or (rows, columns), or ``shape[1:]``.
-        Bit-exact with ggml. Raises: UnsupportedTypeError, UnknownQuantTypeError, UsageError.
+        Bit-exact with ggml. Raises: UnsupportedTypeError (naming the tensor, its type and why),
+        UnknownQuantTypeError, UsageError.
         """
         import numpy as np
 
@@ -146,7 +159,10 @@ class Tensor:
         result = np.empty(shape, wanted) if out is None else out
         flat = as_output(result, wanted, prod(shape))
         if flat.size:
-            dequantize_blocks(blocks, qtype, wanted, flat, self._weights.workers())
+            dequantize_blocks(
+                blocks, qtype, wanted, flat, self._weights.workers(),
+                name=self.name, byte_order=self.byte_order,
+            )  # fmt: skip
         return result
 
     def _selection(self, rows: Rows | None, expert: int | None) -> tuple[int, int, tuple[int, ...]]:
@@ -189,9 +205,9 @@ class Weights(Mapping[str, Tensor]):
         self,
         parts: Sequence[Part],
         mappings: Sequence[MemoryMapping] | None = None,
-        node: int | None = None,
+        nodes: Group = (),
     ) -> None:
-        self._parts, self.node, self._closed = parts, node, False
+        self._parts, self.nodes, self._closed = parts, nodes, False
         self._machine: Topology | None = None
         self._mappings: list[MemoryMapping | None] = [None] * len(parts)
         self._mappings[:] = mappings or self._mappings
@@ -201,6 +217,11 @@ class Weights(Mapping[str, Tensor]):
             for index, part in enumerate(parts)
             for info in part.header.tensors
         }
+
+    @property
+    def node(self) -> int | None:
+        """The node whose memory this is; None for the page cache and for what several share."""
+        return self.nodes[0] if len(self.nodes) == 1 else None
 
     @property
     def paths(self) -> list[str]:
@@ -231,7 +252,7 @@ class Weights(Mapping[str, Tensor]):
 
         if self._machine is None:
             self._machine = topology()
-        return pool(self._machine, self.node)
+        return pool(self._machine, self.nodes)
 
     def _mapping(self, part: int) -> MemoryMapping:
         with self._lock:  # a mapping that another one replaced would take its addresses with it
@@ -264,7 +285,7 @@ class Weights(Mapping[str, Tensor]):
             for mapping in self._mappings:
                 if mapping is not None:
                     mapping.close()
-            if self.node is None:
+            if not self.nodes:  # files belong to the weights that were opened from them
                 for part in self._parts:
                     part.file.close()
 
@@ -275,16 +296,24 @@ class Weights(Mapping[str, Tensor]):
         self.close()
 
     def __repr__(self) -> str:
-        where = "" if self.node is None else f" on node {self.node}"
+        where = f" on node {format_list(self.nodes)}" if self.nodes else ""
         return f"<Weights {self.paths[0]}: {len(self)} tensors, {self.nbytes} bytes{where}>"
 
 
-def open_weights(path: str | os.PathLike[str]) -> Weights:
+def open_weights(
+    path: str | os.PathLike[str], *, copy: bool = False, progress: Progress | None = None
+) -> Weights:
     """Open a GGUF model by any one of its files: headers only, milliseconds.
 
-    Raises: ReadError, and the FormatErrors of a header or of splits that do not fit together.
+    copy: read all of it into memory of this process now, in parallel, instead of mapping the files
+    when tensors are looked at: then nobody who truncates, rewrites or replaces them can hurt.
+    It takes the files' size in memory that no other process shares.
+    progress(bytes done, bytes in all): of that reading; returning False cancels.
+    Raises: ReadError, and the FormatErrors of a header or of splits that do not fit together; with
+    copy also NodeMemoryError if it does not fit, FileChangedError, CancelledError: then nothing is
+    left of it.
     """
-    given = os.fsdecode(path)
+    given = split_link(os.fsdecode(path))
     parts = {given: _open_part(given)}
     try:
         count = split_count(parts[given].header, given)
@@ -297,11 +326,28 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
             if other != given:
                 parts[other] = _open_part(other)
         check_splits(paths, [parts[p].header for p in paths])
+        opened = [parts[p] for p in paths]
+        return _copied(opened, progress) if copy else Weights(opened)
     except BaseException:
         for part in parts.values():
             part.file.close()
         raise
-    return Weights([parts[p] for p in paths])
+
+
+def _copied(parts: Sequence[Part], progress: Progress | None) -> Weights:
+    """Weights in memory of this process, metadata included."""
+    from numaload.storage.copy import copy_files
+
+    copies = copy_files([part.file for part in parts], progress)
+    inside = [
+        Part(part.file, parse_header(_reader(copied), copied.length, part.file.path))
+        for part, copied in zip(parts, copies, strict=True)
+    ]
+    return Weights(inside, copies)
+
+
+def _reader(mapping: MemoryMapping) -> Callable[[int, int], bytes]:
+    return lambda offset, nbytes: bytes(mapping.view(offset, nbytes))
 
 
 def _open_part(path: str) -> Part:

@@ -17,7 +17,7 @@ from statistics import median
 from numaload.demo import parse_size, write_model
 from numaload.numa.mapping import map_private
 from numaload.numa.topology import topology
-from numaload.replicas.arena import private_arena, shared_arena
+from numaload.replicas.arena import private_memory, store_memory
 from numaload.replicas.build import CHUNK, Allocate, build
 from numaload.storage import userdir
 from numaload.storage.files import SourceFile
@@ -51,7 +51,7 @@ def read_reused(files: Sequence[SourceFile]) -> None:
 
 def replica(files: Sequence[SourceFile], allocate: Allocate) -> None:
     machine = topology()
-    build(files, machine.all[:1], allocate, machine).close()
+    build(files, [(machine.all[0],)], allocate, machine).close()
 
 
 def main() -> None:
@@ -68,10 +68,8 @@ def main() -> None:
             rows: dict[str, Callable[[], None]] = {
                 "pread, one small buffer": lambda: read_reused(files),
                 "pread, fresh huge pages": lambda: read_fresh(files),
-                "replica, private": lambda: replica(files, private_arena),
-                "replica, shared": lambda: replica(
-                    files, lambda size, node: shared_arena(size, node, store)
-                ),
+                "replica, private": lambda: replica(files, private_memory()),
+                "replica, shared": lambda: replica(files, store_memory(store)),
             }
             measure(rows, sum(file.size for file in files), options.rounds)
     finally:

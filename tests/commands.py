@@ -8,13 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
+import confined
+from confined import Confined
+
+NOTHING = Confined()
 # Share of page cache that is there some seconds later: some machines page out what is idle.
 KEPT = 0.7
 LIMIT_S = 300  # a hang shall fail; no test measures time by it
@@ -25,13 +29,21 @@ class Numaload:
     """The command line on one store."""
 
     store: Path
+    confined: Confined = NOTHING
 
     @property
     def environment(self) -> dict[str, str]:
         return os.environ | {"NUMALOAD_STORE": str(self.store)}
 
     def command(self, *words: object) -> list[str]:
-        return [sys.executable, "-m", "numaload", *map(str, words)]
+        numaload = [sys.executable, "-m", "numaload", *map(str, words)]
+        if self.confined == NOTHING:
+            return numaload
+        return [sys.executable, confined.__file__, *self.confined.words(), "--", *numaload]
+
+    def within(self, **limits: Any) -> Numaload:
+        """The same in a process that is confined so: deny, cgroup, user, membind."""
+        return replace(self, confined=Confined(**limits))
 
     def __call__(self, *words: object, status: int = 0) -> subprocess.CompletedProcess[str]:
         """Run a verb; its exit status must be ``status``."""
@@ -64,6 +76,15 @@ def wait_for(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S)
     while not condition():
         assert time.monotonic() < end, f"waited in vain: {what}"
         time.sleep(0.01)
+
+
+def running(pid: int) -> bool:
+    """Whether there is such a process; one that waits for its parent to look is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] != b"Z"
+    except OSError:
+        return False
 
 
 def evict(paths: list[str]) -> None:

@@ -13,9 +13,10 @@ import tempfile
 from pathlib import Path
 
 from commands import LIMIT_S, Numaload
+from confined import Confined
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["__main__", "forked", "numaload.mirrors", "numaload.cli.replicas"])
+SERVER.set_forkserver_preload(["__main__", "forked", "numaload.mirrors", "numaload.cli.stored"])
 
 
 class ForkedNumaload(Numaload):
@@ -23,7 +24,7 @@ class ForkedNumaload(Numaload):
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             arguments = ([str(word) for word in words], str(self.store), str(out), str(err))
-            job = SERVER.Process(target=run_verb, args=arguments)
+            job = SERVER.Process(target=run_verb, args=(self.confined, *arguments))
             job.start()
             job.join(LIMIT_S)
             assert job.exitcode == status, (
@@ -34,11 +35,12 @@ class ForkedNumaload(Numaload):
             )
 
 
-def run_verb(words: list[str], store: str, out: str, err: str) -> None:
+def run_verb(confined: Confined, words: list[str], store: str, out: str, err: str) -> None:
     os.environ["NUMALOAD_STORE"] = store
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         os.dup2(fd, stream.fileno())
+    confined.enter()
     from numaload.cli.main import main
 
     status = main(words)

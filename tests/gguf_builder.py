@@ -1,6 +1,7 @@
 """GGUF files for tests: good ones by the gguf package, and wrong ones byte by byte, on purpose.
 
-What ``build`` puts together (little endian; every count, length and offset can be a lie)::
+What ``build`` puts together, little endian unless inside ``big_endian``; every count, length and
+offset can be a lie::
 
     "GGUF" | version u32 | n_tensors u64 | n_kv u64
     entry:    key length u64, key bytes  | value type u32 | value
@@ -14,7 +15,8 @@ What ``build`` puts together (little endian; every count, length and offset can 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +32,49 @@ CODES = {
     BOOL: "?", U64: "Q", I64: "q", F64: "d",
 }  # fmt: skip
 HUGE = 2**64 - 1
+signs = ["<"]  # the last one is how numbers are packed now
+
+
+@contextmanager
+def big_endian() -> Iterator[None]:
+    """What is built inside is big endian, the numbers of ``data`` being the caller's."""
+    signs.append(">")
+    try:
+        yield
+    finally:
+        signs.pop()
+
+
+def pack(fields: str, *values: Any) -> bytes:
+    return struct.pack(signs[-1] + fields, *values)
 
 
 def scalar(type_id: int, value: Any) -> bytes:
-    return struct.pack("<" + CODES[type_id], value)
+    return pack(CODES[type_id], value)
 
 
 def string(text: str | bytes, length: int | None = None) -> bytes:
     raw = text.encode() if isinstance(text, str) else text
-    return struct.pack("<Q", len(raw) if length is None else length) + raw
+    return pack("Q", len(raw) if length is None else length) + raw
 
 
 def array(type_id: int, *elements: bytes, count: int | None = None) -> bytes:
-    head = struct.pack("<IQ", type_id, len(elements) if count is None else count)
+    head = pack("IQ", type_id, len(elements) if count is None else count)
     return head + b"".join(elements)
 
 
 def entry(key: str | bytes, type_id: int, value: bytes) -> bytes:
-    return string(key) + struct.pack("<I", type_id) + value
+    return string(key) + pack("I", type_id) + value
+
+
+def u32(key: str, value: int) -> bytes:
+    return entry(key, U32, scalar(U32, value))
 
 
 def tensor(
     name: str | bytes, dims: Sequence[int] = (32,), type_id: int = 0, offset: int = 0
 ) -> bytes:
-    row = struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, type_id, offset)
+    row = pack(f"I{len(dims)}QIQ", len(dims), *dims, type_id, offset)
     return string(name) + row
 
 
@@ -73,7 +94,7 @@ def build(
         len(tensors) if n_tensors is None else n_tensors,
         len(entries) if n_kv is None else n_kv,
     )
-    header = magic + struct.pack("<IQQ", version, *counts) + b"".join([*entries, *tensors])
+    header = magic + pack("IQQ", version, *counts) + b"".join([*entries, *tensors])
     return header + bytes(-len(header) % alignment) + data
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
@@ -20,6 +20,33 @@ class Roots(TypedDict):
 
 
 @dataclass(frozen=True)
+class Pci:
+    """A device on PCI. ``node``: as its file says, None for no such file."""
+
+    code: str  # class, subclass and interface
+    node: int | None
+    cpus: str = ""
+    driver: str = ""
+    id: tuple[str, str] = ("0x10de", "0x2330")
+    memory_node: int | None = None  # that the NVIDIA driver tells
+
+    def write(self, address: str, root: Path) -> None:
+        folder = root / f"sys/devices/pci0000:00/{address}"
+        texts = {"class": self.code, "local_cpulist": self.cpus, "numa_node": self.node}
+        texts |= {"vendor": self.id[0], "device": self.id[1]}
+        for name, text in texts.items():
+            if text is not None:
+                _put(folder / name, f"{text}\n")
+        _link(root / f"sys/bus/pci/devices/{address}", folder)
+        if self.driver:
+            (root / f"sys/bus/pci/drivers/{self.driver}").mkdir(parents=True, exist_ok=True)
+            _link(folder / "driver", root / f"sys/bus/pci/drivers/{self.driver}")
+        if self.memory_node is not None:
+            status = f"Node:      {self.memory_node}\nStatus:    online\n"
+            _put(root / f"proc/driver/nvidia/gpus/{address}/numa_status", status)
+
+
+@dataclass(frozen=True)
 class Machine:
     """``nodes``: {id: (CPUs, MiB)}; ``rows``: the lines of their distance files, in that order."""
 
@@ -29,6 +56,7 @@ class Machine:
     mems_allowed: str | None = None
     # Over what is written otherwise, below the folder of all nodes; None: there is no such file.
     files: Mapping[str, str | None] = field(default_factory=dict)
+    pci: Mapping[str, Pci] = field(default_factory=dict)
 
     def write(self, root: Path) -> Roots:
         base = root / "sys/devices/system/node"
@@ -47,6 +75,8 @@ class Machine:
                 (base / name).unlink()
             else:
                 _put(base / name, text)
+        for address, device in self.pci.items():
+            device.write(address, root)
         return write_proc(root, sum(mib for _, mib in self.nodes.values()), self.mems_allowed)
 
     def _lists(self) -> dict[str, list[int]]:
@@ -63,6 +93,24 @@ def write_proc(root: Path, mib: int, mems_allowed: str | None = None) -> Roots:
         status += f"Mems_allowed:\t00000000\nMems_allowed_list:\t{mems_allowed}\n"
     _put(root / "proc/self/status", status)
     _put(root / "proc/meminfo", meminfo(mib) + f"MemAvailable:   {mib * 768} kB\n")
+    return {"sys_root": str(root / "sys"), "proc_root": str(root / "proc")}
+
+
+def write_block(
+    root: Path,
+    numbers: str,
+    folder: str,
+    files: Mapping[str, str] | None = None,
+    slaves: Sequence[str] = (),
+) -> Roots:
+    """A block device below sys/devices. ``slaves``: folders of those that it is made of."""
+    here = root / "sys/devices" / folder
+    here.mkdir(parents=True, exist_ok=True)
+    for name, text in (files or {}).items():
+        _put(here / name, f"{text}\n")
+    for slave in slaves:
+        _link(here / "slaves" / Path(slave).name, root / "sys/devices" / slave)
+    _link(root / f"sys/dev/block/{numbers}", here)
     return {"sys_root": str(root / "sys"), "proc_root": str(root / "proc")}
 
 
@@ -95,6 +143,21 @@ def _put(path: Path, text: str) -> None:
     path.write_text(text, encoding="ascii")
 
 
+def _link(path: Path, target: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+def _rows(count: int, *steps: tuple[int, int]) -> list[str]:
+    """Distances of nodes in order: of those in one run of so many nodes; 10 to itself."""
+
+    def distance(i: int, j: int) -> int:
+        return next(value for size, value in steps if i // size == j // size)
+
+    words = [[str(distance(i, j)) for j in range(count)] for i in range(count)]
+    return [" ".join(row) for row in words]
+
+
 def _without_lists(*nodes: int) -> dict[str, str | None]:
     """What kernels of old POWER machines do not have yet."""
     names = ("online", "possible", "has_memory", "has_cpu")
@@ -113,13 +176,43 @@ SNC2 = Machine(
     ["10 21 11 21", "21 10 21 11", "11 21 10 21", "21 11 21 10"],
     sockets={0: 0, 1: 1, 2: 0, 3: 1},
 )
+# The same on later processors: numbered socket by socket.
+SNC2_IN_ORDER = Machine(
+    {
+        node: (f"{node * 8}-{node * 8 + 7},{32 + node * 8}-{39 + node * 8}", 257_000)
+        for node in range(4)
+    },
+    _rows(4, (1, 10), (2, 12), (4, 21)),
+    sockets={0: 0, 1: 0, 2: 1, 3: 1},
+    pci={
+        "0000:16:00.0": Pci("0x030200", 0, "0-7,32-39", "nvidia"),
+        "0000:d8:00.0": Pci("0x030200", 3, "24-31,56-63", "nvidia"),
+        "0000:04:00.0": Pci("0x030000", -1, "0-63", "ast", ("0x1a03", "0x2000")),
+        "0000:05:00.0": Pci("0x010802", 1, "8-15,40-47", "nvme", ("0x144d", "0xa80a")),
+    },
+)
+NPS1 = Machine(
+    {0: ("0-63,128-191", 772_000), 1: ("64-127,192-255", 774_000)},
+    _rows(2, (1, 10), (2, 32)),
+    sockets={0: 0, 1: 1},
+    pci={"0000:c1:00.0": Pci("0x120000", 1, "64-127,192-255", "", ("0x1002", "0x74a1"))},
+)
 NPS4 = Machine(
     {node: (f"{node * 8}-{node * 8 + 7}", 96_000) for node in range(8)},
-    [
-        " ".join("10" if i == j else "12" if i // 4 == j // 4 else "32" for j in range(8))
-        for i in range(8)
-    ],
+    _rows(8, (1, 10), (4, 12), (8, 32)),
     sockets={node: node // 4 for node in range(8)},
+)
+# "L3 cache as NUMA domain": a node for every group of cores that share one.
+L3_AS_NUMA = Machine(
+    {node: (f"{node * 4}-{node * 4 + 3}", 48_000) for node in range(16)},
+    _rows(16, (1, 10), (2, 11), (8, 12), (16, 32)),
+    sockets={node: node // 8 for node in range(16)},
+)
+# One node over both sockets: interleaved by the hardware.
+NPS0 = Machine(
+    {0: ("0-7", 1_540_000)},
+    ["10"],
+    files={f"../cpu/cpu{cpu}/topology/physical_package_id": "1\n" for cpu in range(4, 8)},
 )
 # Ids with holes; from 250 on it is the memory of GPUs, shown as nodes without CPUs.
 POWER = Machine(
@@ -134,6 +227,21 @@ OLD_POWER = Machine(
     sockets=dict.fromkeys((0, 1, 4, 5), -1),  # the firmware does not say
     files=_without_lists(0, 1, 4, 5),
 )
+# GPU memory beside CPUs; the other nodes are for parts of the GPU and hold nothing.
+GH200 = Machine(
+    {0: ("0-71", 490_000), 1: ("", 97_000)} | dict.fromkeys(range(2, 9), ("", 0)),
+    _rows(9, (1, 10), (9, 80)),
+    pci={"0009:01:00.0": Pci("0x030200", 0, "0-71", "nvidia", ("0x10de", "0x2342"), 1)},
+)
+GB200 = Machine(
+    {0: ("0-71", 480_000), 1: ("72-143", 480_000), 2: ("", 188_000), 10: ("", 188_000)},
+    ["10 40 80 120", "40 10 120 80", "80 120 10 160", "120 80 160 10"],
+    sockets={0: 0, 1: 1},
+    pci={
+        "0008:01:00.0": Pci("0x030200", 0, "0-71", "nvidia", ("0x10de", "0x2941"), 2),
+        "0018:01:00.0": Pci("0x030200", 1, "72-143", "nvidia", ("0x10de", "0x2941"), 10),
+    },
+)
 CXL = Machine(
     {0: ("0-7", 64_000), 1: ("8-15", 64_000), 2: ("", 256_000)},
     ["10 21 14", "21 10 24", "14 24 10"],
@@ -142,6 +250,22 @@ CXL = Machine(
 MEMORYLESS = Machine(
     {0: ("0-3", 32_000), 1: ("4-7", 0), 2: ("8-11", 32_000)},
     ["10 20 30", "20 10 15", "30 15 10"],
+)
+FIRST_MEMORYLESS = Machine({0: ("0-3", 0), 1: ("4-7", 32_000)}, ["10 21", "21 10"])
+# Memory that may only hold what can be moved, so that it can be unplugged.
+MOVABLE = Machine(
+    {0: ("0-3", 32_000), 1: ("4-7", 32_000)},
+    ["10 20", "20 10"],
+    sockets={0: 0, 1: 1},
+    files={"has_normal_memory": "0\n"},
+)
+LARGEST_ID = Machine({0: ("0-3", 8_000), 1023: ("4-7", 8_000)}, ["10 40", "40 10"], {0: 0, 1023: 1})
+# CPUs 3 and 8-11 were taken offline: kernels list neither.
+CPUS_OFFLINE = Machine(
+    {0: ("0-2,4-7", 32_000), 1: ("12-15", 32_000)},
+    ["10 20", "20 10"],
+    sockets={0: 0, 1: 1},
+    files={"../cpu/cpu3/online": "0\n", "../cpu/online": "0-2,4-7,12-15\n"},
 )
 # CPUs on some nodes, all memory on others.
 APART = Machine(
@@ -160,11 +284,21 @@ MACHINES = {
     "one-node": ONE,
     "dual-xeon": XEON,
     "snc2": SNC2,
+    "snc2-in-order": SNC2_IN_ORDER,
+    "epyc-nps0": NPS0,
+    "epyc-nps1": NPS1,
     "epyc-nps4": NPS4,
+    "epyc-l3-as-numa": L3_AS_NUMA,
     "power-gpus": POWER,
     "old-power": OLD_POWER,
+    "gh200": GH200,
+    "gb200": GB200,
     "cxl": CXL,
     "memory-less": MEMORYLESS,
+    "first-memory-less": FIRST_MEMORYLESS,
+    "movable": MOVABLE,
+    "largest-id": LARGEST_ID,
+    "cpus-offline": CPUS_OFFLINE,
     "memory-apart": APART,
     "offline": OFFLINE,
     "cpuset": CPUSET,

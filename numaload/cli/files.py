@@ -39,9 +39,10 @@ def inspect(options: argparse.Namespace) -> int:
             print_json(_as_dict(weights, with_metadata=options.metadata))
             return 0
         for part in weights.parts:
-            count = len(part.header.tensors)
+            header, count = part.header, len(part.header.tensors)
+            order = "" if header.byte_order == "little" else f" {header.byte_order}-endian"
             print(
-                f"{part.file.path}: GGUF v{part.header.version}, {count} tensors,"
+                f"{part.file.path}: GGUF v{header.version}{order}, {count} tensors,"
                 f" {size(part.file.size)}"
             )
         rows = [
@@ -49,6 +50,7 @@ def inspect(options: argparse.Namespace) -> int:
         ]
         print_table(["tensor", "type", "shape", "bytes"], rows)
         print_table(["type", "tensors", "bytes"], _by_type(weights))
+        _note_unusable(weights)
         if options.metadata:
             for key, value in weights.metadata.items():
                 print(f"{printable(key)} ({weights.metadata.type_name(key)}) = {_short(value)}")
@@ -63,9 +65,30 @@ def _by_type(weights: Any) -> list[list[Any]]:
     return [[name, counts[name], nbytes[name]] for name, _ in nbytes.most_common()]
 
 
+def _note_unusable(weights: Any) -> None:
+    """Say it once for each type: a model may have hundreds of such tensors."""
+    from numaload.errors import UnknownQuantTypeError
+
+    said = set()
+    for tensor in weights.values():
+        if tensor.type_name in said:
+            continue
+        try:
+            tensor.qtype  # noqa: B018
+        except UnknownQuantTypeError as error:
+            note(printable(error))
+            said.add(tensor.type_name)
+
+
 def _as_dict(weights: Any, *, with_metadata: bool) -> dict[str, Any]:
     data: dict[str, Any] = {
-        "files": [{"path": p.file.path, "size": p.file.size} for p in weights.parts],
+        "files": [
+            {
+                "path": p.file.path, "size": p.file.size, "version": p.header.version,
+                "byte_order": p.header.byte_order, "alignment": p.header.alignment,
+            }
+            for p in weights.parts
+        ],
         "tensors": [
             {
                 "name": t.name, "qtype": t.type_name, "dims": t.dims, "shape": t.shape,

@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from numaload.cli.output import print_json, print_table, size
+from numaload.cli.output import complain, print_json, print_table, printable, size
 
 if TYPE_CHECKING:
+    from numaload.numa.devices import FileDevice, Gpu
     from numaload.numa.topology import Node, Topology
 
 K = TypeVar("K", bound=Hashable)
@@ -16,25 +17,45 @@ K = TypeVar("K", bound=Hashable)
 
 def add_verbs(verbs: Any) -> None:
     parser = verbs.add_parser("nodes", help="NUMA nodes, their CPUs, memory and distances")
+    parser.add_argument(
+        "files", metavar="FILE", nargs="*", help="also say which disk and node these files are on"
+    )
     parser.add_argument("--json", action="store_true", help="print the API's report")
     parser.set_defaults(run=nodes)
 
 
 def nodes(options: argparse.Namespace) -> int:
+    from numaload.numa.devices import gpus
     from numaload.numa.opinion import second_opinion
     from numaload.numa.syscalls import binding
     from numaload.numa.topology import topology
 
-    machine = topology()
-    opinion = second_opinion(machine)
+    machine, cards = topology(), gpus()
+    opinion, places = second_opinion(machine), _places(options.files)
+    status = 0 if len(places) == len(options.files) else 1
     if options.json:
         found = machine.to_dict() | {"binding": binding().name, "libnuma_says": opinion}
-        print_json(found)
-        return 0
+        print_json(found | {"gpus": cards, "files": places})
+        return status
     print_nodes(machine)
+    for line in [*map(gpu_line, cards), *map(file_line, places)]:
+        print(printable(line))
     print(f"memory is bound {_how(binding().name)}")
     print(f"second opinion: {opinion}")
-    return 0
+    return status
+
+
+def _places(paths: list[str]) -> list[FileDevice]:
+    from numaload.errors import ReadError
+    from numaload.numa.devices import disk_of
+
+    found = []
+    for path in paths:
+        try:
+            found.append(disk_of(path))
+        except ReadError as error:  # noqa: PERF203 - the others are still worth showing
+            complain(str(error))
+    return found
 
 
 def print_nodes(machine: Topology) -> None:
@@ -50,6 +71,33 @@ def print_nodes(machine: Topology) -> None:
     print(f"all: {format_list(machine.all) or 'none'}")
     for line in left_out(machine):
         print(line)
+    if machine.copies_note:
+        print(machine.copies_note)
+    if machine.quota is not None:
+        print(f"cpu quota {machine.quota:.4g} of {len(machine.cpus)} CPUs (cgroup)")
+
+
+def gpu_line(gpu: Gpu) -> str:
+    """``GPU 0000:3b:00.0 10de:2330 (3D, nvidia): node 1, CPUs 8-15``."""
+    from numaload.numa.devices import SILENT
+    from numaload.numa.lists import format_list
+
+    what = f"GPU {gpu.address} {gpu.id} ({gpu.kind}, {gpu.driver or 'no driver'})"
+    own = "" if gpu.memory_node is None else f", its memory is node {gpu.memory_node}"
+    if gpu.node is None:
+        return f"{what}: node unknown ({SILENT}){own}"
+    return f"{what}: node {gpu.node}, CPUs {format_list(gpu.cpus) or 'none'}{own}"
+
+
+def file_line(place: FileDevice) -> str:
+    """``model.gguf: ext4 on dm-0 (nvme0n1, nvme1n1): node 0-1``."""
+    from numaload.numa.lists import format_list
+
+    if not place.device:
+        return f"{place.path}: node unknown ({place.why})"
+    disks = "" if place.disks in ((), (place.device,)) else f" ({', '.join(place.disks)})"
+    where = format_list(place.nodes) if place.nodes else f"unknown ({place.why})"
+    return f"{place.path}: {place.file_system} on {place.device}{disks}: node {where}"
 
 
 def left_out(machine: Topology) -> list[str]:

@@ -7,17 +7,30 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from numaload._version import __version__
+from numaload.cli import interrupts
 
 if TYPE_CHECKING:
     import argparse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; its exit status. Without ``argv`` this process is the command: see interrupts."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments in (["--version"], ["-V"]):  # before anything that takes time to load
         print(f"numaload {__version__}")
         return 0
-    return _run(arguments)
+    try:
+        if argv is None:
+            interrupts.take_over()
+        return interrupts.finished(_run(arguments))
+    except SystemExit as error:  # of argparse
+        interrupts.finished(error.code if isinstance(error.code, int) else 0)
+        raise
+    except BaseException as error:
+        if not (interrupts.came() or isinstance(error, KeyboardInterrupt)):
+            raise
+        print("numaload: error: interrupted", file=sys.stderr)
+        return interrupts.finished(interrupts.INTERRUPTED)
 
 
 def _run(arguments: list[str]) -> int:
@@ -39,10 +52,7 @@ def _run(arguments: list[str]) -> int:
         return 2
     except CancelledError as error:
         complain(f"{error} after {error.done} of {error.total} bytes")
-        return 130
-    except KeyboardInterrupt:
-        complain("interrupted")
-        return 130
+        return interrupts.INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough
         _drop_output()
         return 1
@@ -66,7 +76,7 @@ def _drop_output() -> None:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     import argparse
 
-    from numaload.cli import files, machine, replicas
+    from numaload.cli import files, machine, replicas, stored
 
     parser = argparse.ArgumentParser(
         prog="numaload",
@@ -75,6 +85,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("-V", "--version", action="version", version=f"numaload {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for group in (files, machine, replicas):
+    for group in (files, machine, replicas, stored):
         group.add_verbs(verbs)
     return parser.parse_args(arguments)

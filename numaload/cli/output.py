@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+WIDEST = 200  # characters to which a column is padded; a longer cell goes over
 WORTH_A_BAR = 64 << 20  # bytes; less is over before a bar is drawn
 
 
@@ -79,7 +80,10 @@ def printable(text: object) -> str:
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Left-aligned columns; numbers to the right. For terminals and for grep alike."""
     cells = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(len(h), *(len(r[i]) for r in cells), 0) for i, h in enumerate(header)]
+    # One name of 64 KiB shall not pad a hundred thousand others.
+    widths = [
+        min(max(len(h), *(len(r[i]) for r in cells), 0), WIDEST) for i, h in enumerate(header)
+    ]
     right = [
         all(isinstance(row[i], int) for row in rows) and bool(rows) for i in range(len(header))
     ]

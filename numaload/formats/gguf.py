@@ -1,6 +1,6 @@
 """The header of a GGUF file: metadata and the table of tensors, nothing of the weights.
 
-Layout (little endian; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)::
+Layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)::
 
     magic "GGUF" | version u32 | n_tensors u64 | n_kv u64
     n_kv times:       key string | value type u32 | value
@@ -8,52 +8,57 @@ Layout (little endian; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     padding to general.alignment (32 unless given), then the weights; offsets count from here
     string: length u64, UTF-8 bytes.  array: element type u32, count u64, elements
 
+Versions 2 and 3 have this layout. Numbers, those of the weights too, are little endian, or all of
+them big endian: which one, the version tells, being small. Of split files each has an alignment of
+its own, as in llama.cpp.
+
 The file is not trusted. Every length, count and product is compared with the file's size before
-it is used, and the header is read in growing steps, so memory follows what the file really holds.
+it is used, and the header is read in growing steps, so memory follows what the file really holds:
+parsing takes at most 32 times the bytes of the header, which has at most 256 MiB, and time
+proportional to them.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import prod
-from typing import Any, NamedTuple, NoReturn, overload
+from typing import Any, NamedTuple
 
 from numaload.errors import (
     FormatError,
     MetadataError,
-    MetadataKeyError,
     NotGGUFError,
     TensorInfoError,
     TruncatedError,
     UnsupportedVersionError,
 )
-from numaload.formats.qtypes import BLOCKS, QuantType
+from numaload.formats.cursor import Cursor
+from numaload.formats.metadata import BIG, MAX_DIMS, Metadata, ReadAt
+from numaload.formats.qtypes import BLOCKS, QuantType, foreign_type
 
 MAGIC = b"GGUF"
+# What some other beginnings of a file mean.
+HINTS = {
+    b"": ": the file is empty",
+    b"vers": " (a git-lfs pointer: fetch the real file)",
+    bytes(4): " (a download that did not finish, or a sparse file)",
+    b"tjgg": " (GGML, of before August 2023: convert the model again)",
+}
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-MAX_DIMS = 4  # ggml.h GGML_MAX_DIMS
-MAX_NAME = 65535  # bytes; ggml's own limit for keys
-MAX_HEADER = 1 << 28  # bytes; the largest vocabularies need a tenth of it
 MAX_ELEMENTS = 1 << 60  # so that their bytes, as any of our floats, count in 63 bits
-MAX_NESTING = 4  # arrays of arrays; ggml itself refuses any
-MIN_KV, MIN_TENSOR = 13, 24  # bytes of the smallest possible entry
-FIRST_READ = 1 << 18
 
-STRING, ARRAY = 8, 9
-BOOL = 7
-SCALARS: dict[int, str] = {
-    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", BOOL: "?", 10: "Q", 11: "q", 12: "d",
-}  # fmt: skip
-TYPE_NAMES = dict(
-    enumerate("u8 i8 u16 i16 u32 i32 f32 bool string array u64 i64 f64".split())  # noqa: SIM905
-)
 
-ReadAt = Callable[[int, int], bytes]
-U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
-TYPE_AND_COUNT = struct.Struct("<IQ")
+class Table(NamedTuple):
+    """One of the two tables of a header: how much there can be of it."""
+
+    what: str
+    smallest: int  # bytes of an entry
+    most: int  # entries; models have about a hundredth of this
+
+
+ENTRIES = Table("metadata entries", 13, 1 << 16)
+TENSORS = Table("tensors", 24, 1 << 18)
 
 
 class TensorInfo(NamedTuple):
@@ -74,7 +79,10 @@ class TensorInfo(NamedTuple):
 
     @property
     def type_name(self) -> str:
-        return f"unknown:{self.type_id}" if self.qtype is None else self.qtype.name
+        """As ggml has it; of an unknown type whose it is and its id: "ik_llama.cpp:133"."""
+        if self.qtype is not None:
+            return self.qtype.name
+        return f"{foreign_type(self.type_id).family}:{self.type_id}"
 
 
 class Header(NamedTuple):
@@ -84,233 +92,8 @@ class Header(NamedTuple):
     alignment: int
     data_start: int  # byte at which the weights begin
     header_end: int  # byte after the tensor table
-
-
-class MetadataArray(Sequence[Any]):
-    """An array value, decoded when it is first asked for; its length is known at once."""
-
-    def __init__(
-        self, read_at: ReadAt, type_id: int, count: int, offset: int, nbytes: int, path: str
-    ) -> None:
-        self.type_id, self.offset, self.nbytes = type_id, offset, nbytes
-        self._read_at, self._count, self._path = read_at, count, path
-        self._values: list[Any] | None = None
-
-    @property
-    def type_name(self) -> str:
-        return TYPE_NAMES[self.type_id]
-
-    def tolist(self) -> list[Any]:
-        return list(self._decoded())
-
-    def _decoded(self) -> list[Any]:
-        if self._values is None:
-            decoder = _Decoder(self._read_at(self.offset, self.nbytes))
-            try:
-                values = decoder.elements(self.type_id, self._count)
-            except (struct.error, KeyError, OverflowError, RecursionError) as error:
-                raise self._changed() from error
-            if decoder.pos != self.nbytes:
-                raise self._changed()
-            self._values = values
-        return self._values
-
-    def _changed(self) -> MetadataError:
-        message = f"{self!r} has other lengths in it than when the header was read"
-        return MetadataError(message, path=self._path, offset=self.offset)
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Any]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        return self._decoded()[index]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._decoded())
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, MetadataArray):
-            return self._decoded() == other._decoded()
-        return isinstance(other, (list, tuple)) and self._decoded() == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"<array of {self._count} {self.type_name}>"
-
-
-class Metadata(Mapping[str, Any]):
-    """Keys in file order. Arrays are MetadataArray, everything else plain Python values."""
-
-    def __init__(self, values: dict[str, Any], types: dict[str, int]) -> None:
-        self._values, self._types = values, types
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self._values:
-            raise MetadataKeyError(key, self._values)
-        return self._values[key]
-
-    def get(self, key: str, default: Any = None) -> Any:
-        # Mapping.get would compare the key with all others, to name close ones in an unseen error.
-        return self._values.get(key, default)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def type_name(self, key: str) -> str:
-        """How the file stores ``key``: "u32", "string", "array of f32", ..."""
-        value = self[key]
-        if isinstance(value, MetadataArray):
-            return f"array of {value.type_name}"
-        return TYPE_NAMES[self._types[key]]
-
-
-class _Decoder:
-    """Values of one array, from bytes whose structure was walked before."""
-
-    def __init__(self, raw: bytes) -> None:
-        self.raw, self.pos = raw, 0
-
-    def elements(self, type_id: int, count: int) -> list[Any]:
-        if type_id == STRING:
-            return [self.string() for _ in range(count)]
-        if type_id == ARRAY:
-            return [self.array() for _ in range(count)]
-        fmt = struct.Struct(f"<{count}{SCALARS[type_id]}")
-        values = list(fmt.unpack_from(self.raw, self.pos))
-        self.pos += fmt.size
-        return values
-
-    def array(self) -> list[Any]:
-        type_id, count = TYPE_AND_COUNT.unpack_from(self.raw, self.pos)
-        self.pos += TYPE_AND_COUNT.size
-        return self.elements(type_id, count)
-
-    def string(self) -> str:
-        start = self.pos + 8
-        self.pos = start + U64.unpack_from(self.raw, self.pos)[0]
-        # A vocabulary may hold byte tokens that are no UTF-8; gguf-py and llama.cpp keep them too.
-        return self.raw[start : self.pos].decode("utf-8", "surrogateescape")
-
-
-class _Cursor:
-    """Walks the header, reading more of the file only when the walk gets there."""
-
-    def __init__(self, read_at: ReadAt, size: int, path: str) -> None:
-        self.read_at, self.size, self.path = read_at, size, path
-        self.buffer, self.pos = bytearray(), 0
-
-    def fail(self, kind: type[FormatError], message: str, at: int | None = None) -> NoReturn:
-        raise kind(message, path=self.path, offset=self.pos if at is None else at)
-
-    def need(self, end: int, what: str) -> None:
-        """Have the bytes up to ``end`` in the buffer, or say that the file lacks them."""
-        if end <= len(self.buffer):
-            return
-        self.inside(end, what)
-        if end > MAX_HEADER:
-            self.fail(FormatError, f"header of over {MAX_HEADER} bytes, in {what}")
-        have = len(self.buffer)
-        target = min(self.size, MAX_HEADER, max(end, 2 * have, FIRST_READ))
-        self.buffer += self.read_at(have, target - have)
-
-    def inside(self, end: int, what: str) -> None:
-        if end > self.size:
-            self.fail(
-                TruncatedError, f"{what} ends at byte {end} or later, the file at {self.size}"
-            )
-
-    def unpack(self, fmt: struct.Struct, what: str) -> tuple[Any, ...]:
-        self.need(self.pos + fmt.size, what)
-        values = fmt.unpack_from(self.buffer, self.pos)
-        self.pos += fmt.size
-        return values
-
-    def string(self, what: str) -> str:
-        (length,) = self.unpack(U64, what)
-        return self.take(length, what).decode("utf-8", "surrogateescape")
-
-    def name(self, what: str, kind: type[FormatError]) -> str:
-        """A metadata key or the name of a tensor. Unlike values these are printed: text only."""
-        at = self.pos
-        (length,) = self.unpack(U64, what)
-        if length > MAX_NAME:
-            self.fail(kind, f"{what} of {length} bytes, at most {MAX_NAME} are possible", at)
-        raw = self.take(length, what)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            self.fail(kind, f"{what} {bytes(raw)!r} is not UTF-8", at)
-
-    def take(self, length: int, what: str) -> bytearray:
-        start, end = self.pos, self.pos + length
-        self.need(end, what)
-        self.pos = end
-        return self.buffer[start:end]
-
-    def skip_strings(self, count: int, what: str) -> None:
-        """The one hot loop: a vocabulary has hundreds of thousands of strings."""
-        unpack, buffer, pos = U64.unpack_from, self.buffer, self.pos
-        left = count
-        while left:
-            try:
-                for left in range(left, 0, -1):  # noqa: B007, B020
-                    pos += 8 + unpack(buffer, pos)[0]
-                left = 0
-            except (struct.error, OverflowError):  # noqa: PERF203 - once per buffer, not per string
-                # What came before is walked again only from here: ``left`` counts this string too.
-                self.pos = min(pos, self.size)
-                self.inside(pos + 8 * left, what)
-                self.need(pos + 8, what)
-                buffer = self.buffer
-        self.pos = pos
-        self.inside(pos, what)
-
-    def skip_elements(self, type_id: int, count: int, what: str, depth: int = 0) -> None:
-        smallest = _smallest(type_id)
-        if smallest is None:
-            self.fail(MetadataError, f"{what}: no value type has the id {type_id}")
-        self.inside(self.pos + count * smallest, f"{what} of {count} elements")
-        if type_id == STRING:
-            self.skip_strings(count, what)
-        elif type_id == ARRAY:
-            if depth >= MAX_NESTING:
-                self.fail(MetadataError, f"{what}: arrays nested over {MAX_NESTING} deep")
-            for _ in range(count):
-                inner, inner_count = self.unpack(TYPE_AND_COUNT, what)
-                self.skip_elements(inner, inner_count, what, depth + 1)
-        else:
-            self.pos += count * smallest
-
-    def value(self, type_id: int, key: str) -> Any:
-        what = f"value of {key!r}"
-        if type_id == STRING:
-            return self.string(what)
-        if type_id == ARRAY:
-            inner, count = self.unpack(TYPE_AND_COUNT, what)
-            start = self.pos
-            self.skip_elements(inner, count, what)
-            return MetadataArray(self.read_at, inner, count, start, self.pos - start, self.path)
-        if type_id not in SCALARS:
-            self.fail(MetadataError, f"{what}: no value type has the id {type_id}")
-        return self.unpack(struct.Struct("<" + SCALARS[type_id]), what)[0]
-
-
-def _smallest(type_id: int) -> int | None:
-    """The fewest bytes that one element of this type takes."""
-    if type_id in SCALARS:
-        return struct.calcsize("<" + SCALARS[type_id])
-    return {STRING: 8, ARRAY: 12}.get(type_id)
+    size: int  # bytes of the file
+    byte_order: str  # "little" or "big", of the header and of the weights
 
 
 def parse_header(read_at: ReadAt, size: int, path: str = "<buffer>") -> Header:
@@ -320,7 +103,7 @@ def parse_header(read_at: ReadAt, size: int, path: str = "<buffer>") -> Header:
     Raises: NotGGUFError, UnsupportedVersionError, TruncatedError, MetadataError, TensorInfoError,
     and FormatError itself for a header too large to be one.
     """
-    cursor = _Cursor(read_at, size, path)
+    cursor = Cursor(read_at, size, path)
     version, n_tensors, n_kv = _preamble(cursor)
     metadata = _metadata(cursor, n_kv)
     rows = _tensor_rows(cursor, n_tensors)
@@ -329,42 +112,63 @@ def parse_header(read_at: ReadAt, size: int, path: str = "<buffer>") -> Header:
     data_start = -(-header_end // alignment) * alignment
     tensors = [_tensor_info(cursor, row, data_start, alignment) for row in rows]
     _check_overlap(cursor, tensors)
-    return Header(version, metadata, tensors, alignment, data_start, header_end)
+    order = cursor.order.name
+    return Header(version, metadata, tensors, alignment, data_start, header_end, size, order)
 
 
-def _preamble(cursor: _Cursor) -> tuple[int, int, int]:
+def _preamble(cursor: Cursor) -> tuple[int, int, int]:
     start = bytes(cursor.read_at(0, min(4, cursor.size)))
     if start != MAGIC:
-        hint = " (a git-lfs pointer: fetch the real file)" if start == b"vers" else ""
+        hint = HINTS.get(start, "")
         cursor.fail(NotGGUFError, f"expected the magic {MAGIC!r}, found {start!r}{hint}")
     cursor.pos = 4
-    (version,) = cursor.unpack(U32, "version")
-    if version not in VERSIONS:
-        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-        kind = f"{swapped}, big-endian" if swapped in VERSIONS else str(version)
-        cursor.fail(UnsupportedVersionError, f"GGUF version {kind}; versions 2 and 3 are read", 4)
-    n_tensors, n_kv = cursor.unpack(struct.Struct("<QQ"), "counts")
+    version = _version(cursor)
+    n_tensors, n_kv = cursor.unpack(cursor.order.counts, "counts")
     return version, n_tensors, n_kv
 
 
-def _plausible(cursor: _Cursor, count: int, what: str) -> int:
+# What to do about a file that is too old or too new.
+ADVICE = {
+    1: "it has lengths of 32 bits; convert the model again from where it came from, or copy the"
+    " file with a llama.cpp of September or October 2023: quantize OLD NEW COPY",
+}
+NEWEST = 99  # higher numbers are no versions but damage
+
+
+def _version(cursor: Cursor) -> int:
+    """The version, with which the byte order becomes known."""
+    (found,) = cursor.unpack(cursor.order.u32, "version")
+    swapped = int.from_bytes(found.to_bytes(4, "little"), "big")
+    version, order = (found, "") if found <= swapped else (swapped, ", big-endian")
+    if version not in VERSIONS:
+        newer = max(VERSIONS) < version <= NEWEST
+        advice = ADVICE.get(version, "a later numaload may read it" if newer else "it is damaged")
+        message = f"GGUF version {version}{order}; versions 2 and 3 are read: {advice}"
+        cursor.fail(UnsupportedVersionError, message, 4)
+    if order:
+        cursor.order = BIG
+    return int(version)
+
+
+def _plausible(cursor: Cursor, count: int, table: Table) -> int:
     """Refuse a count for which the rest of the file has no room, before looping over it."""
-    smallest = MIN_TENSOR if what == "tensors" else MIN_KV
-    room = (cursor.size - cursor.pos) // smallest
+    room = (cursor.size - cursor.pos) // table.smallest
     if count > room:
-        cursor.fail(TruncatedError, f"{count} {what} announced, the file has room for {room}")
+        cursor.fail(TruncatedError, f"{count} {table.what} announced, the file has room for {room}")
+    if count > table.most:
+        cursor.fail(FormatError, f"{count} {table.what} announced, at most {table.most} are read")
     return count
 
 
-def _metadata(cursor: _Cursor, n_kv: int) -> Metadata:
+def _metadata(cursor: Cursor, n_kv: int) -> Metadata:
     values: dict[str, Any] = {}
     types: dict[str, int] = {}
-    for _ in range(_plausible(cursor, n_kv, "metadata entries")):
+    for _ in range(_plausible(cursor, n_kv, ENTRIES)):
         at = cursor.pos
         key = cursor.name("metadata key", MetadataError)
         if key in values:
             cursor.fail(MetadataError, f"key {key!r} appears twice", at)
-        (types[key],) = cursor.unpack(U32, f"type of {key!r}")
+        (types[key],) = cursor.unpack(cursor.order.u32, f"type of {key!r}")
         values[key] = cursor.value(types[key], key)
     return Metadata(values, types)
 
@@ -377,9 +181,9 @@ class _Row(NamedTuple):
     offset: int
 
 
-def _tensor_rows(cursor: _Cursor, n_tensors: int) -> list[_Row]:
+def _tensor_rows(cursor: Cursor, n_tensors: int) -> list[_Row]:
     rows: dict[str, _Row] = {}
-    for _ in range(_plausible(cursor, n_tensors, "tensors")):
+    for _ in range(_plausible(cursor, n_tensors, TENSORS)):
         row = _tensor_row(cursor)
         if row.name in rows:
             cursor.fail(TensorInfoError, f"tensor {row.name!r} appears twice", row.at)
@@ -387,24 +191,24 @@ def _tensor_rows(cursor: _Cursor, n_tensors: int) -> list[_Row]:
     return list(rows.values())
 
 
-def _tensor_row(cursor: _Cursor) -> _Row:
+def _tensor_row(cursor: Cursor) -> _Row:
     at = cursor.pos
     name = cursor.name("tensor name", TensorInfoError)
-    (n_dims,) = cursor.unpack(U32, f"tensor {name!r}")
+    (n_dims,) = cursor.unpack(cursor.order.u32, f"tensor {name!r}")
     if n_dims > MAX_DIMS:
         cursor.fail(TensorInfoError, f"tensor {name!r} has {n_dims} dims, at most {MAX_DIMS}", at)
-    *dims, type_id, offset = cursor.unpack(struct.Struct(f"<{n_dims}QIQ"), f"tensor {name!r}")
+    *dims, type_id, offset = cursor.unpack(cursor.order.rows[n_dims], f"tensor {name!r}")
     return _Row(at, name, tuple(dims), type_id, offset)
 
 
-def _alignment(cursor: _Cursor, metadata: Metadata) -> int:
+def _alignment(cursor: Cursor, metadata: Metadata) -> int:
     value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(value) is not int or not 0 < value <= 1 << 31 or value & (value - 1):
         cursor.fail(MetadataError, f"general.alignment is {value!r}, expected a power of two")
     return value
 
 
-def _tensor_info(cursor: _Cursor, row: _Row, data_start: int, alignment: int) -> TensorInfo:
+def _tensor_info(cursor: Cursor, row: _Row, data_start: int, alignment: int) -> TensorInfo:
     what = f"tensor {row.name!r}"
     if row.offset % alignment:
         cursor.fail(
@@ -425,7 +229,7 @@ def _tensor_info(cursor: _Cursor, row: _Row, data_start: int, alignment: int) ->
     return TensorInfo(row.name, row.dims, row.type_id, start, nbytes)
 
 
-def _nbytes(cursor: _Cursor, row: _Row, what: str) -> int:
+def _nbytes(cursor: Cursor, row: _Row, what: str) -> int:
     block_size, type_size = BLOCKS[QuantType(row.type_id)]
     first = row.dims[0] if row.dims else 1
     if first % block_size:
@@ -441,7 +245,7 @@ def _nbytes(cursor: _Cursor, row: _Row, what: str) -> int:
     return prod(row.dims) // block_size * type_size
 
 
-def _check_overlap(cursor: _Cursor, tensors: list[TensorInfo]) -> None:
+def _check_overlap(cursor: Cursor, tensors: list[TensorInfo]) -> None:
     ordered = sorted((t for t in tensors if t.nbytes), key=lambda t: t.offset)
     for before, after in pairwise(ordered):
         if before.offset + before.nbytes > after.offset:

@@ -6,6 +6,7 @@ Source: ggml.h ``enum ggml_type`` and the ``type_traits`` table of ggml.c.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class QuantType(IntEnum):
@@ -86,3 +87,38 @@ BLOCKS: dict[QuantType, tuple[int, int]] = {
     QuantType.Q1_0: (128, 18),
     QuantType.Q2_0: (64, 18),
 }
+
+
+class ForeignType(NamedTuple):
+    """Type ids that are no QuantType: their blocks have a size and a meaning unknown here."""
+
+    ids: range
+    family: str  # a word for tables
+    why: str  # follows "type 31 is "
+
+
+OTHER = "take a file that llama.cpp reads"
+# The first row that has the id counts. Sources: the comments in ggml.h of llama.cpp, and ggml.h of
+# ik_llama.cpp, whose ids of its own overlap with a removed one.
+FOREIGN = (
+    ForeignType(range(4, 6), "removed", "Q4_2 or Q4_3, removed from ggml in 2023"),
+    ForeignType(
+        range(31, 34),
+        "removed",
+        "a Q4_0 repacked for ARM (Q4_0_4_4, Q4_0_4_8, Q4_0_8_8), removed from ggml in 2024:"
+        " take the Q4_0 file",
+    ),
+    ForeignType(
+        range(36, 37), "removed", "IQ4_NL_4_4, removed from ggml in 2024, or I2_S of ik_llama.cpp"
+    ),
+    ForeignType(range(37, 39), "removed", "IQ4_NL_4_8 or IQ4_NL_8_8, removed from ggml in 2024"),
+    ForeignType(range(97, 100), "ik_llama.cpp", f"of ik_llama.cpp; {OTHER}"),
+    ForeignType(range(133, 159), "ik_llama.cpp", f"of ik_llama.cpp; {OTHER}"),
+    ForeignType(range(202, 400), "ik_llama.cpp", f"of ik_llama.cpp, its rows interleaved; {OTHER}"),
+)
+
+
+def foreign_type(type_id: int) -> ForeignType:
+    """Whose a type id is that QuantType does not have."""
+    nobody = ForeignType(range(type_id, type_id + 1), "unknown", "unknown to this numaload")
+    return next((row for row in FOREIGN if type_id in row.ids), nobody)

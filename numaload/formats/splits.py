@@ -8,13 +8,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from numaload.errors import SplitError
 from numaload.formats.gguf import Header
 
 NAME = re.compile(r"(?s)(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 MAX_SPLITS = 99999
+MAX_LINKS = 40  # as the kernel
+SHOWN = 60  # characters of a value in an error
+ALIGNMENT, TOTAL = "general.alignment", "split.tensors.count"
+HUB_ADVICE = ": open the link to it in ../snapshots"
 
 
 class SplitName(NamedTuple):
@@ -35,21 +39,50 @@ def split_name(path: str) -> SplitName | None:
     return name if 1 <= name.number <= name.total else None
 
 
+def split_link(path: str) -> str:
+    """``path``, or the first of the links it leads through that is named as a split file.
+
+    The name given counts first: hub caches link names with a number to files without. Where only
+    a link further on has the number (``latest.gguf``), it is the one whose siblings can be found.
+    """
+    found = path
+    for _ in range(MAX_LINKS):
+        if split_name(found):
+            return found
+        try:
+            target = os.readlink(found)
+        except (OSError, ValueError):  # no link, not there, or a path with a NUL in it
+            break
+        found = os.path.join(os.path.dirname(found), target)
+    return path
+
+
 def sibling_paths(path: str) -> list[str]:
     """All files of the model that ``path`` is a part of, by name, in order; itself if no split.
 
-    The name given counts, not what a link points to: hub caches link to names without a number.
-    Raises: SplitError naming every file that is not there.
+    Names are those of ``split_link``. Raises: SplitError naming every file that is not there.
     """
+    path = split_link(path)
     name = split_name(path)
     if name is None or name.total == 1:
         return [path]
     paths = [name.sibling(number) for number in range(1, name.total + 1)]
-    missing = [p for p in paths if not os.path.exists(p)]
+    missing = [p for p in paths if not is_there(p)]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise SplitError(f"{len(missing)} of {len(paths)} split files missing: {shown}", path=path)
     return paths
+
+
+def is_there(path: str) -> bool:
+    """What cannot be looked at, as on a dead disk, is there: opening it will say what is wrong."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def split_count(header: Header, path: str) -> int:
@@ -58,16 +91,17 @@ def split_count(header: Header, path: str) -> int:
     if type(count) is not int or not 0 <= count <= MAX_SPLITS:
         raise SplitError(f"split.count is {count!r}, expected 0 to {MAX_SPLITS}", path=path)
     if count > 1 and split_name(path) is None:
+        in_hub = os.path.basename(os.path.dirname(os.path.abspath(path))) == "blobs"
         raise SplitError(
             f"part of {count} split files, but not named NAME-00001-of-{count:05d}.gguf,"
-            " so the others cannot be found",
+            f" so the others cannot be found{HUB_ADVICE if in_hub else ''}",
             path=path,
         )
     return max(count, 1)  # gguf-split --merge leaves a 0
 
 
 def check_splits(paths: Sequence[str], headers: Sequence[Header]) -> None:
-    """Refuse files that do not belong together. Raises: SplitError."""
+    """Refuse files that do not belong together. Raises: SplitError naming the file and why."""
     if len(paths) == 1:
         return
     for index, (path, header) in enumerate(zip(paths, headers, strict=True)):
@@ -76,11 +110,60 @@ def check_splits(paths: Sequence[str], headers: Sequence[Header]) -> None:
             raise SplitError(
                 f"expected split.no {index} of {len(paths)}, found {number} of {count}", path=path
             )
+        _check_kinship(paths[0], headers[0], path, header)
     total = headers[0].metadata.get("split.tensors.count")
     found = sum(len(header.tensors) for header in headers)
     if total is not None and total != found:
         raise SplitError(f"{total} tensors announced, the files hold {found}", path=paths[0])
     _check_duplicates(paths, headers)
+
+
+def _check_kinship(first_path: str, first: Header, path: str, header: Header) -> None:
+    """What two files both say must be the same. Most say little: only the first has a name."""
+    said, also = _identity(header), _identity(first)
+    for key in said.keys() & also.keys():
+        if said[key] != also[key]:
+            raise SplitError(
+                f"of another model than {first_path}: {key} is {_short(said[key])},"
+                f" there {_short(also[key])}",
+                path=path,
+            )
+    _check_alignment(first_path, first, path, header)
+
+
+def _identity(header: Header) -> dict[str, Any]:
+    keys = [key for key in header.metadata if key.startswith("general.") or key == TOTAL]
+    found = {key: header.metadata[key] for key in keys if key != ALIGNMENT}
+    return found | {"byte order": header.byte_order}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+
+
+def _check_alignment(first_path: str, first: Header, path: str, header: Header) -> None:
+    """gguf-py aligns all files to general.alignment, but writes the key into the first alone.
+
+    Such a file's weights seem to begin somewhat early. gguf-split aligns them as they say: then
+    the file ends where its last tensor does, which tells one from the other.
+    """
+    wanted = first.alignment
+    start = _padded(header.header_end, wanted)
+    if ALIGNMENT in header.metadata or start == header.data_start or not header.tensors:
+        return
+    end = max(tensor.offset + tensor.nbytes for tensor in header.tensors) - header.data_start
+    if header.size == start + _padded(end, wanted):
+        raise SplitError(
+            f"its weights begin at byte {start}, aligned to {wanted} as {first_path} says, but it"
+            f" has no {ALIGNMENT} itself, which makes that {header.data_start}: convert the model"
+            " again without an alignment, or split it with llama.cpp's gguf-split",
+            path=path,
+        )
+
+
+def _padded(position: int, alignment: int) -> int:
+    return -(-position // alignment) * alignment
 
 
 def _check_duplicates(paths: Sequence[str], headers: Sequence[Header]) -> None:

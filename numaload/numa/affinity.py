@@ -1,7 +1,8 @@
 """The CPUs this process may use, read before any other library can narrow them.
 
-libgomp pins the main thread while torch is imported when OMP_PROC_BIND or GOMP_CPU_AFFINITY is
-set, so what was allowed is read when numaload is first imported.
+OpenMP libraries pin the main thread, as while torch is imported, when they are told to by variables
+of the environment; so what was allowed is read when numaload is first imported. Where a library was
+faster, ``openmp.py`` finds what was allowed before it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ALLOWED = frozenset(os.sched_getaffinity(0))
+BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+
+
+def _allowed() -> tuple[frozenset[int], str]:
+    """The CPUs, and what there is to say of them or an empty string."""
+    mask = frozenset(os.sched_getaffinity(0))
+    if not any(os.environ.get(name) for name in BINDING):
+        return mask, ""
+    from numaload.numa.openmp import before_binding
+
+    return before_binding(mask)
+
+
+ALLOWED, WIDENED = _allowed()
 
 
 def pin(cpus: frozenset[int]) -> None:

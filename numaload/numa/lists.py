@@ -7,9 +7,12 @@ from collections.abc import Collection, Iterable
 
 from numaload.errors import UsageError
 
+Group = tuple[int, ...]  # ascending ids of the nodes that share one replica
+
 MAX_ID = 1 << 16
 BLANK = "\0\n\t "  # around lists; recorded files end in NULs
-RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?")
+RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
+WORDS = re.compile(rf"[0-9a-fA-F]{{0,{MAX_ID // 4}}}")
 
 
 def parse_list(text: str) -> list[int]:
@@ -38,8 +41,14 @@ def format_list(ids: Iterable[int]) -> str:
 
 
 def parse_map(text: str) -> list[int]:
-    """Ids of a ``cpumap``: comma-separated 32-bit hexadecimal words, highest first."""
-    bits = int(text.strip(BLANK).replace(",", "") or "0", 16)
+    """Ids of a ``cpumap``: comma-separated 32-bit hexadecimal words, highest first.
+
+    Raises: ValueError.
+    """
+    words = text.strip(BLANK).replace(",", "")
+    if not WORDS.fullmatch(words):
+        raise ValueError(f"{text[:40]!r} is no map of ids below {MAX_ID}")
+    bits = int(words or "0", 16)
     return [i for i in range(bits.bit_length()) if bits >> i & 1]
 
 

@@ -91,17 +91,22 @@ def _map(length: int, prot: int, flags: int, fd: int = -1) -> Mapping:
 
 
 def bind(mapping: Mapping, nodes: Collection[int]) -> None:
-    """Bind pages that are not there yet to these nodes, strictly. Raises: NumaError."""
+    """Bind pages that are not there yet: strictly to one node, or in turn to each of several.
+
+    Raises: NumaError.
+    """
     if mapping.length:
         size = -(-mapping.length // PAGE) * PAGE
-        syscalls.mbind(mapping.address, size, syscalls.MPOL_BIND, nodes)
+        mode = syscalls.MPOL_BIND if len(nodes) == 1 else syscalls.MPOL_INTERLEAVE
+        syscalls.mbind(mapping.address, size, mode, nodes)
 
 
 def populate_read(mapping: Mapping, start: int = 0, stop: int | None = None) -> None:
     """Map what is in RAM into this process, so that the kernel's counts include it.
 
     start: a multiple of the page size. Raises: NumaError where the file got shorter or cannot be
-    read; touching such a page would kill the process.
+    read; touching such a page would kill the process. Only for what is in RAM: Linux 6.1 never
+    returns from reading a page here whose storage fails.
     """
     stop = mapping.length if stop is None else stop
     size = -(-(stop - start) // PAGE) * PAGE

@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from numaload.errors import check_limits
+from numaload.numa.cgroups import folders
+
 # Never planned for: what the kernel, other programs and page tables need to go on.
 RESERVE_SHARE, RESERVE_MIN, RESERVE_MAX = 50, 64 << 20, 1 << 30
 
@@ -23,13 +26,14 @@ def fields(path: str) -> dict[str, int]:
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             lines = file.read().splitlines()
-    except OSError:
+    except OSError as error:
+        check_limits(error, path)
         return {}
     for line in lines:
         words = line.split()
         if words and words[0] == "Node":
             words = words[2:]
-        if len(words) >= 2 and words[1].isdigit():
+        if len(words) >= 2 and words[1].isdigit() and len(words[1]) < 20:
             scale = 1024 if words[2:] == ["kB"] else 1
             found[words[0].rstrip(":")] = int(words[1]) * scale
     return found
@@ -55,6 +59,15 @@ def node_free(node: int, sys_root: str = "/sys", proc_root: str = "/proc") -> in
     return max(0, info.get("MemFree", 0) + clean + slab - reserve(info.get("MemTotal", 0)))
 
 
+def node_unused(node: int, sys_root: str = "/sys") -> int:
+    """Bytes of free pages of this node, less a reserve: what unbound memory can take there.
+
+    Where only page cache could make room, the kernel takes another node's free pages instead.
+    """
+    info = fields(f"{sys_root}/devices/system/node/node{node}/meminfo")
+    return max(0, info.get("MemFree", 0) - reserve(info.get("MemTotal", 0)))
+
+
 def machine_available(proc_root: str = "/proc") -> Limit:
     """What the kernel thinks can be used without swapping (MemAvailable)."""
     free = fields(f"{proc_root}/meminfo").get("MemAvailable", 0)
@@ -75,28 +88,13 @@ def cgroup_limits(sys_root: str = "/sys", proc_root: str = "/proc") -> Iterator[
 
 def _cgroup_folders(sys_root: str, proc_root: str) -> Iterator[tuple[str, str, str]]:
     """(folder, name of its limit, name of its usage) from this process's group to the root."""
-    base = f"{sys_root}/fs/cgroup"
-    names = {
-        2: (base, "memory.max", "memory.current"),
-        1: (f"{base}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    names = {  # memory.high kills nobody but lets a process crawl
+        2: (("memory.max", "memory.high"), "memory.current"),
+        1: (("memory.limit_in_bytes",), "memory.usage_in_bytes"),
     }
-    try:
-        with open(f"{proc_root}/self/cgroup", encoding="utf-8", errors="replace") as file:
-            rows = [line.rstrip("\n").split(":", 2) for line in file]
-    except OSError:
-        return
-    for _, controllers, group in rows:
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root, maximum, current = names[1 if controllers else 2]
-        # Inside a container the path may be the host's; then only the root is there.
-        while True:
-            folder = f"{root}{group}".rstrip("/")
-            if os.path.isdir(folder):
-                yield folder, maximum, current
-            if group in ("", "/"):
-                break
-            group = os.path.dirname(group)  # noqa: PLW2901
+    for folder, version in folders("memory", sys_root, proc_root):
+        maxima, current = names[version]
+        yield from ((folder, maximum, current) for maximum in maxima)
 
 
 def _number(path: str) -> int | None:

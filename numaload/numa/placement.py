@@ -7,11 +7,12 @@ Both see only pages that this process has mapped: populate first.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from numaload.numa.lists import format_list
 from numaload.numa.mapping import Mapping
 from numaload.numa.syscalls import HUGE, PAGE
 
+PROC, NODES = "/proc/self", "/sys/devices/system/node"
 ABSENT = -1  # in the counts: pages that are not in RAM, or not mapped here
 SAMPLES = 10_000
 
@@ -114,15 +116,20 @@ def _inside(areas: Sequence[Area], ranges: Sequence[Range]) -> Iterator[Counter[
 def count_pages(ranges: Sequence[Range]) -> Iterator[dict[int, int]]:
     """For each (address, length): {node: pages mapped there}, from /proc/self/numa_maps.
 
+    A kernel without NUMA has neither that file nor nodes: there, what is mapped is on node 0.
     Raises: NumaError.
     """
     try:
-        with open("/proc/self/numa_maps", encoding="utf-8", errors="replace") as file:
+        with open(f"{PROC}/numa_maps", encoding="utf-8", errors="replace") as file:
             areas = parse_numa_maps(file)
     except OSError as error:
-        raise NumaError(
-            f"/proc/self/numa_maps: {error.strerror}", call="numa_maps", errno=error.errno or 0
-        ) from error
+        if os.path.isdir(NODES):
+            raise NumaError(
+                f"{PROC}/numa_maps: {error.strerror}", call="numa_maps", errno=error.errno or 0
+            ) from error
+        with open(f"{PROC}/smaps", encoding="utf-8", errors="replace") as file:
+            found = parse_smaps(file, ("Rss:",))
+        areas = [Area(start, {0: nbytes // PAGE}) for start, nbytes in found]
     return _inside(areas, ranges)
 
 
@@ -167,21 +174,20 @@ def _sample(ranges: Sequence[Range], samples: int = SAMPLES) -> dict[int, int]:
 def _huge_bytes(ranges: Sequence[Range]) -> Iterator[int]:
     """For each range: bytes of it that are mapped by huge pages; 0 where nobody tells."""
     try:
-        with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
-            areas = parse_smaps(file)
+        with open(f"{PROC}/smaps", encoding="utf-8", errors="replace") as file:
+            areas = [Area(start, {HUGE: n}) for start, n in parse_smaps(file, HUGE_FIELDS)]
     except OSError:
         areas = []
     return (counts[HUGE] for counts in _inside(areas, ranges))
 
 
-def parse_smaps(lines: Iterable[str]) -> list[Area]:
-    """{2 MiB: bytes mapped by huge pages} of each mapped range, of any kind of memory."""
-    areas: list[Area] = []
+def parse_smaps(lines: Iterable[str], fields: Collection[str]) -> list[tuple[int, int]]:
+    """(first address, bytes in these fields together) of each mapped range."""
+    areas: list[list[int]] = []
     for line in lines:
         head, _, rest = line.partition(" ")
-        if head in HUGE_FIELDS:
-            counts = areas[-1].counts
-            counts[HUGE] = counts.get(HUGE, 0) + (int(rest.split()[0]) << 10)
+        if head in fields:
+            areas[-1][1] += int(rest.split()[0]) << 10
         elif not head.rstrip().endswith(":"):  # 7f3e00000000-7f3e40000000 r--s ...
-            areas.append(Area(int(head.partition("-")[0], 16), {}))
-    return areas
+            areas.append([int(head.partition("-")[0], 16), 0])
+    return [(start, nbytes) for start, nbytes in areas]

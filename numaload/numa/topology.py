@@ -7,14 +7,18 @@ inside a container /sys shows the host's. Source: Documentation/ABI/stable/sysfs
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from numaload.errors import UsageError
-from numaload.numa.affinity import ALLOWED
-from numaload.numa.lists import BLANK, format_list, parse_list, parse_map, select
+from numaload.errors import UsageError, warn_once
+from numaload.numa import affinity
+from numaload.numa.cgroups import cpu_quota
+from numaload.numa.lists import Group, format_list, parse_map, select
 from numaload.numa.memory import fields
+from numaload.numa.sysfs import Reader
+
+PER = ("node", "socket")  # what there is one replica for
 
 
 @dataclass(frozen=True)
@@ -24,15 +28,12 @@ class Node:
     id: int
     cpus: frozenset[int]
     usable_cpus: frozenset[int]
-    memory_total: int  # bytes
+    has_memory: bool
+    memory_total: int  # bytes; 0 too where the kernel does not say
     memory_free: int  # bytes, as the kernel counts it: without what could be reclaimed
     memory_allowed: bool
     distances: dict[int, int] = field(default_factory=dict)  # {node: SLIT distance, 10 is local}
     packages: tuple[int, ...] = ()  # sockets that its CPUs sit in
-
-    @property
-    def has_memory(self) -> bool:
-        return self.memory_total > 0
 
     @property
     def why_not(self) -> str:
@@ -52,6 +53,8 @@ class Node:
 class Topology:
     nodes: dict[int, Node]
     source: str  # where this was read
+    problems: tuple[str, ...] = ()  # files that could not be understood, and what was taken instead
+    quota: float | None = None  # CPUs' time that the cgroups allow, as in 1.5
 
     @property
     def all(self) -> list[int]:
@@ -74,6 +77,54 @@ class Topology:
         """{node: why ``all`` does not include it}."""
         included = self.all
         return {n.id: n.why_not for n in self.nodes.values() if n.id not in included}
+
+    def groups(self, nodes: Sequence[int], per: str = "node") -> list[Group]:
+        """The nodes that share one replica, for every replica that these nodes get.
+
+        per: "node", or "socket": the nodes of one physical package together. A node without CPUs
+        belongs to the socket of the nearest node with CPUs. A node stays alone where the firmware
+        does not say its socket, where it spans several, and where several sockets are nearest.
+        Sorted by their first ids. Raises: UsageError for another ``per``.
+        """
+        if per not in PER:
+            raise UsageError(f"per {per!r}: expected {' or '.join(PER)}")
+        found: dict[tuple[str, int], list[int]] = {}
+        for node in sorted(set(nodes)):
+            socket = self._socket(node) if per == "socket" else None
+            found.setdefault(("node", node) if socket is None else ("socket", socket), []).append(
+                node
+            )
+        return sorted(tuple(group) for group in found.values())
+
+    @property
+    def sockets(self) -> list[Group]:
+        """``all``, the nodes of one socket together."""
+        return self.groups(self.all, "socket")
+
+    @property
+    def copies_note(self) -> str:
+        """What ``all`` costs where sockets have several nodes, or an empty string."""
+        every, sockets = len(self.all), len(self.sockets)
+        if sockets == every:
+            return ""
+        each = "each interleaved over its socket's nodes" if sockets > 1 else "interleaved over all"
+        return (
+            f"all is {every} nodes in {sockets} socket{'s' * (sockets > 1)}: {every} copies;"
+            f" --per socket makes {sockets}, {each}"
+        )
+
+    def _socket(self, node: int) -> int | None:
+        here = self.nodes[node]
+        near = [here] if here.cpus else self._nearest_with_cpus(here)
+        packages = {near_one.packages for near_one in near}
+        (only,) = packages if len(packages) == 1 else ((),)
+        return only[0] if len(only) == 1 else None
+
+    def _nearest_with_cpus(self, node: Node) -> list[Node]:
+        """All that are equally near; none where distances are unknown."""
+        known = [n for n in self.nodes.values() if n.cpus and n.id in node.distances]
+        nearest = min((node.distances[n.id] for n in known), default=0)
+        return [n for n in known if node.distances[n.id] == nearest]
 
     @property
     def cpus(self) -> frozenset[int]:
@@ -101,6 +152,10 @@ class Topology:
         """Where the threads run that work for ``node``: itself, or the nearest with CPUs."""
         return self.nearest(node, [n.id for n in self.nodes.values() if n.usable_cpus])
 
+    def cpus_of(self, nodes: Iterable[int]) -> frozenset[int]:
+        """The CPUs that this process may use beside these nodes."""
+        return frozenset().union(*(self.nodes[self.threads_node(n)].usable_cpus for n in nodes))
+
     def select(self, nodes: str | int | Iterable[int]) -> list[int]:
         """Node ids from ``"all"``, ``"0,2-3"``, ``"!1"``, ``"local"``, an id or ids.
 
@@ -117,7 +172,16 @@ class Topology:
             row = asdict(node) | {"why_not": left_out.get(node.id, "")}
             row |= {key: sorted(row[key]) for key in ("cpus", "usable_cpus")}
             rows.append(row)
-        return {"nodes": rows, "all": self.all, "source": self.source}
+        sockets = self.sockets
+        return {
+            "nodes": rows,
+            "all": self.all,
+            "sockets": [list(group) for group in sockets],
+            "copies": {"node": len(self.all), "socket": len(sockets)},
+            "cpu_quota": self.quota,
+            "problems": list(self.problems),
+            "source": self.source,
+        }
 
 
 def topology(
@@ -125,92 +189,122 @@ def topology(
 ) -> Topology:
     """Read the machine. The roots and ``allowed`` (CPUs) can be replaced by recorded ones."""
     base = f"{sys_root}/devices/system/node"
-    cpus = ALLOWED if allowed is None else allowed
-    ids = _node_ids(base)
-    if not ids:
-        return _single_node(proc_root, cpus)
-    mems = _allowed_mems(proc_root)
-    distances = _distances(base, ids)
-    nodes = {i: _node(f"{base}/node{i}", i, distances[i], cpus, mems) for i in ids}
-    return Topology(nodes, base)
+    files, quota = Reader(), cpu_quota(sys_root, proc_root)
+    if allowed is None:
+        allowed = affinity.ALLOWED
+        if affinity.WIDENED:
+            warn_once("affinity", affinity.WIDENED)
+    nodes = _nodes(files, base, allowed, _allowed_mems(files, proc_root))
+    source = base if nodes else f"{proc_root}/meminfo"
+    nodes = nodes or {0: _single_node(files, sys_root, proc_root, allowed)}
+    files.report()
+    return Topology(nodes, source, tuple(files.problems), quota)
 
 
-def _read(path: str) -> str | None:
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.read().strip(BLANK)
-    except OSError:
-        return None
+def _nodes(
+    files: Reader, base: str, allowed: frozenset[int], mems: frozenset[int] | None
+) -> dict[int, Node]:
+    ids = _node_ids(files, base)
+    listed = frozenset(files.ids(f"{base}/has_memory") or ())
+    distances = _distances(files, base, ids)
+    nodes = {}
+    for i in ids:
+        may = mems is None or i in mems
+        node = _node(files, f"{base}/node{i}", i, i in listed, allowed, may, distances[i])
+        if node is not None:
+            nodes[i] = node
+    return nodes
 
 
-def _node_ids(base: str) -> list[int]:
-    try:
-        present = {
-            int(name[4:]) for name in os.listdir(base) if name[:4] == "node" and name[4:].isdigit()
-        }
-    except OSError:
-        return []
-    online = _read(f"{base}/online")
-    return sorted(present & set(parse_list(online)) if online else present)
+def _node_ids(files: Reader, base: str) -> list[int]:
+    names = [name[4:] for name in files.names(base) if name.startswith("node")]
+    present = {int(name) for name in names if name.isascii() and name.isdecimal()}
+    online = files.ids(f"{base}/online")
+    if present and online is not None and present.isdisjoint(online):
+        files.note(f"{base}/online", "names no node that has a folder: every folder was taken")
+        online = None
+    return sorted(present if online is None else present & set(online))
 
 
-def _allowed_mems(proc_root: str) -> frozenset[int] | None:
-    for line in (_read(f"{proc_root}/self/status") or "").splitlines():
+def _allowed_mems(files: Reader, proc_root: str) -> frozenset[int] | None:
+    path = f"{proc_root}/self/status"
+    for line in (files.text(path) or "").splitlines():
         if line.startswith("Mems_allowed_list:"):
-            return frozenset(parse_list(line.partition(":")[2]))
+            mems = files.listed(path, line.partition(":")[2])
+            return None if mems is None else frozenset(mems)
     return None
 
 
 def _node(
+    files: Reader,
     path: str,
     node: int,
-    distances: dict[int, int],
+    listed: bool,
     allowed: frozenset[int],
-    mems: frozenset[int] | None,
-) -> Node:
-    cpus = frozenset(_cpus(path))
+    memory_allowed: bool,
+    distances: dict[int, int],
+) -> Node | None:
+    """None if it went away meanwhile. listed: the kernel's list of nodes with memory has it."""
+    seen = Reader()
+    cpus = frozenset(_cpus(seen, path))
     memory = fields(f"{path}/meminfo")
+    total = memory.get("MemTotal")
+    if total is None:
+        has = "it has memory, how much is unknown" if listed else "taken as without memory"
+        seen.note(f"{path}/meminfo", f"no MemTotal for node {node}: {has}")
+    packages = _packages(seen, f"{path}/../../cpu", cpus)
+    if not os.path.isdir(path):
+        return None
+    files.problems += seen.problems
     return Node(
         id=node,
         cpus=cpus,
         usable_cpus=cpus & allowed,
-        memory_total=memory.get("MemTotal", 0),
+        has_memory=listed if total is None else total > 0,
+        memory_total=total or 0,
         memory_free=memory.get("MemFree", 0),
-        memory_allowed=mems is None or node in mems,
+        memory_allowed=memory_allowed,
         distances=distances,
-        packages=_packages(f"{path}/../../cpu", cpus),
+        packages=packages,
     )
 
 
-def _cpus(path: str) -> list[int]:
-    text = _read(f"{path}/cpulist")
-    if text is not None:
-        return parse_list(text)
-    return parse_map(_read(f"{path}/cpumap") or "")  # old POWER kernels have only this
+def _cpus(files: Reader, path: str) -> list[int]:
+    found = files.ids(f"{path}/cpulist")
+    if found is None:  # old POWER kernels have only the map
+        found = files.ids(f"{path}/cpumap", parse_map)
+    return found or []
 
 
-def _distances(base: str, ids: list[int]) -> dict[int, dict[int, int]]:
+def _distances(files: Reader, base: str, ids: list[int]) -> dict[int, dict[int, int]]:
     """{node: {other: distance}}. A row lists the online nodes in the order of ids, not by id."""
-    possible = parse_list(_read(f"{base}/possible") or "")
+    possible, online = files.ids(f"{base}/possible") or [], set(ids)
     distances: dict[int, dict[int, int]] = {}
     for node in ids:
-        row = [int(word) for word in (_read(f"{base}/node{node}/distance") or "").split()]
+        path = f"{base}/node{node}/distance"
+        row = files.numbers(path) or []
         # Rows of other lengths cannot be told apart: better no distance than a wrong one.
         columns = next((order for order in (ids, possible) if len(order) == len(row)), [])
+        if row and not columns:
+            files.note(path, f"{len(row)} numbers for {len(ids)} nodes: taken as unknown")
         pairs = zip(columns, row if columns else [], strict=True)
-        distances[node] = {other: distance for other, distance in pairs if other in ids}
+        distances[node] = {other: distance for other, distance in pairs if other in online}
     return distances
 
 
-def _packages(base: str, cpus: Collection[int]) -> tuple[int, ...]:
+def _packages(files: Reader, base: str, cpus: Collection[int]) -> tuple[int, ...]:
     """Sockets; -1, where the firmware does not say, is none."""
-    texts = (_read(f"{base}/cpu{cpu}/topology/physical_package_id") or "" for cpu in cpus)
-    return tuple(sorted({int(text) for text in texts if text.isdecimal()}))
+    found = (files.number(f"{base}/cpu{cpu}/topology/physical_package_id") for cpu in cpus)
+    return tuple(sorted({package for package in found if package is not None and package >= 0}))
 
 
-def _single_node(proc_root: str, cpus: frozenset[int]) -> Topology:
-    """A kernel without NUMA support: everything is node 0."""
+def _single_node(files: Reader, sys_root: str, proc_root: str, allowed: frozenset[int]) -> Node:
+    """A kernel without NUMA support, or one that may not be asked: everything is node 0."""
+    system = f"{sys_root}/devices/system"
+    if os.path.isdir(f"{system}/node") or not os.path.isdir(f"{system}/cpu"):
+        files.note(f"{system}/node", "shows no node: the whole machine is taken as one")
+    # Affinity may name CPUs that are offline; a container may show other ids here than are used.
+    cpus = allowed & frozenset(files.ids(f"{system}/cpu/online") or ()) or allowed
     memory = fields(f"{proc_root}/meminfo")
     total, free = memory.get("MemTotal", 0), memory.get("MemFree", 0)
-    node = Node(0, cpus, cpus, total, free, memory_allowed=True, distances={0: 10})
-    return Topology({0: node}, f"{proc_root}/meminfo")
+    return Node(0, cpus, cpus, True, total, free, memory_allowed=True, distances={0: 10})

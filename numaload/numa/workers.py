@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from errno import EINVAL
+from errno import EAGAIN, EINVAL
 from typing import TypeVar
 
 from numaload.errors import NumaError
@@ -46,7 +46,14 @@ class Workers:
         return function(*arguments)
 
     def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
-        return self._pool.submit(self._run, function, *arguments)
+        try:
+            return self._pool.submit(self._run, function, *arguments)
+        except RuntimeError as error:  # of threading, which keeps no errno
+            raise NumaError(
+                f"no thread can be started ({error}): ulimit -u, or the cgroup's pids.max",
+                call="clone",
+                errno=EAGAIN,
+            ) from error
 
     def ranges(self, function: Callable[[int, int], None], total: int, grain: int = 1) -> None:
         """Call ``function(start, stop)`` over [0, total), in pieces of at least ``grain``."""
@@ -86,12 +93,11 @@ _pools: dict[tuple[frozenset[int], int], Workers] = {}
 _lock = threading.Lock()
 
 
-def pool(topology: Topology, node: int | None = None, count: int | None = None) -> Workers:
-    """The pool of a node's CPUs, or of all this process may use; kept for the process's life."""
-    if node is None:
-        cpus = topology.cpus
-    else:
-        cpus = topology.nodes[topology.threads_node(node)].usable_cpus
+def pool(topology: Topology, nodes: Collection[int] = (), count: int | None = None) -> Workers:
+    """The pool of these nodes' CPUs, or of all this process may use; kept as long as that lives."""
+    cpus = topology.cpus
+    if nodes:
+        cpus = topology.cpus_of(nodes)
     key = (cpus, count or len(cpus))
     with _lock:
         if key not in _pools:

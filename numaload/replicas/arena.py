@@ -1,28 +1,38 @@
-"""Memory that replicas are filled into: bound to one node, in huge pages where they can be had."""
+"""Memory that replicas are filled into: bound to its nodes, in huge pages where they can be had."""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 
-from numaload.errors import NodeMemoryError, StoreError, warn_once
+from numaload.errors import NodeMemoryError, StoreError, reason, warn_once
 from numaload.numa import syscalls
+from numaload.numa.lists import Group, format_list
 from numaload.numa.mapping import Mapping, bind, map_file, map_private
 from numaload.numa.syscalls import HUGE, PAGE
 from numaload.storage import userdir
 
 REPLICA_MODE = 0o400
+MEMFD = "numaload-replica"
+MFD_NOEXEC_SEAL = 0x8  # linux/memfd.h
 
 
 class Arena:
-    """Room for one file's replica on ``node``. ``fd`` is None for memory of this process alone."""
+    """Room for one file's replica on ``group``. ``fd`` is None for memory of this process alone.
+
+    bound: False where memory cannot be bound here: then pages land where threads first touch them.
+    """
 
     fd: int | None = None
 
-    def __init__(self, mapping: Mapping, node: int, fd: int | None = None) -> None:
-        self.mapping, self.node, self.fd = mapping, node, fd
+    def __init__(
+        self, mapping: Mapping, group: Group, fd: int | None = None, *, bound: bool = True
+    ) -> None:
+        self.mapping, self.group, self.fd = mapping, group, fd
         try:
-            bind(mapping, [node])
+            if bound:
+                bind(mapping, group)
         except BaseException:
             self.close()
             raise
@@ -39,25 +49,42 @@ class Arena:
             return
         first, last = -(-start // HUGE) * HUGE, stop // HUGE * HUGE
         for offset in range(first, last, HUGE):
-            self._populate(offset, offset + PAGE)
+            touched = offset + self._turn(offset)
+            self._populate(touched, touched + PAGE)
         if first < last:
             self._collapse(first, last)
         self._populate(start, stop)
+
+    def _turn(self, offset: int) -> int:
+        """Which page of this huge page to touch, in bytes from its start.
+
+        Collapsing takes memory of the node that the touched page is on. Interleaving gives page
+        ``i`` to node ``i % n`` (plus a constant), and the first pages of all huge pages, 512
+        apart, would mostly get the same one.
+        """
+        n, huge = len(self.group), offset // HUGE
+        return (huge - huge * (HUGE // PAGE)) % n * PAGE
 
     def _populate(self, start: int, stop: int) -> None:
         """Have pages here: on a full tmpfs this fails, where touching them would kill by SIGBUS."""
         size = -(-(stop - start) // PAGE) * PAGE
         failed = syscalls.madvise(self.mapping.address + start, size, syscalls.MADV_POPULATE_WRITE)
         if failed and failed != errno.EINVAL:  # kernels before 5.14: filling makes the pages
-            status = os.statvfs(userdir.path())
-            free = status.f_bavail * status.f_frsize
-            raise NodeMemoryError(
-                f"tmpfs {userdir.path()} ran out while node {self.node} was filled"
-                f" ({os.strerror(failed)}): needs {size} bytes more, has {free}; all of it is given"
-                " back: free some of the tmpfs, or mirror to fewer nodes",
-                needed=size,
-                free=free,
-            )
+            raise self._ran_out(size, os.strerror(failed))
+
+    def _ran_out(self, needed: int, why: str) -> NodeMemoryError:
+        status = os.fstatvfs(self.fd) if self.fd is not None else None
+        free = status.f_bavail * status.f_frsize if status else 0
+        limited = status is not None and status.f_blocks > 0  # memfds have no tmpfs' limit
+        where = f"tmpfs {userdir.path()}" if limited else "memory"
+        return NodeMemoryError(
+            f"{where} ran out while node {format_list(self.group)} was filled ({why}): needs"
+            f" {needed} bytes more{f', has {free}' if limited else ''}; all of it is given back:"
+            " free some, mirror to fewer nodes"
+            + (", or --hold, which no tmpfs limits" if limited else ""),
+            needed=needed,
+            free=free,
+        )
 
     def _collapse(self, first: int, last: int) -> None:
         failed = syscalls.madvise(
@@ -85,24 +112,61 @@ class Arena:
         self._let_go()
 
 
-def private_arena(size: int, node: int) -> Arena:
+Allocate = Callable[[int, Group], Arena]  # (size in bytes, nodes) -> where to fill
+
+
+def private_memory(*, bound: bool = True) -> Allocate:
     """Anonymous memory: gone with this process."""
-    return Arena(map_private(size), node)
+    return lambda size, group: Arena(map_private(size), group, bound=bound)
 
 
-def shared_arena(size: int, node: int, folder: int) -> Arena:
-    """A nameless file on the store's tmpfs: it vanishes with its builder unless it gets a name.
+def store_memory(folder: int, *, bound: bool = True) -> Allocate:
+    """Nameless files on the store's tmpfs: they vanish with their builder unless they get names.
 
-    folder: descriptor of the store. Raises: StoreError, NumaError.
+    folder: descriptor of the store. They raise: StoreError, NumaError.
     """
+    flags = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC
+
+    def allocate(size: int, group: Group) -> Arena:
+        try:
+            fd = os.open(".", flags, REPLICA_MODE, dir_fd=folder)
+        except OSError as error:
+            raise StoreError(f"{userdir.path()}: no nameless file: {reason(error)}") from error
+        return _of_file(fd, size, group, bound=bound)
+
+    return allocate
+
+
+def held_memory(*, bound: bool = True) -> Allocate:
+    """Memory files that belong to no file system: a holder process must keep them open."""
+
+    def allocate(size: int, group: Group) -> Arena:
+        try:
+            fd = _memory_file()
+        except OSError as error:
+            raise StoreError(f"no memory file for a holder: {reason(error)}") from error
+        return _of_file(fd, size, group, bound=bound)
+
+    return allocate
+
+
+def _memory_file() -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
-        fd = os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, REPLICA_MODE, dir_fd=folder)
+        # From Linux 6.3 on a machine may demand to be told that nothing will be executed from it.
+        return os.memfd_create(MEMFD, flags | MFD_NOEXEC_SEAL)
     except OSError as error:
-        raise StoreError(f"{userdir.path()}: no nameless file: {error.strerror}") from error
+        if error.errno != errno.EINVAL:
+            raise
+    return os.memfd_create(MEMFD, flags)
+
+
+def _of_file(fd: int, size: int, group: Group, *, bound: bool) -> Arena:
     try:
+        userdir.check_spare(fd)
         os.ftruncate(fd, size)
         mapping = map_file(fd, size, write=True)
     except BaseException:
         os.close(fd)
         raise
-    return Arena(mapping, node, fd)
+    return Arena(mapping, group, fd, bound=bound)

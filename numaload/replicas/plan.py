@@ -12,9 +12,10 @@ from typing import Any
 
 from numaload.errors import NodeMemoryError
 from numaload.numa import memory
+from numaload.numa.lists import Group
 from numaload.numa.syscalls import PAGE
 from numaload.numa.topology import Topology
-from numaload.storage import userdir
+from numaload.storage import logout, userdir
 from numaload.storage.known import Model
 
 LEAST_FREE = 32 << 20  # on a node that is being filled, on top of what free_on leaves
@@ -28,6 +29,7 @@ class Need:
     needed: int
     free: int
     node: int | None = None
+    hint: str = ""  # what else can be done where it does not fit
 
     @property
     def fits(self) -> bool:
@@ -35,14 +37,15 @@ class Need:
 
     def __str__(self) -> str:
         sign = "fits" if self.fits else "does NOT fit"
-        return f"{self.name}: needs {_gib(self.needed)}, has {_gib(self.free)}: {sign}"
+        hint = f" ({self.hint})" if self.hint else ""
+        return f"{self.name}: needs {_gib(self.needed)}, has {_gib(self.free)}: {sign}{hint}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be built: ``builds`` is [(model, nodes still without a replica of it)]."""
+    """What would be built: ``builds`` is [(model, groups of nodes still without a replica)]."""
 
-    builds: tuple[tuple[Model, tuple[int, ...]], ...]
+    builds: tuple[tuple[Model, tuple[Group, ...]], ...]
     needs: tuple[Need, ...]
 
     @property
@@ -51,7 +54,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        return sum(footprint(model) * len(nodes) for model, nodes in self.builds)
+        return sum(footprint(model) * len(groups) for model, groups in self.builds)
 
     def check(self) -> None:
         """Raises: NodeMemoryError naming every limit that is too small."""
@@ -66,30 +69,54 @@ class Plan:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        builds = [{"paths": m.paths, "size": m.size, "nodes": nodes} for m, nodes in self.builds]
+        builds = [
+            {"paths": m.paths, "size": m.size, "nodes": nodes_of(groups), "replicas": groups}
+            for m, groups in self.builds
+        ]
         needs = [asdict(need) | {"fits": need.fits} for need in self.needs]
         return {"builds": builds, "needs": needs, "nbytes": self.nbytes, "fits": self.fits}
 
 
-def plan(builds: Sequence[tuple[Model, Sequence[int]]], machine: Topology, *, shared: bool) -> Plan:
+def plan(
+    builds: Sequence[tuple[Model, Sequence[Group]]],
+    machine: Topology,
+    *,
+    store: bool,
+    bound: bool = True,
+) -> Plan:
     """Compare what these replicas take with every limit that they count against.
 
-    shared: they go to the store's tmpfs, whose size is a limit too.
+    store: they go to the store's tmpfs, whose size is a limit too. bound: see ``build``.
     """
     per_node: dict[int, int] = {}
-    for model, nodes in builds:
-        for node in nodes:
-            per_node[node] = per_node.get(node, 0) + footprint(model)
-    total = sum(per_node.values())
-    # Filling stops at LEAST_FREE: what fits only without it would be rolled back at its end.
-    room = {n: max(0, free_on(n, machine) - LEAST_FREE) for n in per_node}
-    needs = [Need(f"node {n}", b, room[n], n) for n, b in sorted(per_node.items())]
+    for model, groups in builds:
+        for group in groups:
+            for node in group:
+                per_node[node] = per_node.get(node, 0) + -(-footprint(model) // len(group))
+    total = sum(footprint(model) * len(groups) for model, groups in builds)
+    needs = [_node_need(node, per_node[node], machine, bound=bound) for node in sorted(per_node)]
     if total:
         limits = [memory.machine_available(), *memory.cgroup_limits()]
-        if shared:
-            limits.append(_store_room())
-        needs += [Need(limit.name, total, limit.free) for limit in limits]
-    return Plan(tuple((m, tuple(n)) for m, n in builds), tuple(needs))
+        needs += [Need(limit.name, total, max(0, limit.free - LEAST_FREE)) for limit in limits]
+        needs += [_store_need(total)] if store else []
+    return Plan(tuple((m, tuple(g)) for m, g in builds), tuple(needs))
+
+
+def _node_need(node: int, needed: int, machine: Topology, *, bound: bool) -> Need:
+    # Filling stops at LEAST_FREE: what fits only without it would be rolled back at its end.
+    free = max(0, free_on(node, machine, bound=bound) - LEAST_FREE)
+    hint = ""
+    if not bound and free < needed <= free_on(node, machine) - LEAST_FREE:
+        hint = (
+            "the rest is page cache, which the kernel gives up only for memory that is bound:"
+            " allow binding, or drop the cache"
+        )
+    return Need(f"node {node}", needed, free, node, hint)
+
+
+def nodes_of(groups: Sequence[Group]) -> list[int]:
+    """All nodes that these replicas are on."""
+    return sorted({node for group in groups for node in group})
 
 
 def footprint(model: Model) -> int:
@@ -97,21 +124,23 @@ def footprint(model: Model) -> int:
     return sum(-(-identity.size // PAGE) * PAGE for identity in model.identities)
 
 
-def free_on(node: int, machine: Topology) -> int:
-    """Bytes that may be bound to this node."""
+def free_on(node: int, machine: Topology, *, bound: bool = True) -> int:
+    """Bytes that may be put on this node: if not bound, page cache there makes no room."""
     if [n.id for n in machine.nodes.values() if n.has_memory] == [node]:
         # The only memory there is: the kernel's own estimate is better than one from its parts.
         total = machine.nodes[node].memory_total
         return max(0, memory.machine_available().free - memory.reserve(total))
-    return memory.node_free(node)
+    return memory.node_free(node) if bound else memory.node_unused(node)
 
 
-def _store_room() -> memory.Limit:
+def _store_need(needed: int) -> Need:
     where = userdir.path()
     while not os.path.isdir(where) and where != "/":
         where = os.path.dirname(where)
     status = os.statvfs(where)
-    return memory.Limit(f"tmpfs {where}", status.f_bavail * status.f_frsize)
+    free = status.f_bavail * status.f_frsize
+    hint = "" if needed <= free else logout.tmpfs_limit_note(where, needed)
+    return Need(f"tmpfs {where}", needed, free, hint=hint)
 
 
 def _gib(nbytes: int) -> str:

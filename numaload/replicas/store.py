@@ -9,6 +9,9 @@
             manifest.json             whose replicas, on which nodes, checksums
             node0/model.gguf          0400; the file itself, so that other engines can map it too
             node1/model.gguf
+        KEY.TOKEN/                    an entry with a holder: the memory is a process's, which
+            node0-3/model.gguf        keeps it beyond logout and the size of the tmpfs; here are
+                                      links to /proc/PID/fd/N
 
 KEY is made of the identities of all files of the model, so a changed file finds nothing. A model
 may have several entries, for nodes that were mirrored later. Attached processes hold a shared lock
@@ -21,77 +24,23 @@ import fcntl
 import json
 import os
 import secrets
-import stat
+import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from numaload.errors import ReplicaNotFoundError, StoreError, warn_once
-from numaload.numa.mapping import Mapping, map_file
-from numaload.replicas.build import CHUNK, Built
+from numaload.errors import StoreError, check_limits, warn_once
+from numaload.numa.lists import Group
+from numaload.replicas import holder
+from numaload.replicas.build import Built
+from numaload.replicas.entry import Entry, Holder, folder_of
 from numaload.storage import userdir
 from numaload.storage.known import Model
 
-VERSION = 1
 MANIFEST, LOCK = "manifest.json", "lock"
-DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 TOKEN_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Replicas of one model that were built together."""
-
-    name: str  # of its folder in the store
-    model: Model
-    nodes: tuple[int, ...]
-    checksums: tuple[tuple[int, ...], ...]
-    created: float  # seconds since the epoch
-    seconds: float  # that building took
-
-    def path(self, node: int, i: int) -> str:
-        """Where the replica of file ``i`` on ``node`` can be opened by anyone of this user."""
-        return f"{userdir.path()}/{self.name}/node{node}/{os.path.basename(self.model.paths[i])}"
-
-    def to_json(self) -> bytes:
-        row = {
-            "version": VERSION,
-            "model": json.loads(self.model.to_json()),
-            "nodes": self.nodes,
-            "chunk": CHUNK,
-            "checksums": [[f"{c:016x}" for c in row] for row in self.checksums],
-            "created": self.created,
-            "seconds": self.seconds,
-        }
-        return json.dumps(row).encode()
-
-    @classmethod
-    def from_json(cls, name: str, text: bytes) -> Entry:
-        """Raises: ValueError, TypeError, KeyError for what to_json did not write."""
-        row = json.loads(text)
-        if (row["version"], row["chunk"]) != (VERSION, CHUNK):
-            raise ValueError("built by another version of numaload")
-        sums = tuple(tuple(int(c, 16) for c in sums) for sums in row["checksums"])
-        model = Model.from_json(json.dumps(row["model"]).encode())
-        created, seconds = float(row["created"]), float(row["seconds"])
-        entry = cls(name, model, tuple(row["nodes"]), sums, created, seconds)
-        entry._check()
-        return entry
-
-    def _check(self) -> None:
-        """Fewer checksums than chunks would let the rest pass unseen when it is verified."""
-        names = [os.path.basename(path) for path in self.model.paths]
-        chunks = [-(-identity.size // CHUNK) for identity in self.model.identities]
-        expected = {
-            "nodes": all(type(node) is int and node >= 0 for node in self.nodes) and self.nodes,
-            "file names": names and not {"", ".", ".."} & set(names),
-            "checksums": [len(row) for row in self.checksums] == chunks,
-        }
-        wrong = [what for what, holds in expected.items() if not holds]
-        if wrong:
-            raise ValueError(f"wrong {', '.join(wrong)}")
 
 
 def entries() -> list[Entry]:
@@ -123,9 +72,10 @@ def _scan() -> tuple[list[Entry], dict[str, str]]:
 def _read(name: str, store: int | None) -> Entry | str:
     """The entry, or why it is none."""
     try:
-        with _folder(name, store) as folder:
+        with userdir.folder(name, store) as folder:
             return Entry.from_json(name, userdir.read_owned(MANIFEST, folder))
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        check_limits(error, f"{userdir.path()}/{name}")  # no damage that may be released
         return str(error) or type(error).__name__
 
 
@@ -147,80 +97,14 @@ def _is_there(name: str, store: int | None) -> bool:
     return True
 
 
-@contextmanager
-def _folder(name: str, parent: int | None) -> Iterator[int]:
-    fd = os.open(name, DIRECTORY, dir_fd=parent)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def find(model: Model) -> list[Entry]:
-    """Entries of exactly this model: same files, unchanged."""
-    return [entry for entry in entries() if entry.model.key == model.key]
-
-
-class Lease:
-    """An entry in use: while this is open, ``release`` says so.
-
-    Raises: ReplicaNotFoundError where somebody released it meanwhile.
-    """
-
-    fd = -1
-
-    def __init__(self, entry: Entry) -> None:
-        self.entry = entry
-        with userdir.opened(create=False) as store, self._gone():
-            if store is None:
-                raise FileNotFoundError
-            self.fd = os.open(entry.name, DIRECTORY, dir_fd=store)
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_SH)
-        except BaseException:
-            self.close()
-            raise
-
-    def map(self, node: int) -> list[Mapping]:
-        """The replica's files on this node, read-only. Raises: StoreError."""
-        mappings = []
-        with self._gone(), _folder(f"node{node}", self.fd) as folder:
-            for path, identity in zip(
-                self.entry.model.paths, self.entry.model.identities, strict=True
-            ):
-                mappings.append(_map_replica(os.path.basename(path), identity.size, folder))
-        return mappings
-
-    @contextmanager
-    def _gone(self) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError as error:
-            where = f"{userdir.path()}/{self.entry.name}"
-            raise ReplicaNotFoundError(
-                f"{self.entry.model.paths[0]}: its replica ({where}) was released or removed"
-            ) from error
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def __del__(self) -> None:
-        self.close()
-
-
-def _map_replica(name: str, size: int, folder: int) -> Mapping:
-    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            raise StoreError(f"replica {name} is not a file of this user's")
-        if status.st_size != size:
-            raise StoreError(f"replica {name} has {status.st_size} bytes, expected {size}")
-        return map_file(fd, size)
-    finally:
-        os.close(fd)
+def find(model: Model) -> dict[Group, Entry]:
+    """What is there of exactly this model, same files, unchanged: {nodes: its newest entry}."""
+    return {
+        group: entry
+        for entry in entries()
+        if entry.model.key == model.key
+        for group in entry.groups
+    }
 
 
 @contextmanager
@@ -274,32 +158,77 @@ def _sweep(store: int) -> None:
     for name in os.listdir(store):
         if name.startswith("."):
             _remove(name, store)
+    for name in _entry_names(store):
+        entry = _read(name, store)
+        if isinstance(entry, Entry) and entry.holder and not _holds(entry.holder):
+            warn_once(
+                f"holder {entry.name}",
+                f"process {entry.holder.pid}, which held the replicas of {entry.model.paths[0]},"
+                " is gone, and they with it: it was killed, or its container ended",
+            )
+            _take_away(name, store)
 
 
-def publish(model: Model, built: Built, store: int) -> Entry:
-    """Give the nameless files their names: all of them appear at once, by one rename."""
-    nodes = tuple(built.arenas)
-    name = f"{model.key}.{secrets.token_hex(TOKEN_BYTES)}"
-    sums = tuple(tuple(row) for row in built.checksums)
-    entry = Entry(name, model, nodes, sums, time.time(), built.seconds)
-    aside = f".{name}"
+def _holds(held_by: Holder) -> bool:
+    """Whether the holder lives, as far as can be seen: in another container it counts as living."""
+    return held_by.namespace != _namespace() or holder.alive(held_by.pid, held_by.start)
+
+
+def _namespace() -> str:
+    return os.readlink("/proc/self/ns/pid")
+
+
+def publish(model: Model, built: Built, store: int, *, hold: bool = False) -> Entry:
+    """Give the files their names: all of them appear at once, by one rename.
+
+    hold: they are memory files, which a holder process takes over.
+    """
+    entry = Entry(
+        name=f"{model.key}.{secrets.token_hex(TOKEN_BYTES)}",
+        model=model,
+        groups=tuple(built.arenas),
+        checksums=tuple(tuple(row) for row in built.checksums),
+        created=time.time(),
+        seconds=built.seconds,
+        bound=built.bound,
+    )
+    if hold:
+        return _publish_held(entry, built, store)
+    aside = f".{entry.name}"
     try:
         os.mkdir(aside, 0o700, dir_fd=store)
-        with _folder(aside, store) as folder:
-            for node, arenas in built.arenas.items():
-                os.mkdir(f"node{node}", 0o700, dir_fd=folder)
-                with _folder(f"node{node}", folder) as inside:
+        with userdir.folder(aside, store) as folder:
+            for group, arenas in built.arenas.items():
+                os.mkdir(folder_of(group), 0o700, dir_fd=folder)
+                with userdir.folder(folder_of(group), folder) as inside:
                     for path, arena in zip(model.paths, arenas, strict=True):
                         # Only a call with a dir_fd follows the link of /proc to the nameless file.
                         os.link(
                             f"/proc/self/fd/{arena.fd}", os.path.basename(path), dst_dir_fd=inside
                         )
-            userdir.write_whole(MANIFEST, entry.to_json(), folder)
-        os.rename(aside, name, src_dir_fd=store, dst_dir_fd=store)
+            userdir.write_whole(MANIFEST, json.dumps(entry.manifest()).encode(), folder)
+        os.rename(aside, entry.name, src_dir_fd=store, dst_dir_fd=store)
     except BaseException:
         _remove(aside, store)
         raise
     return entry
+
+
+def _publish_held(entry: Entry, built: Built, store: int) -> Entry:
+    links = []
+    for group, arenas in built.arenas.items():
+        for path, arena in zip(entry.model.paths, arenas, strict=True):
+            assert arena.fd is not None  # noqa: S101 - memory files have descriptors
+            holder.seal(arena.fd)
+            links.append((folder_of(group), os.path.basename(path), arena.fd))
+    manifest = entry.manifest() | {"pid_namespace": _namespace()}
+    pid = holder.start_holder(userdir.path(), entry.name, manifest, links)
+    published = _read(entry.name, store)
+    if isinstance(published, str):
+        os.kill(pid, signal.SIGTERM)
+        where = f"{userdir.path()}/{entry.name}"
+        raise StoreError(f"{where}: its holder wrote no manifest that can be read: {published}")
+    return published
 
 
 @dataclass(frozen=True)
@@ -313,6 +242,8 @@ class Released:
         return {
             "paths": e.model.paths,
             "nodes": e.nodes,
+            "groups": e.groups,
+            "holder": e.holder.pid if e.holder else None,
             "nbytes": self.nbytes,
             "in_use": self.in_use,
         }
@@ -324,13 +255,28 @@ def release(chosen: Sequence[Entry]) -> list[Released]:
     with userdir.opened(create=False) as store:
         for entry in chosen if store is not None else ():
             try:
-                with _folder(entry.name, store) as folder:
+                with userdir.folder(entry.name, store) as folder:
                     in_use = not _try_lock(folder)
-                    _take_away(entry.name, store)
+                    if entry.holder:
+                        _end(entry, entry.holder)
+                    else:
+                        _take_away(entry.name, store)
             except FileNotFoundError:
                 continue  # someone else released it just now
-            done.append(Released(entry, entry.model.size * len(entry.nodes), in_use))
+            done.append(Released(entry, entry.nbytes, in_use))
     return done
+
+
+def _end(entry: Entry, held_by: Holder) -> None:
+    """End the holder, which takes its entry away; alive, it would publish again what vanishes."""
+    if held_by.namespace != _namespace():
+        raise StoreError(
+            f"{entry.model.paths[0]}: held by process {held_by.pid} of another container or process"
+            " namespace: release it there"
+        )
+    holder.end_holder(held_by.pid, held_by.start)
+    with userdir.opened(create=False) as store, suppress(FileNotFoundError):
+        _take_away(entry.name, store)  # where it was killed and could not
 
 
 def release_damaged() -> list[str]:

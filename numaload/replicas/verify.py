@@ -6,11 +6,12 @@ from collections.abc import Mapping as MappingType
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
 from numaload.errors import ChecksumError
+from numaload.numa.lists import Group
 from numaload.numa.mapping import Mapping, populate_read
 from numaload.numa.placement import Placement, locate
 from numaload.numa.topology import Topology
@@ -20,7 +21,10 @@ from numaload.replicas.build import CHUNK
 
 @dataclass
 class Verified:
-    """What the kernel and the checksums said. ``wrong_chunks``: {node: [(path, chunk)]}."""
+    """What the kernel and the checksums said, by node; nodes that share a replica have the same.
+
+    ``wrong_chunks``: {node: [(path, chunk)]}.
+    """
 
     placements: dict[int, Placement]
     chunks: int
@@ -33,12 +37,12 @@ class Verified:
     def check(self) -> None:
         """Raises: PlacementError, ChecksumError."""
         for node, placement in self.placements.items():
-            placement.check(f"replica on node {node}")
+            placement.check(f"replica of node {node}")
         for node, chunks in self.wrong_chunks.items():
             path, chunk = chunks[0]
             raise ChecksumError(
-                f"{path}: {len(chunks)} chunks on node {node} differ from what was copied,"
-                f" the first is {chunk} (byte {chunk * CHUNK})",
+                f"{path}: {len(chunks)} chunks of node {node}'s replica differ from what was"
+                f" copied, the first is {chunk} (byte {chunk * CHUNK})",
                 path=path,
                 chunk=chunk,
             )
@@ -52,48 +56,60 @@ class Verified:
         }
 
 
-def placements_of(replicas: MappingType[int, Sequence[Mapping]]) -> dict[int, Placement]:
+Replicas = MappingType[Group, Sequence[Mapping]]  # {nodes: the mapped files}
+
+
+def placements_of(replicas: Replicas) -> dict[Group, Placement]:
     """Ask where the replicas are now, all pages; maps them into this process first."""
     for mappings in replicas.values():
         for mapping in mappings:
             populate_read(mapping)
-    groups = [([node], mappings) for node, mappings in replicas.items()]
-    return dict(zip(replicas, locate(groups), strict=True))
+    asked = [(list(group), mappings) for group, mappings in replicas.items()]
+    return dict(zip(replicas, locate(asked), strict=True))
+
+
+T = TypeVar("T")
+
+
+def by_node(found: MappingType[Group, T]) -> dict[int, T]:
+    """What is known of each replica, for every node that it serves; its own comes first."""
+    shared_first = sorted(found, key=len, reverse=True)
+    return dict(sorted({node: found[group] for group in shared_first for node in group}.items()))
 
 
 def verify(
-    replicas: MappingType[int, Sequence[Mapping]],
+    replicas: Replicas,
     paths: Sequence[str],
-    checksums: MappingType[int, Sequence[Sequence[int]]],
+    checksums: MappingType[Group, Sequence[Sequence[int]]],
     machine: Topology,
 ) -> Verified:
-    """Count the pages and hash every chunk, all nodes at once, each by threads on that node.
+    """Count the pages and hash every chunk, all replicas at once, by threads on their nodes.
 
-    checksums: {node: a row per file}: replicas that were built at different times have their own.
+    checksums: {nodes: a row per file}: replicas that were built at different times have their own.
     """
     placements = placements_of(replicas)
-    wrong: list[tuple[int, int, int]] = []  # (node, file, chunk)
+    wrong: list[tuple[Group, int, int]] = []  # (nodes, file, chunk)
     jobs = [
         job
-        for node, mappings in replicas.items()
-        for i, (mapping, sums) in enumerate(zip(mappings, checksums[node], strict=True))
-        for job in pool(machine, node).submit_ranges(
-            partial(_check, mapping, sums, wrong, (node, i)), len(sums)
+        for group, mappings in replicas.items()
+        for i, (mapping, sums) in enumerate(zip(mappings, checksums[group], strict=True))
+        for job in pool(machine, group).submit_ranges(
+            partial(_check, mapping, sums, wrong, (group, i)), len(sums)
         )
     ]
     finish(jobs)
-    by_node: dict[int, list[tuple[str, int]]] = {}
-    for node, i, chunk in sorted(wrong):
-        by_node.setdefault(node, []).append((paths[i], chunk))
-    chunks = sum(len(sums) for node in replicas for sums in checksums[node])
-    return Verified(placements, chunks, by_node)
+    differ: dict[Group, list[tuple[str, int]]] = {}
+    for group, i, chunk in sorted(wrong):
+        differ.setdefault(group, []).append((paths[i], chunk))
+    chunks = sum(len(sums) for group in replicas for sums in checksums[group])
+    return Verified(by_node(placements), chunks, by_node(differ))
 
 
 def _check(
     mapping: Mapping,
     sums: Sequence[int],
-    wrong: list[tuple[int, int, int]],
-    where: tuple[int, int],
+    wrong: list[tuple[Group, int, int]],
+    where: tuple[Group, int],
     first: int,
     last: int,
 ) -> None:

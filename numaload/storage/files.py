@@ -7,7 +7,7 @@ import os
 import stat
 from typing import NamedTuple
 
-from numaload.errors import FileChangedError, ReadError
+from numaload.errors import FileChangedError, ReadError, reason
 
 HEAD_BYTES = 1 << 20  # of the file's start, which holds the header, go into the identity
 
@@ -42,21 +42,37 @@ class Identity(NamedTuple):
         )
 
 
+def _open(path: str) -> int:
+    """Opening a FIFO without O_NONBLOCK would wait for a writer for ever."""
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_NONBLOCK)
+    except BlockingIOError:
+        # Somebody has a lease on it, a file server perhaps, and the kernel has asked for it back.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise
+        return os.open(path, flags)
+
+
 class SourceFile:
     """A regular file open for reading. Raises: ReadError for anything else."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         try:
-            # Opening a FIFO without O_NONBLOCK would wait for a writer for ever.
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
-            raise ReadError(getattr(error, "strerror", None) or str(error), path=path) from error
-        status = os.fstat(self.fd)
+            found = os.stat(path)
+            # Some devices do something when they are opened: a watchdog starts, a tape rewinds.
+            self.fd = _open(path) if stat.S_ISREG(found.st_mode) else -1
+        except OSError as error:
+            raise ReadError(reason(error), path=path) from error
+        except ValueError as error:  # a NUL in it
+            raise ReadError(str(error), path=path) from error
+        status = found if self.fd < 0 else self._status()
         if not stat.S_ISREG(status.st_mode):
             self.close()
             kind = KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
             raise ReadError(f"expected a file, found {kind}", path=path)
+        os.set_blocking(self.fd, True)  # or some file systems may answer EAGAIN
         self.size, self._opened = status.st_size, Identity.of(status)
 
     def identity(self) -> Identity:
@@ -65,10 +81,16 @@ class SourceFile:
 
     def check_unchanged(self) -> None:
         """Raises: FileChangedError if the open file was written to or cut since it was opened."""
-        now = Identity.of(os.fstat(self.fd))
+        now = Identity.of(self._status())
         if now != self._opened:
             fields = [f for f in Identity._fields if getattr(now, f) != getattr(self._opened, f)]
             raise FileChangedError(f"changed while in use ({', '.join(fields)})", path=self.path)
+
+    def _status(self) -> os.stat_result:
+        try:
+            return os.fstat(self.fd)
+        except OSError as error:  # a file of a network that is gone there
+            raise ReadError(reason(error), path=self.path) from error
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
         buffer = bytearray(nbytes)
@@ -82,8 +104,7 @@ class SourceFile:
             try:
                 count = os.preadv(self.fd, [view[done:]], offset + done)
             except OSError as error:
-                message = error.strerror or str(error)
-                raise ReadError(message, path=self.path, offset=offset + done) from error
+                raise ReadError(reason(error), path=self.path, offset=offset + done) from error
             if count == 0:
                 raise FileChangedError(
                     f"ends early: {len(view) - done} bytes are missing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from numaload.errors import NumaloadError, StoreError, warn_once
+from numaload.errors import NumaloadError, StoreError, check_limits, warn_once
+from numaload.formats.splits import is_there
 from numaload.storage import userdir
 from numaload.storage.files import Identity, SourceFile
 
@@ -37,7 +39,7 @@ class Model:
 
     def state(self) -> str:
         """What the files are now, next to what they were: unchanged, changed, gone, unreadable."""
-        if not all(map(os.path.exists, self.paths)):
+        if not all(map(is_there, self.paths)):
             return "gone"
         try:
             same = identify(self.paths).identities == self.identities
@@ -74,6 +76,8 @@ def remember(model: Model) -> None:
     """Note that this user uses the model. If that fails, only ``mirror`` without FILE suffers."""
     try:
         with userdir.opened() as store, _folder(store, create=True) as folder:
+            _clear(folder)
+            fcntl.flock(folder, fcntl.LOCK_SH)
             userdir.write_whole(f"{model.key}.json", model.to_json(), folder)
     except (OSError, StoreError) as error:
         warn_once("known", f"{error}; a later `numaload mirror` without FILE will not find this")
@@ -85,6 +89,7 @@ def recall() -> list[Model]:
         if store is None or FOLDER not in os.listdir(store):
             return []
         with _folder(store) as folder:
+            _clear(folder)
             names = [n for n in os.listdir(folder) if n.endswith(".json")]
             names.sort(key=lambda n: os.stat(n, dir_fd=folder).st_mtime_ns, reverse=True)
             found = [model for name in names for model in _recalled(name, folder)]
@@ -94,11 +99,22 @@ def recall() -> list[Model]:
     return list(latest.values())
 
 
+def _clear(folder: int) -> None:
+    """Take away what writers left that were killed: those alive hold the folder."""
+    left = [name for name in os.listdir(folder) if name.startswith(".")]
+    if left:
+        with suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name in left:
+                os.unlink(name, dir_fd=folder)
+
+
 def _recalled(name: str, folder: int) -> Iterator[Model]:
     try:
         yield Model.from_json(userdir.read_owned(name, folder))
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         where = f"{userdir.path()}/{FOLDER}/{name}"
+        check_limits(error, where)
         warn_once(where, f"{where}: no record that can be read ({error}); left out: rm {where}")
 
 

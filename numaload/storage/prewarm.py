@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
-from numaload.errors import CancelledError, NodeMemoryError, UsageError
+from numaload.errors import NodeMemoryError, NumaUnavailableError, ReadError, UsageError, warn_once
 from numaload.formats.splits import sibling_paths
 from numaload.numa import memory, syscalls
+from numaload.numa.affinity import pin
 from numaload.numa.lists import format_list
 from numaload.numa.topology import Topology, topology
 from numaload.storage import known
 from numaload.storage.files import SourceFile
+from numaload.storage.parallel import CHUNK, Job, Progress, pieces
 from numaload.storage.residency import Residency, cached_on, residency
 
-CHUNK = 8 << 20  # bytes a read; 1 MiB and 32 MiB were no faster
-MAX_THREADS = 8
+LITTLE = 16  # a share of the bytes that may be read once more
 POLICIES = {"bind": syscalls.MPOL_BIND, "interleave": syscalls.MPOL_INTERLEAVE}
-
-Progress = Callable[[int, int], Any]  # (bytes done, bytes in all); returning False cancels
 
 
 @dataclass
@@ -93,13 +92,20 @@ def prewarm(
     selected = machine.select("all" if nodes is None else nodes) if machine else []
     policy = (policy or "bind") if machine else None
     # A file that was given twice, or through a link too, is one file.
-    whole = {os.path.realpath(p): p for path in _paths(what) for p in sibling_paths(path)}
+    whole = {_real(p): p for path in _paths(what) for p in sibling_paths(path)}
     files = [SourceFile(path) for path in whole.values()]
     try:
         return _prewarm(files, machine, selected, policy, threads, force, progress)
     finally:
         for file in files:
             file.close()
+
+
+def _real(path: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except ValueError as error:  # a NUL in it
+        raise ReadError(str(error), path=path) from error
 
 
 def _paths(what: Source | Sequence[Source]) -> list[str]:
@@ -120,8 +126,8 @@ def _prewarm(
     progress: Progress | None,
 ) -> PrewarmReport:
     begin = time.perf_counter()
-    before = [residency(file) for file in files]
-    absent = sum(file.size - found.resident for file, found in zip(files, before, strict=True))
+    after = before = [residency(file) for file in files]
+    absent = _absent(before)
     report = PrewarmReport(
         paths=[file.path for file in files],
         size=sum(file.size for file in files),
@@ -138,15 +144,24 @@ def _prewarm(
             # All nodes together are the machine, whose own estimate is better than a sum.
             _check_room(absent, nodes if machine and nodes != machine.usable else [])
         machine = machine or topology()
-        job = _Job(files, before, absent, progress)
-        report.threads = job.run(machine, nodes, policy, threads)
-    after = [residency(file) for file in files] if absent else before
+        job = _Prewarming(files, before, absent, progress)
+        report.threads = job.read(machine, nodes, policy, threads)
+        after = [residency(file) for file in files]
+        if report.residency_known and 0 < (lost := _absent(after)) <= report.size // LITTLE:
+            # Some machines page out what is idle at any time: this is not what lacks memory.
+            _Prewarming(files, after, lost, None).read(machine, nodes, policy, threads)
+            report.read += lost
+            after = [residency(file) for file in files]
     report.resident = sum(found.resident for found in after)
     if nodes:
         report.on_nodes = _locate(files, after)
     report.seconds = time.perf_counter() - begin
     _remember(files)
     return report
+
+
+def _absent(found: list[Residency]) -> int:
+    return sum(one.size - one.resident for one in found)
 
 
 def _check_room(absent: int, nodes: list[int]) -> None:
@@ -165,8 +180,8 @@ def _check_room(absent: int, nodes: list[int]) -> None:
         )
 
 
-class _Job:
-    """One prewarming: a shared list of chunks, and threads that take the next."""
+class _Prewarming(Job):
+    """Reading what is absent, into buffers that are thrown away."""
 
     def __init__(
         self,
@@ -175,63 +190,40 @@ class _Job:
         total: int,
         progress: Progress | None,
     ) -> None:
-        self.chunks = self._chunks(files, before)
-        self.total, self.progress = total, progress
-        self.done = 0
-        self.lock, self.stop = threading.Lock(), threading.Event()
+        super().__init__(pieces(found.absent for found in before), total, progress)
+        self.files = files
 
-    @staticmethod
-    def _chunks(
-        files: list[SourceFile], before: list[Residency]
-    ) -> Iterator[tuple[SourceFile, int, int]]:
-        for file, found in zip(files, before, strict=True):
-            for start, stop in found.absent:
-                for offset in range(start, stop, CHUNK):
-                    yield file, offset, min(CHUNK, stop - offset)
-
-    def run(
+    def read(
         self, machine: Topology, nodes: list[int], policy: str | None, threads: int | None
     ) -> int:
         """Read everything; how many threads did."""
-        from numaload.numa.workers import Workers, finish  # a resident file needs no threads
-
         cpus = machine.cpus
         if nodes:
-            cpus = frozenset().union(
-                *(machine.nodes[machine.threads_node(n)].usable_cpus for n in nodes)
-            )
-        count = min(threads or min(MAX_THREADS, max(1, len(cpus) // 2)), -(-self.total // CHUNK))
-        if self.progress:
-            self.progress(0, self.total)
+            cpus = machine.cpus_of(nodes)
+        count = self.threads(cpus, threads)
         # Threads of this job alone: the memory policy ends with them.
-        workers = Workers(cpus, count, "numaload-prewarm")
-        try:
-            finish([workers.submit(self._read, nodes, policy) for _ in range(count)], self.stop)
-        except KeyboardInterrupt:
-            raise CancelledError("interrupted", done=self.done, total=self.total) from None
-        finally:
-            workers.close()
+        places = [machine.cpus_of([node]) for node in nodes]
+        self.run(partial(self._read, nodes, policy, places), cpus, count, "numaload-prewarm")
         return count
 
-    def _read(self, nodes: list[int], policy: str | None) -> None:
-        if policy:
-            syscalls.set_mempolicy(POLICIES[policy], nodes)
-        buffer = bytearray(CHUNK)
-        while not self.stop.is_set():
-            with self.lock:
-                chunk = next(self.chunks, None)
-            if chunk is None:
-                return
-            file, offset, nbytes = chunk
-            file.read_into(memoryview(buffer)[:nbytes], offset)
-            self._advance(nbytes)
+    def _read(self, nodes: list[int], policy: str | None, places: list[frozenset[int]]) -> None:
+        bound = policy is None or _set_policy(policy, nodes)
+        buffer = memoryview(bytearray(CHUNK))
+        for piece in self:
+            if not bound:
+                pin(places[piece.offset // CHUNK % len(places)])
+            self.files[piece.which].read_into(buffer[: piece.nbytes], piece.offset)
+            self.advance(piece.nbytes)
 
-    def _advance(self, nbytes: int) -> None:
-        with self.lock:
-            self.done += nbytes
-            if self.progress and self.progress(self.done, self.total) is False:
-                self.stop.set()
-                raise CancelledError("cancelled", done=self.done, total=self.total)
+
+def _set_policy(policy: str, nodes: list[int]) -> bool:
+    """False where that is refused, as in a container: then page cache lands where it is read."""
+    try:
+        syscalls.set_mempolicy(POLICIES[policy], nodes)
+    except NumaUnavailableError as error:
+        warn_once("set_mempolicy", f"{error}; read by threads on these nodes and counted after")
+        return False
+    return True
 
 
 def _locate(files: list[SourceFile], found: list[Residency]) -> dict[int, int]:

@@ -15,7 +15,9 @@ from numaload.numa.syscalls import PAGE
 from numaload.storage.files import SourceFile
 
 STEP = 1 << 30  # bytes asked about at a time: 256 KiB of answer
+LOOK = 64 << 20  # bytes whose pages are mapped between two looks at what is in RAM
 ABSENT_RUN = re.compile(rb"\0+")
+PRESENT_RUN = re.compile(rb"[^\0]+")
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,26 @@ def _absent(mapping: Mapping) -> Iterator[tuple[int, int]]:
 
 
 def cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
-    """{node: bytes} of the file's page cache. Looks only at what is resident: it reads nothing."""
+    """{node: bytes} of the file's page cache. Looks only at what is resident: it reads nothing.
+
+    What was found resident may be gone since. Mapping that would read it again, and Linux 6.1
+    tries for ever where it cannot be read: so the kernel is asked just before, once more.
+    """
     on: Counter[int] = Counter()
     with map_file(file.fd, file.size) as mapping:
         for start, stop in present(found):
-            populate_read(mapping, start, stop)
+            for offset in range(start, stop, LOOK):
+                _map_present(mapping, offset, min(offset + LOOK, stop))
         for counts in count_pages([mapping.range]):
             on.update(counts)
     return {node: pages * PAGE for node, pages in sorted(on.items())}
+
+
+def _map_present(mapping: Mapping, start: int, stop: int) -> None:
+    vector = syscalls.mincore(mapping.address + start, stop - start)
+    for match in PRESENT_RUN.finditer(vector):
+        first, last = (start + edge * PAGE for edge in match.span())
+        populate_read(mapping, first, min(last, stop))
 
 
 def present(found: Residency) -> Iterator[tuple[int, int]]:

@@ -11,8 +11,10 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from numaload.errors import StoreError
+from numaload.errors import StoreError, reason
 
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+SPARE = 12  # descriptors that work in the store needs at a time, starting a holder most
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - what is made there is checked for its owner
 
 
@@ -37,7 +39,7 @@ def opened(*, create: bool = True) -> Iterator[int | None]:
             pass
         except OSError as error:
             raise StoreError(
-                f"{where}: {error.strerror}; set NUMALOAD_STORE to a folder on a tmpfs"
+                f"{where}: {reason(error)}; set NUMALOAD_STORE to a folder on a tmpfs"
             ) from error
     try:
         fd = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -45,12 +47,41 @@ def opened(*, create: bool = True) -> Iterator[int | None]:
         yield None
         return
     except OSError as error:
-        raise StoreError(f"{where}: expected a folder of yours: {error.strerror}") from error
+        raise StoreError(f"{where}: expected a folder of yours: {reason(error)}") from error
     try:
         _check(where, os.fstat(fd))
+        check_spare(fd)
         yield fd
     finally:
         os.close(fd)
+
+
+@contextmanager
+def folder(name: str, parent: int | None) -> Iterator[int]:
+    """A descriptor of a folder below another one, following no link. Raises: OSError."""
+    fd = os.open(name, DIRECTORY, dir_fd=parent)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def check_spare(fd: int) -> None:
+    """Raises: StoreError if this process may not open the files that work in the store needs.
+
+    Asked before: half-way, what was begun could not even be taken away. ``fd``: any that is open.
+    """
+    spare: list[int] = []
+    try:
+        for _ in range(SPARE):
+            spare.append(os.dup(fd))  # noqa: PERF401 - those that there were are closed again
+    except OSError as error:
+        raise StoreError(
+            f"{path()}: {reason(error)}: {SPARE} descriptors more are needed, {len(spare)} are left"
+        ) from error
+    finally:
+        for one in spare:
+            os.close(one)
 
 
 def _check(where: str, status: os.stat_result) -> None:

@@ -293,14 +293,16 @@ def test_all_files_of_a_model_given_build_it_once(
 
 
 def test_one_model_twice_in_one_call_is_planned_once(store: Path, model: str) -> None:
-    from numaload.mirrors import mirror_shared, plan_shared
+    from numaload.mirrors.shared import mirror_shared, plan_shared
+    from numaload.mirrors.wanted import Wanted
 
     machine = api.topology()
     nodes = machine.all
+    wanted = Wanted(machine.groups(nodes))
     with api.open(model) as one, api.open(model) as other:
-        plan = plan_shared([one, other], machine, nodes)
-        assert [list(missing) for _, missing in plan.builds] == [nodes, []]
-        mirrors = mirror_shared([one, other], machine, nodes)
+        plan = plan_shared([one, other], machine, wanted)
+        assert [missing for _, missing in plan.builds] == [tuple(wanted.groups), ()]
+        mirrors = mirror_shared([one, other], machine, wanted)
         assert [mirror.report.built for mirror in mirrors] == [nodes, []]
         for mirror in mirrors:
             mirror.close()

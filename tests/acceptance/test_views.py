@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,10 +112,10 @@ def test_attach_holds_only_what_it_uses(mirror: api.Mirror, model: str) -> None:
     """A mirror of some nodes does not keep the replicas of others in use."""
     mirror.close()
     (entry,) = stores.entries()
-    other = dataclasses.replace(entry, name=f"{entry.name}x", nodes=(77,))
-    root = os.path.dirname(os.path.dirname(os.path.dirname(entry.path(entry.nodes[0], 0))))
+    other = dataclasses.replace(entry, name=f"{entry.name}x", groups=((77,),))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(entry.path(entry.groups[0], 0))))
     os.mkdir(f"{root}/{other.name}", 0o700)
-    Path(f"{root}/{other.name}/manifest.json").write_bytes(other.to_json())
+    Path(f"{root}/{other.name}/manifest.json").write_text(json.dumps(other.manifest()))
     with api.attach(model, nodes=entry.nodes[0]):
         done = stores.release(stores.entries())
     assert {one.entry.name: one.in_use for one in done} == {entry.name: True, other.name: False}

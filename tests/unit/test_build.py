@@ -16,9 +16,10 @@ import numaload as api
 from commands import evict
 from numaload.errors import CancelledError, NodeMemoryError
 from numaload.numa import syscalls
+from numaload.numa.lists import Group
 from numaload.numa.workers import Workers
 from numaload.replicas import build as builds
-from numaload.replicas.arena import Arena, private_arena, shared_arena
+from numaload.replicas.arena import Arena, private_memory, store_memory
 from numaload.replicas.build import CHUNK, TRUSTED, build
 from numaload.replicas.plan import LEAST_FREE
 from numaload.storage import userdir
@@ -41,7 +42,8 @@ def source(tmp_path: Path) -> Iterator[SourceFile]:
 
 
 def run(file: SourceFile, **options: Any) -> builds.Built:
-    return build([file], [NODE], options.pop("allocate", private_arena), api.topology(), **options)
+    allocate = options.pop("allocate", private_memory())
+    return build([file], [(NODE,)], allocate, api.topology(), **options)
 
 
 RUNS = st.lists(st.integers(0, 60), unique=True).map(
@@ -102,8 +104,10 @@ def test_a_failed_build_is_freed_though_its_error_is_kept(
     with userdir.opened() as folder:
         assert folder is not None
 
-        def allocate(size: int, node: int) -> Arena:
-            arena = shared_arena(size, node, folder) if shared else private_arena(size, node)
+        real = store_memory(folder) if shared else private_memory()
+
+        def allocate(size: int, group: Group) -> Arena:
+            arena = real(size, group)
             addresses.append(arena.mapping.address)
             return arena
 
@@ -134,9 +138,9 @@ def test_an_empty_file_among_others(tmp_path: Path, source: SourceFile) -> None:
     (tmp_path / "empty").touch()
     with SourceFile(str(tmp_path / "empty")) as empty:
         for files in ([empty], [empty, source]):
-            built = build(files, [NODE], private_arena, api.topology())
+            built = build(files, [(NODE,)], private_memory(), api.topology())
             assert [len(row) for row in built.checksums] == [-(-f.size // CHUNK) for f in files]
-            assert built.placements[NODE].right
+            assert built.placements[NODE,].right
             built.close()
 
 
@@ -146,9 +150,10 @@ class Room:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
         self.free, self.looks = free, 0
         monkeypatch.setattr(builds, "free_on", self.look)
-        self.job = builds._Build([], [NODE], api.topology(), None)
+        self.job = builds._Build([], [(NODE,)], api.topology(), None, bound=True)
 
-    def look(self, *_: object) -> int:
+    def look(self, *_: object, bound: bool) -> int:
+        assert bound
         self.looks += 1
         return self.free
 
@@ -196,7 +201,7 @@ def test_a_full_tmpfs_is_an_error_before_it_is_a_signal(
     with userdir.opened() as folder:
         assert folder is not None
         with pytest.raises(NodeMemoryError, match=r"tmpfs .* ran out while node"):
-            run(source, allocate=lambda size, node: shared_arena(size, node, folder))
+            run(source, allocate=store_memory(folder))
 
 
 def test_kernels_that_cannot_populate_fill_all_the_same(
@@ -212,7 +217,7 @@ def test_kernels_that_cannot_populate_fill_all_the_same(
     monkeypatch.setattr("numaload.errors._said", {"collapse"})
     with userdir.opened() as folder:
         assert folder is not None
-        built = run(source, allocate=lambda size, node: shared_arena(size, node, folder))
-        view = built.arenas[NODE][0].mapping.view()
+        built = run(source, allocate=store_memory(folder))
+        view = built.arenas[NODE,][0].mapping.view()
         assert view == source.read_at(0, source.size)
         built.close()

@@ -171,6 +171,38 @@ def test_types_without_floats(name: str) -> None:
         run(QuantType[name], blocks, F32)
 
 
+BIG = {
+    "F32": np.array([1.5, -2e-40, 3e38, np.inf, np.nan], ">f4"),
+    "F16": np.array([1.5, -6e-8, 65504, -np.inf, np.nan], ">f2"),
+    "BF16": np.array([1.5, -2e-40, 3e38, np.inf, np.nan], ml_dtypes.bfloat16).view("<u2"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", BIG)
+def test_big_endian_floats(name: str, dtype: np.dtype[Any]) -> None:
+    """Bit for bit what the same numbers give the other way round, over several pieces."""
+    qtype = QuantType[name]
+    big = np.tile(BIG[name].astype(BIG[name].dtype.newbyteorder(">")), 60_000)
+    little = big.astype(big.dtype.newbyteorder("<"))
+    outs = []
+    for order, values in (("big", big), ("little", little)):
+        blocks = values.view(np.uint8).reshape(len(values), -1)
+        outs.append(np.empty(len(values), dtype))
+        dequantize_blocks(blocks, qtype, dtype, outs[-1], pool(topology()), byte_order=order)
+    assert outs[0].tobytes() == outs[1].tobytes()
+    assert outs[0][0] == 1.5
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "Q4_0", "I16", "F64"])
+def test_big_endian_blocks_without_floats(name: str) -> None:
+    qtype = QuantType[name]
+    blocks, out = np.zeros((1, BLOCKS[qtype][1]), np.uint8), np.empty(BLOCKS[qtype][0], F32)
+    words = rf"^tensor 'odd': {name} of a big-endian file .*, only F32, F16, BF16 can: gguf-convert"
+    with pytest.raises(UnsupportedTypeError, match=words):
+        dequantize_blocks(blocks, qtype, F32, out, pool(topology()), name="odd", byte_order="big")
+
+
 def test_infinite_scales_warn_of_nothing_but_the_detour(monkeypatch: pytest.MonkeyPatch) -> None:
     """gguf-py computes with numpy, which warns of infinities where ggml does not."""
     monkeypatch.setattr(errors, "_said", set())

@@ -32,7 +32,7 @@ def test_parse_list(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["x", "-1", "1-", "3-1", "0-3-5", "1.0", "+0", "1_0", "0x1", "\u0663", "0 1", f"{MAX_ID}",
-     "0-999999999999", "9" * 5000],
+     "0-999999999999", "9" * 5000, "0-" + "9" * 5000],
 )  # fmt: skip
 def test_parse_list_refuses(text: str) -> None:
     with pytest.raises(ValueError):
@@ -64,6 +64,12 @@ def test_format_list_is_as_short_as_the_kernel_s(ids: list[int], text: str) -> N
 )
 def test_parse_map(text: str, ids: list[int]) -> None:
     assert parse_map(text) == ids
+
+
+@pytest.mark.parametrize("text", ["x", "0x1f", "-1", "1_0", "1;2", "f f", "1" * 16385])
+def test_parse_map_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match="is no map of ids"):
+        parse_map(text)
 
 
 @given(st.sets(st.integers(0, 255)))

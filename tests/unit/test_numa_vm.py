@@ -88,6 +88,39 @@ def test_bad_distances(text: str) -> None:
         vm.parse_distances(text, 3)
 
 
+@pytest.mark.parametrize(
+    ("text", "disk"),
+    [
+        ("512M", (512, "virtio", None)),
+        ("2G:nvme", (2048, "nvme", None)),
+        ("1M:virtio:node=0", (1, "virtio", 0)),
+        ("1G:node=1", (1024, "virtio", 1)),
+        ("1G:nvme:node=1", (1024, "nvme", 1)),
+    ],
+)
+def test_disk(text: str, disk: tuple[int, str, int | None]) -> None:
+    assert vm.parse_disk(text, 2) == disk
+
+
+@pytest.mark.parametrize(
+    "text", ["", "512", "0M", "1K", "1G:", "1G:scsi", "1G:node=2", "1G:node=", "1G:node=0:nvme"]
+)
+def test_bad_disk_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match=f"bad disk '{text}'"):
+        vm.parse_disk(text, 2)
+
+
+def test_modules_are_named_as_the_kernel_does() -> None:
+    assert vm.parse_modules("dm-mod,dm_delay,ext4") == ["dm_mod", "dm_delay", "ext4"]
+    assert vm.parse_modules("") == []
+
+
+@pytest.mark.parametrize("text", [",", "a,,b", "a,", "a b", "../a"])
+def test_bad_module_names(text: str) -> None:
+    with pytest.raises(ValueError, match="bad module"):
+        vm.parse_modules(text)
+
+
 def test_command_is_all_after_the_first_dashes() -> None:
     options, _, command = vm.parse(["--timeout", "3", "--", "a", "--", "--user", "5"])
     assert command == ["a", "--", "--user", "5"]
@@ -103,6 +136,9 @@ def test_command_is_all_after_the_first_dashes() -> None:
         ["true"],
         ["--nodes", "nonsense", "--", "true"],
         ["--dist", "5", "--", "true"],
+        ["--disk", "big", "--", "true"],
+        ["--disk", "1G:node=3", "--", "true"],
+        ["--modules", "a,,b", "--", "true"],
         ["--user", "0", "--", "true"],
         ["--user", "root", "--", "true"],
         ["--time", "5", "--", "true"],
@@ -157,6 +193,9 @@ def test_node_without_memory_has_no_memory_device() -> None:
 
 def test_unlike_nodes_share_no_socket() -> None:
     assert values(qemu("--nodes", "1c1G,3c1G"), "-smp") == ["4,sockets=4,cores=1,threads=1"]
+    four = ("--nodes", "1c1G,1c1G,1c1G,1c1G")
+    assert values(qemu(*four), "-smp") == ["4,sockets=4,cores=1,threads=1"]
+    assert values(qemu(*four, "--sockets", "2"), "-smp") == ["4,sockets=2,cores=2,threads=1"]
 
 
 def test_emulated_always() -> None:
@@ -182,6 +221,49 @@ def test_only_what_the_guest_leaves_is_writable() -> None:
 
 def test_commas_in_paths_are_doubled() -> None:
     assert "path=/a,,b," in list(vm.share_arguments("job", Path("/a,b")))[1]
+
+
+def devices(arguments: Sequence[str], name: str) -> list[str]:
+    return [device for device in values(arguments, "-device") if device.split(",")[0] == name]
+
+
+def test_disks_have_serial_numbers_in_order() -> None:
+    arguments = qemu("--disk", "64M", "--disk", "1G:nvme")
+    assert values(arguments, "-drive") == [
+        "if=none,id=disk0,format=raw,cache=unsafe,file=/job/disk0",
+        "if=none,id=disk1,format=raw,cache=unsafe,file=/job/disk1",
+    ]
+    (virtio,), (nvme,) = devices(arguments, "virtio-blk-pci"), devices(arguments, "nvme")
+    assert "drive=disk0,serial=disk0,bus=pcie.0,vectors=0" in virtio
+    assert "drive=disk1,serial=disk1,bus=pcie.0" in nvme
+    assert not devices(arguments, "pxb-pcie")
+
+
+def test_disk_on_a_node_is_behind_a_bridge_that_is_there() -> None:
+    arguments = qemu("--disk", "64M:nvme:node=1", "--disk", "64M:node=2")
+    first, second = devices(arguments, "pxb-pcie")
+    assert first.endswith("numa_node=1")
+    assert second.endswith("numa_node=2")
+    assert first.split("bus_nr=")[1].split(",")[0] != second.split("bus_nr=")[1].split(",")[0]
+    assert "bus=root1" in devices(arguments, "pcie-root-port")[1]
+    (virtio,) = devices(arguments, "virtio-blk-pci")
+    assert virtio.endswith("bus=port1")
+
+
+def test_disk_files_are_sparse_and_empty(tmp_path: Path) -> None:
+    options, guest, command = vm.parse(["--disk", "1G", "--", "true"])
+    vm.prepare(tmp_path, options, guest, command, "mark")
+    status = (tmp_path / "disk0").stat()
+    assert (status.st_size, status.st_blocks) == (1 << 30, 0)
+    assert "/dev/vd*" in (tmp_path / "in/start").read_text()
+
+
+def test_guest_loads_what_its_disks_need() -> None:
+    _, guest, _ = vm.parse(
+        ["--disk", "1G", "--disk", "1G:nvme", "--modules", "ext4,nvme", "--", "true"]
+    )
+    assert vm.guest_modules(guest)[len(vm.MODULES) :] == ["virtio_blk", "nvme", "ext4"]
+    assert vm.guest_modules(vm.parse(["--", "true"])[1]) == list(vm.MODULES)
 
 
 # --- what the guest is told
@@ -229,7 +311,8 @@ def test_user_loses_groups_and_capabilities() -> None:
 
 
 def test_start_script_is_valid_shell() -> None:
-    script = vm.start_script(["echo setup"], "mark")
+    disks = vm.disk_setup([vm.Disk(64, bus, None) for bus in vm.BUSES])
+    script = vm.start_script([*disks, "echo setup"], "mark")
     subprocess.run(["sh", "-n"], input=script, text=True, check=True)
     subprocess.run(["sh", "-n"], input=vm.INIT, text=True, check=True)
     assert script.index("mount") < script.index("echo setup") < script.index("/numa-vm/job/command")
@@ -276,8 +359,9 @@ def test_modules_load_after_what_they_need() -> None:
     assert order == ["9pnet", "netfs", "9p", "virtio", "9pnet_virtio", "overlay"]
 
 
-def module(*needs: str) -> bytes:
-    return b"\x7fELF...\0license=GPL\0depends=" + ",".join(needs).encode() + b"\0retpoline=Y\0"
+def module(*needs: str, wishes: str = "") -> bytes:
+    depends = b"\x7fELF...\0license=GPL\0depends=" + ",".join(needs).encode() + b"\0retpoline=Y\0"
+    return depends + (f"softdep=pre: {wishes}\0".encode() if wishes else b"")
 
 
 def test_modules_are_found_with_what_they_need(tmp_path: Path) -> None:
@@ -287,8 +371,35 @@ def test_modules_are_found_with_what_they_need(tmp_path: Path) -> None:
     (folder / "kernel" / "fs" / "top.ko").write_bytes(module("low-part", "crc-16"))
     (folder / "kernel" / "low-part.ko").write_bytes(module())
     assert [name for name, _ in vm.collect_modules(tmp_path, ["top"])] == ["low_part", "top"]
-    with pytest.raises(vm.MissingError, match="no module absent"):
-        vm.collect_modules(tmp_path, ["absent"])
+    assert vm.collect_modules(tmp_path, ["crc_16"]) == []
+    with pytest.raises(vm.UnknownModuleError, match=r"no module lowpart; close: low_part$"):
+        vm.collect_modules(tmp_path, ["top", "lowpart"])
+
+
+def test_modules_come_with_what_they_load_at_run_time(tmp_path: Path) -> None:
+    """As far as the kernel has it: modprobe would not mind either."""
+    folder = tmp_path / "lib" / "modules" / "6.1"
+    (folder / "kernel").mkdir(parents=True)
+    (folder / "modules.builtin").write_text("")
+    (folder / "kernel" / "ext4.ko").write_bytes(module(wishes="crypto-crc32c md5 absent"))
+    for name in ("crc32c_generic", "md5"):
+        (folder / "kernel" / f"{name}.ko").write_bytes(module())
+    names = [name for name, _ in vm.collect_modules(tmp_path, ["ext4"])]
+    assert names == ["crc32c_generic", "md5", "ext4"]
+
+
+def test_unknown_module_is_misuse_and_nothing_is_booted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(*_: object) -> None:
+        raise vm.UnknownModuleError("the guest's kernel has no module exto4; close: ext4")
+
+    monkeypatch.setattr(vm, "require_pieces", lambda: None)
+    monkeypatch.setattr(vm, "boot_files", unknown)
+    assert vm.main(["--modules", "exto4", "--", "true"]) == 2
+    assert capsys.readouterr().err == (
+        "numa-vm: the guest's kernel has no module exto4; close: ext4\n"
+    )
 
 
 def test_initrd_key_depends_on_all_that_is_in_it(

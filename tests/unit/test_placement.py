@@ -15,6 +15,7 @@ from numaload.numa import placement, syscalls
 from numaload.numa.mapping import bind, map_private
 from numaload.numa.placement import (
     ABSENT,
+    HUGE_FIELDS,
     Placement,
     count_pages,
     locate,
@@ -85,12 +86,26 @@ FilePmdMapped:      2048 kB
 
 
 def test_smaps_paragraphs() -> None:
-    areas = parse_smaps(SMAPS.splitlines(keepends=True))
-    assert [(area.start, area.counts.get(HUGE, 0)) for area in areas] == [
-        (0x55D5E0C00000, 0),
-        (0x7F0000000000, 4 << 20),
-        (0x7F0000A00000, 4 << 20),
-    ]
+    lines = SMAPS.splitlines(keepends=True)
+    starts = (0x55D5E0C00000, 0x7F0000000000, 0x7F0000A00000)
+    huge, present = (0, 4 << 20, 4 << 20), (0, 8 << 20, 0)
+    assert parse_smaps(lines, HUGE_FIELDS) == list(zip(starts, huge, strict=True))
+    assert parse_smaps(lines, ("Rss:",)) == list(zip(starts, present, strict=True))
+
+
+def test_a_kernel_without_numa_has_everything_on_node_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no numa_maps. The same range, counted by what smaps says is there."""
+    (tmp_path / "smaps").symlink_to("/proc/self/smaps")
+    monkeypatch.setattr(placement, "PROC", str(tmp_path))
+    with map_private(64 * PAGE) as mapping:
+        mapping.view(write=True)[: 9 * PAGE] = bytes(9 * PAGE)
+        with pytest.raises(NumaError, match="numa_maps: No such file"):
+            count_pages([mapping.range])
+        monkeypatch.setattr(placement, "NODES", str(tmp_path / "none"))
+        (counts,) = count_pages([mapping.range])
+    assert counts == {0: 9}
 
 
 @pytest.mark.parametrize("own_pages", [1, 3, 200])

@@ -36,7 +36,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         memory, "machine_available", lambda: memory.Limit("machine", room["machine"])
     )
     monkeypatch.setattr(memory, "cgroup_limits", lambda: [memory.Limit("cgroup", room["cgroup"])])
-    monkeypatch.setattr(plans, "_store_room", lambda: memory.Limit("tmpfs", room["tmpfs"]))
+    monkeypatch.setattr(plans, "_store_need", lambda n: plans.Need("tmpfs", n, room["tmpfs"]))
     return room
 
 
@@ -50,8 +50,8 @@ def test_footprint_is_whole_pages_per_file() -> None:
 
 
 def test_models_add_up_on_a_node_and_nodes_on_what_they_share(tmp_path: Path) -> None:
-    builds = [(model(4096), [0, 1]), (model(8192), [1]), (model(4096), [])]
-    found = plan(builds, machine("dual-xeon", tmp_path), shared=True)
+    builds = [(model(4096), [(0,), (1,)]), (model(8192), [(1,)]), (model(4096), [])]
+    found = plan(builds, machine("dual-xeon", tmp_path), store=True)
     assert needs(found) == {
         "node 0": 4096, "node 1": 12288, "machine": 16384, "cgroup": 16384, "tmpfs": 16384,
     }  # fmt: skip
@@ -60,13 +60,13 @@ def test_models_add_up_on_a_node_and_nodes_on_what_they_share(tmp_path: Path) ->
 
 
 def test_private_replicas_take_nothing_of_the_tmpfs(tmp_path: Path) -> None:
-    found = plan([(model(4096), [0])], machine("dual-xeon", tmp_path), shared=False)
+    found = plan([(model(4096), [(0,)])], machine("dual-xeon", tmp_path), store=False)
     assert "tmpfs" not in needs(found)
 
 
 def test_nothing_to_build_needs_nothing(tmp_path: Path, limits: dict[str, int]) -> None:
     limits.update(dict.fromkeys(limits, 0))
-    found = plan([(model(4096), [])], machine("dual-xeon", tmp_path), shared=True)
+    found = plan([(model(4096), [])], machine("dual-xeon", tmp_path), store=True)
     assert found.needs == ()
     found.check()
 
@@ -76,7 +76,7 @@ def test_any_limit_that_is_too_small_refuses(
     tmp_path: Path, limits: dict[str, int], name: str
 ) -> None:
     limits[name] = 5 * GIB
-    found = plan([(model(6 * GIB), [1])], machine("dual-xeon", tmp_path), shared=True)
+    found = plan([(model(6 * GIB), [(1,)])], machine("dual-xeon", tmp_path), store=True)
     with pytest.raises(NodeMemoryError, match=f"{name}.* needs {6 * GIB} bytes") as caught:
         found.check()
     assert caught.value.node == (1 if name == "node" else None)
@@ -86,9 +86,9 @@ def test_what_fits_is_not_stopped_at_its_end(tmp_path: Path, limits: dict[str, i
     """Filling stops where less than LEAST_FREE is left: the plan must know."""
     where = machine("dual-xeon", tmp_path)
     limits["node"] = 6 * GIB + LEAST_FREE
-    assert plan([(model(6 * GIB), [0])], where, shared=False).fits
+    assert plan([(model(6 * GIB), [(0,)])], where, store=False).fits
     limits["node"] -= 1
-    assert not plan([(model(6 * GIB), [0])], where, shared=False).fits
+    assert not plan([(model(6 * GIB), [(0,)])], where, store=False).fits
 
 
 def test_where_all_memory_is_on_one_node_a_reserve_stays_too(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from numaload.formats.splits import (
     check_splits,
     sibling_paths,
     split_count,
+    split_link,
     split_name,
 )
 
@@ -114,8 +117,38 @@ def test_counts_that_cannot_be(count: tuple[int, Any], words: str) -> None:
 
 
 def test_a_part_without_a_number_in_its_name() -> None:
-    with pytest.raises(SplitError, match="but not named NAME-00001-of-00003"):
-        split_count(header({"count": (U16, 3)}), "blobs/3f2a")
+    keys: Keys = {"count": (U16, 3)}
+    with pytest.raises(SplitError, match=r"but not named NAME-00001-of-00003.*cannot be found$"):
+        split_count(header(keys), "m.gguf")
+    with pytest.raises(SplitError, match=r"open the link to it in \.\./snapshots"):
+        split_count(header(keys), "blobs/3f2a")
+
+
+def test_links_lead_to_the_name_with_a_number(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    paths = [folder / f"m-{i:05d}-of-00002.gguf" for i in (1, 2)]
+    for path in paths:
+        path.symlink_to(f"../blobs/{path.name[2:7]}")
+    (tmp_path / "blobs").mkdir()
+    for number in ("00001", "00002"):
+        (tmp_path / "blobs" / number).touch()
+    (tmp_path / "latest.gguf").symlink_to("model/m-00002-of-00002.gguf")
+    (tmp_path / "later.gguf").symlink_to(tmp_path / "latest.gguf")
+    for name in ("latest.gguf", "later.gguf"):
+        assert split_link(str(tmp_path / name)) == str(paths[1])
+        assert sibling_paths(str(tmp_path / name)) == [str(p) for p in paths]
+    assert split_link(str(paths[0])) == str(paths[0])  # not the blob
+
+
+@pytest.mark.parametrize("name", ["loop.gguf", "dangling.gguf", "absent.gguf", "plain", "n\0l"])
+def test_links_that_lead_nowhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop.gguf").symlink_to("loop.gguf")
+    (tmp_path / "dangling.gguf").symlink_to("nothing")
+    (tmp_path / "plain").touch()
+    path = str(tmp_path / name)
+    assert split_link(path) == path
+    assert sibling_paths(path) == [path]
 
 
 def test_files_that_belong_together() -> None:
@@ -137,3 +170,72 @@ def test_files_that_belong_together() -> None:
 def test_files_that_do_not(second: Header, words: str) -> None:
     with pytest.raises(SplitError, match=words):
         check_splits(["a", "b"], [part(0, 2, "x", total=2), second])
+
+
+def named(number: int, entries: Sequence[bytes], alignment: int = 32, order: str = "<") -> Header:
+    """A split of two, with these entries besides."""
+    with gb.big_endian() if order == ">" else nullcontext():
+        splits = [
+            gb.entry(f"split.{key}", U16, gb.scalar(U16, n))
+            for key, n in (("no", number), ("count", 2))
+        ]
+        row = gb.tensor(f"t{number}", (20,))
+        raw = gb.build([*splits, *entries], [row], bytes(alignment * 4), alignment=alignment)
+    return parse_header(lambda at, nbytes: raw[at : at + nbytes], len(raw))
+
+
+def text(key: str, value: str) -> bytes:
+    return gb.entry(key, gb.STRING, gb.string(value))
+
+
+FOREIGN: dict[str, tuple[list[bytes], list[bytes], str]] = {
+    "architecture": (
+        [text("general.architecture", "llama")],
+        [text("general.architecture", "qwen2")],
+        "general.architecture is 'qwen2', there 'llama'",
+    ),
+    "name": (
+        [text("general.name", "a" * 100)],
+        [text("general.name", "b" * 100)],
+        r"general.name is 'b{59}\.\.\., there 'a{59}\.\.\.",
+    ),
+    "array": (
+        [gb.entry("general.tags", gb.ARRAY, gb.array(gb.U8, b"\1"))],
+        [gb.entry("general.tags", gb.ARRAY, gb.array(gb.U8, b"\2"))],
+        "general.tags is <array of 1 u8>",
+    ),
+    "count": (
+        [gb.u32("split.tensors.count", 2)],
+        [gb.u32("split.tensors.count", 3)],
+        r"split.tensors.count is 3, there 2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("first", "second", "words"), FOREIGN.values(), ids=FOREIGN)
+def test_a_file_of_another_model(first: list[bytes], second: list[bytes], words: str) -> None:
+    with pytest.raises(SplitError, match=f"^b: of another model than a: {words}"):
+        check_splits(["a", "b"], [named(0, first), named(1, second)])
+    check_splits(["a", "b"], [named(0, first), named(1, [])])
+    check_splits(["a", "b"], [named(0, first), named(1, first)])
+
+
+def test_a_file_of_another_byte_order() -> None:
+    with pytest.raises(SplitError, match="byte order is 'big', there 'little'"):
+        check_splits(["a", "b"], [named(0, []), named(1, [], order=">")])
+
+
+def test_alignment_is_each_file_s_own() -> None:
+    """As llama.cpp has it, and its gguf-split writes: the key is in the first file only."""
+    first = named(0, [gb.u32("general.alignment", 128)], alignment=128)
+    second = named(1, [])
+    assert (first.alignment, second.alignment) == (128, 32)
+    check_splits(["a", "b"], [first, second])
+
+
+def test_a_file_that_is_aligned_and_does_not_say_so() -> None:
+    """As gguf-py writes it: its weights would be read from the wrong place."""
+    first = named(0, [gb.u32("general.alignment", 1024)], alignment=1024)
+    second = named(1, [], alignment=1024)._replace(size=2048)
+    with pytest.raises(SplitError, match=r"^b: its weights begin at byte 1024, aligned to 1024"):
+        check_splits(["a", "b"], [first, second])

@@ -13,7 +13,8 @@ import pytest
 import numaload as api
 from numaload.errors import NumaloadWarning, ReplicaNotFoundError, StoreError
 from numaload.replicas import store as stores
-from numaload.replicas.arena import shared_arena
+from numaload.replicas.arena import store_memory
+from numaload.replicas.lease import Lease
 from numaload.storage import known, userdir
 from numaload.storage.files import Identity
 from numaload.storage.known import Model
@@ -51,14 +52,17 @@ def first_identity(*numbers: Any) -> Callable[[dict[str, Any]], object]:
 
 
 DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
-    "another version": lambda row: row.update(version=2),
+    "another version": lambda row: row.update(version=1),
     "another chunk size": lambda row: row.update(chunk=1 << 20),
     "no checksums": lambda row: row.pop("checksums"),
     "a checksum less": lambda row: row["checksums"][0].pop(),
     "a file's checksums less": lambda row: row["checksums"].pop(),
-    "nodes as text": lambda row: row.update(nodes=["../../x"]),
-    "negative nodes": lambda row: row.update(nodes=[-1]),
-    "no nodes": lambda row: row.update(nodes=[]),
+    "nodes as text": lambda row: row.update(groups=["../../x"]),
+    "negative nodes": lambda row: row.update(groups=[[-1]]),
+    "no nodes": lambda row: row.update(groups=[]),
+    "a replica on no node": lambda row: row.update(groups=[[]]),
+    "a holder that is none": lambda row: row.update(holder={"pid": 1}),
+    "a holder as text": lambda row: row.update(holder="1", pid_namespace="x"),
     "created never": lambda row: row.update(created="never"),
     "a path upwards": with_model(paths=["/models/..", "/models/b"]),
     "a folder": with_model(paths=["/models/", "/models/b"]),
@@ -113,12 +117,12 @@ def test_what_is_no_entry_is_left_out_and_taken_away(store: Path, model: str, ki
 def test_an_entry_that_is_released_before_it_is_used(store: Path, model: str) -> None:
     entry_at(store, model)
     (entry,) = stores.entries()
-    lease, before = stores.Lease(entry), descriptors()
+    lease, before = Lease(entry), descriptors()
     assert [done.in_use for done in stores.release([entry])] == [True]
     with pytest.raises(ReplicaNotFoundError, match="released or removed"):
-        lease.map(0)
+        lease.map((0,))
     with pytest.raises(ReplicaNotFoundError, match="released or removed"):
-        stores.Lease(entry)
+        Lease(entry)
     assert stores.release([entry]) == []  # a second process was as fast
     assert descriptors() == before
 
@@ -126,7 +130,7 @@ def test_an_entry_that_is_released_before_it_is_used(store: Path, model: str) ->
 def test_a_lease_that_is_dropped_ends(store: Path, model: str) -> None:
     entry_at(store, model)
     (entry,) = stores.entries()
-    stores.Lease(entry)
+    Lease(entry)
     assert [done.in_use for done in stores.release([entry])] == [False]
 
 
@@ -184,7 +188,7 @@ def test_an_arena_that_is_dropped_keeps_no_nameless_file() -> None:
     with userdir.opened() as folder:
         assert folder is not None
         before = descriptors()
-        arena = shared_arena(1 << 20, 0, folder)
+        arena = store_memory(folder)(1 << 20, (0,))
         assert descriptors() == before + 1
         del arena
         assert descriptors() == before

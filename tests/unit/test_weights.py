@@ -217,9 +217,11 @@ def test_an_unknown_type_spoils_one_tensor_only(tmp_path: Path) -> None:
     path.write_bytes(gb.build([], [gb.tensor("odd", (7,), 99), gb.tensor("t", offset=32)]))
     with open_weights(path) as weights:
         odd = weights["odd"]
-        assert (odd.type_name, odd.shape, odd.path) == ("unknown:99", (7,), str(path))
+        assert (odd.type_name, odd.shape, odd.path) == ("ik_llama.cpp:99", (7,), str(path))
         for use in ("qtype", "blocks", "buffer", "address", "dequantize"):
-            with pytest.raises(UnknownQuantTypeError, match="'odd' has the unknown type id 99"):
+            with pytest.raises(
+                UnknownQuantTypeError, match=r"'odd' cannot be used.*99 is of ik_llama"
+            ):
                 getattr(odd, use)()
         assert weights["t"].qtype is QuantType.F32
         assert not weights["t"].dequantize().any()

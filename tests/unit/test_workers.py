@@ -189,23 +189,23 @@ def test_a_forked_child_makes_its_own_pool() -> None:
 
 def test_pools_are_kept_and_belong_to_cpus(tmp_path: Path) -> None:
     machine = topology(**XEON.write(tmp_path), allowed=frozenset({1, 2, 16}))
-    assert pool(machine, 0).cpus == {1, 2}
-    assert pool(machine, 1).cpus == {16}
+    assert pool(machine, [0]).cpus == {1, 2}
+    assert pool(machine, [1]).cpus == {16}
     assert pool(machine).cpus == {1, 2, 16}
-    assert pool(machine, 1) is pool(machine, 1, 1)
-    assert pool(machine, 0) is not pool(machine, 0, 1)
-    assert pool(machine, 0, 7).count == 7
+    assert pool(machine, [1]) is pool(machine, [1], 1)
+    assert pool(machine, [0]) is not pool(machine, [0], 1)
+    assert pool(machine, [0], 7).count == 7
 
 
 def test_pool_of_a_node_without_cpus_is_the_nearest(tmp_path: Path) -> None:
     machine = topology(**APART.write(tmp_path), allowed=frozenset(range(4)))
-    assert pool(machine, 3).cpus == {2, 3}
+    assert pool(machine, [3]).cpus == {2, 3}
 
 
 def test_pool_where_no_cpu_is_allowed(tmp_path: Path) -> None:
     machine = topology(**Machine(XEON.nodes, XEON.rows).write(tmp_path), allowed=NO_CPU)
     with pytest.raises(UsageError, match="no usable node"):
-        pool(machine, 0)
+        pool(machine, [0])
     with pytest.raises(NumaError, match="no CPUs"):
         pool(machine)
 

@@ -1,0 +1,233 @@
+"""Verbs on what is in the store: ``status``, ``verify``, ``release``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from numaload.cli.output import complain, note, print_json, print_table, size
+from numaload.cli.placements import PLACED, by_replica, where
+
+# By what has become of the file that was mirrored.
+SOURCE_TEXTS = {
+    "changed": "the file changed since it was mirrored",
+    "gone": "the file is gone since it was mirrored",
+    "unreadable": "the file cannot be read any more",
+}
+SOURCE_NOTES = {
+    "unchanged": "",
+    "changed": ", the file CHANGED since: release it",
+    "gone": ", the file is GONE: this may be the last copy",
+    "unreadable": ", the file cannot be read any more",
+}
+
+
+def add_verbs(verbs: Any) -> None:
+    for name, run, text in (
+        ("status", status, "what is in the store, where it is, and what is in the page cache"),
+        ("verify", verify, "ask the kernel for every page again and check every checksum"),
+        ("release", release, "take replicas out of the store and free their memory"),
+    ):
+        parser = verbs.add_parser(name, help=text)
+        parser.add_argument(
+            "files", metavar="FILE", nargs="*", help="by default everything in the store"
+        )
+        parser.add_argument("--json", action="store_true", help="print the API's report")
+        parser.set_defaults(run=run)
+
+
+def _chosen(files: list[str]) -> tuple[list[Any], list[str]]:
+    """Entries of the store for these files, and those of the files that have none.
+
+    They are found by path, through links too: the file may have changed or gone.
+    """
+    from numaload.formats.splits import sibling_paths
+    from numaload.replicas import store
+
+    store.sweep()
+    entries = store.entries()
+    if not files:
+        return entries, []
+    names = [_names(entry.model.paths) for entry in entries]
+    wanted = {file: _names([file, *_siblings(sibling_paths, file)]) for file in files}
+    every = set().union(*wanted.values())
+    chosen = [entry for entry, its in zip(entries, names, strict=True) if its & every]
+    return chosen, [file for file in files if not any(its & wanted[file] for its in names)]
+
+
+def _names(paths: Any) -> set[str]:
+    import os
+
+    return {name for path in paths for name in (os.path.abspath(path), os.path.realpath(path))}
+
+
+def _complain_none(missing: list[str]) -> None:
+    for file in missing:
+        complain(f"{file}: no replicas of it in the store: numaload mirror {file}")
+
+
+def _siblings(find: Any, path: str) -> list[str]:
+    from numaload.errors import SplitError
+
+    try:
+        return list(find(path))
+    except SplitError:
+        return [path]
+
+
+def status(options: argparse.Namespace) -> int:
+    from numaload.formats.splits import sibling_paths
+    from numaload.storage import known
+
+    chosen, _ = _chosen(options.files)
+    used = {p for m in known.recall() for p in m.paths}
+    given = dict.fromkeys(p for f in options.files for p in _siblings(sibling_paths, f))
+    stored = [row for row in map(_entry_status, chosen) if row]
+    cached = [row for row in map(_file_status, given or sorted(used)) if row]
+    stored_all = all("error" not in row for row in stored)
+    if options.json:
+        print_json({"replicas": stored, "page_cache": cached})
+        return 0 if stored_all else 1
+    print("replicas:" if stored else "replicas: none")
+    for row in stored:
+        about = SOURCE_NOTES[row["source"]]
+        print(f"  {row['paths'][0]}: {size(row['nbytes'])}, built {row['age_s']:.0f} s ago{about}")
+        for nodes, placement in by_replica(row["placements"]):
+            print(f"    node {nodes}: {where(placement)}")
+        for nodes, paths in row["replicas"].items():
+            print(f"    node {nodes}: {paths[0]}")
+        if row["holder"]:
+            print(f"    held by process {row['holder']}")
+        if not row["bound"]:
+            print(f"    {PLACED}")
+    if cached:
+        print("page cache:")
+        print_table(
+            ["  file", "resident", "of", "by node"],
+            [[f"  {r['path']}", size(r["resident"]), size(r["size"]), _by_node(r)] for r in cached],
+        )
+    return 0 if stored_all else 1
+
+
+def _by_node(row: dict[str, Any]) -> str:
+    if not row["known"]:
+        return "unknown: the kernel tells only the owner"
+    return ", ".join(f"{n}: {size(b)}" for n, b in row["on_nodes"].items())
+
+
+def _entry_status(entry: Any) -> dict[str, Any] | None:
+    from numaload.errors import NumaloadError
+    from numaload.numa.lists import format_list
+    from numaload.replicas import store
+    from numaload.replicas.lease import Lease
+    from numaload.replicas.verify import by_node, placements_of
+
+    placements, failed = {}, {}
+    try:
+        lease = Lease(entry)
+        try:
+            placements = by_node(placements_of({g: lease.map(g) for g in entry.groups}))
+        finally:
+            lease.close()
+    except NumaloadError as error:  # the others are still worth showing
+        if not store.is_there(entry):
+            return None  # released by someone else just now
+        complain(str(error))
+        failed = {"error": str(error)}
+    count = range(len(entry.model.paths))
+    source = entry.model.state()
+    return {
+        "paths": list(entry.model.paths),
+        "nbytes": entry.model.size,
+        "age_s": time.time() - entry.created,
+        "unchanged": source == "unchanged",
+        "source": source,
+        "placements": placements,
+        "replicas": {format_list(g): [entry.path(g, i) for i in count] for g in entry.groups},
+        "groups": entry.groups,
+        "bound": entry.bound,
+        "holder": entry.holder.pid if entry.holder else None,
+    } | failed
+
+
+def _file_status(path: str) -> dict[str, Any] | None:
+    from numaload.errors import ReadError
+    from numaload.formats.splits import is_there
+    from numaload.storage.files import SourceFile
+    from numaload.storage.residency import cached_on, residency
+
+    if not is_there(path):
+        return None
+    try:
+        file = SourceFile(path)
+    except ReadError as error:  # the others are still worth showing
+        note(str(error))
+        return None
+    with file:
+        found = residency(file)
+        on = cached_on(file, found) if found.known else {}
+    resident = found.resident
+    return {
+        "path": path,
+        "size": file.size,
+        "resident": resident,
+        "known": found.known,
+        "on_nodes": on,
+    }
+
+
+def verify(options: argparse.Namespace) -> int:
+    from numaload.errors import NumaloadError
+    from numaload.mirrors.shared import verify_entry
+    from numaload.numa.topology import topology
+
+    entries, missing = _chosen(options.files)
+    _complain_none(missing)
+    if not entries and not missing:
+        complain("nothing in the store: numaload mirror MODEL.gguf")
+    right, rows, machine = bool(entries) and not missing, [], topology()
+    for entry in entries:
+        path, source = entry.model.paths[0], entry.model.state()
+        try:
+            found = verify_entry(entry, machine)
+        except NumaloadError as error:  # the others are still worth verifying
+            complain(str(error))
+            rows.append({"path": path, "source": source, "right": False, "error": str(error)})
+            right = False
+            continue
+        right &= found.right
+        rows.append({"path": path, "source": source} | found.to_dict())
+        if source != "unchanged":
+            note(f"{path}: {SOURCE_TEXTS[source]}; verified is the replica as it was built")
+        for nodes, placement in () if options.json else by_replica(found.placements):
+            bad = len(found.wrong_chunks.get(placement.asked[0], []))
+            sums = "all checksums right" if not bad else f"{bad} chunks DIFFER from the source"
+            print(f"{path}: node {nodes}: {where(placement)}; {sums}")
+    if options.json:
+        print_json(rows)
+    return 0 if right else 1
+
+
+def release(options: argparse.Namespace) -> int:
+    from numaload.replicas import store
+
+    chosen, missing = _chosen(options.files)
+    _complain_none(missing)
+    damaged = [] if options.files else store.release_damaged()
+    done = store.release(chosen)
+    if options.json:
+        print_json(done)
+        return 1 if missing else 0
+    for path in damaged:
+        print(f"removed {path}, which could not be read")
+    for one in done:
+        later = (
+            "; still in use, the memory comes back when the last process closes it"
+            if one.in_use
+            else ""
+        )
+        print(f"released {one.entry.model.paths[0]}: {size(one.nbytes)}{later}")
+    if not done and not damaged and not missing:
+        print("nothing was in the store")
+    return 1 if missing else 0

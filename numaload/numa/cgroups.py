@@ -1,0 +1,55 @@
+"""Control groups of this process, versions 1 and 2: where they are, and their share of the CPUs.
+
+Source: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1; /proc/self/cgroup: cgroups(7).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from numaload.numa.sysfs import Reader, number_in
+
+
+def folders(
+    controller: str, sys_root: str = "/sys", proc_root: str = "/proc"
+) -> Iterator[tuple[str, int]]:
+    """(folder, version) of every group that limits this process, from its own to the root."""
+    base = f"{sys_root}/fs/cgroup"
+    for row in (Reader().text(f"{proc_root}/self/cgroup") or "").splitlines():
+        _, controllers, group = [*row.split(":", 2), "", ""][:3]
+        if controllers and controller not in controllers.split(","):
+            continue
+        root, version = (f"{base}/{controller}", 1) if controllers else (base, 2)
+        # Inside a container the path may be the host's; then only the root is there.
+        while True:
+            folder = f"{root}{group}".rstrip("/")
+            if os.path.isdir(folder):
+                yield folder, version
+            if group in ("", "/"):
+                break
+            group = os.path.dirname(group)
+
+
+def cpu_quota(sys_root: str = "/sys", proc_root: str = "/proc") -> float | None:
+    """How many CPUs' time this process may use at most, as in 1.5; None without a limit.
+
+    It says nothing about which CPUs, and can be far below their number.
+    """
+    found = []
+    for folder, version in folders("cpu", sys_root, proc_root):
+        quota, period = _quota_1(folder) if version == 1 else _quota_2(folder)
+        if quota and period and quota > 0 and period > 0:  # version 1: -1 is no limit
+            found.append(quota / period)
+    return min(found, default=None)
+
+
+def _quota_1(folder: str) -> tuple[int | None, int | None]:
+    files = Reader()
+    return files.number(f"{folder}/cpu.cfs_quota_us"), files.number(f"{folder}/cpu.cfs_period_us")
+
+
+def _quota_2(folder: str) -> tuple[int | None, int | None]:
+    """``150000 100000`` in microseconds; ``max 100000`` is no limit."""
+    quota, period = [*(Reader().text(f"{folder}/cpu.max") or "").split(), "", ""][:2]
+    return number_in(quota), number_in(period)

@@ -1,0 +1,115 @@
+"""One entry of the store: whose replicas, on which nodes, and what proves them. Its manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from numaload.numa.lists import Group, format_list
+from numaload.replicas.build import CHUNK
+from numaload.replicas.plan import nodes_of
+from numaload.storage import userdir
+from numaload.storage.known import Model
+
+VERSION = 2
+
+
+class Holder(NamedTuple):
+    """The process that keeps the memory files of an entry open."""
+
+    pid: int
+    start: int  # when it was started, in clock ticks since boot: a reused pid has another
+    namespace: str  # of its process ids: elsewhere the number means another process
+    files: frozenset[tuple[int, int]]  # (device, inode) of what it holds
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Replicas of one model that were built together."""
+
+    name: str  # of its folder in the store
+    model: Model
+    groups: tuple[Group, ...]  # a replica each
+    checksums: tuple[tuple[int, ...], ...]
+    created: float  # seconds since the epoch
+    seconds: float  # that building took
+    bound: bool = True  # False: placed by first touch, where binding was refused
+    holder: Holder | None = None
+
+    @property
+    def nodes(self) -> list[int]:
+        return nodes_of(self.groups)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its replicas."""
+        return self.model.size * len(self.groups)
+
+    def path(self, group: Group, i: int) -> str:
+        """Where the replica of file ``i`` can be opened by anyone of this user."""
+        name = os.path.basename(self.model.paths[i])
+        return f"{userdir.path()}/{self.name}/{folder_of(group)}/{name}"
+
+    def manifest(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "model": json.loads(self.model.to_json()),
+            "groups": self.groups,
+            "chunk": CHUNK,
+            "checksums": [[f"{c:016x}" for c in row] for row in self.checksums],
+            "created": self.created,
+            "seconds": self.seconds,
+            "bound": self.bound,
+        }
+
+    @classmethod
+    def from_json(cls, name: str, text: bytes) -> Entry:
+        """Raises: ValueError, TypeError, KeyError for what ``manifest`` did not make."""
+        row = json.loads(text)
+        if (row["version"], row["chunk"]) != (VERSION, CHUNK):
+            raise ValueError("built by another version of numaload")
+        entry = cls(
+            name=name,
+            model=Model.from_json(json.dumps(row["model"]).encode()),
+            groups=tuple(tuple(group) for group in row["groups"]),
+            checksums=tuple(tuple(int(c, 16) for c in sums) for sums in row["checksums"]),
+            created=float(row["created"]),
+            seconds=float(row["seconds"]),
+            bound=row["bound"] is True,
+            holder=_holder(row),
+        )
+        entry._check()
+        return entry
+
+    def _check(self) -> None:
+        """Fewer checksums than chunks would let the rest pass unseen when it is verified."""
+        names = [os.path.basename(path) for path in self.model.paths]
+        chunks = [-(-identity.size // CHUNK) for identity in self.model.identities]
+        expected = {
+            "nodes": self.groups and all(map(_is_group, self.groups)),
+            "file names": names and not {"", ".", ".."} & set(names),
+            "checksums": [len(row) for row in self.checksums] == chunks,
+        }
+        wrong = [what for what, holds in expected.items() if not holds]
+        if wrong:
+            raise ValueError(f"wrong {', '.join(wrong)}")
+
+
+def folder_of(group: Group) -> str:
+    """``node0``, or ``node0-3`` for a replica that these share."""
+    return f"node{format_list(group)}"
+
+
+def _is_group(group: Sequence[Any]) -> bool:
+    return bool(group) and all(type(node) is int and node >= 0 for node in group)
+
+
+def _holder(row: dict[str, Any]) -> Holder | None:
+    found = row.get("holder")
+    if found is None:
+        return None
+    files = frozenset((int(device), int(inode)) for device, inode in found["files"])
+    return Holder(int(found["pid"]), int(found["start"]), str(row["pid_namespace"]), files)

@@ -1,0 +1,196 @@
+"""The process that holds replicas: a script on the standard library alone, started by holder.py.
+
+It gets memfds that are filled, one line of JSON on its standard input, and answers with one line:
+
+    {"store": path, "name": entry, "manifest": {...}, "locked": true,
+     "links": [["node0", "model.gguf", descriptor], ...]}
+    {"pid": 4711, "error": null}
+
+The entry in the store is a folder like any other, its files are links to /proc/PID/fd/N. Once a
+second it is looked whether the entry is still there; whoever emptied the folder, it is published
+again. SIGTERM ends the holder and takes the entry away first; with it goes the memory.
+
+It maps nothing of what it holds, so the OOM killer sees a process of a few MB and its score stays
+as it was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import stat
+import sys
+from contextlib import suppress
+
+NAME = "numaload-hold"  # of the process: at most 15 characters
+INTERVAL_S = 1.0
+MANIFEST, LOCK = "manifest.json", "lock"  # as in the store
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Held:
+    """An entry of the store, as often as it must be written. ``line`` is the builder's."""
+
+    def __init__(self, line: bytes) -> None:
+        row, pid = json.loads(line), os.getpid()
+        self.store, self.name, self.locked = row["store"], row["name"], row["locked"]
+        self.links = [(node, name, f"/proc/{pid}/fd/{fd}") for node, name, fd in row["links"]]
+        row["manifest"]["holder"].update(pid=pid, start=started(pid))
+        self.manifest = json.dumps(row["manifest"]).encode()
+
+    def tend(self) -> None:
+        """See to it that the entry is there. Raises: OSError, also while somebody else builds."""
+        store = opened(self.store)
+        try:
+            if self._is_there(store):
+                return
+            if self.locked:  # by the builder, for the first time
+                self._write(store)
+                return
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            lock = os.open(LOCK, flags, 0o600, dir_fd=store)
+            try:  # A sweep would take the folder that is not published yet.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._write(store)
+            finally:
+                os.close(lock)
+        finally:
+            os.close(store)
+
+    def _is_there(self, store: int) -> bool:
+        inside = [MANIFEST, *(f"{node}/{name}" for node, name, _ in self.links)]
+        try:
+            for path in inside:
+                os.stat(f"{self.name}/{path}", dir_fd=store, follow_symlinks=False)
+        except OSError:
+            return False
+        return True
+
+    def _write(self, store: int) -> None:
+        """Aside, then by one rename: it appears whole or not at all."""
+        aside = f".{self.name}"
+        remove(aside, store)
+        try:
+            os.mkdir(aside, 0o700, dir_fd=store)
+            folder = os.open(aside, DIRECTORY, dir_fd=store)
+            try:
+                self._fill(folder)
+            finally:
+                os.close(folder)
+            remove(self.name, store)  # what somebody left of it
+            os.rename(aside, self.name, src_dir_fd=store, dst_dir_fd=store)
+        except BaseException:
+            remove(aside, store)
+            raise
+
+    def _fill(self, folder: int) -> None:
+        for node in dict.fromkeys(node for node, _, _ in self.links):
+            os.mkdir(node, 0o700, dir_fd=folder)
+        for node, name, target in self.links:
+            os.symlink(target, f"{node}/{name}", dir_fd=folder)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(MANIFEST, flags, 0o600, dir_fd=folder), "wb") as file:
+            file.write(self.manifest)
+
+    def withdraw(self) -> None:
+        """Take the entry away by one rename; a sweep may remove the rest at the same time."""
+        with suppress(OSError):  # then there is nothing that could be taken away
+            store = opened(self.store, create=False)
+            try:
+                os.rename(self.name, f".{self.name}", src_dir_fd=store, dst_dir_fd=store)
+                remove(f".{self.name}", store)
+            finally:
+                os.close(store)
+
+
+def opened(path: str, *, create: bool = True) -> int:
+    """A descriptor of the store's folder: this user's own and closed to others.
+
+    Raises: OSError.
+    """
+    if create:
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+    fd = os.open(path, DIRECTORY)
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        os.close(fd)
+        raise PermissionError(1, "is not this user's alone", path)
+    return fd
+
+
+def remove(name: str, parent: int) -> None:
+    """Remove a file or folder tree below the descriptor, following no link."""
+    try:
+        for _, folders, files, fd in os.fwalk(name, topdown=False, dir_fd=parent):
+            for file in files:
+                os.unlink(file, dir_fd=fd)
+            for folder in folders:
+                os.rmdir(folder, dir_fd=fd)
+        os.rmdir(name, dir_fd=parent)
+    except NotADirectoryError:
+        os.unlink(name, dir_fd=parent)
+    except FileNotFoundError:
+        pass
+
+
+def started(pid: int) -> int:
+    """When the process began, in clock ticks since boot: tells it from a later one of this id.
+
+    Raises: OSError.
+    """
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[19])  # field 22
+
+
+def answer(pid: int, error: str | None) -> None:
+    os.write(1, json.dumps({"pid": pid, "error": error}).encode() + b"\n")
+
+
+def hold(line: bytes) -> int:
+    """Publish, answer, and stay until SIGTERM."""
+    try:
+        with open("/proc/self/comm", "w", encoding="ascii") as file:
+            file.write(NAME)
+        null = os.open(os.devnull, os.O_RDWR)
+        held = Held(line)
+        held.tend()
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        answer(0, str(error) or type(error).__name__)
+        return 1
+    try:
+        answer(os.getpid(), None)
+    except BrokenPipeError:  # The builder did not wait: for it, nothing was published.
+        held.withdraw()
+        return 1
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    held.locked = False
+    while signal.sigtimedwait({signal.SIGTERM}, INTERVAL_S) is None:
+        # A builder at work, a full tmpfs, a folder half removed: a second later again.
+        with suppress(OSError):
+            held.tend()
+    held.withdraw()
+    return 0
+
+
+def main() -> int:
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    # Waited for in the loop alone, so that nothing is left half done.
+    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
+    os.umask(0o077)
+    with open(0, "rb", closefd=False) as file:
+        line = file.readline()
+    if not line.endswith(b"\n"):  # the builder has gone: so does what it wanted held
+        return 1
+    # A child of init's: nobody has to wait for it, and no shell has it among its jobs.
+    if os.fork():
+        return 0
+    return hold(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

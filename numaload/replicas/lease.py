@@ -1,0 +1,91 @@
+"""Replicas of the store in use: mapped by this process, and not released unseen meanwhile."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from numaload.errors import ReplicaNotFoundError, StoreError
+from numaload.numa.lists import Group
+from numaload.numa.mapping import Mapping, map_file
+from numaload.replicas.entry import Entry, Holder, folder_of
+from numaload.storage import userdir
+
+
+class Lease:
+    """An entry in use: while this is open, ``release`` says so.
+
+    Raises: ReplicaNotFoundError where somebody released it meanwhile.
+    """
+
+    fd = -1
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        with userdir.opened(create=False) as store, self._gone():
+            if store is None:
+                raise FileNotFoundError
+            self.fd = os.open(entry.name, userdir.DIRECTORY, dir_fd=store)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_SH)
+        except BaseException:
+            self.close()
+            raise
+
+    def map(self, group: Group) -> list[Mapping]:
+        """The files of the replica on these nodes, read-only. Raises: StoreError."""
+        model = self.entry.model
+        with self._gone(), userdir.folder(folder_of(group), self.fd) as folder:
+            return [
+                _map_replica(os.path.basename(path), identity.size, folder, self.entry.holder)
+                for path, identity in zip(model.paths, model.identities, strict=True)
+            ]
+
+    @contextmanager
+    def _gone(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            where = f"{userdir.path()}/{self.entry.name}"
+            raise ReplicaNotFoundError(
+                f"{self.entry.model.paths[0]}: its replica ({where}) was released or removed"
+            ) from error
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _map_replica(name: str, size: int, folder: int, held_by: Holder | None) -> Mapping:
+    if held_by is not None:
+        fd = _open_held(name, folder, held_by)
+    else:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=folder)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise StoreError(f"replica {name} is not a file of this user's")
+        if status.st_size != size:
+            raise StoreError(f"replica {name} has {status.st_size} bytes, expected {size}")
+        return map_file(fd, size)
+    finally:
+        os.close(fd)
+
+
+def _open_held(name: str, folder: int, held_by: Holder) -> int:
+    """What the link leads to, looked at before it is opened: another process may have the pid."""
+    found = os.open(name, os.O_PATH | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        status = os.fstat(found)
+        if (status.st_dev, status.st_ino) not in held_by.files:
+            raise StoreError(f"replica {name} is not what process {held_by.pid} was given to hold")
+        return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(found)

@@ -1,0 +1,33 @@
+"""Cgroups (version 2) for tests that run under limits. Only root makes them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path("/sys/fs/cgroup")
+
+
+@contextmanager
+def cgroup(limits: Mapping[str, str]) -> Iterator[str]:
+    """A new group with these limits, as its folder: {"memory.max": "64M", "cpuset.mems": "1"}."""
+    controllers = {name.partition(".")[0] for name in limits}
+    try:
+        there = set((ROOT / "cgroup.subtree_control").read_text().split())
+    except OSError:
+        there = set()
+    if os.geteuid() or not controllers <= there:
+        pytest.skip(f"needs root and cgroup 2 with {', '.join(sorted(controllers))}")
+    folder = ROOT / f"numaload-test-{secrets.token_hex(4)}"
+    folder.mkdir()
+    try:
+        for name, value in limits.items():
+            (folder / name).write_text(value)
+        yield str(folder)
+    finally:
+        folder.rmdir()

@@ -22,6 +22,7 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,18 @@ def touch(header: Any, size: int) -> None:
         if tensor.nbytes and tensor.offset < end:
             raise BrokenWordError(f"{tensor} begins before byte {end}, where another one ends")
         end = max(end, tensor.offset + tensor.nbytes)
-        if (tensor.qtype is None) != (":" in tensor.type_name):
-            raise BrokenWordError(f"{tensor} has a type and has none")
+        if tensor.qtype is not None:
+            measure(tensor)
+
+
+def measure(tensor: Any) -> None:
+    """Whole blocks in every row, and the bytes of these."""
+    from numaload.formats.qtypes import BLOCKS
+
+    block_size, type_size = BLOCKS[tensor.qtype]
+    columns, *others = tensor.dims or (1,)
+    if columns % block_size or tensor.nbytes != columns // block_size * type_size * prod(others):
+        raise BrokenWordError(f"{tensor} has other bytes than its blocks")
 
 
 class Tally:
@@ -274,6 +285,7 @@ def main() -> int:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("libfuzzer", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    os.makedirs(options.keep, exist_ok=True)
     if options.child:
         child(options)
         return 0

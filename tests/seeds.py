@@ -44,6 +44,18 @@ def nested() -> bytes:
     return gb.build([gb.entry("rows", gb.ARRAY, rows), gb.u32("after", 5)], data=b"")
 
 
+def vocabulary() -> bytes:
+    """As those of llama.cpp: no tensors, and arrays to the very end."""
+    tokens = gb.entry("tokens", gb.ARRAY, gb.array(gb.STRING, *map(gb.string, ["a", "", "bcd"])))
+    scores = gb.array(gb.F32, *(gb.scalar(gb.F32, x) for x in (0.5, -1, 0)))
+    return gb.build([gb.entry("scores", gb.ARRAY, scores), tokens], data=b"")
+
+
+def scores_last() -> bytes:
+    kinds = gb.array(gb.I32, *(gb.scalar(gb.I32, x) for x in (1, 2, 3)))
+    return gb.build([gb.u32("a", 1), gb.entry("kinds", gb.ARRAY, kinds)], data=b"")
+
+
 def every_qtype() -> bytes:
     tensors, offset = [], 0
     for qtype, (block_size, type_size) in BLOCKS.items():
@@ -104,8 +116,10 @@ def seeds() -> dict[str, bytes]:
         "nested.seed": nested(),
         "odd-dims.seed": odd_dims(),
         "qtypes.seed": every_qtype(),
+        "scores-last.seed": scores_last(),
         "split.seed": split(),
         "values.seed": every_value(),
+        "vocabulary.seed": vocabulary(),
     }
 
 

@@ -30,5 +30,5 @@ def private(
 
 def mapped(weights: Weights, machine: Topology, groups: Sequence[Group]) -> Mirror:
     report = report_of(weights, machine, groups, "mapped")
-    report.note = "one NUMA node: nothing was copied, the view is the mapped file"
+    report.note = "one NUMA node: nothing was copied, the view is the opened file itself"
     return Mirror(weights, {}, report, machine, {})

@@ -26,7 +26,7 @@ from contextlib import suppress
 
 NAME = "numaload-hold"  # of the process: at most 15 characters
 INTERVAL_S = 1.0
-MANIFEST, LOCK = "manifest.json", "lock"  # as in the store
+MANIFEST, LOCK = "manifest.json", "lock"  # of the store, which takes them from here
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 

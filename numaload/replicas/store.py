@@ -36,10 +36,10 @@ from numaload.numa.lists import Group
 from numaload.replicas import holder
 from numaload.replicas.build import Built
 from numaload.replicas.entry import Entry, Holder, folder_of
+from numaload.replicas.holder_main import LOCK, MANIFEST, remove
 from numaload.storage import userdir
 from numaload.storage.known import Model
 
-MANIFEST, LOCK = "manifest.json", "lock"
 TOKEN_BYTES = 4
 
 
@@ -157,7 +157,7 @@ def _try_lock(fd: int) -> bool:
 def _sweep(store: int) -> None:
     for name in os.listdir(store):
         if name.startswith("."):
-            _remove(name, store)
+            remove(name, store)
     for name in _entry_names(store):
         entry = _read(name, store)
         if isinstance(entry, Entry) and entry.holder and not _holds(entry.holder):
@@ -209,7 +209,7 @@ def publish(model: Model, built: Built, store: int, *, hold: bool = False) -> En
             userdir.write_whole(MANIFEST, json.dumps(entry.manifest()).encode(), folder)
         os.rename(aside, entry.name, src_dir_fd=store, dst_dir_fd=store)
     except BaseException:
-        _remove(aside, store)
+        remove(aside, store)
         raise
     return entry
 
@@ -289,20 +289,5 @@ def release_damaged() -> list[str]:
 def _take_away(name: str, store: int | None) -> bool:
     assert store is not None  # noqa: S101 - what has a name is in a store
     os.rename(name, f".{name}", src_dir_fd=store, dst_dir_fd=store)
-    _remove(f".{name}", store)
+    remove(f".{name}", store)
     return True
-
-
-def _remove(name: str, parent: int) -> None:
-    """Remove a file or folder tree below the descriptor, following no link."""
-    try:
-        for _, folders, files, fd in os.fwalk(name, topdown=False, dir_fd=parent):
-            for file in files:
-                os.unlink(file, dir_fd=fd)
-            for folder in folders:
-                os.rmdir(folder, dir_fd=fd)
-        os.rmdir(name, dir_fd=parent)
-    except NotADirectoryError:
-        os.unlink(name, dir_fd=parent)
-    except FileNotFoundError:
-        pass

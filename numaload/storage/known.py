@@ -125,8 +125,7 @@ class _folder:  # noqa: N801 - a context manager
         if create:
             with suppress(FileExistsError):
                 os.mkdir(FOLDER, 0o700, dir_fd=store)
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        self.fd = os.open(FOLDER, flags, dir_fd=store)
+        self.fd = os.open(FOLDER, userdir.DIRECTORY, dir_fd=store)
 
     def __enter__(self) -> int:
         return self.fd

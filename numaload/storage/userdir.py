@@ -42,7 +42,7 @@ def opened(*, create: bool = True) -> Iterator[int | None]:
                 f"{where}: {reason(error)}; set NUMALOAD_STORE to a folder on a tmpfs"
             ) from error
     try:
-        fd = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(where, DIRECTORY)
     except FileNotFoundError:
         yield None
         return

@@ -452,8 +452,5 @@ def test_seals_where_the_kernel_has_fewer(kernel: str, monkeypatch: pytest.Monke
     os.close(fd)
 
 
-def test_names_agree_with_the_store() -> None:
-    from numaload.replicas import store as stores
-
-    assert holder_main.LOCK == stores.LOCK
+def test_the_kernel_keeps_the_whole_name() -> None:
     assert len(holder_main.NAME) <= 15

@@ -105,9 +105,10 @@ def _print_plan(todo: Any, tell: Any) -> None:
     from numaload.numa.lists import format_list
 
     for model, groups in todo.builds:
-        shared = [group for group in groups if len(group) > 1]
-        each = "; ".join(f"interleaved over {format_list(group)}" for group in shared)
-        on = each or f"on node {format_list(node for group in groups for node in group)}"
+        parts = [f"interleaved over {format_list(group)}" for group in groups if len(group) > 1]
+        alone = [group[0] for group in groups if len(group) == 1]
+        parts += [f"on node {format_list(alone)}"] if alone else []
+        on = "; ".join(parts)
         where = f"to build {on}" if groups else "already on every node asked for"
         tell(f"plan: {model.paths[0]}, {size(model.size)}: {where}")
     for need in todo.needs:

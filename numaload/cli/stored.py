@@ -216,9 +216,12 @@ def release(options: argparse.Namespace) -> int:
     _complain_none(missing)
     damaged = [] if options.files else store.release_damaged()
     done = store.release(chosen)
+    failed = [one for one in done if one.error]
+    for one in failed:
+        complain(f"{one.entry.model.paths[0]}: {one.error}")
     if options.json:
         print_json(done)
-        return 1 if missing else 0
+        return 1 if missing or failed else 0
     for path in damaged:
         print(f"removed {path}, which could not be read")
     for one in done:
@@ -230,4 +233,4 @@ def release(options: argparse.Namespace) -> int:
         print(f"released {one.entry.model.paths[0]}: {size(one.nbytes)}{later}")
     if not done and not damaged and not missing:
         print("nothing was in the store")
-    return 1 if missing else 0
+    return 1 if missing or failed else 0

@@ -10,7 +10,7 @@ from numaload.numa.lists import Group
 from numaload.numa.topology import Topology
 from numaload.replicas.arena import private_memory
 from numaload.replicas.build import Progress, build
-from numaload.replicas.plan import plan
+from numaload.replicas.plan import PRIVATE, plan
 from numaload.weights import Weights
 
 
@@ -19,7 +19,7 @@ def private(
 ) -> Mirror:
     groups = wanted.groups
     bound = can_bind(wanted, machine)
-    plan([(weights.model(), groups)], machine, store=False, bound=bound).check()
+    plan([(weights.model(), groups)], machine, kept=PRIVATE, bound=bound).check()
     files = [part.file for part in weights.parts]
     memory = private_memory(bound=bound)
     built = build(files, groups, memory, machine, progress, bound=bound)

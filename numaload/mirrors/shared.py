@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
-from numaload.errors import ReplicaNotFoundError, StoreError
+from numaload.errors import NumaloadError, ReplicaNotFoundError, StoreError, reason
 from numaload.mirrors.views import Mirror, report_of
 from numaload.mirrors.wanted import Wanted, can_bind
 from numaload.numa.lists import Group, format_list
@@ -17,7 +17,7 @@ from numaload.replicas.arena import held_memory, store_memory
 from numaload.replicas.build import Built, Progress, build
 from numaload.replicas.entry import Entry
 from numaload.replicas.lease import Lease
-from numaload.replicas.plan import Plan, nodes_of, plan
+from numaload.replicas.plan import HELD, STORED, Plan, nodes_of, plan
 from numaload.replicas.verify import Verified, by_node, placements_of, verify
 from numaload.storage import known
 from numaload.weights import Weights, open_weights
@@ -42,7 +42,7 @@ def plan_shared(
 ) -> Plan:
     """What ``mirror_shared`` would build: groups of nodes that have no replica of a model yet.
 
-    Raises: StoreError where a holder is wanted for what is there without one.
+    Raises: StoreError where what is there is not what is wanted: without a holder, or not bound.
     """
     builds = []
     there: dict[str, set[Group]] = {}
@@ -50,18 +50,22 @@ def plan_shared(
         model = weights.model()
         if model.key not in there:
             found = store.find(model)
-            if wanted.hold:
-                _check_held(weights, [e for g, e in found.items() if g in wanted.groups])
+            _check_kind(weights, [e for g, e in found.items() if g in wanted.groups], wanted)
             there[model.key] = set(found)
         builds.append((model, [g for g in wanted.groups if g not in there[model.key]]))
         there[model.key].update(wanted.groups)  # the same model once more needs nothing more
-    return plan(builds, machine, store=not wanted.hold, bound=bound)
+    return plan(builds, machine, kept=HELD if wanted.hold else STORED, bound=bound)
 
 
-def _check_held(weights: Weights, found: Sequence[Entry]) -> None:
-    if any(entry.holder is None for entry in found):
-        path = weights.paths[0]
-        raise StoreError(f"{path}: is mirrored already, without a holder: numaload release {path}")
+def _check_kind(weights: Weights, found: Sequence[Entry], wanted: Wanted) -> None:
+    lacks = {
+        "without a holder": wanted.hold and any(entry.holder is None for entry in found),
+        "placed, not bound": wanted.strict and not all(entry.bound for entry in found),
+    }
+    for what, holds in lacks.items():
+        if holds:
+            path = weights.paths[0]
+            raise StoreError(f"{path}: is mirrored already, {what}: numaload release {path}")
 
 
 def mirror_shared(
@@ -100,6 +104,10 @@ def mirror_shared(
 def _publish(model: known.Model, built: Built, folder: int, *, hold: bool) -> None:
     try:
         store.publish(model, built, folder, hold=hold)
+    except NumaloadError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{model.paths[0]}: cannot be published: {reason(error)}") from error
     finally:
         built.close()
 
@@ -165,7 +173,8 @@ def verify_entry(entry: Entry, machine: Topology) -> Verified:
 def _why_missing(weights: Weights, missing: Sequence[int]) -> str:
     model = weights.model()
     where = f" on node {format_list(missing)}" if missing else ""
-    for entry in store.entries():
+    found = () if store.find(model) else store.entries()
+    for entry in found:
         if entry.model.paths == model.paths and entry.model.key != model.key:
             when = time.strftime("%H:%M", time.localtime(entry.created))
             return (

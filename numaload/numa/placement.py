@@ -26,6 +26,8 @@ from numaload.numa.syscalls import HUGE, PAGE
 PROC, NODES = "/proc/self", "/sys/devices/system/node"
 ABSENT = -1  # in the counts: pages that are not in RAM, or not mapped here
 SAMPLES = 10_000
+LEAST_SHARE = 0.9  # of a fair part, on each of the nodes that share a replica
+INDIVISIBLE = 16 << 20  # bytes of a file that one node may have to fill alone
 
 Range = tuple[int, int]  # (address, bytes)
 # Words of numa_maps. File names cannot look like these: their blanks are escaped.
@@ -44,6 +46,7 @@ class Placement:
     sampled: dict[int, int] = field(default_factory=dict)  # the same by move_pages, of a sample
     huge_pages: int = 0  # bytes mapped by huge pages
     page_size: int = PAGE
+    ranges: int = 1  # mappings, of a file each
 
     @property
     def placed(self) -> int:
@@ -54,17 +57,25 @@ class Placement:
         return self.pages - self.placed
 
     @property
+    def even(self) -> bool:
+        """Whether nodes that share a replica have like parts of it, as far as it can be divided."""
+        fair = self.pages / max(1, len(self.asked))
+        least = fair * LEAST_SHARE - self.ranges * INDIVISIBLE // PAGE
+        return all(self.on.get(node, 0) >= least for node in self.asked)
+
+    @property
     def right(self) -> bool:
         wrong = set(self.sampled) - set(self.asked)
-        return self.elsewhere == 0 and not wrong
+        return self.elsewhere == 0 and not wrong and self.even
 
     def check(self, what: str) -> None:
         """Raises: PlacementError saying how many pages are where."""
         if not self.right:
             found = dict(sorted((Counter(self.on) or Counter(self.sampled)).items()))
+            evenly = "" if self.even else ", unevenly"
             raise PlacementError(
                 f"{what}: {self.pages} pages asked for on node {format_list(self.asked)},"
-                f" {self.placed} are there; by node: {found}, by sample: {self.sampled}",
+                f" {self.placed} are there{evenly}; by node: {found}, by sample: {self.sampled}",
                 {self.asked[0]: found},
             )
 
@@ -89,7 +100,9 @@ def locate(groups: Sequence[tuple[list[int], Sequence[Mapping]]]) -> list[Placem
         pages = sum(-(-length // PAGE) for _, length in ranges)
         on[ABSENT] = max(0, pages - sum(on.values()))
         huge_pages = sum(next(huge) for _ in ranges)
-        placements.append(Placement(asked, pages, dict(+on), _sample(ranges), huge_pages))
+        sampled = _sample(ranges)
+        found = Placement(asked, pages, dict(+on), sampled, huge_pages, ranges=len(ranges))
+        placements.append(found)
     return placements
 
 

@@ -145,7 +145,8 @@ class Topology:
         """The node among these with the smallest distance from ``node`` (itself if it is one)."""
         if not among:
             raise UsageError("no usable node to choose from")
-        distances = self.nodes[node].distances
+        here = self.nodes.get(node)  # stored replicas may be of a node that is gone
+        distances = here.distances if here else {}
         return min(among, key=lambda other: (other != node, distances.get(other, 255), other))
 
     def threads_node(self, node: int) -> int:

@@ -30,8 +30,9 @@ class Arena:
         self, mapping: Mapping, group: Group, fd: int | None = None, *, bound: bool = True
     ) -> None:
         self.mapping, self.group, self.fd = mapping, group, fd
+        self._in_turn = bound and len(group) > 1
         try:
-            if bound:
+            if bound and not self._in_turn:
                 bind(mapping, group)
         except BaseException:
             self.close()
@@ -45,25 +46,36 @@ class Arena:
         three times as fast as filling small pages, nine times as fast as collapsing full ones.
         Raises: NodeMemoryError where the tmpfs is full.
         """
-        if self.fd is None:
-            return
-        first, last = -(-start // HUGE) * HUGE, stop // HUGE * HUGE
-        for offset in range(first, last, HUGE):
-            touched = offset + self._turn(offset)
-            self._populate(touched, touched + PAGE)
-        if first < last:
-            self._collapse(first, last)
-        self._populate(start, stop)
+        if self._in_turn:
+            self._prepare_in_turn(start, stop)
+        elif self.fd is not None:
+            self._collapse(start, stop)
+            self._populate(start, stop)
 
-    def _turn(self, offset: int) -> int:
-        """Which page of this huge page to touch, in bytes from its start.
+    def _prepare_in_turn(self, start: int, stop: int) -> None:
+        """Every 2 MiB on the next node, strictly, by the policy of the thread.
 
-        Collapsing takes memory of the node that the touched page is on. Interleaving gives page
-        ``i`` to node ``i % n`` (plus a constant), and the first pages of all huge pages, 512
-        apart, would mostly get the same one.
+        The kernel's own interleaving only prefers: beside a node that page cache fills, it takes
+        another's free pages, and says nothing.
         """
-        n, huge = len(self.group), offset // HUGE
-        return (huge - huge * (HUGE // PAGE)) % n * PAGE
+        try:
+            if self.fd is not None:
+                self._collapse(start, stop)
+            for offset in range(start, stop, HUGE):
+                self._turn(offset)
+                self._populate(offset, min(offset + HUGE, stop))
+        finally:
+            syscalls.set_mempolicy(syscalls.MPOL_DEFAULT, ())
+
+    def _turn(self, offset: int) -> None:
+        if self._in_turn:
+            node = self.group[offset // HUGE % len(self.group)]
+            syscalls.set_mempolicy(syscalls.MPOL_BIND, [node])
+
+    def settle(self) -> None:
+        """Once it is filled: what is read back from swap, or split, goes on taking turns."""
+        if self._in_turn:
+            bind(self.mapping, self.group)
 
     def _populate(self, start: int, stop: int) -> None:
         """Have pages here: on a full tmpfs this fails, where touching them would kill by SIGBUS."""
@@ -86,7 +98,14 @@ class Arena:
             free=free,
         )
 
-    def _collapse(self, first: int, last: int) -> None:
+    def _collapse(self, start: int, stop: int) -> None:
+        """A huge page is made on the node of the page that is there."""
+        first, last = -(-start // HUGE) * HUGE, stop // HUGE * HUGE
+        if first >= last:
+            return
+        for offset in range(first, last, HUGE):
+            self._turn(offset)
+            self._populate(offset, offset + PAGE)
         failed = syscalls.madvise(
             self.mapping.address + first, last - first, syscalls.MADV_COLLAPSE
         )

@@ -72,6 +72,9 @@ def build(
         job.run()
         for file in files:
             file.check_unchanged()
+        for arenas in job.arenas.values():
+            for arena in arenas:
+                arena.settle()
         placements = prove(job.arenas)
     except BaseException:
         for arenas in job.arenas.values():

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from numaload.errors import StoreError
+from numaload.errors import StoreError, check_limits
 from numaload.replicas import holder_main
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -122,7 +122,8 @@ def alive(pid: int, start: int) -> bool:
         owner = os.stat(f"/proc/{pid}").st_uid
         with open(f"/proc/{pid}/stat", "rb") as file:
             head, _, tail = file.read().rpartition(b")")
-    except OSError:
+    except OSError as error:
+        check_limits(error, f"/proc/{pid}")
         return False
     fields, name = tail.split(), head.partition(b"(")[2].decode(errors="replace")
     if fields[0] in (b"Z", b"X"):  # dead; it waits for a parent that does not look

@@ -8,7 +8,13 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from numaload.errors import ReplicaNotFoundError, StoreError
+from numaload.errors import (
+    NumaloadError,
+    ReplicaNotFoundError,
+    StoreError,
+    check_limits,
+    reason,
+)
 from numaload.numa.lists import Group
 from numaload.numa.mapping import Mapping, map_file
 from numaload.replicas.entry import Entry, Holder, folder_of
@@ -48,10 +54,18 @@ class Lease:
     def _gone(self) -> Iterator[None]:
         try:
             yield
+        except NumaloadError:
+            raise
         except FileNotFoundError as error:
             where = f"{userdir.path()}/{self.entry.name}"
             raise ReplicaNotFoundError(
                 f"{self.entry.model.paths[0]}: its replica ({where}) was released or removed"
+            ) from error
+        except OSError as error:
+            check_limits(error, self.entry.name)
+            raise StoreError(
+                f"{self.entry.model.paths[0]}: its replica in {self.entry.name} cannot be opened:"
+                f" {reason(error)}"
             ) from error
 
     def close(self) -> None:

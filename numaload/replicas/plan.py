@@ -18,6 +18,8 @@ from numaload.numa.topology import Topology
 from numaload.storage import logout, userdir
 from numaload.storage.known import Model
 
+PRIVATE, STORED, HELD = "private", "stored", "held"  # where replicas are kept
+SMALL, SMALL_SHARE = 256 << 10, 1 << 18  # bytes of an entry without its replicas, and one for these
 LEAST_FREE = 32 << 20  # on a node that is being filled, on top of what free_on leaves
 
 
@@ -81,12 +83,13 @@ def plan(
     builds: Sequence[tuple[Model, Sequence[Group]]],
     machine: Topology,
     *,
-    store: bool,
+    kept: str,
     bound: bool = True,
 ) -> Plan:
     """Compare what these replicas take with every limit that they count against.
 
-    store: they go to the store's tmpfs, whose size is a limit too. bound: see ``build``.
+    kept: PRIVATE, HELD by a process, or STORED: then the store's tmpfs is a limit too.
+    bound: see ``build``. Raises: StoreError if the store is not on a tmpfs.
     """
     per_node: dict[int, int] = {}
     for model, groups in builds:
@@ -98,7 +101,10 @@ def plan(
     if total:
         limits = [memory.machine_available(), *memory.cgroup_limits()]
         needs += [Need(limit.name, total, max(0, limit.free - LEAST_FREE)) for limit in limits]
-        needs += [_store_need(total)] if store else []
+        if kept != PRIVATE:
+            # A manifest, folders and links come on top, and are all that held replicas take there.
+            small = SMALL + total // SMALL_SHARE
+            needs.append(_store_need(small if kept == HELD else total + small))
     return Plan(tuple((m, tuple(g)) for m, g in builds), tuple(needs))
 
 
@@ -137,6 +143,7 @@ def _store_need(needed: int) -> Need:
     where = userdir.path()
     while not os.path.isdir(where) and where != "/":
         where = os.path.dirname(where)
+    userdir.check_tmpfs(where)
     status = os.statvfs(where)
     free = status.f_bavail * status.f_frsize
     hint = "" if needed <= free else logout.tmpfs_limit_note(where, needed)

@@ -98,11 +98,14 @@ def _is_there(name: str, store: int | None) -> bool:
 
 
 def find(model: Model) -> dict[Group, Entry]:
-    """What is there of exactly this model, same files, unchanged: {nodes: its newest entry}."""
+    """What is there of exactly this model, same files, unchanged: {nodes: its newest entry}.
+
+    Without what cannot be reached: its holder has died, or is another container's.
+    """
     return {
         group: entry
         for entry in entries()
-        if entry.model.key == model.key
+        if entry.model.key == model.key and _reachable(entry)
         for group in entry.groups
     }
 
@@ -116,7 +119,7 @@ def building() -> Iterator[int]:
     with userdir.opened() as store:
         if store is None:
             raise StoreError(f"{userdir.path()} cannot be made")
-        userdir.check_tmpfs(store)
+        userdir.check_tmpfs(userdir.path())
         lock = _lock_file(store)
         try:
             if not _try_lock(lock):
@@ -125,7 +128,7 @@ def building() -> Iterator[int]:
             _sweep(store)
             yield store
         finally:
-            os.close(lock)
+            _unlock(lock)
 
 
 def sweep() -> None:
@@ -138,7 +141,7 @@ def sweep() -> None:
             if _try_lock(lock):
                 _sweep(store)
         finally:
-            os.close(lock)
+            _unlock(lock)
 
 
 def _lock_file(store: int) -> int:
@@ -154,24 +157,43 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
+def _unlock(fd: int) -> None:
+    """Closing alone would leave it locked where a child was forked meanwhile."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
 def _sweep(store: int) -> None:
     for name in os.listdir(store):
         if name.startswith("."):
             remove(name, store)
     for name in _entry_names(store):
         entry = _read(name, store)
-        if isinstance(entry, Entry) and entry.holder and not _holds(entry.holder):
+        lost = _lost(entry) if isinstance(entry, Entry) else None
+        if isinstance(entry, Entry) and lost and _is_there(name, store):
             warn_once(
                 f"holder {entry.name}",
-                f"process {entry.holder.pid}, which held the replicas of {entry.model.paths[0]},"
-                " is gone, and they with it: it was killed, or its container ended",
+                f"process {lost.pid}, which held the replicas of {entry.model.paths[0]}, is gone,"
+                " and they with it: it was killed, or its container ended",
             )
             _take_away(name, store)
 
 
-def _holds(held_by: Holder) -> bool:
-    """Whether the holder lives, as far as can be seen: in another container it counts as living."""
-    return held_by.namespace != _namespace() or holder.alive(held_by.pid, held_by.start)
+def _lost(entry: Entry) -> Holder | None:
+    """Its holder, if that has died. Of one in another container that cannot be seen."""
+    held_by = entry.holder
+    return None if held_by is None or _is_foreign(held_by) or _reachable(entry) else held_by
+
+
+def _reachable(entry: Entry) -> bool:
+    held_by = entry.holder
+    if held_by is None:
+        return True
+    return not _is_foreign(held_by) and holder.alive(held_by.pid, held_by.start)
+
+
+def _is_foreign(held_by: Holder) -> bool:
+    return held_by.namespace != _namespace()
 
 
 def _namespace() -> str:
@@ -236,6 +258,7 @@ class Released:
     entry: Entry
     nbytes: int
     in_use: bool  # then the memory goes when the processes that use it close it
+    error: str = ""  # why it is not released after all, or comes back
 
     def to_dict(self) -> dict[str, Any]:
         e = self.entry
@@ -246,48 +269,68 @@ class Released:
             "holder": e.holder.pid if e.holder else None,
             "nbytes": self.nbytes,
             "in_use": self.in_use,
+            "error": self.error,
         }
 
 
 def release(chosen: Sequence[Entry]) -> list[Released]:
-    """Take these entries out of the store."""
+    """Take these entries out of the store. What cannot be, says so and stops no other."""
     done = []
     with userdir.opened(create=False) as store:
         for entry in chosen if store is not None else ():
             try:
                 with userdir.folder(entry.name, store) as folder:
                     in_use = not _try_lock(folder)
-                    if entry.holder:
-                        _end(entry, entry.holder)
-                    else:
-                        _take_away(entry.name, store)
             except FileNotFoundError:
                 continue  # someone else released it just now
-            done.append(Released(entry, entry.nbytes, in_use))
+            error = _end(entry.holder) if entry.holder else ""
+            _take_away(entry.name, store)
+            done.append(Released(entry, entry.nbytes, in_use, error))
     return done
 
 
-def _end(entry: Entry, held_by: Holder) -> None:
-    """End the holder, which takes its entry away; alive, it would publish again what vanishes."""
-    if held_by.namespace != _namespace():
-        raise StoreError(
-            f"{entry.model.paths[0]}: held by process {held_by.pid} of another container or process"
-            " namespace: release it there"
+def _end(held_by: Holder) -> str:
+    """End the holder, which takes its entry away; alive, it would publish again what vanishes.
+
+    Why it is not ended, or an empty string.
+    """
+    if _is_foreign(held_by):
+        return (
+            f"process {held_by.pid} of another container or process namespace holds it: if that"
+            " lives, it publishes it again; release it there"
         )
-    holder.end_holder(held_by.pid, held_by.start)
-    with userdir.opened(create=False) as store, suppress(FileNotFoundError):
-        _take_away(entry.name, store)  # where it was killed and could not
+    try:
+        holder.end_holder(held_by.pid, held_by.start)
+    except StoreError as error:
+        return str(error)
+    return ""
 
 
 def release_damaged() -> list[str]:
     """Take away what is in the place of entries and cannot be read as one; its paths."""
     with userdir.opened(create=False) as store:
-        names = [name for name in _scan()[1] if _take_away(name, store)]
+        names = []
+        for name in _scan()[1]:
+            _end_damaged(name, store)
+            if _take_away(name, store):
+                names.append(name)
     return [f"{userdir.path()}/{name}" for name in names]
 
 
+def _end_damaged(name: str, store: int | None) -> None:
+    """As far as the manifest, perhaps another version's, still tells of a holder."""
+    with suppress(OSError, KeyError, TypeError, ValueError, RecursionError):
+        with userdir.folder(name, store) as folder:
+            row = json.loads(userdir.read_owned(MANIFEST, folder))
+        if row["pid_namespace"] == _namespace():
+            holder.end_holder(int(row["holder"]["pid"]), int(row["holder"]["start"]))
+
+
 def _take_away(name: str, store: int | None) -> bool:
+    """Whether it was there: others may release and sweep at the same time."""
     assert store is not None  # noqa: S101 - what has a name is in a store
-    os.rename(name, f".{name}", src_dir_fd=store, dst_dir_fd=store)
-    remove(f".{name}", store)
-    return True
+    with suppress(FileNotFoundError):
+        os.rename(name, f".{name}", src_dir_fd=store, dst_dir_fd=store)
+        remove(f".{name}", store)
+        return True
+    return False

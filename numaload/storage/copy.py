@@ -14,6 +14,7 @@ from numaload.storage.files import SourceFile
 from numaload.storage.parallel import Job, Progress, pieces
 from numaload.storage.residency import present, residency
 
+PAGE_TABLES, LEAST_FREE = 512, 32 << 20  # a byte for so many copied; bytes that stay free
 LOOK_EVERY = 256 << 20  # bytes copied between two looks at what memory is left
 
 
@@ -41,7 +42,7 @@ def copy_files(files: Sequence[SourceFile], progress: Progress | None = None) ->
 
 def _check_room(nbytes: int, state: str) -> None:
     room = memory.available()
-    if nbytes > room.free:
+    if nbytes + nbytes // PAGE_TABLES + LEAST_FREE > room.free:
         raise NodeMemoryError(
             f"{nbytes} bytes ({nbytes / 2**30:.1f} GiB) are to be copied, {room.name} has room for"
             f" {room.free} ({room.free / 2**30:.1f} GiB); {state}: free memory, or open without"

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from numaload.storage.mounts import below, mount_of
 from numaload.storage.userdir import SHARED_MEMORY
 
 # Of configuration: a file in an earlier one replaces that of the same name in later ones.
@@ -43,12 +44,12 @@ def emptied_note(path: str, root: str = "/", user: User | None = None) -> str:
     user, real = user or _current(), os.path.realpath(path)
     if not _logind_runs(root) or _lingers(user, root):
         return ""
-    if _below(real, f"/run/user/{user.id}"):
+    if below(real, f"/run/user/{user.id}"):
         return (
             f"{path} is removed when your last session ends: set NUMALOAD_STORE to a folder in"
             " /dev/shm, or loginctl enable-linger"
         )
-    shared = _below(real, SHARED_MEMORY)
+    shared = below(real, SHARED_MEMORY)
     system = user.id <= _system_uid_max(root)
     if not shared or system or not _setting("RemoveIPC", root, default=True):
         return ""
@@ -82,7 +83,7 @@ def killed_note(root: str = "/", user: User | None = None) -> str:
 
 def tmpfs_limit_note(path: str, needed: int, root: str = "/") -> str:
     """Why the tmpfs that holds ``path`` has its size, and how to have ``needed`` bytes more."""
-    mount = _mount_of(path, root)
+    mount = mount_of(path, root)
     if mount is None or mount.kind != "tmpfs":
         return ""
     status = os.statvfs(path)
@@ -110,10 +111,6 @@ def _current() -> User:
         return User(uid, pwd.getpwuid(uid).pw_name)
     except KeyError:
         return User(uid, "")
-
-
-def _below(path: str, folder: str) -> bool:
-    return f"{path}/".startswith(f"{folder}/")
 
 
 # --- the session manager ------------------------------------------------------------------------
@@ -208,26 +205,6 @@ def _lines(path: str) -> list[str]:
 
 
 # --- the file system ----------------------------------------------------------------------------
-
-
-class Mount(NamedTuple):
-    point: str
-    kind: str
-    options: str
-
-
-def _mount_of(path: str, root: str) -> Mount | None:
-    """The mount that ``path`` is on; of several of one file system that which is nearest."""
-    device, real = os.stat(path).st_dev, os.path.realpath(path)
-    wanted, found = f"{os.major(device)}:{os.minor(device)}", []
-    for line in _lines(f"{root}/proc/self/mountinfo"):
-        # "36 35 98:0 /root /mount/point options [optional...] - type source options"
-        row = line.split()
-        if row[2] == wanted:
-            point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), row[4])
-            kind, _, options = row[row.index("-", 6) + 1 :][:3]
-            found.append(Mount(point, kind, options))
-    return max(found, key=lambda m: len(m.point) if _below(real, m.point) else -1, default=None)
 
 
 def _option_bytes(options: str) -> int | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from numaload.errors import StoreError, reason
+from numaload.storage.mounts import mount_of
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 SPARE = 12  # descriptors that work in the store needs at a time, starting a holder most
@@ -121,19 +122,11 @@ def write_whole(name: str, data: bytes, folder: int) -> None:
         raise
 
 
-def check_tmpfs(folder: int) -> None:
+def check_tmpfs(where: str) -> None:
     """Raises: StoreError elsewhere: other file systems ignore where memory is bound to."""
-    device = os.fstat(folder).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
-            rows = [line.split() for line in file]
-    except OSError:
-        return
-    # "36 35 98:0 /root /mount/point options [optional...] - type source options"
-    kinds = {row[row.index("-", 6) + 1] for row in rows if row[2] == wanted}
-    if kinds and kinds != {"tmpfs"}:
+    mount = mount_of(where)
+    if mount is not None and mount.kind != "tmpfs":
         raise StoreError(
-            f"{path()} is on {', '.join(sorted(kinds))}, expected a tmpfs: set NUMALOAD_STORE to a"
-            " folder on one, as in /dev/shm"
+            f"{where} is on {mount.kind}, expected a tmpfs: set NUMALOAD_STORE to a folder on one,"
+            " as in /dev/shm"
         )

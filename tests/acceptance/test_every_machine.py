@@ -121,6 +121,12 @@ def test_who_works_for_whom(name: str, tmp_path: Path) -> None:
         assert machine.nearest(node, machine.all) == expected.nearest.get(node, node)
 
 
+def test_replicas_of_a_node_that_is_gone_are_served_by_one_that_is_not(tmp_path: Path) -> None:
+    machine = read("dual-xeon", tmp_path)
+    assert machine.threads_node(77) == 0
+    assert machine.cpus_of([77]) == machine.nodes[0].usable_cpus
+
+
 @each
 def test_nearer_nodes_come_first(name: str, tmp_path: Path) -> None:
     machine = read(name, tmp_path)

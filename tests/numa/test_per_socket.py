@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import numaload as api
-from commands import Numaload, sparse_model
+from commands import Numaload, evict, sparse_model
 from confined import DOCKER
-from witness import PAGE, by_move_pages, cpus_of
+from witness import PAGE, by_move_pages, cpus_of, free_bytes
 
 MIB = 1 << 20
 SOCKETS = [(0, 1), (2, 3)]
@@ -103,6 +104,30 @@ def test_interleaved_by_first_touch(numaload: Numaload, small: str) -> None:
         placement = report["placements"][str(node)]
         assert placement["elsewhere"] == 0
         assert min(placement["on"].values()) > placement["pages"] / 4
+
+
+def test_page_cache_on_one_node_of_a_socket(
+    numaload: Numaload, small: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's own interleaving would take the other nodes' free pages instead."""
+    filler = os.path.join(os.path.dirname(model), "filler")
+    monkeypatch.setenv("NUMALOAD_STORE", str(numaload.store))
+    api.prewarm(filler, nodes=1, force=True)
+    try:
+        assert free_bytes(1) < 64 * MIB < free_bytes(0)
+        numaload("mirror", small, "--per", "socket")
+        with api.attach(small) as mirror:
+            for node, socket in ((1, SOCKETS[0]), (3, SOCKETS[1])):
+                tensor = mirror.view(node)["big.weight"]
+                assert half_each(shares(tensor.address, tensor.nbytes), socket)
+    finally:
+        evict([filler])
+
+
+def test_part_of_a_socket(numaload: Numaload, small: str) -> None:
+    done = numaload("mirror", small, "--per", "socket", "--nodes", "0-2")
+    assert "to build interleaved over 0-1; on node 2" in done.stderr
+    numaload("verify")
 
 
 def test_held_per_socket(numaload: Numaload, small: str) -> None:

@@ -93,6 +93,28 @@ def test_smaps_paragraphs() -> None:
     assert parse_smaps(lines, ("Rss:",)) == list(zip(starts, present, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("on", "right"),
+    [
+        ({0: 50_000, 1: 50_000}, True),
+        ({0: 52_000, 1: 48_000}, True),
+        ({0: 60_000, 1: 40_000}, False),
+        ({0: 100_000}, False),
+        ({0: 50_000, 1: 49_999, 2: 1}, False),
+    ],
+)
+def test_nodes_that_share_a_replica_have_like_parts(on: dict[int, int], right: bool) -> None:
+    found = Placement([0, 1], 100_000, on)
+    assert found.right is right
+    if not right:
+        with pytest.raises(PlacementError, match="100000 pages asked for"):
+            found.check("x")
+
+
+def test_what_cannot_be_divided_may_be_on_one_node() -> None:
+    assert Placement([0, 1], (16 << 20) // PAGE, {0: (16 << 20) // PAGE}).right
+
+
 def test_a_kernel_without_numa_has_everything_on_node_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,70 @@ def test_an_entry_that_is_released_before_it_is_used(store: Path, model: str) ->
     assert descriptors() == before
 
 
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    row = json.loads((folder / "manifest.json").read_bytes())
+    change(row)
+    (folder / "manifest.json").write_text(json.dumps(row))
+
+
+def held_by(pid: int, namespace: str) -> Callable[[dict[str, Any]], object]:
+    holder = {"pid": pid, "start": 1, "files": []}
+    return lambda row: row.update(holder=holder, pid_namespace=namespace)
+
+
+def test_another_container_s_replicas_stop_nobody(store: Path, model: str) -> None:
+    """They cannot be reached or ended from here, and neither block building nor other releases."""
+    rewrite(entry_at(store, model), held_by(1, "pid:[1]"))
+    (entry,) = stores.entries()
+    assert stores.find(entry.model) == {}
+    api.mirror(model, shared=True).close()
+    assert len(stores.entries()) == 2  # the sweep left it alone
+    done = stores.release(stores.entries())
+    assert ["another container" in one.error for one in done] == [True, False]
+    assert stores.entries() == []
+
+
+def test_replicas_of_a_dead_holder_are_not_there(store: Path, model: str) -> None:
+    rewrite(entry_at(store, model), held_by(1 << 22, os.readlink("/proc/self/ns/pid")))
+    (entry,) = stores.entries()
+    assert stores.find(entry.model) == {}
+    with pytest.raises(ReplicaNotFoundError):
+        api.attach(model)
+    with pytest.warns(NumaloadWarning, match=f"process {1 << 22}, which held"):
+        stores.sweep()
+    assert stores.entries() == []
+
+
+def test_what_was_placed_only_is_not_what_strict_asks_for(store: Path, model: str) -> None:
+    rewrite(entry_at(store, model), lambda row: row.update(bound=False))
+    with pytest.raises(StoreError, match="mirrored already, placed, not bound: numaload release"):
+        api.mirror(model, shared=True, strict=True)
+    with api.attach(model) as mirror:
+        assert mirror.report.unbound == mirror.nodes
+
+
+def test_a_replica_that_may_not_be_opened_is_a_named_error(store: Path, model: str) -> None:
+    folder = entry_at(store, model)
+    replica = next(iter(folder.glob("node*/*")))
+    replica.unlink()
+    replica.symlink_to("/etc/passwd")
+    with pytest.raises(StoreError, match="cannot be opened: Too many levels"):
+        api.attach(model)
+
+
+def test_the_lock_does_not_stay_with_a_forked_child(store: Path) -> None:
+    with stores.building():
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+    try:
+        with stores.building() as folder:  # would wait for ever
+            assert folder
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_a_lease_that_is_dropped_ends(store: Path, model: str) -> None:
     entry_at(store, model)
     (entry,) = stores.entries()
@@ -198,17 +263,13 @@ def test_only_a_tmpfs_can_hold_replicas(
     store: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for where, expected in (("/proc", "is on proc, expected a tmpfs"), (store.parent, None)):
-        fd = os.open(where, os.O_RDONLY)
-        try:
-            if expected is None:
-                userdir.check_tmpfs(fd)
-            else:
-                with pytest.raises(StoreError, match=expected):
-                    userdir.check_tmpfs(fd)
-        finally:
-            os.close(fd)
+        if expected is None:
+            userdir.check_tmpfs(str(where))
+        else:
+            with pytest.raises(StoreError, match=expected):
+                userdir.check_tmpfs(str(where))
 
-    def refuse(_: int) -> None:
+    def refuse(_: str) -> None:
         raise StoreError("no tmpfs")
 
     monkeypatch.setattr(userdir, "check_tmpfs", refuse)

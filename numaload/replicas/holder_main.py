@@ -10,8 +10,8 @@ The entry in the store is a folder like any other, its files are links to /proc/
 second it is looked whether the entry is still there; whoever emptied the folder, it is published
 again. SIGTERM ends the holder and takes the entry away first; with it goes the memory.
 
-It maps nothing of what it holds, so the OOM killer sees a process of about 10 MB and its score stays
-as it was.
+It maps nothing of what it holds, so the OOM killer sees a process of about 10 MB, and its score
+stays as it was.
 """
 
 from __future__ import annotations

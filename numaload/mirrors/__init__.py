@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from numaload.errors import UsageError
 from numaload.mirrors.private import mapped, private
-from numaload.mirrors.shared import attach_shared, mirror_shared, opened
+from numaload.mirrors.shared import attach_shared, mirror_shared
 from numaload.mirrors.views import Mirror, MirrorReport
 from numaload.mirrors.wanted import Wanted
 from numaload.numa.topology import topology
 from numaload.replicas.build import Progress
-from numaload.weights import Weights
+from numaload.weights import Weights, open_weights
 
 __all__ = ["Mirror", "MirrorReport", "attach", "mirror"]
 
@@ -63,7 +63,7 @@ def mirror(
             return mapped(model, machine, groups)
         return private(model, machine, wanted, progress)
 
-    return opened(weights, make)
+    return _opened(weights, make)
 
 
 def attach(
@@ -77,4 +77,18 @@ def attach(
     """
     machine = topology()
     needed = None if nodes is None else machine.select(nodes)
-    return opened(path, lambda weights: attach_shared(weights, machine, needed))
+    return _opened(path, lambda weights: attach_shared(weights, machine, needed))
+
+
+def _opened(what: Weights | str | os.PathLike[str], make: Callable[[Weights], Mirror]) -> Mirror:
+    """Weights that were opened here are closed with the mirror, or with its failure."""
+    if isinstance(what, Weights):
+        return make(what)
+    weights = open_weights(what)
+    try:
+        made = make(weights)
+    except BaseException:
+        weights.close()
+        raise
+    made._owns_weights = True  # noqa: SLF001
+    return made

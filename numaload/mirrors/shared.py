@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -20,21 +19,7 @@ from numaload.replicas.lease import Lease
 from numaload.replicas.plan import HELD, STORED, Plan, nodes_of, plan
 from numaload.replicas.verify import Verified, by_node, placements_of, verify
 from numaload.storage import known
-from numaload.weights import Weights, open_weights
-
-
-def opened(what: Weights | str | os.PathLike[str], make: Callable[[Weights], Mirror]) -> Mirror:
-    """Weights that were opened here are closed with the mirror, or with its failure."""
-    if isinstance(what, Weights):
-        return make(what)
-    weights = open_weights(what)
-    try:
-        made = make(weights)
-    except BaseException:
-        weights.close()
-        raise
-    made._owns_weights = True  # noqa: SLF001
-    return made
+from numaload.weights import Weights
 
 
 def plan_shared(

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from numaload.errors import ReadError
+from numaload.numa.mounts import mount_of
 from numaload.numa.sysfs import Reader, number_in
 
 # PCI classes and subclasses of what computes or draws (PCI Code and ID Assignment, 03h and 12h).
 KINDS = {"0x0300": "VGA", "0x0302": "3D", "0x0380": "display", "0x1200": "accelerator"}
 CLASSES = {"0x03": "display", "0x12": "accelerator"}
 SILENT = "the firmware does not say"
-OCTAL = re.compile(r"\\([0-7]{3})")  # how mountinfo writes blanks
 NVME = re.compile(r"nvme[0-9]+")
 
 
@@ -116,7 +116,8 @@ def disk_of(
     """
     files = Reader()
     major, minor = numbers or _numbers(path)
-    kind = _file_system(files, os.path.realpath(path), f"{major}:{minor}", proc_root)
+    mount = mount_of(path, proc_root, f"{major}:{minor}")
+    kind = mount.kind if mount else "unknown"
     if major == 0:  # nfs, btrfs, overlay, tmpfs
         return FileDevice(path, kind, "", (), (), f"no block device: {kind}")
     link = f"{sys_root}/dev/block/{major}:{minor}"
@@ -179,19 +180,3 @@ def _nodes_of(files: Reader, disk: str, top: str) -> Iterator[int]:
                 yield node
                 break
             folder = os.path.dirname(folder)
-
-
-def _file_system(files: Reader, path: str, numbers: str, proc_root: str) -> str:
-    """Its type: of the mount of this device that is nearest above the path."""
-    best, kind = (False, -1), "unknown"
-    for line in (files.text(f"{proc_root}/self/mountinfo") or "").splitlines():
-        left, _, right = line.partition(" - ")
-        words = left.split(" ")
-        if len(words) < 6 or not right:
-            continue
-        point = OCTAL.sub(lambda match: chr(int(match[1], 8)), words[4]).rstrip("/")
-        # btrfs gives its files other numbers than its mounts; then the path alone decides.
-        rank = (words[2] == numbers, len(point))
-        if f"{path}/".startswith(f"{point}/") and rank >= best:
-            best, kind = rank, right.split(" ")[0]
-    return kind

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from numaload.storage.mounts import below, mount_of
+from numaload.numa.mounts import below, mount_of
 from numaload.storage.userdir import SHARED_MEMORY
 
 # Of configuration: a file in an earlier one replaces that of the same name in later ones.
@@ -83,7 +83,7 @@ def killed_note(root: str = "/", user: User | None = None) -> str:
 
 def tmpfs_limit_note(path: str, needed: int, root: str = "/") -> str:
     """Why the tmpfs that holds ``path`` has its size, and how to have ``needed`` bytes more."""
-    mount = mount_of(path, root)
+    mount = mount_of(path, f"{root}/proc")
     if mount is None or mount.kind != "tmpfs":
         return ""
     status = os.statvfs(path)

@@ -115,19 +115,24 @@ def test_a_copy_is_not_hurt(
         weights[TENSOR].blocks  # noqa: B018
 
 
-@every_change
-@pytest.mark.parametrize("first", [True, False], ids=["at once", "half-way"])
-def test_while_it_is_copied(
-    own_model: list[str], change: Callable[[str], Any], first: bool
-) -> None:
-    before, fds = private_bytes(), descriptors()
+def once(change: Callable[[str], Any], path: str, *, first: bool) -> Callable[[int, int], None]:
+    """A progress callback that changes the file at its first call, or after the first bytes."""
     done: list[int] = []
 
     def progress(count: int, _: int) -> None:
         if not done and (first or count):
             done.append(count)
-            change(own_model[1])
+            change(path)
 
+    return progress
+
+
+@every_change
+@pytest.mark.parametrize("first", [True, False], ids=["at once", "half-way"])
+def test_while_it_is_copied(
+    own_model: list[str], change: Callable[[str], Any], first: bool
+) -> None:
+    before, fds, progress = private_bytes(), descriptors(), once(change, own_model[1], first=first)
     with pytest.raises(FileChangedError, match=own_model[1]):
         api.open(own_model[0], copy=True, progress=progress)
     assert private_bytes() - before < 16 * MIB
@@ -139,14 +144,7 @@ def test_while_it_is_copied(
 def test_while_it_is_mirrored(
     store: Path, own_model: list[str], change: Callable[[str], Any], first: bool
 ) -> None:
-    fds = descriptors()
-    done: list[int] = []
-
-    def progress(count: int, _: int) -> None:
-        if not done and (first or count):
-            done.append(count)
-            change(own_model[1])
-
+    fds, progress = descriptors(), once(change, own_model[1], first=first)
     with pytest.raises(FileChangedError, match=own_model[1]):
         api.mirror(own_model[0], shared=True, progress=progress)
     assert left_over(store) == []

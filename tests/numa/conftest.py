@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import numaload as api
-from commands import Numaload
+from commands import Numaload, evict
 from forked import ForkedNumaload
-from witness import kernel_killed
+from witness import free_bytes, kernel_killed
 
 FEW = ("one-node", "memory-less")  # guests that have one node with memory, on purpose
 
@@ -31,6 +31,19 @@ def nobody_was_killed() -> Iterator[None]:
 @pytest.fixture
 def numaload(store: Path) -> Numaload:
     return ForkedNumaload(store)
+
+
+@pytest.fixture
+def fill_with_page_cache(model: str, store: Path) -> Iterator[Callable[[int], None]]:
+    """Fills a node with it, as reading a model does: nothing but that is in its memory."""
+    filler = os.path.join(os.path.dirname(model), "filler")
+
+    def fill(node: int) -> None:
+        api.prewarm(filler, nodes=node, force=True)
+        assert free_bytes(node) < 128 << 20
+
+    yield fill
+    evict([filler])
 
 
 @pytest.fixture(scope="session")

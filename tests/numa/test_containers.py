@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from cgroups import cgroup
 from commands import LIMIT_S, Numaload, evict, sparse_model, used_bytes
 from confined import DOCKER, NO_NUMA
 from numaload.numa.memory import node_free
-from witness import PAGE, by_move_pages, free_bytes
+from witness import PAGE, by_move_pages
 
 MIB = 1 << 20
 USER = 1000
@@ -71,20 +72,13 @@ def test_what_lands_elsewhere_is_rolled_back(
 
 
 def test_page_cache_leaves_no_room_for_first_touch(
-    numaload: Numaload, model: str, nodes: list[int]
+    numaload: Numaload, model: str, nodes: list[int], fill_with_page_cache: Callable[[int], None]
 ) -> None:
-    filler = os.path.join(os.path.dirname(model), "filler")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NUMALOAD_STORE", str(numaload.store))
-        api.prewarm(filler, nodes=nodes[1], force=True)
-    try:
-        assert free_bytes(nodes[1]) < 128 * MIB
-        done = numaload.within(deny=DOCKER)("mirror", model, "--nodes", nodes[1], status=1)
-        assert "page cache, which the kernel gives up only for memory that is bound" in done.stderr
-        assert "nothing was built" in done.stderr
-        numaload("mirror", model, "--nodes", nodes[1])
-    finally:
-        evict([filler])
+    fill_with_page_cache(nodes[1])
+    done = numaload.within(deny=DOCKER)("mirror", model, "--nodes", nodes[1], status=1)
+    assert "page cache, which the kernel gives up only for memory that is bound" in done.stderr
+    assert "nothing was built" in done.stderr
+    numaload("mirror", model, "--nodes", nodes[1])
 
 
 def test_a_node_without_cpus_needs_binding(numaload: Numaload, model: str) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import numaload as api
-from commands import Numaload, evict, sparse_model
+from commands import Numaload, sparse_model
 from confined import DOCKER
-from witness import PAGE, by_move_pages, cpus_of, free_bytes
+from witness import PAGE, by_move_pages, cpus_of
 
 MIB = 1 << 20
 SOCKETS = [(0, 1), (2, 3)]
@@ -107,21 +107,15 @@ def test_interleaved_by_first_touch(numaload: Numaload, small: str) -> None:
 
 
 def test_page_cache_on_one_node_of_a_socket(
-    numaload: Numaload, small: str, model: str, monkeypatch: pytest.MonkeyPatch
+    numaload: Numaload, small: str, fill_with_page_cache: Callable[[int], None]
 ) -> None:
     """The kernel's own interleaving would take the other nodes' free pages instead."""
-    filler = os.path.join(os.path.dirname(model), "filler")
-    monkeypatch.setenv("NUMALOAD_STORE", str(numaload.store))
-    api.prewarm(filler, nodes=1, force=True)
-    try:
-        assert free_bytes(1) < 64 * MIB < free_bytes(0)
-        numaload("mirror", small, "--per", "socket")
-        with api.attach(small) as mirror:
-            for node, socket in ((1, SOCKETS[0]), (3, SOCKETS[1])):
-                tensor = mirror.view(node)["big.weight"]
-                assert half_each(shares(tensor.address, tensor.nbytes), socket)
-    finally:
-        evict([filler])
+    fill_with_page_cache(1)
+    numaload("mirror", small, "--per", "socket")
+    with api.attach(small) as mirror:
+        for node, socket in ((1, SOCKETS[0]), (3, SOCKETS[1])):
+            tensor = mirror.view(node)["big.weight"]
+            assert half_each(shares(tensor.address, tensor.nbytes), socket)
 
 
 def test_part_of_a_socket(numaload: Numaload, small: str) -> None:

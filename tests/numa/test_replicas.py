@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -149,18 +149,13 @@ def test_dequantizing_a_view_works_beside_it(
 
 
 def test_placed_right_where_page_cache_fills_the_node(
-    numaload: Numaload, model: str, nodes: list[int]
+    numaload: Numaload, model: str, nodes: list[int], fill_with_page_cache: Callable[[int], None]
 ) -> None:
     """The state just after reading a model: plain first touch would spill to the other node."""
-    filler = os.path.join(os.path.dirname(model), "filler")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NUMALOAD_STORE", str(numaload.store))
-        api.prewarm(filler, nodes=nodes[1], force=True)
-    assert free_bytes(nodes[1]) < 128 * MIB
+    fill_with_page_cache(nodes[1])
     (report,) = numaload.json("mirror", model, "--nodes", nodes[1])
     placement = report["placements"][str(nodes[1])]
     assert placement["on"] == {str(nodes[1]): placement["pages"]}
-    evict([filler])
 
 
 def test_larger_than_a_node_is_refused_untouched(

@@ -28,6 +28,8 @@ MIB = 1 << 20
 EIO = os.strerror(errno.EIO)
 SLOW_MS = 100  # for a request, of which one read of 8 MiB makes 64
 NAME = "blk.0.attn_q.weight"
+# Ordinary users, who may start a guest and are root in it, do not have it in their PATH.
+MKFS = shutil.which("mkfs.ext4", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
 class Volume(NamedTuple):
@@ -70,7 +72,7 @@ def shell(*words: object) -> None:
 
 def mounted(disk: MappedDisk, folder: Path, originals: list[str]) -> Volume:
     # Without a journal nothing but our reads touches the failing blocks.
-    shell("mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", disk.path)
+    shell(MKFS, "-q", "-F", "-m", "0", "-O", "^has_journal", disk.path)
     folder.mkdir(exist_ok=True)
     shell("mount", "-o", "noatime", disk.path, folder)
     files = [str(folder / os.path.basename(path)) for path in originals]
@@ -84,6 +86,8 @@ def need_disk(serial: str) -> str:
     disk = disk_of(serial)
     if os.environ.get("NUMALOAD_GUEST") != "storage" or os.geteuid() != 0:
         pytest.skip("needs the guest named storage, and root in it")
+    if MKFS is None:
+        pytest.skip("needs mkfs.ext4: sudo apt-get install -y e2fsprogs")
     assert disk, f"no disk {serial} in this guest: numa-vm --disk"
     assert os.path.exists(CONTROL), "no device-mapper in this guest: numa-vm --modules dm-mod"
     return disk

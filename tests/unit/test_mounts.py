@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from numaload.errors import StoreError
+from numaload.numa.mounts import Mount, mount_of
 from numaload.storage import userdir
-from numaload.storage.mounts import Mount, mount_of
 
 ROW = "{id} 1 {device} / {point} rw,relatime shared:1 - {kind} source {options}\n"
 
@@ -21,7 +21,7 @@ def write(root: Path, *mounts: tuple[str, str, str]) -> str:
         for i, (device, point, kind) in enumerate(mounts)
     ]
     (root / "proc/self/mountinfo").write_text("".join(rows))
-    return str(root)
+    return str(root / "proc")
 
 
 def device_of(path: Path) -> str:

@@ -1,46 +1,88 @@
-"""Block types of 256 weights whose group scales are quantized too, by one scale per block.
+"""Block types of 256 weights in groups, whose scales are quantized too, by one scale per block.
 
-Q4_K: w = (d * scale) * q - (dmin * min), 4.5 bits per weight.
-Q6_K: w = (d * scale) * q, 6.5625 bits per weight.
+Q2_K, Q4_K, Q5_K: w = (d * scale) * q - (dmin * min).  Q3_K, Q6_K: w = (d * scale) * q.
 """
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit, types
-from numpy.typing import NDArray
-
-BYTES = types.Array(types.uint8, 2, "C", readonly=True)  # readonly accepts writable arrays too
-BLOCKS = types.void(BYTES, types.float32[:, ::1], types.intp, types.intp)
-
-
-@njit(nogil=True, cache=True, fastmath=False)
-def _scale(low: np.uint8, high: np.uint8) -> np.float32:
-    # f16 to float32 by bits, as floats.py explains; a file calls no kernel of another file,
-    # because the compiled code on disk would not notice when the other one changes.
-    mag = np.uint32(low) | (np.uint32(high) & np.uint32(0x7F)) << np.uint32(8)
-    bits = np.uint32((mag << np.uint32(13)) + np.uint32(0x38000000))
-    if mag >= np.uint32(0x7C00):
-        bits = np.uint32(bits + np.uint32(0x38000000))
-    if mag < np.uint32(0x0400):
-        small = np.uint32(mag | np.uint32(0x3F000000)).view(np.float32) - np.float32(0.5)
-        bits = np.float32(small).view(np.uint32)
-    sign = (np.uint32(high) & np.uint32(0x80)) << np.uint32(24)
-    return np.uint32(bits | sign).view(np.float32)
+from numaload.kernels.lanes import (
+    Array,
+    f16,
+    floats,
+    helper,
+    i64,
+    lane,
+    load,
+    pair,
+    put,
+    signed,
+    u32,
+)
 
 
-@njit(nogil=True, cache=True, fastmath=False)
-def _scale_and_min(scales: NDArray[np.uint8], group: int) -> tuple[np.float32, np.float32]:
-    # 8 scales and 8 mins of 6 bits in 12 bytes. Groups 0-3: the low 6 bits of bytes 0-3 and 4-7.
-    # Groups 4-7: a nibble each of bytes 8-11, under the two spare bits of bytes 0-3 and 4-7.
-    if group < 4:
-        scale = scales[group] & np.uint8(0x3F)
-        least = scales[group + 4] & np.uint8(0x3F)
-    else:
-        nibbles = scales[group + 4]
-        scale = (nibbles & np.uint8(0x0F)) | (scales[group - 4] & np.uint8(0xC0)) >> np.uint8(2)
-        least = (nibbles >> np.uint8(4)) | (scales[group] & np.uint8(0xC0)) >> np.uint8(2)
-    return np.float32(scale), np.float32(least)
+# Q2_K, 84 bytes -> 256 weights              ggml-common.h: block_q2_K
+#   byte 0-15     scales  u4     of 16 groups of 16: scale low, min high
+#   byte 16-79    qs      u2     256 quants; of each 128 weights 32 bytes, 32 weights per bit pair
+#   byte 80-81    d       f16    scale of the group scales
+#   byte 82-83    dmin    f16    scale of the group mins
+def q2_k(src: Array, at: int, w: Array, to: int) -> None:
+    packed = load(src, at)
+    scales = floats(packed & 15) * f16(src, at + 80)
+    mins = floats(packed >> 4) * f16(src, at + 82)
+    for half in range(2):
+        for part in range(2):
+            q = load(src, at + 16 + 32 * half + 16 * part)
+            for bits in range(4):
+                group = 8 * half + 2 * bits + part
+                weights = floats((q >> 2 * bits) & 3) * lane(scales, group) - lane(mins, group)
+                put(w, to + 16 * group, weights)
+
+
+@helper
+def six_bit_scales(src: Array, at: int) -> Array:
+    """Q3_K: 16 scales of 6 bits in 12 bytes, 32 too large.
+
+    The low four bits: nibbles of bytes 0-7. The upper two: the bit pairs of bytes 8-11, four groups
+    for each pair.
+    """
+    low, upper = i64(src, at), u32(src, at + 8)
+    upper_0 = (upper & 0x03030303) | ((upper >> 2) & 0x03030303) << 32
+    upper_8 = ((upper >> 4) & 0x03030303) | ((upper >> 6) & 0x03030303) << 32
+    scales_0 = (low & 0x0F0F0F0F0F0F0F0F) | upper_0 << 4
+    scales_8 = ((low >> 4) & 0x0F0F0F0F0F0F0F0F) | upper_8 << 4
+    return signed(pair(scales_0, scales_8) - 32)
+
+
+# Q3_K, 110 bytes -> 256 weights             ggml-common.h: block_q3_K
+#   byte 0-31     hmask   u1     bit 2 of the quants; 32 weights per bit
+#   byte 32-95    qs      u2     256 quants, 4 too large; of each 128 weights 32 bytes, 32 per pair
+#   byte 96-107   scales  u6     of 16 groups of 16
+#   byte 108-109  d       f16    scale of the group scales
+def q3_k(src: Array, at: int, w: Array, to: int) -> None:
+    scales = floats(six_bit_scales(src, at + 96)) * f16(src, at + 108)
+    for half in range(2):
+        for part in range(2):
+            q = load(src, at + 32 + 32 * half + 16 * part)
+            upper = load(src, at + 16 * part) >> 4 * half
+            for bits in range(4):
+                group = 8 * half + 2 * bits + part
+                quants = ((q >> 2 * bits) & 3) | ((upper >> bits) & 1) << 2
+                put(w, to + 16 * group, floats(signed(quants - 4)) * lane(scales, group))
+
+
+@helper
+def scales_and_mins(src: Array, at: int) -> Array:
+    """Q4_K and Q5_K: 8 scales, then 8 mins, of 6 bits in 12 bytes.
+
+    Groups 0-3: the low 6 bits of bytes 0-3 and 4-7. Groups 4-7: a nibble each of bytes 8-11, under
+    the two spare bits of bytes 0-3 and 4-7.
+    """
+    low, upper = i64(src, at), u32(src, at + 8)
+    scales = (low & 0x3F3F3F3F) | ((upper & 0x0F0F0F0F) | ((low >> 2) & 0x30303030)) << 32
+    mins = ((low >> 32) & 0x3F3F3F3F) | (
+        ((upper >> 4) & 0x0F0F0F0F) | ((low >> 34) & 0x30303030)
+    ) << 32
+    return pair(scales, mins)
 
 
 # Q4_K, 144 bytes -> 256 weights             ggml-common.h: block_q4_K
@@ -48,26 +90,36 @@ def _scale_and_min(scales: NDArray[np.uint8], group: int) -> tuple[np.float32, n
 #   byte 2-3      dmin    f16    scale of the group mins
 #   byte 4-15     scales  u6     8 scales and 8 mins, one of each per 32 weights
 #   byte 16-143   qs      u4     256 quants; 32 bytes hold a group low, the next group high
-@njit([BLOCKS], nogil=True, cache=True, fastmath=False)
-def dequantize_q4_k(
-    src: NDArray[np.uint8], out: NDArray[np.float32], start: int, stop: int
-) -> None:
-    """Blocks [start, stop) of src (n_blocks, 144) into out (n_blocks, 256)."""
-    for block in range(start, stop):
-        d = _scale(src[block, 0], src[block, 1])
-        dmin = _scale(src[block, 2], src[block, 3])
-        scales = src[block, 4:16]
-        qs = src[block, 16:]
-        weights = out[block]
-        for pair in range(4):
-            scale, least = _scale_and_min(scales, 2 * pair)
-            d_low, min_low = d * scale, dmin * least
-            scale, least = _scale_and_min(scales, 2 * pair + 1)
-            d_high, min_high = d * scale, dmin * least
-            for i in range(32):
-                q = qs[32 * pair + i]
-                weights[64 * pair + i] = d_low * np.float32(q & np.uint8(0x0F)) - min_low
-                weights[64 * pair + 32 + i] = d_high * np.float32(q >> np.uint8(4)) - min_high
+def q4_k(src: Array, at: int, w: Array, to: int) -> None:
+    packed = floats(scales_and_mins(src, at + 4))
+    scales, mins = packed * f16(src, at), packed * f16(src, at + 2)
+    for group in range(0, 8, 2):
+        for part in range(2):
+            q = load(src, at + 16 + 16 * group + 16 * part)
+            low = floats(q & 15) * lane(scales, group) - lane(mins, 8 + group)
+            high = floats(q >> 4) * lane(scales, group + 1) - lane(mins, 9 + group)
+            put(w, to + 32 * group + 16 * part, low)
+            put(w, to + 32 * group + 16 * part + 32, high)
+
+
+# Q5_K, 176 bytes -> 256 weights             ggml-common.h: block_q5_K
+#   byte 0-1      d       f16    scale of the group scales
+#   byte 2-3      dmin    f16    scale of the group mins
+#   byte 4-15     scales  u6     8 scales and 8 mins, one of each per 32 weights
+#   byte 16-47    qh      u1     bit 4 of the quants; a bit for each group
+#   byte 48-175   qs      u4     256 quants; 32 bytes hold a group low, the next group high
+def q5_k(src: Array, at: int, w: Array, to: int) -> None:
+    packed = floats(scales_and_mins(src, at + 4))
+    scales, mins = packed * f16(src, at), packed * f16(src, at + 2)
+    for group in range(0, 8, 2):
+        for part in range(2):
+            upper = load(src, at + 16 + 16 * part) >> group
+            q = load(src, at + 48 + 16 * group + 16 * part)
+            low = floats((q & 15) | (upper & 1) << 4)
+            high = floats((q >> 4) | (upper & 2) << 3)
+            to_low = to + 32 * group + 16 * part
+            put(w, to_low, low * lane(scales, group) - lane(mins, 8 + group))
+            put(w, to_low + 32, high * lane(scales, group + 1) - lane(mins, 9 + group))
 
 
 # Q6_K, 210 bytes -> 256 weights             ggml-common.h: block_q6_K
@@ -75,30 +127,19 @@ def dequantize_q4_k(
 #   byte 128-191  qh      u2     upper bits; of each 128 weights 32 bytes, 32 weights per bit pair
 #   byte 192-207  scales  i8     one per 16 weights
 #   byte 208-209  d       f16    scale of the group scales
-@njit([BLOCKS], nogil=True, cache=True, fastmath=False)
-def dequantize_q6_k(
-    src: NDArray[np.uint8], out: NDArray[np.float32], start: int, stop: int
-) -> None:
-    """Blocks [start, stop) of src (n_blocks, 210) into out (n_blocks, 256)."""
-    for block in range(start, stop):
-        d = _scale(src[block, 208], src[block, 209])
-        for half in range(2):
-            ql = src[block, 64 * half : 64 * half + 64]
-            qh = src[block, 128 + 32 * half : 160 + 32 * half]
-            scales = src[block, 192 + 8 * half : 200 + 8 * half]
-            weights = out[block, 128 * half : 128 * half + 128]
-            for part in range(2):
-                d0 = d * np.float32(np.int8(scales[part]))
-                d1 = d * np.float32(np.int8(scales[part + 2]))
-                d2 = d * np.float32(np.int8(scales[part + 4]))
-                d3 = d * np.float32(np.int8(scales[part + 6]))
-                for i in range(16 * part, 16 * part + 16):
-                    low, high, upper = ql[i], ql[i + 32], qh[i]
-                    q0 = (low & np.uint8(0x0F)) | (upper & np.uint8(0x03)) << np.uint8(4)
-                    q1 = (high & np.uint8(0x0F)) | (upper & np.uint8(0x0C)) << np.uint8(2)
-                    q2 = (low >> np.uint8(4)) | (upper & np.uint8(0x30))
-                    q3 = (high >> np.uint8(4)) | (upper & np.uint8(0xC0)) >> np.uint8(2)
-                    weights[i] = d0 * np.float32(np.int8(q0) - np.int8(32))
-                    weights[i + 32] = d1 * np.float32(np.int8(q1) - np.int8(32))
-                    weights[i + 64] = d2 * np.float32(np.int8(q2) - np.int8(32))
-                    weights[i + 96] = d3 * np.float32(np.int8(q3) - np.int8(32))
+def q6_k(src: Array, at: int, w: Array, to: int) -> None:
+    scales = floats(signed(load(src, at + 192))) * f16(src, at + 208)
+    for half in range(2):
+        for part in range(2):
+            first = load(src, at + 64 * half + 16 * part)
+            second = load(src, at + 64 * half + 16 * part + 32)
+            upper = load(src, at + 128 + 32 * half + 16 * part)
+            q0 = (first & 15) | (upper & 0x03) << 4
+            q1 = (second & 15) | (upper & 0x0C) << 2
+            q2 = (first >> 4) | (upper & 0x30)
+            q3 = (second >> 4) | (upper & 0xC0) >> 2
+            group = 8 * half + part
+            put(w, to + 16 * group, floats(signed(q0 - 32)) * lane(scales, group))
+            put(w, to + 16 * group + 32, floats(signed(q1 - 32)) * lane(scales, group + 2))
+            put(w, to + 16 * group + 64, floats(signed(q2 - 32)) * lane(scales, group + 4))
+            put(w, to + 16 * group + 96, floats(signed(q3 - 32)) * lane(scales, group + 6))

@@ -1,43 +1,61 @@
-"""Block types with one scale for 32 weights: w = d * q. Q8_0: 8.5 bits per weight."""
+"""Block types of 32 weights with one scale, and perhaps a minimum, in the file as float16.
+
+Q4_0, Q5_0, Q8_0: w = d * q.  Q4_1, Q5_1: w = d * q + m.
+"""
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit, types
-from numpy.typing import NDArray
-
-BYTES = types.Array(types.uint8, 2, "C", readonly=True)  # readonly accepts writable arrays too
-BLOCKS = types.void(BYTES, types.float32[:, ::1], types.intp, types.intp)
+from numaload.kernels.lanes import Array, f16, floats, load, put, signed, spread, u32
 
 
-@njit(nogil=True, cache=True, fastmath=False)
-def _scale(low: np.uint8, high: np.uint8) -> np.float32:
-    # f16 to float32 by bits, as floats.py explains; a file calls no kernel of another file,
-    # because the compiled code on disk would not notice when the other one changes.
-    mag = np.uint32(low) | (np.uint32(high) & np.uint32(0x7F)) << np.uint32(8)
-    bits = np.uint32((mag << np.uint32(13)) + np.uint32(0x38000000))
-    if mag >= np.uint32(0x7C00):
-        bits = np.uint32(bits + np.uint32(0x38000000))
-    if mag < np.uint32(0x0400):
-        small = np.uint32(mag | np.uint32(0x3F000000)).view(np.float32) - np.float32(0.5)
-        bits = np.float32(small).view(np.uint32)
-    sign = (np.uint32(high) & np.uint32(0x80)) << np.uint32(24)
-    return np.uint32(bits | sign).view(np.float32)
+# Q4_0, 18 bytes -> 32 weights               ggml-common.h: block_q4_0
+#   byte 0-1    d      f16    scale
+#   byte 2-17   qs     u4     32 quants, 8 too large; weights 0-15 low, 16-31 high
+def q4_0(src: Array, at: int, w: Array, to: int) -> None:
+    d = f16(src, at)
+    q = load(src, at + 2)
+    put(w, to, floats(signed((q & 15) - 8)) * d)
+    put(w, to + 16, floats(signed((q >> 4) - 8)) * d)
+
+
+# Q4_1, 20 bytes -> 32 weights               ggml-common.h: block_q4_1
+#   byte 0-1    d      f16    scale
+#   byte 2-3    m      f16    minimum
+#   byte 4-19   qs     u4     32 quants; weights 0-15 low, 16-31 high
+def q4_1(src: Array, at: int, w: Array, to: int) -> None:
+    d, m = f16(src, at), f16(src, at + 2)
+    q = load(src, at + 4)
+    put(w, to, floats(q & 15) * d + m)
+    put(w, to + 16, floats(q >> 4) * d + m)
+
+
+# Q5_0, 22 bytes -> 32 weights               ggml-common.h: block_q5_0
+#   byte 0-1    d      f16    scale
+#   byte 2-5    qh     u1     bit 4 of 32 quants
+#   byte 6-21   qs     u4     32 quants, 16 too large; weights 0-15 low, 16-31 high
+def q5_0(src: Array, at: int, w: Array, to: int) -> None:
+    d, high = f16(src, at), u32(src, at + 2)
+    q = load(src, at + 6)
+    put(w, to, floats(signed(((q & 15) | (spread(high) & 16)) - 16)) * d)
+    put(w, to + 16, floats(signed(((q >> 4) | (spread(high >> 16) & 16)) - 16)) * d)
+
+
+# Q5_1, 24 bytes -> 32 weights               ggml-common.h: block_q5_1
+#   byte 0-1    d      f16    scale
+#   byte 2-3    m      f16    minimum
+#   byte 4-7    qh     u1     bit 4 of 32 quants
+#   byte 8-23   qs     u4     32 quants; weights 0-15 low, 16-31 high
+def q5_1(src: Array, at: int, w: Array, to: int) -> None:
+    d, m, high = f16(src, at), f16(src, at + 2), u32(src, at + 4)
+    q = load(src, at + 8)
+    put(w, to, floats((q & 15) | (spread(high) & 16)) * d + m)
+    put(w, to + 16, floats((q >> 4) | (spread(high >> 16) & 16)) * d + m)
 
 
 # Q8_0, 34 bytes -> 32 weights               ggml-common.h: block_q8_0
 #   byte 0-1    d      f16    scale
 #   byte 2-33   qs     i8     32 quants
-@njit([BLOCKS], nogil=True, cache=True, fastmath=False)
-def dequantize_q8_0(
-    src: NDArray[np.uint8], out: NDArray[np.float32], start: int, stop: int
-) -> None:
-    """Blocks [start, stop) of src (n_blocks, 34) into out (n_blocks, 32): w = d * q."""
-    for block in range(start, stop):
-        d = _scale(src[block, 0], src[block, 1])
-        qs = src[block, 2:]
-        weights = out[block]
-        # The length is always 32, but a trip count known when compiling makes LLVM unroll the
-        # loop to 32 scalar steps before it looks for vectors: three times slower.
-        for i in range(weights.size):
-            weights[i] = d * np.float32(np.int8(qs[i]))
+def q8_0(src: Array, at: int, w: Array, to: int) -> None:
+    d = f16(src, at)
+    put(w, to, floats(signed(load(src, at + 2))) * d)
+    put(w, to + 16, floats(signed(load(src, at + 18))) * d)

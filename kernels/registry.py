@@ -1,50 +1,141 @@
-"""Which function turns which type into float32. Importing this table does not import numba."""
+"""Which function decodes which type. Importing this table imports neither numpy, numba nor LLVM."""
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+from numaload.formats.qtypes import BLOCKS, QuantType
 
-from numaload.formats.qtypes import QuantType
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-# (src, out, start, stop). Compiled code checks no bounds: shapes and range are the caller's duty.
-Dequantize = Callable[[NDArray[np.uint8], NDArray[np.float32], int, int], None]
-Narrow = Callable[[NDArray[np.float32], NDArray[np.uint16], int, int], None]
+    from numaload.kernels.loops import Decode, Read
 
 # {qtype: (module in this package, function)}
 KERNELS: dict[QuantType, tuple[str, str]] = {
-    QuantType.F16: ("floats", "dequantize_f16"),
-    QuantType.BF16: ("floats", "dequantize_bf16"),
-    QuantType.Q8_0: ("legacy", "dequantize_q8_0"),
-    QuantType.Q4_K: ("kquants", "dequantize_q4_k"),
-    QuantType.Q6_K: ("kquants", "dequantize_q6_k"),
+    QuantType.F32: ("floats", "f32"),
+    QuantType.F16: ("floats", "f16"),
+    QuantType.BF16: ("floats", "bf16"),
+    QuantType.Q4_0: ("legacy", "q4_0"),
+    QuantType.Q4_1: ("legacy", "q4_1"),
+    QuantType.Q5_0: ("legacy", "q5_0"),
+    QuantType.Q5_1: ("legacy", "q5_1"),
+    QuantType.Q8_0: ("legacy", "q8_0"),
+    QuantType.Q2_K: ("kquants", "q2_k"),
+    QuantType.Q3_K: ("kquants", "q3_k"),
+    QuantType.Q4_K: ("kquants", "q4_k"),
+    QuantType.Q5_K: ("kquants", "q5_k"),
+    QuantType.Q6_K: ("kquants", "q6_k"),
+    QuantType.IQ1_S: ("iq1", "iq1_s"),
+    QuantType.IQ1_M: ("iq1", "iq1_m"),
+    QuantType.IQ2_XXS: ("iquants", "iq2_xxs"),
+    QuantType.IQ2_XS: ("iquants", "iq2_xs"),
+    QuantType.IQ2_S: ("iquants", "iq2_s"),
+    QuantType.IQ3_XXS: ("iquants", "iq3_xxs"),
+    QuantType.IQ3_S: ("iquants", "iq3_s"),
+    QuantType.IQ4_NL: ("codebooks", "iq4_nl"),
+    QuantType.IQ4_XS: ("codebooks", "iq4_xs"),
+    QuantType.MXFP4: ("codebooks", "mxfp4"),
+    QuantType.NVFP4: ("codebooks", "nvfp4"),
+    QuantType.Q1_0: ("ternary", "q1_0"),
+    QuantType.Q2_0: ("ternary", "q2_0"),
+    QuantType.TQ1_0: ("ternary", "tq1_0"),
+    QuantType.TQ2_0: ("ternary", "tq2_0"),
 }
+DTYPES = ("float32", "float16", "bfloat16")
+# What is in the file as it is asked for, and stays bit for bit; F32 to float32 does by itself.
+COPIES = {(QuantType.F16, "float16"), (QuantType.BF16, "bfloat16")}
 
-# {name of the target dtype: (module in this package, function)}
-NARROW: dict[str, tuple[str, str]] = {
-    "float16": ("floats", "narrow_float16"),
-    "bfloat16": ("floats", "narrow_bfloat16"),
-}
+# (blocks, uint8; floats or their bits; whether past the caches), both arrays C-contiguous and of
+# one size in steps. Compiled code checks no bounds: that is the caller's duty.
+Kernel = Callable[["NDArray[np.uint8]", "NDArray[Any]", bool], None]
 
-
-def load(qtype: QuantType) -> Dequantize | None:
-    """The kernel of a type, None if it has none. The first one of a family compiles or reads it."""
-    kernel: Dequantize | None = _function(KERNELS.get(qtype))
-    return kernel
+_loaded: dict[tuple[QuantType, str], Kernel] = {}
+_lock = threading.Lock()
 
 
-def load_narrow(dtype_name: str) -> Narrow | None:
-    """The kernel from float32 to ``"float16"`` or ``"bfloat16"``, None for any other name."""
-    kernel: Narrow | None = _function(NARROW.get(dtype_name))
-    return kernel
+def step(qtype: QuantType) -> tuple[int, int]:
+    """(weights, bytes) that a kernel works on at once: a block, or 16 weights without blocks."""
+    block_size, type_size = BLOCKS[qtype]
+    return (block_size, type_size) if block_size > 1 else (16, 16 * type_size)
 
 
-def _function(row: tuple[str, str] | None) -> Any:
-    if row is None:
+def load(qtype: QuantType, dtype: str) -> Kernel | None:
+    """The kernel from a type to one of DTYPES, None if there is none.
+
+    The first time it is linked from the cache on disk, or compiled; any thread may ask.
+    """
+    if qtype not in KERNELS or dtype not in DTYPES:
         return None
-    module, name = row
-    return getattr(import_module(f"{__package__}.{module}"), name)
+    with _lock:
+        if (qtype, dtype) not in _loaded:
+            make = _interpreted if interpreted() else _compiled
+            _loaded[qtype, dtype] = make(qtype, dtype)
+        return _loaded[qtype, dtype]
+
+
+def decoder(qtype: QuantType) -> Decode | Read:
+    """The function of the table: Read for floats, else Decode."""
+    module, name = KERNELS[qtype]
+    found: Decode | Read = getattr(import_module(f"{__package__}.{module}"), name)
+    return found
+
+
+def interpreted() -> bool:
+    """Whether kernels run as Python, for debugging and for coverage: NUMBA_DISABLE_JIT=1."""
+    return os.environ.get("NUMBA_DISABLE_JIT", "0") not in {"", "0"}
+
+
+def cache_problem() -> str:
+    """Why compiled kernels could not be kept on disk, for people; empty if they could."""
+    from numaload.kernels import cache
+
+    return cache.problem()
+
+
+def _parts(qtype: QuantType, dtype: str) -> tuple[Any, Any, tuple[int, int]]:
+    """What `loops.build_loop` takes: from the file, to what is stored, sizes."""
+    from numaload.kernels import lanes, loops
+
+    if (qtype, dtype) in COPIES:
+        return lanes.load_u16, loops.unchanged, step(qtype)
+    return decoder(qtype), loops.NARROW[dtype], step(qtype)
+
+
+def _compiled(qtype: QuantType, dtype: str) -> Kernel:
+    from numaload.kernels import cache
+    from numaload.kernels.objects import Function
+
+    name = f"{KERNELS[qtype][1]}_to_{dtype}"
+    code = cache.load(name)
+    if code is None:
+        from numaload.kernels.compile import compile_kernel
+
+        code = compile_kernel(name, dtype, *_parts(qtype, dtype))
+        cache.save(name, code)
+    function, (_, nbytes) = Function(code, name), step(qtype)
+
+    def kernel(blocks: NDArray[np.uint8], floats: NDArray[Any], past_caches: bool) -> None:
+        function(blocks.ctypes.data, floats.ctypes.data, blocks.nbytes // nbytes, past_caches)
+
+    return kernel
+
+
+def _interpreted(qtype: QuantType, dtype: str) -> Kernel:
+    import numpy as np
+
+    from numaload.kernels.loops import build_loop
+
+    _, nbytes = step(qtype)
+    loop = build_loop(*_parts(qtype, dtype), lambda function: function)
+
+    def kernel(blocks: NDArray[np.uint8], floats: NDArray[Any], past_caches: bool) -> None:
+        with np.errstate(all="ignore"):  # numpy warns where a kernel may overflow
+            loop(blocks.reshape(-1), floats, blocks.nbytes // nbytes, past_caches)
+
+    return kernel

@@ -1,8 +1,4 @@
-"""Blocks to floats: the kernel of a qtype, split over pinned workers.
-
-Kernels write float32. For float16 and bfloat16 each worker dequantizes into a small buffer of its
-own and rounds from there (to nearest even; too large is inf), so no second full copy is made.
-"""
+"""Blocks to floats: the kernel of a qtype and dtype, its range split over pinned workers."""
 
 from __future__ import annotations
 
@@ -24,15 +20,15 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-RAW: dict[QuantType, str] = {
-    QuantType.F32: "float32",
-    QuantType.F16: "float16",
-    QuantType.BF16: "bfloat16",
-}
-SCRATCH = 1 << 16  # weights a worker holds as float32 before rounding: stays in the L2 cache
+FLOATS = (QuantType.F32, QuantType.F16, QuantType.BF16)  # without blocks, in either byte order
 GRAIN = 1 << 17  # weights; less is not worth another thread
+PIECE = 1 << 16  # weights of a big-endian file that a worker turns round at a time
+# Bytes of output: from here on it goes past the caches. It would push out what is in them, and be
+# gone itself before somebody reads the beginning.
+LARGE = 8 << 20
 
 Blocks = NDArray[np.uint8]  # (n_blocks, type_size)
+# Steps [start, stop): a step is what the kernel works on at once.
 RangeFunction = Callable[[int, int], None]
 
 
@@ -59,129 +55,73 @@ def dequantize_blocks(
 ) -> None:
     """Turn ``blocks`` (n_blocks, type_size) into ``out``, flat, n_blocks * block_size of ``dtype``.
 
-    Bit-exact with ggml's to_float; types without a kernel go through gguf-py, said once.
+    Bit-exact with ggml's to_float. float16 and bfloat16: rounded to nearest even, too large is inf.
     name: of the tensor, for errors. byte_order: of the blocks; F32, F16 and BF16 can be "big".
     Raises: UnsupportedTypeError.
     """
     what = f"tensor {name!r}: {qtype.name}" if name else qtype.name
-    block_size, _ = BLOCKS[qtype]
-    grain = max(1, GRAIN // block_size)
     swapped = byte_order == "big"
-    if swapped and qtype not in RAW:
+    if swapped and qtype not in FLOATS:
         raise UnsupportedTypeError(
             f"{what} of a big-endian file cannot be turned to float, only"
-            f" {', '.join(one.name for one in RAW)} can: gguf-convert-endian of gguf-py makes a"
+            f" {', '.join(one.name for one in FLOATS)} can: gguf-convert-endian of gguf-py makes a"
             " little-endian file of it"
         )
-    if RAW.get(qtype) == dtype.name:
-        task = _copy(blocks, out, swapped=swapped)
-    else:
-        to_float32 = (_swapped if swapped else _kernel)(blocks, qtype, what)
-        floats = out.reshape(-1, block_size)
-        if dtype.name == "float32":
-            task = _direct(to_float32, floats)
-        else:
-            task = _rounded(to_float32, floats, dtype.name)
-    workers.ranges(task, len(blocks), grain)
+    kernel = _kernel(qtype, dtype.name, what)
+    step, nbytes = registry.step(qtype)
+    bits = out.view(np.float32 if dtype.itemsize == 4 else np.uint16)
+    flat = np.ascontiguousarray(blocks).reshape(-1)
+    n_steps = flat.nbytes // nbytes
+    run = _swapping(kernel, BLOCKS[qtype][1]) if swapped else kernel
+    past_caches = out.nbytes >= LARGE
+
+    def task(start: int, stop: int) -> None:
+        run(
+            flat[start * nbytes : stop * nbytes],
+            bits[start * step : stop * step],
+            past_caches,
+        )
+
+    if n_steps:
+        workers.ranges(task, n_steps, max(1, GRAIN // step))
+    _finish(run, flat[n_steps * nbytes :], bits[n_steps * step :], (step, nbytes))
 
 
-# A function of (blocks' range, float32 out for just that range).
-ToFloat32 = Callable[[int, int, NDArray[np.float32]], None]
-
-
-def _kernel(blocks: Blocks, qtype: QuantType, what: str) -> ToFloat32:
-    if qtype is QuantType.F32:
-        return lambda start, stop, out: _widen(blocks[start:stop], out)
-    kernel = registry.load(qtype)
+def _kernel(qtype: QuantType, dtype_name: str, what: str) -> registry.Kernel:
+    kernel = registry.load(qtype, dtype_name)
     if kernel is None:
-        return _by_gguf(blocks, qtype, what)
-
-    def run(start: int, stop: int, out: NDArray[np.float32]) -> None:
-        kernel(blocks[start:stop], out, 0, stop - start)
-
-    return run
-
-
-def _swapped(blocks: Blocks, qtype: QuantType, what: str) -> ToFloat32:
-    """Of big-endian floats: pieces of them the other way round, through the same kernels."""
-    width = blocks.shape[1]
-
-    def run(start: int, stop: int, out: NDArray[np.float32]) -> None:
-        for first in range(start, stop, SCRATCH):
-            last = min(first + SCRATCH, stop)
-            piece = blocks[first:last].view(f">u{width}").astype(f"<u{width}").view(np.uint8)
-            _kernel(piece, qtype, what)(0, last - first, out[first - start : last - start])
-
-    return run
+        raise UnsupportedTypeError(
+            f"{what} cannot be turned to float: ggml has no conversion for it"
+        )
+    problem = registry.cache_problem()
+    if problem:
+        warn_once("kernel cache", problem)
+    return kernel
 
 
-def _by_gguf(blocks: Blocks, qtype: QuantType, what: str) -> ToFloat32:
-    import gguf
+def _finish(
+    run: registry.Kernel, rest: NDArray[np.uint8], out: NDArray[Any], sizes: tuple[int, int]
+) -> None:
+    """The last floats that are no whole step, by way of one."""
+    if out.size:
+        blocks, floats = np.zeros(sizes[1], np.uint8), np.empty(sizes[0], out.dtype)
+        blocks[: rest.size] = rest
+        run(blocks, floats, False)
+        out[:] = floats[: out.size]
 
-    try:
-        foreign = gguf.GGMLQuantizationType(qtype.value)
-        gguf.quants.dequantize(np.zeros_like(blocks, shape=(1, blocks.shape[1])), foreign)
-    except (NotImplementedError, ValueError) as error:
-        raise UnsupportedTypeError(f"{what} cannot be turned to float: {error}") from error
-    warn_once(
-        f"gguf-py {qtype.name}",
-        f"{qtype.name} has no kernel here yet and goes through gguf-py, 10 to 100 times slower",
-    )
 
-    step = max(1, SCRATCH // BLOCKS[qtype][0])
+def _swapping(kernel: registry.Kernel, width: int) -> registry.Kernel:
+    """The kernel for floats of ``width`` bytes that are the other way round in the file."""
 
-    def run(start: int, stop: int, out: NDArray[np.float32]) -> None:
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            # As one row: gguf-py works on 16 rows at a time, and its temporaries are many times
-            # the size of these. Infinite scales are the file's business, not worth a warning.
-            row = blocks[first:last].reshape(1, -1)
-            with np.errstate(all="ignore"):
-                floats = gguf.quants.dequantize(row, foreign)
-            out[first - start : last - start] = floats.reshape(last - first, -1)
+    def run(blocks: NDArray[np.uint8], floats: NDArray[Any], past_caches: bool) -> None:
+        count = len(floats)
+        big = blocks.view(f">u{width}")
+        for first in range(0, count, PIECE):
+            last = min(first + PIECE, count)
+            little = big[first:last].astype(f"<u{width}").view(np.uint8)
+            kernel(little, floats[first:last], past_caches)
 
     return run
-
-
-def _widen(blocks: Blocks, out: NDArray[np.float32]) -> None:
-    out[:] = np.ascontiguousarray(blocks).view(np.float32)
-
-
-def _copy(blocks: Blocks, out: NDArray[Any], *, swapped: bool) -> RangeFunction:
-    target = out.view(np.uint8).reshape(blocks.shape)
-    if swapped:
-        width = blocks.shape[1]
-        blocks, target = blocks.view(f">u{width}"), target.view(f"<u{width}")
-
-    def task(start: int, stop: int) -> None:
-        np.copyto(target[start:stop], blocks[start:stop])
-
-    return task
-
-
-def _direct(to_float32: ToFloat32, out: NDArray[np.float32]) -> RangeFunction:
-    def task(start: int, stop: int) -> None:
-        to_float32(start, stop, out[start:stop])
-
-    return task
-
-
-def _rounded(to_float32: ToFloat32, out: NDArray[Any], name: str) -> RangeFunction:
-    narrow = registry.load_narrow(name)
-    assert narrow is not None  # noqa: S101 - DTYPES has no other
-    block_size = out.shape[1]
-    step = max(1, SCRATCH // block_size)
-    bits = out.view(np.uint16)
-
-    def task(start: int, stop: int) -> None:
-        scratch = np.empty((min(step, stop - start), block_size), np.float32)
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            part = scratch[: last - first]
-            to_float32(first, last, part)
-            narrow(part.reshape(-1), bits[first:last].reshape(-1), 0, part.size)
-
-    return task
 
 
 def as_output(out: Any, dtype: np.dtype[Any], size: int) -> NDArray[Any]:

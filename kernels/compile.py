@@ -1,0 +1,70 @@
+"""A kernel's Python functions to machine code in an object file. Only this module runs numba.
+
+The code is a plain C function without references to Python or numba, so that `objects.py` can link
+it in a process that imports neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+from numba import njit, types
+from numba.extending import register_jitable
+
+from numaload.kernels import lanes
+from numaload.kernels import lowering as _teaches_the_vocabulary  # noqa: F401
+from numaload.kernels.loops import Narrow, build_loop
+from numaload.kernels.target import machine
+
+# No wrappers for calls from Python, which would refer to Python. parallel=True, for one, aborts the
+# process when two threads enter; fastmath would change results.
+OPTIONS = {
+    "nogil": True,
+    "fastmath": False,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
+OUTPUTS = {"float32": types.float32, "float16": types.uint16, "bfloat16": types.uint16}
+
+
+def compile_kernel(
+    name: str, dtype: str, function: Any, narrow: Narrow, sizes: tuple[int, int]
+) -> bytes:
+    """An object file whose function ``name`` takes what `objects.Function` says.
+
+    function, narrow, sizes: as `loops.build_loop` takes them. An exception is a defect of these.
+    """
+    _teach_helpers()
+    compiled = njit(**OPTIONS)(build_loop(function, narrow, sizes, _inlined))
+    arguments = (types.CPointer(types.uint8), types.CPointer(OUTPUTS[dtype]))
+    compiled.compile((*arguments, types.int64, types.int64))
+    (text,) = compiled.inspect_llvm().values()
+    return _emit(text, name)
+
+
+def _inlined(function: Any) -> Any:
+    """Callable for compiled code; the vocabulary already is."""
+    if function.__module__ == lanes.__name__:
+        return function
+    return njit(forceinline=True, **OPTIONS)(function)
+
+
+_taught: set[Callable[..., Any]] = set()
+
+
+def _teach_helpers() -> None:
+    for function in lanes.HELPERS:
+        if function not in _taught:
+            register_jitable(forceinline=True)(function)
+            _taught.add(function)
+
+
+def _emit(text: str, name: str) -> bytes:
+    module = llvm.parse_assembly(text)
+    (function,) = (f for f in module.functions if not f.is_declaration)
+    function.name = name
+    code: bytes = machine().emit_object(module)
+    return code

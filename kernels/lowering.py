@@ -1,0 +1,397 @@
+"""The vocabulary of `lanes.py` as LLVM instructions. Importing it registers them with numba."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import (
+    lower_builtin,
+    models,
+    register_model,
+    types,
+)
+
+from numaload.kernels import lanes
+from numaload.kernels.lanes import CHUNK, LANES, LINE
+from numaload.kernels.target import target
+
+
+class Lanes(types.Type):
+    """16 values of ``dtype`` in a vector register, or in several."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"lanes({dtype})")
+
+
+U8, I8, U16, U32, F32 = (
+    Lanes(t) for t in (types.uint8, types.int8, types.uint16, types.uint32, types.float32)
+)
+BIT, I16, I32, I64 = (ir.IntType(n) for n in (1, 16, 32, 64))
+ELEMENTS = {"uint8": ir.IntType(8), "int8": ir.IntType(8), "uint16": I16, "uint32": I32}
+
+
+def element(kind: Lanes) -> ir.Type:
+    return ELEMENTS.get(str(kind.dtype), ir.FloatType())
+
+
+def vector(of: ir.Type) -> ir.VectorType:
+    return ir.VectorType(of, LANES)
+
+
+@register_model(Lanes)
+class LanesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Lanes) -> None:
+        super().__init__(manager, kind, vector(element(kind)))
+
+
+# (builder, signature, *LLVM values) -> LLVM value, or None for a function that returns nothing
+Build = Callable[..., Any]
+
+
+def lowers(function: Callable[..., Any], *takes: Any, gives: Any) -> Callable[[Build], Build]:
+    """Compile calls of ``function`` with ``takes`` as the instructions that the build emits.
+
+    gives: the type of its result, or a function from the types of the arguments to it.
+    """
+
+    def register(build: Build) -> Build:
+        @infer_global(function)
+        class Template(AbstractTemplate):
+            def generic(self, kinds: Any, keywords: Any) -> Any:
+                if keywords or len(kinds) != len(takes):
+                    return None
+                result = gives if isinstance(gives, types.Type) else gives(*kinds)
+                return signature(result, *kinds)
+
+        @lower_builtin(function, *takes)
+        def _lowered(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+            result = build(builder, sig, *values)
+            return context.get_dummy_value() if result is None else result
+
+        return build
+
+    return register
+
+
+def constant(of: ir.Type, values: Any) -> ir.Constant:
+    """The same number in each lane, or a number for each."""
+    numbers = list(values) if hasattr(values, "__iter__") else [values] * LANES
+    return ir.Constant(vector(of), numbers)
+
+
+def c(value: int) -> ir.Constant:
+    """The same 32 bits in each lane."""
+    return constant(I32, value)
+
+
+def splat(builder: Any, value: Any) -> Any:
+    empty = ir.Constant(vector(value.type), ir.Undefined)
+    first = builder.insert_element(empty, value, I32(0))
+    return builder.shuffle_vector(first, empty, constant(I32, 0))
+
+
+def call(builder: Any, name: str, result: ir.Type, *values: Any) -> Any:
+    """An intrinsic of LLVM."""
+    kind = ir.FunctionType(result, [value.type for value in values])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
+
+
+def place(builder: Any, sig: Any, base: Any, at: Any, of: ir.Type) -> Any:
+    """A pointer to a value of type ``of`` at item ``at`` of a pointer or a constant array."""
+    if isinstance(sig.args[0], types.Array):
+        base = builder.extract_value(base, 4)  # numba's arrays: the data pointer
+    return builder.bitcast(builder.gep(base, [at]), of.as_pointer())
+
+
+# operators -------------------------------------------------------------------------------------
+
+OPERATORS = {
+    operator.and_: ("and_", None),
+    operator.or_: ("or_", None),
+    operator.xor: ("xor", None),
+    operator.lshift: ("shl", None),
+    operator.rshift: ("lshr", None),
+    operator.add: ("add", "fadd"),
+    operator.sub: ("sub", "fsub"),
+    operator.mul: ("mul", "fmul"),
+}
+
+
+def _operator(op: Any, names: tuple[str, str | None]) -> None:
+    @infer_global(op)
+    class Template(AbstractTemplate):
+        def generic(self, kinds: Any, keywords: Any) -> Any:
+            if keywords or len(kinds) != 2 or not isinstance(kinds[0], Lanes):
+                return None
+            kind, other = kinds
+            number = types.float32 if kind == F32 else types.Integer
+            fits = other in {kind, number} if kind == F32 else isinstance(other, number)
+            known = names[kind == F32] and (other == kind or fits)
+            return signature(kind, kind, other) if known else None
+
+    @lower_builtin(op, Lanes, types.Any)
+    def _lowered(_context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        kind, (left, right) = sig.args[0], values
+        if not isinstance(sig.args[1], Lanes):
+            # A number's lower bits, as integers wrap.
+            right = splat(builder, right if kind == F32 else _cut(builder, right, element(kind)))
+        return getattr(builder, str(names[kind == F32]))(left, right)
+
+
+def _cut(builder: Any, value: Any, to: Any) -> Any:
+    return value if value.type.width == to.width else builder.trunc(value, to)
+
+
+for _op, _names in OPERATORS.items():
+    _operator(_op, _names)
+
+
+# numbers ---------------------------------------------------------------------------------------
+
+
+def _number(bits: int) -> Build:
+    def build(builder: Any, sig: Any, base: Any, at: Any) -> Any:
+        value = builder.load(place(builder, sig, base, at, ir.IntType(bits)), align=1)
+        return value if bits == 64 else builder.zext(value, I64)
+
+    return build
+
+
+for _function, _bits in ((lanes.u8, 8), (lanes.u16, 16), (lanes.u32, 32), (lanes.i64, 64)):
+    lowers(_function, types.Any, types.Integer, gives=types.int64)(_number(_bits))
+
+
+# memory ----------------------------------------------------------------------------------------
+
+ITEMS = {kind.dtype: kind for kind in (U8, I8, U16, F32)}
+
+
+def _items(base: Any, _at: Any) -> Any:
+    return ITEMS[base.dtype]
+
+
+@lowers(lanes.load, types.Any, types.Integer, gives=_items)
+def _load(builder: Any, sig: Any, base: Any, at: Any) -> Any:
+    return builder.load(place(builder, sig, base, at, vector(element(sig.return_type))), align=1)
+
+
+lowers(lanes.load_u16, types.CPointer, types.Integer, gives=U16)(_load)
+lowers(lanes.load_f32, types.CPointer, types.Integer, gives=F32)(_load)
+
+
+@lowers(lanes.put, types.CPointer, types.Integer, Lanes, gives=types.none)
+def _put(builder: Any, sig: Any, base: Any, at: Any, value: Any) -> None:
+    builder.store(value, place(builder, sig, base, at, value.type), align=1)
+
+
+@lowers(lanes.stream, types.CPointer, types.Integer, Lanes, gives=types.none)
+def _stream(builder: Any, sig: Any, base: Any, at: Any, value: Any) -> None:
+    align = LANES * (4 if value.type.element == ir.FloatType() else value.type.element.width // 8)
+    store = builder.store(value, place(builder, sig, base, at, value.type), align=align)
+    store.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+
+
+@lowers(lanes.fence, gives=types.none)
+def _fence(builder: Any, _sig: Any) -> None:
+    if target().has("sse2") or target().triple.startswith("x86_64"):
+        call(builder, "llvm.x86.sse.sfence", ir.VoidType())
+    else:
+        builder.fence("seq_cst")
+
+
+@lowers(lanes.ahead, types.CPointer, types.Integer, gives=types.int64)
+def _ahead(builder: Any, sig: Any, base: Any, at: Any) -> Any:
+    size = sig.args[0].dtype.bitwidth // 8
+    address = builder.ptrtoint(builder.gep(base, [at]), I64)
+    nbytes = builder.and_(builder.neg(address), I64(LINE - 1))
+    return builder.udiv(nbytes, I64(size))
+
+
+@lowers(lanes.scratch, gives=types.CPointer(types.float32))
+def _scratch(builder: Any, _sig: Any) -> Any:
+    with builder.goto_entry_block():
+        room = builder.alloca(ir.FloatType(), CHUNK)
+    room.align = LINE
+    return room
+
+
+# lanes -----------------------------------------------------------------------------------------
+
+
+def _joined(builder: Any, values: Any, of: ir.IntType) -> Any:
+    """16 bytes from the lower bits of some numbers."""
+    result = ir.Constant(ir.VectorType(of, len(values)), ir.Undefined)
+    for i, value in enumerate(values):
+        result = builder.insert_element(result, _cut(builder, value, of), I32(i))
+    return builder.bitcast(result, vector(ir.IntType(8)))
+
+
+@lowers(lanes.pair, types.Integer, types.Integer, gives=U8)
+def _pair(builder: Any, _sig: Any, *values: Any) -> Any:
+    return _joined(builder, values, I64)
+
+
+@lowers(lanes.quad, *[types.Integer] * 4, gives=U8)
+def _quad(builder: Any, _sig: Any, *values: Any) -> Any:
+    return _joined(builder, values, I32)
+
+
+def _mask(builder: Any, bits: Any) -> Any:
+    return builder.bitcast(builder.trunc(bits, ir.IntType(LANES)), vector(BIT))
+
+
+@lowers(lanes.spread, types.Integer, gives=U8)
+def _spread(builder: Any, _sig: Any, bits: Any) -> Any:
+    return builder.sext(_mask(builder, bits), vector(ir.IntType(8)))
+
+
+@lowers(lanes.pairs_of_bits, types.Integer, gives=U8)
+def _pairs_of_bits(builder: Any, _sig: Any, bits: Any) -> Any:
+    each = splat(builder, builder.trunc(bits, I32))
+    moved = builder.lshr(each, constant(I32, range(0, 2 * LANES, 2)))
+    return builder.trunc(builder.and_(moved, constant(I32, 3)), vector(ir.IntType(8)))
+
+
+@lowers(lanes.plus_or_minus, types.Integer, Lanes, gives=F32)
+def _plus_or_minus(builder: Any, _sig: Any, bits: Any, value: Any) -> Any:
+    # Not a subtraction: that would keep the sign of a NaN.
+    flipped = builder.xor(builder.bitcast(value, vector(I32)), constant(I32, 1 << 31))
+    return builder.select(_mask(builder, bits), value, builder.bitcast(flipped, value.type))
+
+
+@lowers(lanes.signed, Lanes, gives=I8)
+def _signed(_builder: Any, _sig: Any, value: Any) -> Any:
+    return value
+
+
+@lowers(lanes.wide, Lanes, gives=U16)
+def _wide(builder: Any, _sig: Any, value: Any) -> Any:
+    return builder.zext(value, vector(I16))
+
+
+@lowers(lanes.floats, Lanes, gives=F32)
+def _floats(builder: Any, sig: Any, value: Any) -> Any:
+    extend = builder.sext if sig.args[0].dtype.signed else builder.zext
+    # Signed from 32 bits, also where it is never negative: there is an instruction for that.
+    return builder.sitofp(extend(value, vector(I32)), vector(ir.FloatType()))
+
+
+@lowers(lanes.lookup, types.Any, Lanes, gives=lambda table, _lanes: ITEMS[table.dtype])
+def _lookup(builder: Any, sig: Any, table: Any, index: Any) -> Any:
+    kind = vector(ir.IntType(8))
+    values = builder.load(place(builder, sig, table, I64(0), kind), align=1)
+    if target().has("ssse3"):
+        return call(builder, "llvm.x86.ssse3.pshuf.b.128", kind, values, index)
+    if target().triple.startswith("aarch64"):
+        return call(builder, "llvm.aarch64.neon.tbl1.v16i8", kind, values, index)
+    result = ir.Constant(kind, ir.Undefined)
+    for i in range(LANES):
+        value = builder.extract_element(values, builder.extract_element(index, I32(i)))
+        result = builder.insert_element(result, value, I32(i))
+    return result
+
+
+@lowers(lanes.lane, Lanes, types.Integer, gives=lambda kind, _i: kind.dtype)
+def _lane(builder: Any, _sig: Any, value: Any, i: Any) -> Any:
+    return builder.extract_element(value, i)
+
+
+# halves ----------------------------------------------------------------------------------------
+
+
+def _has_half_conversions() -> bool:
+    return target().has("f16c") or target().triple.startswith("aarch64")
+
+
+def _add_floats(builder: Any, left: Any, right: Any) -> Any:
+    """Bits of the sum of floats, from bits."""
+    single = vector(ir.FloatType())
+    total = builder.fadd(builder.bitcast(left, single), builder.bitcast(right, single))
+    return builder.bitcast(total, left.type)
+
+
+def widen_half(builder: Any, half: Any) -> Any:
+    """float16 bits, 16 times 16, to float32; a NaN becomes quiet."""
+    b, single = builder, vector(ir.FloatType())
+    if _has_half_conversions():
+        return b.fpext(b.bitcast(half, vector(ir.HalfType())), single)
+    bits = b.zext(half, vector(I32))
+    magnitude = b.and_(bits, c(0x7FFF))
+    normal = b.add(b.shl(magnitude, c(13)), c(0x38000000))
+    special = b.add(normal, c(0x38000000))  # infinity and NaN
+    # A subnormal is mantissa * 2**-24, which is the spacing of float32 in [0.5, 1): put the
+    # mantissa there and take the 0.5 off. No operand is subnormal in float32, so a thread that
+    # flushes subnormals to zero gets the same value.
+    small = _add_floats(b, b.or_(magnitude, c(0x3F000000)), c(0xBF000000))
+    result = b.select(b.icmp_unsigned(">=", magnitude, c(0x7C00)), special, normal)
+    quiet = b.or_(result, c(0x00400000))
+    result = b.select(b.icmp_unsigned(">", magnitude, c(0x7C00)), quiet, result)
+    result = b.select(b.icmp_unsigned("<", magnitude, c(0x0400)), small, result)
+    return b.bitcast(b.or_(result, b.shl(b.and_(bits, c(0x8000)), c(16))), single)
+
+
+@lowers(lanes.f16, types.CPointer, types.Integer, gives=F32)
+def _f16(builder: Any, sig: Any, base: Any, at: Any) -> Any:
+    # In all lanes from the start: a scalar load into a vector register waits for what the register
+    # held before.
+    bits = builder.load(place(builder, sig, base, at, I16), align=1)
+    return widen_half(builder, splat(builder, bits))
+
+
+@lowers(lanes.as_f16, types.Integer, gives=F32)
+def _as_f16(builder: Any, _sig: Any, bits: Any) -> Any:
+    return widen_half(builder, splat(builder, builder.trunc(bits, I16)))
+
+
+@lowers(lanes.widen_f16, Lanes, gives=F32)
+def _widen_f16(builder: Any, _sig: Any, value: Any) -> Any:
+    return widen_half(builder, value)
+
+
+@lowers(lanes.widen_bf16, Lanes, gives=F32)
+def _widen_bf16(builder: Any, _sig: Any, value: Any) -> Any:
+    upper = builder.shl(builder.zext(value, vector(I32)), constant(I32, 16))
+    return builder.bitcast(upper, vector(ir.FloatType()))
+
+
+@lowers(lanes.narrow_f16, Lanes, gives=U16)
+def _narrow_f16(builder: Any, _sig: Any, value: Any) -> Any:
+    b = builder
+    if _has_half_conversions():
+        return b.bitcast(b.fptrunc(value, vector(ir.HalfType())), vector(I16))
+    bits = b.bitcast(value, vector(I32))
+    magnitude = b.and_(bits, c(0x7FFFFFFF))
+    odd = b.and_(b.lshr(magnitude, c(13)), c(1))
+    # Rounding may carry into the exponent, and from the largest float16 into infinity. The
+    # difference wraps where one of the next lines replaces it.
+    half = b.lshr(b.add(b.add(magnitude, c(0x0FFF)), odd), c(13))
+    half = b.sub(half, c(0x1C000))
+    small = b.sub(
+        _add_floats(b, magnitude, c(0x3F000000)), c(0x3F000000)
+    )  # the sum rounds at 2**-24
+    half = b.select(b.icmp_unsigned("<", magnitude, c(0x38800000)), small, half)
+    half = b.select(b.icmp_unsigned(">=", magnitude, c(0x47800000)), c(0x7C00), half)
+    payload = b.and_(b.lshr(magnitude, c(13)), c(0x01FF))
+    nan = b.icmp_unsigned(">", magnitude, c(0x7F800000))
+    half = b.select(nan, b.or_(payload, c(0x7E00)), half)
+    sign = b.and_(b.lshr(bits, c(16)), c(0x8000))
+    return b.trunc(b.or_(half, sign), vector(I16))
+
+
+@lowers(lanes.narrow_bf16, Lanes, gives=U16)
+def _narrow_bf16(builder: Any, _sig: Any, value: Any) -> Any:
+    # The processors' own conversion flushes subnormals to zero, so it is done on the bits.
+    b = builder
+    bits = b.bitcast(value, vector(I32))
+    upper = b.lshr(bits, c(16))
+    odd = b.and_(upper, c(1))
+    rounded = b.lshr(b.add(b.add(bits, c(0x7FFF)), odd), c(16))
+    nan = b.or_(b.and_(upper, c(0x8000)), c(0x7FC0))
+    half = b.select(b.fcmp_unordered("uno", value, value), nan, rounded)
+    return b.trunc(half, vector(I16))

@@ -15,7 +15,7 @@ from numba.extending import register_jitable
 
 from numaload.kernels import lanes
 from numaload.kernels import lowering as _teaches_the_vocabulary  # noqa: F401
-from numaload.kernels.loops import Narrow, build_loop
+from numaload.kernels.loops import Parts, build_loop
 from numaload.kernels.target import machine
 
 # No wrappers for calls from Python, which would refer to Python. parallel=True, for one, aborts the
@@ -30,15 +30,13 @@ OPTIONS = {
 OUTPUTS = {"float32": types.float32, "float16": types.uint16, "bfloat16": types.uint16}
 
 
-def compile_kernel(
-    name: str, dtype: str, function: Any, narrow: Narrow, sizes: tuple[int, int]
-) -> bytes:
+def compile_kernel(name: str, dtype: str, parts: Parts) -> bytes:
     """An object file whose function ``name`` takes what `objects.Function` says.
 
-    function, narrow, sizes: as `loops.build_loop` takes them. An exception is a defect of these.
+    An exception is a defect of the parts.
     """
     _teach_helpers()
-    compiled = njit(**OPTIONS)(build_loop(function, narrow, sizes, _inlined))
+    compiled = njit(**OPTIONS)(build_loop(parts, _inlined))
     arguments = (types.CPointer(types.uint8), types.CPointer(OUTPUTS[dtype]))
     compiled.compile((*arguments, types.int64, types.int64))
     (text,) = compiled.inspect_llvm().values()

@@ -75,13 +75,18 @@ def load_f32(src: Array, at: int) -> Array:
     return src[at : at + 4 * LANES].view(np.float32)
 
 
+def join(low: Array, high: Array) -> Array:
+    """32 lanes, to be stored together."""
+    return np.concatenate([low, high])
+
+
 def put(dst: Array, at: int, lanes: Array) -> None:
-    """Store 16 items, the first as number ``at``."""
-    dst[at : at + LANES] = lanes
+    """Store 16 or 32 items, the first as number ``at``."""
+    dst[at : at + len(lanes)] = lanes
 
 
 def stream(dst: Array, at: int, lanes: Array) -> None:
-    """The same past the caches, to a multiple of the lanes' size: nobody reads it soon."""
+    """The same past the caches, ``at`` is where a cache line begins: nobody reads it soon."""
     put(dst, at, lanes)
 
 

@@ -7,13 +7,14 @@ in order and aligned whatever order a block has its weights in.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from numaload.kernels.lanes import (
     CHUNK,
     LANES,
     ahead,
     fence,
+    join,
     load,
     narrow_bf16,
     narrow_f16,
@@ -21,6 +22,8 @@ from numaload.kernels.lanes import (
     scratch,
     stream,
 )
+
+STEP = 2 * LANES  # weights that are stored together; every type's blocks are multiples of it
 
 # (src, byte at which the block begins, float32 scratch, number of the block's first weight in it)
 Decode = Callable[[Any, int, Any, int], None]
@@ -44,25 +47,36 @@ NARROW: dict[str, Narrow] = {
 }
 
 
-def make_store(read: Read, narrow: Narrow, item_size: int) -> Callable[..., None]:
-    """A function that stores ``count`` weights, a multiple of LANES, from where ``read`` reads.
+def make_convert(read: Read, narrow: Narrow, item_size: int) -> Read:
+    """A function that reads STEP weights and makes of them what is stored.
 
     item_size: what lies between two weights, in the unit in which ``read`` takes its place.
     """
+
+    def convert(src: Any, at: int) -> Any:
+        # Together they fill cache lines, of 16 bits too. And a store of 16 whose upper halves go
+        # would be one instruction, which forgets that it should go past the caches.
+        return join(narrow(read(src, at)), narrow(read(src, at + LANES * item_size)))
+
+    return convert
+
+
+def make_store(convert: Read, item_size: int) -> Callable[..., None]:
+    """A function that stores ``count`` weights, a multiple of STEP, which ``convert`` reads."""
 
     def store(src: Any, begin: int, out: Any, at: int, count: int, past_caches: int) -> None:
         if past_caches:
             first = ahead(out, at)
             if first > 0:  # unaligned up to the cache line, and at the end from the last one on
-                put(out, at, narrow(read(src, begin)))
-            for i in range(first, count - LANES + 1, LANES):
-                stream(out, at + i, narrow(read(src, begin + i * item_size)))
+                put(out, at, convert(src, begin))
+            for i in range(first, count - STEP + 1, STEP):
+                stream(out, at + i, convert(src, begin + i * item_size))
             if first > 0:
-                last = count - LANES
-                put(out, at + last, narrow(read(src, begin + last * item_size)))
+                last = count - STEP
+                put(out, at + last, convert(src, begin + last * item_size))
         else:
-            for i in range(0, count, LANES):
-                put(out, at + i, narrow(read(src, begin + i * item_size)))
+            for i in range(0, count, STEP):
+                put(out, at + i, convert(src, begin + i * item_size))
 
     return store
 
@@ -102,15 +116,22 @@ def make_float_loop(store: Callable[..., None], step: int) -> Loop:
     return loop
 
 
-def build_loop(
-    function: Any, narrow: Narrow, sizes: tuple[int, int], prepare: Callable[[Any], Any]
-) -> Loop:
-    """The loop of a kernel from its parts; ``prepare`` makes what they call callable for them.
+class Parts(NamedTuple):
+    """What makes a kernel."""
 
-    function: Decode, or Read of floats. sizes: (weights, bytes) of a block or of a step.
-    """
-    step, nbytes = sizes
-    function, narrow = prepare(function), prepare(narrow)
-    if step == LANES:
-        return make_float_loop(prepare(make_store(function, narrow, nbytes // step)), step)
-    return make_loop(function, prepare(make_store(load, narrow, 1)), *sizes)
+    function: Any  # Decode, or Read of floats
+    narrow: Narrow
+    weights: int  # of a block, or STEP floats
+    nbytes: int
+    floats: bool  # whether they are stored from where they are, or decoded to the scratch first
+
+
+def build_loop(parts: Parts, prepare: Callable[[Any], Any]) -> Loop:
+    """The loop of a kernel; ``prepare`` makes what its parts call callable for them."""
+    function, narrow, weights, nbytes, floats = parts
+    read, item_size = (function, nbytes // weights) if floats else (load, 1)
+    convert = prepare(make_convert(prepare(read), prepare(narrow), item_size))
+    store = prepare(make_store(convert, item_size))
+    if floats:
+        return make_float_loop(store, weights)
+    return make_loop(prepare(function), store, weights, nbytes)

@@ -22,11 +22,11 @@ from numaload.kernels.target import target
 
 
 class Lanes(types.Type):
-    """16 values of ``dtype`` in a vector register, or in several."""
+    """16 or 32 values of ``dtype`` in a vector register, or in several."""
 
-    def __init__(self, dtype: Any) -> None:
-        self.dtype = dtype
-        super().__init__(name=f"lanes({dtype})")
+    def __init__(self, dtype: Any, count: int = LANES) -> None:
+        self.dtype, self.count = dtype, count
+        super().__init__(name=f"lanes({dtype}, {count})")
 
 
 U8, I8, U16, U32, F32 = (
@@ -40,14 +40,14 @@ def element(kind: Lanes) -> ir.Type:
     return ELEMENTS.get(str(kind.dtype), ir.FloatType())
 
 
-def vector(of: ir.Type) -> ir.VectorType:
-    return ir.VectorType(of, LANES)
+def vector(of: ir.Type, count: int = LANES) -> ir.VectorType:
+    return ir.VectorType(of, count)
 
 
 @register_model(Lanes)
 class LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Lanes) -> None:
-        super().__init__(manager, kind, vector(element(kind)))
+        super().__init__(manager, kind, vector(element(kind), kind.count))
 
 
 # (builder, signature, *LLVM values) -> LLVM value, or None for a function that returns nothing
@@ -185,6 +185,12 @@ lowers(lanes.load_u16, types.CPointer, types.Integer, gives=U16)(_load)
 lowers(lanes.load_f32, types.CPointer, types.Integer, gives=F32)(_load)
 
 
+@lowers(lanes.join, Lanes, Lanes, gives=lambda low, _high: Lanes(low.dtype, 2 * LANES))
+def _join(builder: Any, _sig: Any, low: Any, high: Any) -> Any:
+    order = ir.Constant(vector(I32, 2 * LANES), list(range(2 * LANES)))
+    return builder.shuffle_vector(low, high, order)
+
+
 @lowers(lanes.put, types.CPointer, types.Integer, Lanes, gives=types.none)
 def _put(builder: Any, sig: Any, base: Any, at: Any, value: Any) -> None:
     builder.store(value, place(builder, sig, base, at, value.type), align=1)
@@ -192,8 +198,7 @@ def _put(builder: Any, sig: Any, base: Any, at: Any, value: Any) -> None:
 
 @lowers(lanes.stream, types.CPointer, types.Integer, Lanes, gives=types.none)
 def _stream(builder: Any, sig: Any, base: Any, at: Any, value: Any) -> None:
-    align = LANES * (4 if value.type.element == ir.FloatType() else value.type.element.width // 8)
-    store = builder.store(value, place(builder, sig, base, at, value.type), align=align)
+    store = builder.store(value, place(builder, sig, base, at, value.type), align=LINE)
     store.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
 
 
@@ -389,9 +394,11 @@ def _narrow_bf16(builder: Any, _sig: Any, value: Any) -> Any:
     # The processors' own conversion flushes subnormals to zero, so it is done on the bits.
     b = builder
     bits = b.bitcast(value, vector(I32))
-    upper = b.lshr(bits, c(16))
-    odd = b.and_(upper, c(1))
-    rounded = b.lshr(b.add(b.add(bits, c(0x7FFF)), odd), c(16))
-    nan = b.or_(b.and_(upper, c(0x8000)), c(0x7FC0))
-    half = b.select(b.fcmp_unordered("uno", value, value), nan, rounded)
-    return b.trunc(half, vector(I16))
+    odd = b.and_(b.lshr(bits, c(16)), c(1))
+    rounded = b.add(b.add(bits, c(0x7FFF)), odd)
+    nan = b.or_(b.and_(bits, c(0x80000000)), c(0x7FC00000))
+    chosen = b.select(b.fcmp_unordered("uno", value, value), nan, rounded)
+    # The upper halves, taken by a shuffle: with that of the next 16 it becomes one instruction.
+    halves = b.bitcast(chosen, vector(I16, 2 * LANES))
+    odd_ones = ir.Constant(vector(I32), list(range(1, 2 * LANES, 2)))
+    return b.shuffle_vector(halves, ir.Constant(halves.type, ir.Undefined), odd_ones)

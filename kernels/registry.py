@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from numaload.kernels.loops import Decode, Read
+    from numaload.kernels.loops import Decode, Parts, Read
 
 # {qtype: (module in this package, function)}
 KERNELS: dict[QuantType, tuple[str, str]] = {
@@ -60,9 +60,9 @@ _lock = threading.Lock()
 
 
 def step(qtype: QuantType) -> tuple[int, int]:
-    """(weights, bytes) that a kernel works on at once: a block, or 16 weights without blocks."""
+    """(weights, bytes) that a kernel works on at once: a block, or 32 weights without blocks."""
     block_size, type_size = BLOCKS[qtype]
-    return (block_size, type_size) if block_size > 1 else (16, 16 * type_size)
+    return (block_size, type_size) if block_size > 1 else (32, 32 * type_size)
 
 
 def load(qtype: QuantType, dtype: str) -> Kernel | None:
@@ -93,32 +93,52 @@ def interpreted() -> bool:
 
 def cache_problem() -> str:
     """Why compiled kernels could not be kept on disk, for people; empty if they could."""
+    if interpreted():
+        return ""
     from numaload.kernels import cache
 
     return cache.problem()
 
 
-def _parts(qtype: QuantType, dtype: str) -> tuple[Any, Any, tuple[int, int]]:
-    """What `loops.build_loop` takes: from the file, to what is stored, sizes."""
+def _parts(qtype: QuantType, dtype: str) -> Parts:
     from numaload.kernels import lanes, loops
 
+    floats = BLOCKS[qtype][0] == 1
     if (qtype, dtype) in COPIES:
-        return lanes.load_u16, loops.unchanged, step(qtype)
-    return decoder(qtype), loops.NARROW[dtype], step(qtype)
+        return loops.Parts(lanes.load_u16, loops.unchanged, *step(qtype), floats)
+    return loops.Parts(decoder(qtype), loops.NARROW[dtype], *step(qtype), floats)
 
 
-def _compiled(qtype: QuantType, dtype: str) -> Kernel:
+def object_code(name: str, dtype: str, parts: Parts) -> bytes:
+    """An object file with the function ``name``, from the cache on disk or compiled now."""
     from numaload.kernels import cache
-    from numaload.kernels.objects import Function
 
-    name = f"{KERNELS[qtype][1]}_to_{dtype}"
     code = cache.load(name)
     if code is None:
         from numaload.kernels.compile import compile_kernel
 
-        code = compile_kernel(name, dtype, *_parts(qtype, dtype))
+        code = compile_kernel(name, dtype, parts)
         cache.save(name, code)
-    function, (_, nbytes) = Function(code, name), step(qtype)
+    return code
+
+
+def load_fill() -> Callable[[int, int, int, int], None]:
+    """Writes float32 as kernels do and computes nothing: (address of 16 floats, address of the
+    output, how many times 32, past the caches).
+    """
+    from numaload.kernels import baselines, loops
+    from numaload.kernels.objects import Function
+
+    parts = loops.Parts(baselines.fill, loops.unchanged, 32, 0, floats=True)
+    return Function(object_code("fill", "float32", parts), "fill")
+
+
+def _compiled(qtype: QuantType, dtype: str) -> Kernel:
+    from numaload.kernels.objects import Function
+
+    name = f"{KERNELS[qtype][1]}_to_{dtype}"
+    function = Function(object_code(name, dtype, _parts(qtype, dtype)), name)
+    _, nbytes = step(qtype)
 
     def kernel(blocks: NDArray[np.uint8], floats: NDArray[Any], past_caches: bool) -> None:
         function(blocks.ctypes.data, floats.ctypes.data, blocks.nbytes // nbytes, past_caches)
@@ -132,7 +152,7 @@ def _interpreted(qtype: QuantType, dtype: str) -> Kernel:
     from numaload.kernels.loops import build_loop
 
     _, nbytes = step(qtype)
-    loop = build_loop(*_parts(qtype, dtype), lambda function: function)
+    loop = build_loop(_parts(qtype, dtype), lambda function: function)
 
     def kernel(blocks: NDArray[np.uint8], floats: NDArray[Any], past_caches: bool) -> None:
         with np.errstate(all="ignore"):  # numpy warns where a kernel may overflow

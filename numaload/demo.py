@@ -10,31 +10,11 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from numaload.formats.qtypes import BLOCKS, QuantType
+from numaload.formats.qtypes import QuantType
+from numaload.samples import random_blocks
 
 WIDTH, HIDDEN, EXPERTS = 1024, 2816, 8
 TYPES = ("Q4_K", "Q6_K", "Q8_0", "BF16", "F16", "F32", "Q5_K")
-# Where each type keeps its float16 scales, in a block: random bytes there would be inf or NaN.
-SCALES: dict[str, tuple[int, ...]] = {
-    "Q4_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
-}  # fmt: skip
-
-
-def random_blocks(qtype: QuantType, rows: int, columns: int, rng: Any) -> Any:
-    """(rows, bytes per row) uint8: random quants with small finite scales."""
-    import numpy as np
-
-    block_size, type_size = BLOCKS[qtype]
-    if qtype in (QuantType.F32, QuantType.F16, QuantType.BF16):
-        values = (rng.standard_normal((rows, columns)) * 0.02).astype(np.float32)
-        if qtype is QuantType.BF16:
-            values = (values.view(np.uint32) >> 16).astype(np.uint16)
-        return values.astype(np.float16 if qtype is QuantType.F16 else values.dtype).view(np.uint8)
-    blocks = rng.integers(0, 256, (rows * (columns // block_size), type_size), dtype=np.uint8)
-    for at in SCALES[qtype.name]:
-        scale = (rng.random(len(blocks)) * 0.01).astype(np.float16)
-        blocks[:, at : at + 2] = scale.view(np.uint8).reshape(-1, 2)
-    return blocks.reshape(rows, -1)
 
 
 def _layers(size: int, rng: Any) -> Iterator[tuple[str, QuantType, Any]]:

@@ -57,16 +57,31 @@ class Workers:
 
     def ranges(self, function: Callable[[int, int], None], total: int, grain: int = 1) -> None:
         """Call ``function(start, stop)`` over [0, total), in pieces of at least ``grain``."""
-        finish(self.submit_ranges(function, total, grain))
+        stop = threading.Event()
+        finish(self.submit_ranges(function, total, grain, stop), stop)
 
     def submit_ranges(
-        self, function: Callable[[int, int], None], total: int, grain: int = 1
+        self,
+        function: Callable[[int, int], None],
+        total: int,
+        grain: int = 1,
+        stop: threading.Event | None = None,
     ) -> list[Future[None]]:
-        """The same without waiting, for work on several nodes at once."""
+        """The same without waiting, for work on several nodes at once; none begins after ``stop``.
+
+        A future for each thread, not for each piece: that costs as much as a million weights.
+        """
         pieces = min(self.count * PIECES_EACH, max(1, total // max(1, grain)))
         step = max(1, -(-total // pieces))
-        starts = range(0, total, step)
-        return [self.submit(function, start, min(start + step, total)) for start in starts]
+        starts = iter(range(0, total, step))
+
+        def work() -> None:
+            for start in starts:  # each piece goes to the thread that asks first
+                if stop is not None and stop.is_set():
+                    return
+                function(start, min(start + step, total))
+
+        return [self.submit(work) for _ in range(min(self.count, -(-total // step)))]
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

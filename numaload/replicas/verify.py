@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping as MappingType
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,15 +90,16 @@ def verify(
     """
     placements = placements_of(replicas)
     wrong: list[tuple[Group, int, int]] = []  # (nodes, file, chunk)
+    stop = threading.Event()
     jobs = [
         job
         for group, mappings in replicas.items()
         for i, (mapping, sums) in enumerate(zip(mappings, checksums[group], strict=True))
         for job in pool(machine, group).submit_ranges(
-            partial(_check, mapping, sums, wrong, (group, i)), len(sums)
+            partial(_check, mapping, sums, wrong, (group, i)), len(sums), stop=stop
         )
     ]
-    finish(jobs)
+    finish(jobs, stop)
     differ: dict[Group, list[tuple[str, int]]] = {}
     for group, i, chunk in sorted(wrong):
         differ.setdefault(group, []).append((paths[i], chunk))

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
 
-from numaload import errors
 from numaload.dequantize import DTYPES, as_output, dequantize_blocks, dtype_of
-from numaload.errors import NumaloadWarning, UnsupportedTypeError, UsageError
+from numaload.errors import UnsupportedTypeError, UsageError
 from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.numa.topology import topology
 from numaload.numa.workers import pool
@@ -164,7 +163,7 @@ def test_float16_overflows_to_infinity() -> None:
     np.testing.assert_array_equal(out, [65504, 65504, np.inf, -np.inf, np.inf, np.nan])
 
 
-@pytest.mark.parametrize("name", ["Q1_0", "Q2_0", "Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"])
+@pytest.mark.parametrize("name", ["Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"])
 def test_types_without_floats(name: str) -> None:
     blocks = np.zeros((1, BLOCKS[QuantType[name]][1]), np.uint8)
     with pytest.raises(UnsupportedTypeError, match=f"{name} cannot be turned to float"):
@@ -203,13 +202,10 @@ def test_big_endian_blocks_without_floats(name: str) -> None:
         dequantize_blocks(blocks, qtype, F32, out, pool(topology()), name="odd", byte_order="big")
 
 
-def test_infinite_scales_warn_of_nothing_but_the_detour(monkeypatch: pytest.MonkeyPatch) -> None:
-    """gguf-py computes with numpy, which warns of infinities where ggml does not."""
-    monkeypatch.setattr(errors, "_said", set())
+def test_infinite_scales_warn_of_nothing() -> None:
+    """ggml does not either; the test fails at any warning."""
     blocks = np.full((3, 18), 0x7C, np.uint8)
-    with pytest.warns(NumaloadWarning, match="Q4_0 has no kernel here yet") as caught:
-        run(QuantType.Q4_0, blocks, F16)
-    assert len(caught) == 1
+    assert not np.isfinite(run(QuantType.Q4_0, blocks, F16)).any()
 
 
 def test_widening_float32_needs_no_other_package() -> None:

@@ -1,0 +1,105 @@
+"""``numaload bench``: measurements, each beside its baselines in the same run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from numaload.cli.output import complain, note, print_json
+
+if TYPE_CHECKING:
+    from numaload.bench.dequant import DequantReport
+
+
+def add_verbs(verbs: Any) -> None:
+    parser = verbs.add_parser("bench", help="measure this machine: bench dequant")
+    benches = parser.add_subparsers(metavar="WHAT", required=True)
+    parser = benches.add_parser(
+        "dequant",
+        help="kernels, a line per type, beside filling, memcpy, gguf-py and ggml",
+        description="Measures kernels on random weights that it makes. Gw/s: 10^9 weights a second."
+        " 'x NAME': how many times as fast as NAME, to float32, on one thread. fill: plain stores;"
+        " past caches: stores that bypass them. Every result is compared bit for bit; exit status 1"
+        " if one differs.",
+    )
+    parser.add_argument("--qtype", metavar="LIST", help="types, with commas; all unless given")
+    parser.add_argument("--dtype", metavar="LIST", help="float32,float16,bfloat16 unless given")
+    parser.add_argument("--threads", metavar="N", type=int, default=1, help="also on N threads")
+    parser.add_argument("--rounds", metavar="N", type=int, default=9, help="9 unless given")
+    parser.add_argument(
+        "--ggml",
+        metavar="[NAME=]PATH",
+        action="append",
+        help="a libggml-base.so to compare with; that of an installed llama-cpp-python if none",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="also draw it: .svg, .png (extra: plot)")
+    parser.add_argument("--json", action="store_true", help="print the API's report")
+    parser.set_defaults(run=dequant)
+
+
+def dequant(options: argparse.Namespace) -> int:
+    from numaload.bench.dequant import measure
+
+    if options.plot:
+        from numaload.bench import plot
+
+        plot.check(options.plot)  # before minutes of measuring
+    report = measure(
+        _words(options.qtype), _words(options.dtype), options.threads, options.rounds,
+        _libraries(options.ggml), None if options.json else _progress,
+    )  # fmt: skip
+    if options.plot:
+        plot.draw(report, options.plot)
+    if options.json:
+        print_json(report.to_dict())
+    else:
+        _tell(report)
+    for row in report.rows:
+        for name, same in row.same.items():
+            if not same:
+                complain(f"{row.qtype}: the floats are not those of {name}")
+    return 0 if report.same else 1
+
+
+def _words(text: str | None) -> list[str]:
+    return [word for word in (text or "").split(",") if word]
+
+
+def _libraries(given: list[str] | None) -> dict[str, str]:
+    from numaload.bench.ggml import installed
+
+    found = {}
+    for text in given or []:
+        name, equals, path = text.partition("=")
+        found[name if equals else "ggml"] = path if equals else text
+    default = installed()
+    if not found and default:
+        found["ggml"] = default
+    if not found:
+        note("ggml is not measured: pip install llama-cpp-python, or --ggml PATH")
+    return found
+
+
+def _progress(name: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{name}", end="", file=sys.stderr, flush=True)
+
+
+def _tell(report: DequantReport) -> None:
+    from numaload.bench import table
+    from numaload.bench.wanted import findings
+    from numaload.cli.output import print_columns
+
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+    print(", ".join(f"{what} {found}" for what, found in report.machine.items()))
+    for name, path in report.libraries.items():
+        print(f"{name}: {path}")
+    print(
+        f"{report.weights >> 20} Mi weights, medians of {report.rounds} rounds in turns;"
+        f" GB/s written: {', '.join(f'{n} {v:.1f}' for n, v in report.baselines.items())}"
+    )
+    print_columns(table.header(report), [table.cells(report, row) for row in report.rows])
+    for finding in findings(report):
+        print(finding)

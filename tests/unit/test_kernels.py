@@ -1,4 +1,4 @@
-"""Every kernel, bit for bit, against gguf-py, a naive twin and blocks written by hand."""
+"""Every kernel, bit for bit, against gguf-py and a naive twin, and what memory it touches."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import gguf
+import llvmlite.binding as llvm
 import ml_dtypes
 import numpy as np
 import pytest
@@ -20,17 +24,53 @@ from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.kernels import registry
 
 Bytes = NDArray[np.uint8]
+Halves = NDArray[np.uint16]
 Floats = NDArray[np.float32]
 
 ROOT = Path(__file__).parents[2]
 QTYPES = list(registry.KERNELS)
-# byte offsets of the f16 scales in a block; F16 itself is its own scale
+FLOATS = {qtype for qtype in QTYPES if BLOCKS[qtype][0] == 1}
+KNOWN_TO_GGUF = [q for q in QTYPES if q not in {QuantType.Q1_0, QuantType.Q2_0}]
+ITEMS = {"float32": np.float32, "float16": np.uint16, "bfloat16": np.uint16}
+WITH_JIT = not registry.interpreted()
+MANY = 262_144 if WITH_JIT else 8_192  # weights
+ANY_NAN = 0x7FC00000
+
+each_type = pytest.mark.parametrize("qtype", QTYPES, ids=lambda q: q.name)
+each_known = pytest.mark.parametrize("qtype", KNOWN_TO_GGUF, ids=lambda q: q.name)
+each_dtype = pytest.mark.parametrize("dtype", registry.DTYPES)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20)
+
+
+# blocks ----------------------------------------------------------------------------------------
+
+
+def f16_at(byte: int) -> tuple[tuple[int, int], ...]:
+    return ((byte, 0), (byte, 4), (byte + 1, 0), (byte + 1, 4))
+
+
+# {qtype: of each f16 scale, (byte, lowest bit) of its four nibbles, the lowest first}
 SCALES = {
-    QuantType.F16: (0,),
-    QuantType.Q8_0: (0,),
-    QuantType.Q4_K: (0, 2),
-    QuantType.Q6_K: (208,),
+    **{qtype: (f16_at(0),) for qtype in KNOWN_TO_GGUF if qtype not in FLOATS},
+    QuantType.F16: (f16_at(0),),
+    QuantType.Q1_0: (f16_at(0),),
+    QuantType.Q2_0: (f16_at(0),),
+    QuantType.Q4_1: (f16_at(0), f16_at(2)),
+    QuantType.Q5_1: (f16_at(0), f16_at(2)),
+    QuantType.Q2_K: (f16_at(80), f16_at(82)),
+    QuantType.Q3_K: (f16_at(108),),
+    QuantType.Q4_K: (f16_at(0), f16_at(2)),
+    QuantType.Q5_K: (f16_at(0), f16_at(2)),
+    QuantType.Q6_K: (f16_at(208),),
+    QuantType.IQ1_M: (((49, 4), (51, 4), (53, 4), (55, 4)),),
+    QuantType.TQ1_0: (f16_at(52),),
+    QuantType.TQ2_0: (f16_at(64),),
 }
+del SCALES[QuantType.MXFP4], SCALES[QuantType.NVFP4]  # one byte: those are tried one by one
 SPECIAL = {
     "zero": 0x0000,
     "negative-zero": 0x8000,
@@ -45,294 +85,389 @@ SPECIAL = {
     "signaling-nan": 0x7C01,
     "negative-quiet-nan": 0xFE55,
 }
-WITH_JIT = os.environ.get("NUMBA_DISABLE_JIT", "0") in {"", "0"}
-MANY = 1_000_000 if WITH_JIT else 20_000
+WITH_A_SUM = {QuantType.Q4_1, QuantType.Q5_1}
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(20)
+def random_blocks(rng: np.random.Generator, qtype: QuantType, n_steps: int) -> Bytes:
+    """Steps of a kernel, some with special scales."""
+    src = rng.integers(0, 256, (n_steps, registry.step(qtype)[1]), dtype=np.uint8)
+    for block, bits in zip(src, SPECIAL.values(), strict=False):
+        set_scales(block, rng.permutation(SCALES.get(qtype, ()))[:1].tolist(), bits)
+    return settled(qtype, src)
 
 
-def random_blocks(rng: np.random.Generator, qtype: QuantType, n_blocks: int) -> Bytes:
-    return rng.integers(0, 256, (n_blocks, BLOCKS[qtype][1]), dtype=np.uint8)
+def set_scales(block: Bytes, places: Any, bits: int) -> None:
+    for place in places:
+        for i, (byte, bit) in enumerate(place):
+            block[byte] = int(block[byte]) & ~(15 << bit) | (bits >> 4 * i & 15) << bit
 
 
-def run(qtype: QuantType, src: Bytes) -> Floats:
-    kernel = registry.load(qtype)
+def settled(qtype: QuantType, src: Bytes) -> Bytes:
+    """Blocks of w = d * q + m without two NaN: which one comes out is the compiler's choice."""
+    if qtype in WITH_A_SUM:
+        both = (src[:, [1, 3]] & 0x7C == 0x7C).all(axis=1)
+        src[both, 3] = 0
+    return src
+
+
+# running ---------------------------------------------------------------------------------------
+
+
+def load(qtype: QuantType, dtype: str = "float32") -> registry.Kernel:
+    kernel = registry.load(qtype, dtype)
     assert kernel is not None
-    out = np.full((len(src), BLOCKS[qtype][0]), 7, np.float32)
-    with np.errstate(all="ignore"):  # without JIT, numpy warns where a kernel may overflow
-        kernel(src, out, 0, len(src))
+    return kernel
+
+
+def run(
+    qtype: QuantType, src: Bytes, dtype: str = "float32", past_caches: bool = False
+) -> NDArray[Any]:
+    step, nbytes = registry.step(qtype)
+    out = np.full(src.size // nbytes * step, 7, ITEMS[dtype])
+    load(qtype, dtype)(src, out, past_caches)
     return out
 
 
 def reference(qtype: QuantType, src: Bytes) -> Floats:
     with np.errstate(all="ignore"):
         weights = gguf.quants.dequantize(src.reshape(-1), gguf.GGMLQuantizationType(qtype))
-    return np.asarray(weights, np.float32).reshape(len(src), -1)
+    return np.asarray(weights, np.float32).reshape(-1)
 
 
-def assert_same_bits(actual: Floats, expected: Floats) -> None:
-    np.testing.assert_array_equal(actual.view(np.uint32), expected.view(np.uint32))
+def narrowed(dtype: str, weights: Floats) -> Halves:
+    """By numpy and ml_dtypes, and NaN by the naive twin."""
+    library = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    nan_to = {"float16": naive.narrow_float16, "bfloat16": naive.narrow_bfloat16}[dtype]
+    with np.errstate(all="ignore"):
+        halves = np.asarray(weights.astype(library)).view(np.uint16)
+    nan = np.isnan(weights)
+    halves[nan] = [nan_to(bits) for bits in weights[nan].view(np.uint32).tolist()]
+    return halves
 
 
-@pytest.mark.parametrize("qtype", QTYPES, ids=lambda q: q.name)
+def bits_of(weights: NDArray[Any]) -> NDArray[Any]:
+    return weights.view(np.uint32 if weights.dtype == np.float32 else np.uint16)
+
+
+def assert_same_bits(actual: NDArray[Any], expected: NDArray[Any]) -> None:
+    np.testing.assert_array_equal(bits_of(actual), bits_of(expected))
+
+
+def assert_same_but_nan(actual: Floats, expected: Floats) -> None:
+    """gguf-py computes in an order of its own, and its NaN have other payloads."""
+    bits = [np.where(np.isnan(w), np.uint32(ANY_NAN), bits_of(w)) for w in (actual, expected)]
+    np.testing.assert_array_equal(*bits)
+
+
+# float32 ---------------------------------------------------------------------------------------
+
+
+@each_known
 def test_random_bytes_as_gguf_py(qtype: QuantType, rng: np.random.Generator) -> None:
-    n_weights = 1_048_576 if WITH_JIT else 8_192
-    src = random_blocks(rng, qtype, n_weights // BLOCKS[qtype][0])
+    src = random_blocks(rng, qtype, MANY // registry.step(qtype)[0])
     expected = reference(qtype, src)
-    assert np.isnan(expected).any()
     assert np.isfinite(expected).any()
-    assert_same_bits(run(qtype, src), expected)
+    assert_same_but_nan(run(qtype, src), expected)
 
 
-@pytest.mark.parametrize("qtype", QTYPES, ids=lambda q: q.name)
+@each_type
 def test_random_bytes_as_naive_twin(qtype: QuantType, rng: np.random.Generator) -> None:
-    src = random_blocks(rng, qtype, max(48, 2_048 // BLOCKS[qtype][0]))
+    src = random_blocks(rng, qtype, max(48, 4_096 // registry.step(qtype)[0]))
     assert_same_bits(run(qtype, src), naive.dequantize(qtype, src))
 
 
 @pytest.mark.parametrize("scale", SPECIAL.values(), ids=SPECIAL)
 @pytest.mark.parametrize("qtype", SCALES, ids=lambda q: q.name)
 def test_special_scales(qtype: QuantType, scale: int, rng: np.random.Generator) -> None:
-    src = random_blocks(rng, qtype, 8)
-    for block, offset in enumerate(SCALES[qtype]):
-        src[2 * block :, offset] = scale & 0xFF
-        src[2 * block :, offset + 1] = scale >> 8
-    actual = run(qtype, src)
-    assert_same_bits(actual, reference(qtype, src))
+    src = rng.integers(0, 256, (8, registry.step(qtype)[1]), dtype=np.uint8)
+    for i, place in enumerate(SCALES[qtype]):
+        for row in (2 * i, 2 * i + 1, *range(4, 8)):  # each alone, then all
+            set_scales(src[row], [place], scale)
+    actual = run(qtype, settled(qtype, src))
     assert_same_bits(actual, naive.dequantize(qtype, src))
+    if qtype in KNOWN_TO_GGUF:
+        assert_same_but_nan(actual, reference(qtype, src))
+
+
+@pytest.mark.parametrize("qtype", WITH_A_SUM, ids=lambda q: q.name)
+def test_two_nan_make_a_nan(qtype: QuantType, rng: np.random.Generator) -> None:
+    src = rng.integers(0, 256, (9, registry.step(qtype)[1]), dtype=np.uint8)
+    src[:, :4] = np.frombuffer(bytes.fromhex("017c55fe"), np.uint8)
+    assert np.isnan(run(qtype, src)).all()
+
+
+@pytest.mark.parametrize("qtype", [QuantType.MXFP4, QuantType.NVFP4], ids=lambda q: q.name)
+def test_every_scale_of_one_byte(qtype: QuantType) -> None:
+    n_scales = {QuantType.MXFP4: 1, QuantType.NVFP4: 4}[qtype]
+    src = np.zeros((256, BLOCKS[qtype][1]), np.uint8)
+    src[:, n_scales:] = np.arange(0x100 - src.shape[1] + n_scales, 0x100)  # ends in all of f0 to ff
+    src[:, n_scales : n_scales + 8] = 0x10 + 0x22 * np.arange(8)  # each code once
+    for i in range(n_scales):
+        src[:, i] = np.roll(np.arange(256), 64 * i)
+    assert_same_bits(run(qtype, src), naive.dequantize(qtype, src))
+    assert_same_bits(run(qtype, src), reference(qtype, src))
 
 
 def test_every_float16() -> None:
-    halves = np.arange(65_536, dtype=np.uint16)
-    src = halves.view(np.uint8).reshape(-1, 2)
-    expected = [naive.half(low, high) for low, high in src.tolist()]
-    assert_same_bits(run(QuantType.F16, src)[:, 0], np.array(expected))
-    assert_same_bits(run(QuantType.F16, src), reference(QuantType.F16, src))
+    src = np.arange(65_536, dtype=np.uint16).view(np.uint8)
+    weights = run(QuantType.F16, src)
+    assert_same_bits(weights, naive.dequantize(QuantType.F16, src))
+    assert_same_but_nan(weights, reference(QuantType.F16, src))
+    assert weights.view(np.uint32)[0x7C01] == 0x7FC02000  # quiet, the payload stays
 
 
 def test_every_bfloat16() -> None:
     halves = np.arange(65_536, dtype=np.uint16)
-    src = halves.view(np.uint8).reshape(-1, 2)
-    bits = run(QuantType.BF16, src).view(np.uint32)[:, 0]
-    np.testing.assert_array_equal(bits, halves.astype(np.uint32) << 16)
+    bits = bits_of(run(QuantType.BF16, halves.view(np.uint8)))
+    np.testing.assert_array_equal(bits, halves.astype(np.uint32) << np.uint32(16))
 
 
-def test_f16_by_hand() -> None:
-    src = np.frombuffer(bytes.fromhex("003c 00c0 0100 ff7b 0080 007c 017c"), np.uint8)
-    out = run(QuantType.F16, src.reshape(-1, 2))[:, 0]
-    assert out[:5].tolist() == [1, -2, 2**-24, 65_504, 0]
-    assert out.view(np.uint32)[4:].tolist() == [0x80000000, 0x7F800000, 0x7F802000]
+def test_float32_is_copied(rng: np.random.Generator) -> None:
+    src = rng.integers(0, 1 << 32, 65_536, dtype=np.uint32)
+    src[:4] = [
+        0x7F800001,
+        0xFF800001,
+        0x7FFFFFFF,
+        0x80000001,
+    ]  # NaN that a computation would change
+    assert_same_bits(run(QuantType.F32, src.view(np.uint8)), src.view(np.float32))
 
 
-def test_bf16_by_hand() -> None:
-    src = np.frombuffer(bytes.fromhex("803f 20c1 0100 807f"), np.uint8)
-    out = run(QuantType.BF16, src.reshape(-1, 2))[:, 0]
-    assert out.tolist() == [1, -10, 2**-133, np.inf]
+# dtypes ----------------------------------------------------------------------------------------
 
 
-def test_q8_0_by_hand() -> None:
-    block = bytes.fromhex("0038") + bytes([0x80, 0xFF, 0x00, 0x01, 0x7F]) + bytes(27)
-    out = run(QuantType.Q8_0, np.frombuffer(block, np.uint8).reshape(1, 34))
-    assert out[0, :6].tolist() == [-64, -0.5, 0, 0.5, 63.5, 0]
-    assert out[0, 5:].tolist() == [0] * 27
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@each_type
+def test_dtype_is_float32_narrowed(qtype: QuantType, dtype: str, rng: np.random.Generator) -> None:
+    src = random_blocks(rng, qtype, max(48, 8_192 // registry.step(qtype)[0]))
+    wide = run(qtype, src)
+    expected = narrowed(dtype, wide)
+    if qtype.name.lower() == {"float16": "f16", "bfloat16": "bf16"}[dtype]:
+        nan = np.isnan(wide)
+        assert_same_bits(expected[~nan], src.reshape(-1).view(np.uint16)[~nan])
+        expected = src.reshape(-1).view(np.uint16)  # nothing to narrow: NaN stay as they are
+    assert_same_bits(run(qtype, src, dtype), expected)
 
 
-def test_q4_k_by_hand() -> None:
-    # scales 1 2 3 4 17 34 51 63, mins 8 7 6 5 63 51 34 17: every field has its own value
-    scales = bytes.fromhex("4182c3c4 c8c78645 f132231f")
-    qs = bytearray(b"\x21" * 128)  # 1 in the even groups, 2 in the odd ones
-    qs[0], qs[127] = 0xF0, 0x0F
-    block = bytes.fromhex("003c 0038") + scales + bytes(qs)  # d = 1, dmin = 0.5
-    out = run(QuantType.Q4_K, np.frombuffer(block, np.uint8).reshape(1, 144))
-    expected = np.repeat(np.array([-3, 0.5, 0, 5.5, -14.5, 42.5, 34, 117.5], np.float32), 32)
-    expected[[0, 32]] = [-4, 26.5]  # q = 0 and 15
-    expected[[223, 255]] = [748, -8.5]  # q = 15 and 0
-    assert out[0].tolist() == expected.tolist()
+@pytest.mark.parametrize(("name", "dtype"), [("F16", "float16"), ("BF16", "bfloat16")])
+def test_what_is_in_the_file_stays(name: str, dtype: str) -> None:
+    every = np.arange(65_536, dtype=np.uint16)
+    assert_same_bits(run(QuantType[name], every.view(np.uint8), dtype), every)
 
 
-def test_q6_k_by_hand() -> None:
-    ql, qh = bytearray(128), bytearray(64)
-    ql[0], qh[0] = 0x21, 0b11_10_01_00
-    qh[48] = 0b00_00_00_11
-    scales = np.array([1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, 7, -7, 127, -128], np.int8)
-    block = bytes(ql) + bytes(qh) + scales.tobytes() + bytes.fromhex("0038")  # d = 0.5
-    out = run(QuantType.Q6_K, np.frombuffer(block, np.uint8).reshape(1, 210))
-    expected = np.repeat(scales.astype(np.float32) * -16, 16)  # q = -32 wherever all bits are 0
-    expected[[0, 32, 64, 96]] = [-15.5, -16, 3, 32]  # q = -31, -16, 2, 16
-    expected[144] = -40  # q = 16
-    assert out[0].tolist() == expected.tolist()
+# memory ----------------------------------------------------------------------------------------
+
+COUNTS = (*range(1, 10), 17, 33) if WITH_JIT else (1, 2, 9)
+OFFSETS = (0, 1, 15, 31)
+EVERY_OFFSET = {QuantType.F32, QuantType.F16, QuantType.Q4_0, QuantType.Q4_K} if WITH_JIT else set()
+LEAD = 64  # items before the output: whole cache lines
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 0), (3, 7), (5, 5), (0, 11), (10, 11)])
-@pytest.mark.parametrize("qtype", QTYPES, ids=lambda q: q.name)
-def test_writes_its_range_only(
-    qtype: QuantType, start: int, stop: int, rng: np.random.Generator
-) -> None:
-    src = random_blocks(rng, qtype, 11)
-    expected = np.full((11, BLOCKS[qtype][0]), 7, np.float32)
-    expected[start:stop] = reference(qtype, src)[start:stop]
-    out = np.full_like(expected, 7)
-    kernel = registry.load(qtype)
-    assert kernel is not None
-    with np.errstate(all="ignore"):
-        kernel(src, out, start, stop)
-    assert_same_bits(out, expected)
+def aligned(n_items: int, dtype: Any) -> NDArray[Any]:
+    """Items from a cache line on."""
+    area = np.empty(n_items + 64, dtype)
+    first = -area.ctypes.data % 64 // area.itemsize
+    return area[first : first + n_items]
 
 
-@pytest.mark.parametrize("offset", [0, 1, 3])
-@pytest.mark.parametrize("qtype", QTYPES, ids=lambda q: q.name)
+@each_dtype
+@each_type
+def test_writes_exactly_its_output(qtype: QuantType, dtype: str, rng: np.random.Generator) -> None:
+    step, kernel = registry.step(qtype)[0], load(qtype, dtype)
+    src = random_blocks(rng, qtype, max(COUNTS))
+    expected, area = (
+        bits_of(run(qtype, src, dtype)),
+        aligned(2 * LEAD + 32 + step * max(COUNTS), np.uint32 if dtype == "float32" else np.uint16),
+    )
+    offsets = range(32) if qtype in EVERY_OFFSET else OFFSETS
+    for count, offset, past_caches in product(COUNTS, offsets, (False, True)):
+        first, last = LEAD + offset, LEAD + offset + count * step
+        area[:] = 0x5555
+        kernel(src[:count], area[first:last].view(ITEMS[dtype]), past_caches)
+        where = f"{count} steps, {offset} items behind a cache line, {past_caches=}"
+        np.testing.assert_array_equal(area[first:last], expected[: count * step], where)
+        assert (area[:first] == 0x5555).all(), where
+        assert (area[last:] == 0x5555).all(), where
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3, 17])
+@each_type
 def test_read_only_at_any_address(qtype: QuantType, offset: int, rng: np.random.Generator) -> None:
     blocks = random_blocks(rng, qtype, 64)
     file = np.frombuffer(bytes(offset) + blocks.tobytes(), np.uint8)  # bytes: read-only, as mmap
-    src = file[offset:].reshape(blocks.shape)
+    src = file[offset:]
     assert not src.flags.writeable
-    assert_same_bits(run(qtype, src), reference(qtype, blocks))
+    assert_same_bits(run(qtype, src), run(qtype, blocks))
+    assert_same_bits(run(qtype, src, past_caches=True), run(qtype, blocks))
 
 
-@pytest.mark.skipif(not WITH_JIT, reason="no compiled code without JIT")
-@pytest.mark.parametrize("qtype", QTYPES, ids=lambda q: q.name)
-def test_read_only_and_writable_share_code(qtype: QuantType, rng: np.random.Generator) -> None:
-    src = random_blocks(rng, qtype, 2)
-    run(qtype, src)
-    src.flags.writeable = False
-    run(qtype, src)
-    assert len(getattr(registry.load(qtype), "signatures", ())) == 1
+BETWEEN_FORBIDDEN_PAGES = """
+import ctypes, mmap
+from itertools import product
+import numpy as np
+from numaload.kernels import registry
+
+libc = ctypes.CDLL(None)
+
+def between(nbytes, at_end):
+    size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    area = np.frombuffer(mmap.mmap(-1, size + 2 * mmap.PAGESIZE), np.uint8)
+    for page in (0, mmap.PAGESIZE + size):
+        address = ctypes.c_void_p(area.ctypes.data + page)
+        assert libc.mprotect(address, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    first = mmap.PAGESIZE + (size - nbytes if at_end else 0)
+    return area[first : first + nbytes]
+
+for case in product(registry.KERNELS, registry.DTYPES, (1, 2, 3), (False, True), (False, True)):
+    print(*case, flush=True)
+    qtype, dtype, count, at_end, past_caches = case
+    item = np.dtype(np.float32 if dtype == "float32" else np.uint16)
+    step, nbytes = registry.step(qtype)
+    src = between(count * nbytes, at_end)
+    out = between(count * step * item.itemsize, at_end).view(item)
+    registry.load(qtype, dtype)(src, out, past_caches)
+print("done")
+"""
 
 
-# narrowing -------------------------------------------------------------------------------------
-
-TWINS = {"float16": naive.narrow_float16, "bfloat16": naive.narrow_bfloat16}
-NUMPY_QUIETS = np.uint16(0x7C01).view(np.float16).astype(np.float32).view(np.uint32) != 0x7F802000
-
-
-def narrow(name: str, bits: NDArray[np.uint32]) -> NDArray[np.uint16]:
-    kernel = registry.load_narrow(name)
-    assert kernel is not None
-    out = np.full(len(bits), 0x5555, np.uint16)
-    with np.errstate(all="ignore"):
-        kernel(bits.view(np.float32), out, 0, len(bits))
-    return out
+def test_touches_nothing_else() -> None:
+    # Both arrays begin and end where touching a byte more ends the process.
+    done = subprocess.run(
+        [sys.executable, "-c", BETWEEN_FORBIDDEN_PAGES],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    last = (done.stdout.splitlines() or ["nothing"])[-1]
+    assert (done.returncode, last) == (0, "done"), done.stderr
 
 
-def library(name: str, bits: NDArray[np.uint32]) -> NDArray[np.uint16]:
-    dtype = np.float16 if name == "float16" else ml_dtypes.bfloat16
-    with np.errstate(all="ignore"):
-        return np.asarray(bits.view(np.float32).astype(dtype).view(np.uint16))
+def test_threads_do_not_meet(rng: np.random.Generator) -> None:
+    src = {qtype: random_blocks(rng, qtype, 500) for qtype in (QuantType.Q4_K, QuantType.IQ1_M)}
+    expected = {qtype: run(qtype, blocks) for qtype, blocks in src.items()}
+    jobs = list(src) * 20
+    with ThreadPoolExecutor(4) as pool:
+        for qtype, weights in zip(jobs, pool.map(lambda q: run(q, src[q]), jobs), strict=True):
+            assert_same_bits(weights, expected[qtype])
 
 
-def comparable(name: str, bits: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Some numpy builds use conversion instructions, which make a float16 NaN quiet."""
-    if name == "float16" and NUMPY_QUIETS:
-        return bits[~np.isnan(bits.view(np.float32))]
-    return bits
+# other processors, and none --------------------------------------------------------------------
+
+# What the features are is in the name; only the last row names instructions, and so gets them.
+V3 = {"avx2", "bmi2", "f16c", "fma", "lzcnt", "movbe"}
+VARIANTS = {
+    "interpreted": ({"NUMBA_DISABLE_JIT": "1"}, set()),
+    "x86-64": ({"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}, {"sse2"}),
+    "x86-64-v2": (
+        {"NUMBA_CPU_NAME": "x86-64-v2", "NUMBA_CPU_FEATURES": ""},
+        {"popcnt", "sse4.2", "ssse3"},
+    ),
+    "x86-64-v3": ({"NUMBA_CPU_NAME": "x86-64-v3", "NUMBA_CPU_FEATURES": ""}, V3),
+    "x86-64-v4": (
+        {"NUMBA_CPU_NAME": "x86-64-v4", "NUMBA_CPU_FEATURES": ""},
+        V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    ),
+    "x86-64-v3-and-features": (
+        {
+            "NUMBA_CPU_NAME": "x86-64-v3",
+            "NUMBA_CPU_FEATURES": "+ssse3,+sse2,+f16c,+avx2",
+        },
+        V3,
+    ),
+}
+HERE = {name for name, has in llvm.get_host_cpu_features().items() if has}
+JOBS = [
+    *((qtype, "float32") for qtype in QTYPES),
+    *product((QuantType.F32, QuantType.F16, QuantType.Q4_K), ("float16", "bfloat16")),
+]
+RUN_JOBS = """
+import sys
+import numpy as np
+from numaload.formats.qtypes import QuantType
+from numaload.kernels import registry
+
+src, out = np.load(sys.argv[1]), {}
+for job in src:
+    name, dtype = job.split()
+    step, nbytes = registry.step(QuantType[name])
+    item = np.float32 if dtype == "float32" else np.uint16
+    out[job] = np.zeros(src[job].size // nbytes * step, item)
+    registry.load(QuantType[name], dtype)(src[job], out[job], False)
+np.savez(sys.argv[2], **out)
+"""
+Runs = dict[str, "Future[Path]"]
 
 
-def edges(lower_bits: int) -> NDArray[np.uint32]:
-    """For each upper part: exact, just above, around and on the tie, just below the next."""
-    upper = np.arange(1 << (32 - lower_bits), dtype=np.uint32) << np.uint32(lower_bits)
-    tie = 1 << (lower_bits - 1)
-    lower = np.array([0, 1, tie - 1, tie, tie + 1, 2 * tie - 1], np.uint32)
-    return (upper[:, None] + lower).reshape(-1)
+def run_jobs(src: Path, folder: Path, variables: dict[str, str]) -> Path:
+    environment = os.environ | {"NUMBA_DISABLE_JIT": "0"} | variables
+    subprocess.run(
+        [sys.executable, "-c", RUN_JOBS, str(src), str(folder / "out.npz")],
+        check=True, cwd=ROOT, env=environment | {"NUMALOAD_CACHE_DIR": str(folder)},
+    )  # fmt: skip
+    return folder / "out.npz"
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_narrow_random_bits_as_library(name: str, rng: np.random.Generator) -> None:
-    bits = comparable(name, rng.integers(0, 1 << 32, MANY, dtype=np.uint32))
-    np.testing.assert_array_equal(narrow(name, bits), library(name, bits))
+@pytest.fixture(scope="module")
+def job_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, rng = tmp_path_factory.mktemp("jobs") / "src.npz", np.random.default_rng(21)
+    blocks: dict[str, Any] = {f"{q.name} {dtype}": random_blocks(rng, q, 40) for q, dtype in JOBS}
+    np.savez(path, **blocks)
+    return path
 
 
-@pytest.mark.parametrize(("name", "lower_bits"), [("float16", 13), ("bfloat16", 16)])
-def test_narrow_ties_as_library(name: str, lower_bits: int, rng: np.random.Generator) -> None:
-    bits = comparable(name, edges(lower_bits))
-    if not WITH_JIT:
-        bits = rng.choice(bits, MANY)
-    np.testing.assert_array_equal(narrow(name, bits), library(name, bits))
+@pytest.fixture(scope="module")
+def runs(job_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """{variant: where its results will be}: each compiles for seconds, so they run side by side."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield {
+            name: pool.submit(run_jobs, job_file, tmp_path_factory.mktemp(name), variables)
+            for name, (variables, needs) in VARIANTS.items()
+            if needs <= HERE
+        }
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_narrow_as_naive_twin(name: str, rng: np.random.Generator) -> None:
-    some = np.concatenate(
-        [
-            rng.integers(0, 1 << 32, 2_000, dtype=np.uint32),
-            rng.choice(edges(13), 2_000),
-            rng.integers(0x33000000, 0x39000000, 1_000, dtype=np.uint32),  # float16 subnormals
-            rng.integers(0, 0x00800000, 500, dtype=np.uint32),  # float32 subnormals
-            rng.integers(0x7F800000, 0x80000000, 500, dtype=np.uint32),  # NaN
-        ]
-    )
-    bits = np.concatenate([some, some ^ np.uint32(0x80000000)])
-    assert narrow(name, bits).tolist() == [TWINS[name](value) for value in bits.tolist()]
-
-
-@pytest.mark.parametrize(
-    ("name", "bits", "expected"),
-    [
-        pytest.param("float16", 0x3F800000, 0x3C00, id="float16-one"),
-        pytest.param("float16", 0x3F801000, 0x3C00, id="float16-tie-to-even-below"),
-        pytest.param("float16", 0x3F803000, 0x3C02, id="float16-tie-to-even-above"),
-        pytest.param("float16", 0x3F801001, 0x3C01, id="float16-over-the-tie"),
-        pytest.param("float16", 0x33000000, 0x0000, id="float16-half-the-least"),
-        pytest.param("float16", 0x33000001, 0x0001, id="float16-over-half-the-least"),
-        pytest.param("float16", 0x387FFFFF, 0x0400, id="float16-carry-out-of-subnormal"),
-        pytest.param("float16", 0x80000001, 0x8000, id="float16-negative-underflow"),
-        pytest.param("float16", 0x477FEFFF, 0x7BFF, id="float16-largest"),
-        pytest.param("float16", 0x477FF000, 0x7C00, id="float16-overflow"),
-        pytest.param("float16", 0xFF7FFFFF, 0xFC00, id="float16-negative-overflow"),
-        pytest.param("float16", 0xFF800000, 0xFC00, id="float16-infinity"),
-        pytest.param("float16", 0x7F800001, 0x7C01, id="float16-nan-low-payload"),
-        pytest.param("float16", 0xFFC02000, 0xFE01, id="float16-nan-payload"),
-        pytest.param("bfloat16", 0x3F808000, 0x3F80, id="bfloat16-tie-to-even-below"),
-        pytest.param("bfloat16", 0x3F818000, 0x3F82, id="bfloat16-tie-to-even-above"),
-        pytest.param("bfloat16", 0x00008001, 0x0001, id="bfloat16-subnormal"),
-        pytest.param("bfloat16", 0x7F7FFFFF, 0x7F80, id="bfloat16-overflow"),
-        pytest.param("bfloat16", 0xFF7FFFFF, 0xFF80, id="bfloat16-negative-overflow"),
-        pytest.param("bfloat16", 0x7F800001, 0x7FC0, id="bfloat16-nan"),
-        pytest.param("bfloat16", 0xFFFFFFFF, 0xFFC0, id="bfloat16-negative-nan"),
-    ],
-)
-def test_narrow_by_hand(name: str, bits: int, expected: int) -> None:
-    assert narrow(name, np.array([bits], np.uint32)).tolist() == [expected]
-
-
-@pytest.mark.parametrize(("name", "qtype"), [("float16", "F16"), ("bfloat16", "BF16")])
-def test_narrow_round_trip(name: str, qtype: str) -> None:
-    halves = np.arange(65_536, dtype=np.uint16)
-    wide = run(QuantType[qtype], halves.view(np.uint8).reshape(-1, 2))[:, 0]
-    back = narrow(name, wide.view(np.uint32))
-    kept = ~np.isnan(wide) if name == "bfloat16" else slice(None)
-    np.testing.assert_array_equal(back[kept], halves[kept])
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_narrow_writes_its_range_only(name: str) -> None:
-    kernel = registry.load_narrow(name)
-    assert kernel is not None
-    src = np.linspace(-1, 1, 50, dtype=np.float32)
-    src.flags.writeable = False
-    out = np.full(50, 0x5555, np.uint16)
-    with np.errstate(all="ignore"):
-        kernel(src, out, 9, 30)
-    assert set(out[:9].tolist()) == set(out[30:].tolist()) == {0x5555}
-    np.testing.assert_array_equal(out[9:30], library(name, src.view(np.uint32))[9:30])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_bits(variant: str, runs: Runs, job_file: Path) -> None:
+    if variant not in runs:
+        pytest.skip(f"this processor lacks {', '.join(sorted(VARIANTS[variant][1] - HERE))}")
+    with np.load(job_file) as src, np.load(runs[variant].result()) as out:
+        for qtype, dtype in JOBS:
+            job = f"{qtype.name} {dtype}"
+            np.testing.assert_array_equal(
+                bits_of(out[job]), bits_of(run(qtype, src[job], dtype)), job
+            )
 
 
 # registry --------------------------------------------------------------------------------------
 
 
 def test_no_kernel_is_none() -> None:
-    assert registry.load(QuantType.Q8_K) is None
-    assert registry.load_narrow("float64") is None
+    assert registry.load(QuantType.Q8_K, "float32") is None
+    assert registry.load(QuantType.Q4_K, "float64") is None
 
 
-def test_registry_does_not_import_numba() -> None:
-    code = "import sys, numaload.kernels.registry; sys.exit('numba' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+def test_registry_imports_no_numpy() -> None:
+    code = "import sys, numaload.kernels.registry as _; print({'numba', 'numpy'} & {*sys.modules})"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
 
 
-@pytest.mark.parametrize("qtype", QTYPES, ids=lambda q: q.name)
+LOAD = """
+import sys
+from numaload.formats.qtypes import QuantType
+from numaload.kernels import registry
+assert registry.load(QuantType.Q4_K, "float32")
+print(registry.cache_problem() or "numba" in sys.modules)
+"""
+
+
+def test_cached_kernel_needs_no_numba(tmp_path: Path) -> None:
+    environment = os.environ | {"NUMALOAD_CACHE_DIR": str(tmp_path), "NUMBA_DISABLE_JIT": "0"}
+    command = [sys.executable, "-c", LOAD]
+    found = [
+        subprocess.check_output(command, cwd=ROOT, env=environment, text=True) for _ in range(2)
+    ]
+    assert found == ["True\n", "False\n"]
+
+
+@each_type
 def test_diagram_has_the_sizes_of_blocks(qtype: QuantType) -> None:
     text = (ROOT / "kernels" / f"{registry.KERNELS[qtype][0]}.py").read_text(encoding="utf-8")
     title = re.search(
@@ -353,36 +488,3 @@ def test_blocks_as_gguf_py() -> None:
     assert len(ours) >= 30
     assert {name for name in ours if theirs[name] != ours[name]} <= {"Q8_1"}
     assert all(int(gguf.GGMLQuantizationType[name]) == int(QuantType[name]) for name in ours)
-
-
-# without JIT -----------------------------------------------------------------------------------
-
-WITHOUT_JIT = """
-import sys, numpy as np
-from numaload.formats.qtypes import BLOCKS, QuantType
-from numaload.kernels import registry
-np.seterr(all="ignore")
-src, out = np.load(sys.argv[1]), {}
-for name in src:
-    q = QuantType[name]
-    out[name] = np.zeros((len(src[name]), BLOCKS[q][0]), np.float32)
-    registry.load(q)(src[name], out[name], 0, len(src[name]))
-np.savez(sys.argv[2], **out)
-"""
-
-
-def test_interpreted_code_gives_the_same_bits(tmp_path: Path, rng: np.random.Generator) -> None:
-    src: dict[str, Bytes] = {q.name: random_blocks(rng, q, 40) for q in QTYPES}
-    src_path, out_path = tmp_path / "src.npz", tmp_path / "out.npz"
-    with src_path.open("wb") as file:
-        save: Callable[..., None] = np.savez
-        save(file, **src)
-    subprocess.run(
-        [sys.executable, "-c", WITHOUT_JIT, str(src_path), str(out_path)],
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
-    )
-    with np.load(out_path) as out:
-        for qtype in QTYPES:
-            assert_same_bits(out[qtype.name], run(qtype, src[qtype.name]))

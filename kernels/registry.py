@@ -122,6 +122,12 @@ def object_code(name: str, dtype: str, parts: Parts) -> bytes:
     return code
 
 
+def compiled(qtype: QuantType, dtype: str) -> tuple[str, bytes]:
+    """(function, object file) of a kernel."""
+    name = f"{KERNELS[qtype][1]}_to_{dtype}"
+    return name, object_code(name, dtype, _parts(qtype, dtype))
+
+
 def load_fill() -> Callable[[int, int, int, int], None]:
     """Writes float32 as kernels do and computes nothing: (address of 16 floats, address of the
     output, how many times 32, past the caches).
@@ -136,9 +142,8 @@ def load_fill() -> Callable[[int, int, int, int], None]:
 def _compiled(qtype: QuantType, dtype: str) -> Kernel:
     from numaload.kernels.objects import Function
 
-    name = f"{KERNELS[qtype][1]}_to_{dtype}"
-    function = Function(object_code(name, dtype, _parts(qtype, dtype)), name)
-    _, nbytes = step(qtype)
+    name, code = compiled(qtype, dtype)
+    function, (_, nbytes) = Function(code, name), step(qtype)
 
     def kernel(blocks: NDArray[np.uint8], floats: NDArray[Any], past_caches: bool) -> None:
         function(blocks.ctypes.data, floats.ctypes.data, blocks.nbytes // nbytes, past_caches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ WEIGHTS = 16 << 20  # 64 MiB of float32: more than a cache holds
 PATTERN = 1 << 21  # weights that are random; the rest repeats them
 COLUMNS = 4096  # of the tensor: gguf-py works on 16 rows at a time
 FILL, PAST, COPY, GGUF = "fill", "past caches", "memcpy", "gguf-py"
-THREADS = "threads"
+THREADS, CALLERS = "threads", "two callers"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class DequantReport:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DequantReport:
+        """What ``to_dict`` gave, as from ``--json``."""
+        return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
+
 
 @dataclass(frozen=True)
 class Buffers:
@@ -92,6 +98,8 @@ def measure(
     ggml: {what to call it: path of a libggml-base.so}. progress(name of the type begun).
     Raises: UsageError, ReadError for a library that cannot be loaded.
     """
+    if rounds < 1:
+        raise UsageError(f"rounds {rounds}: expected at least 1")
     chosen = [_qtype(name) for name in qtypes] or list(registry.KERNELS)
     kinds = [_dtype(name) for name in dtypes] or list(DTYPES)
     libraries = {name: Ggml(path) for name, path in (ggml or {}).items()}
@@ -136,6 +144,7 @@ class _Bench:
         self.dtypes, self.libraries = dtypes, libraries
         self.one = Workers(cpus[-1:], 1)
         self.many = Workers(cpus[-threads:], threads) if threads > 1 else None
+        self.callers = ThreadPoolExecutor(2)
         self.out, self.spare = prefaulted(4 * WEIGHTS), prefaulted(4 * WEIGHTS)
         self.fill = registry.load_fill()
 
@@ -163,10 +172,11 @@ class _Bench:
         for name in measured.rates:
             if name in self.dtypes:
                 ratios[name] = measured.ratio(name, first)
-            elif not name.startswith(THREADS):
+            elif name != CALLERS and not name.startswith(THREADS):
                 ratios[name] = measured.ratio(first, name)
         if self.many:
             ratios[THREADS] = self._scaling(measured, qtype)
+            ratios[CALLERS] = 2 * measured.ratio(CALLERS, THREADS)
         return ratios
 
     def _scaling(self, measured: Rates, qtype: QuantType) -> float:
@@ -222,11 +232,21 @@ class _Bench:
         if self.many is None:
             return {}
         dtype = DTYPES[self.dtypes[0]]
-        floats = buffers.floats(dtype.name).view(dtype)
-        every = partial(dequantize_blocks, buffers.blocks, qtype, dtype, floats, self.many)
+
+        def every(out: NDArray[np.uint8]) -> None:
+            floats = out[: WEIGHTS * dtype.itemsize].view(dtype)
+            dequantize_blocks(buffers.blocks, qtype, dtype, floats, workers)
+
+        def together() -> None:
+            """The slower of two, which share the workers, ends it."""
+            for future in [self.callers.submit(every, o) for o in (buffers.out, buffers.spare)]:
+                future.result()
+
+        workers = self.many
         return {
-            THREADS: (every, WEIGHTS),
+            THREADS: (partial(every, buffers.out), WEIGHTS),
             f"{THREADS} {PAST}": (partial(self._fill_together, buffers), WEIGHTS),
+            CALLERS: (together, WEIGHTS),
         }
 
     def _fill_together(self, buffers: Buffers) -> None:

@@ -40,11 +40,14 @@ class Ggml:
         except OSError as error:
             raise ReadError(f"{path} cannot be loaded as {LIBRARY}: {error}", path=path) from error
 
+    @staticmethod
+    def function_name(qtype: QuantType) -> str:
+        return ROWS.get(qtype) or f"dequantize_row_{qtype.name.lower().replace('_k', '_K')}"
+
     def convert(self, qtype: QuantType) -> Convert | None:
         """Its function for a type, None where it has none: F32, and types newer than it."""
-        name = ROWS.get(qtype) or f"dequantize_row_{qtype.name.lower().replace('_k', '_K')}"
         try:
-            function = self._library[name]
+            function = self._library[self.function_name(qtype)]
         except AttributeError:
             return None
         function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)

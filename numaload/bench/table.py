@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from numaload.bench.dequant import COPY, FILL, GGUF, PAST, THREADS, DequantReport, Row
+from collections.abc import Collection
+
+from numaload.bench.dequant import CALLERS, COPY, FILL, GGUF, PAST, THREADS, DequantReport, Row
 from numaload.dequantize import DTYPES
 
 
@@ -12,7 +14,7 @@ def header(report: DequantReport) -> list[str]:
     names += [f"x {name}" for name in baselines(report)]
     names += [f"{dtype} Gw/s" for dtype in others]
     if report.threads > 1:
-        names += [f"{report.threads} threads Gw/s", "of limit"]
+        names += [f"{report.threads} threads Gw/s", "of limit", "two callers"]
     return names
 
 
@@ -25,7 +27,11 @@ def cells(report: DequantReport, row: Row) -> list[str]:
     found += [_number(row.ratios.get(name)) for name in baselines(report)]
     found += [_number(row.rates[dtype]) for dtype in others]
     if report.threads > 1:
-        found += [_number(row.rates[THREADS]), _number(row.ratios[THREADS])]
+        found += [
+            _number(row.rates[THREADS]),
+            _number(row.ratios[THREADS]),
+            _number(row.ratios[CALLERS]),
+        ]
     return found
 
 
@@ -41,9 +47,10 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def markdown(report: DequantReport) -> str:
-    """The same as a Markdown table, numbers to the right."""
+def markdown(report: DequantReport, columns: Collection[str] = ()) -> str:
+    """The same as a Markdown table, of some columns if they are named; numbers to the right."""
     names = header(report)
     lines = [names, ["---"] + ["---:"] * (len(names) - 1)]
     lines += [cells(report, row) for row in report.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    shown = [i for i, name in enumerate(names) if not columns or name in columns]
+    return "\n".join(f"| {' | '.join(line[i] for i in shown)} |" for line in lines)

@@ -34,6 +34,7 @@ WISHES = (
     Wish("must", "float16: 0.8 of float32's weights", "float16", 0.8),
     Wish("must", "bfloat16: 0.8 of float32's weights", "bfloat16", 0.8),
     Wish("must", "several threads: 0.83 of what they could", "threads", 1 / 1.2),
+    Wish("must", "two callers at once: 0.7 of half each", "two callers", 0.7),
     Wish("goal", "as fast as ggml built natively", "native", 1.0),
     Wish("goal", "0.45 of filling past the caches", "past caches", 0.45),
     Wish("goal", "median type: 0.75 of filling past the caches", "past caches", 0.75, of=median),

@@ -3,115 +3,233 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
-from numaload.kernels import registry
+from numaload.formats.qtypes import BLOCKS
+from numaload.kernels import grids, registry
+from numaload.kernels.lanes import CHUNK
+from numaload.kernels.loops import STEP
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-TREES = {
-    path.stem: ast.parse(path.read_text(encoding="utf-8"), path.name)
-    for path in sorted(KERNELS.glob("*.py"))
+SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(KERNELS.glob("*.py"))}
+TREES = {name: ast.parse(text, name) for name, text in SOURCES.items()}
+FAMILIES = sorted({module for module, _ in registry.KERNELS.values()})
+WORDS = {"lanes", "grids"}
+MACHINERY = {"baselines", "cache", "compile", "loops", "lowering", "objects", "registry", "target"}
+FLOATS = "floats"  # the family whose functions read 16 weights instead of a block
+PACKAGE = "numaload.kernels"
+# {module that is no part of Python or of this package: the files that may import it}
+OUTSIDE = {
+    "numpy": {*FAMILIES, *WORDS, "registry"},
+    "numba": {"compile", "lowering"},
+    "llvmlite": {"compile", "lowering", "objects", "target"},
 }
-FAMILIES = sorted(set(TREES) - {"__init__", "registry"})
+STEPS = 16  # a loop is unrolled: of more, code would outgrow its cache
+
+each_file = pytest.mark.parametrize("name", SOURCES)
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def functions(family: str) -> list[ast.FunctionDef]:
-    return [node for node in ast.walk(TREES[family]) if isinstance(node, ast.FunctionDef)]
+def functions(name: str) -> list[ast.FunctionDef]:
+    return [node for node in TREES[name].body if isinstance(node, ast.FunctionDef)]
 
 
-def public_kernels(family: str) -> list[ast.FunctionDef]:
-    return [f for f in functions(family) if f.name.startswith(("dequantize_", "narrow_"))]
+def is_helper(function: ast.FunctionDef) -> bool:
+    return bool(function.decorator_list) or function.name.startswith("_")
 
 
-def imported(name: str) -> list[str]:
-    modules = []
+def decoders(family: str) -> list[ast.FunctionDef]:
+    return [function for function in functions(family) if not is_helper(function)]
+
+
+DECODERS = [(family, function) for family in FAMILIES for function in decoders(family)]
+each_decoder = pytest.mark.parametrize(
+    ("family", "function"), DECODERS, ids=[function.name for _, function in DECODERS]
+)
+
+
+def imported(name: str) -> set[str]:
+    """Modules, those of this package by their full name."""
+    modules = set()
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
-            modules += [alias.name for alias in node.names]
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            modules.append("." * node.level + (node.module or ""))
+            assert node.level == 0, f"{name}: relative import"
+            members = {f"{PACKAGE}.{alias.name}" for alias in node.names}
+            modules |= members if node.module == PACKAGE else {str(node.module)}
     return modules
 
 
-def is_njit(node: ast.expr) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "njit"
+def names_in(tree: ast.AST) -> set[str]:
+    found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    found |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return found | {str(node.arg) for node in ast.walk(tree) if isinstance(node, ast.keyword)}
 
 
-def test_there_are_kernels() -> None:
-    assert {"floats", "legacy", "kquants"} <= set(FAMILIES)
-    assert all(public_kernels(family) for family in FAMILIES if functions(family))
+def calls(tree: ast.AST, name: str) -> Iterator[ast.Call]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
+            yield node
 
 
-@each_family
-def test_njit_states_its_options(family: str) -> None:
-    # Exactly these three: parallel=True, for one, aborts the process when two threads enter.
-    expected = {"nogil": True, "cache": True, "fastmath": False}
-    for function in functions(family):
-        for decorator in function.decorator_list:
-            assert isinstance(decorator, ast.Call), f"{function.name}: options not stated"
-            assert is_njit(decorator), f"{function.name}: not njit"
-            options = {k.arg: ast.literal_eval(k.value) for k in decorator.keywords}
-            assert options == expected, function.name
+# files -----------------------------------------------------------------------------------------
 
 
-@each_family
-def test_every_call_of_njit_is_a_decorator(family: str) -> None:
-    calls = [node for node in ast.walk(TREES[family]) if isinstance(node, ast.Call)]
-    decorators = [d for f in functions(family) for d in f.decorator_list]
-    assert sum(map(is_njit, calls)) == len(decorators)
+def test_every_file_has_a_part() -> None:
+    assert set(SOURCES) == {*FAMILIES, *WORDS, *MACHINERY, "__init__"}
 
 
 @each_family
-def test_imports_no_kernel_and_no_numaload(family: str) -> None:
-    # numba's cache notices changes of one file only: code from another would go stale.
-    roots = {module.partition(".")[0] for module in imported(family)}
-    assert roots <= {"__future__", "numba", "numpy"}
+def test_family_imports_only_words(family: str) -> None:
+    allowed = {"__future__", "numpy", *(f"{PACKAGE}.{name}" for name in WORDS)}
+    assert imported(family) <= allowed
 
 
-def test_registry_imports_only_the_types() -> None:
-    own = [module for module in imported("registry") if module.startswith((".", "numaload"))]
-    assert own == ["numaload.formats.qtypes"]
-    others = {module.partition(".")[0] for module in imported("registry")} - {"numaload"}
-    assert others <= {*sys.stdlib_module_names, "numpy"}
+@each_file
+def test_imports_of_others(name: str) -> None:
+    for module in imported(name):
+        root = module.partition(".")[0]
+        if root == "numaload":
+            assert module == "numaload.formats.qtypes" or module.startswith(f"{PACKAGE}.")
+        elif root not in sys.stdlib_module_names:
+            assert name in OUTSIDE[root], f"{name} imports {module}"
+
+
+@each_file
+def test_only_objects_knows_ctypes(name: str) -> None:
+    assert ("ctypes" in imported(name)) == (name == "objects")
 
 
 def test_package_imports_nothing() -> None:
-    assert imported("__init__") == []
+    assert imported("__init__") == set()
 
 
-def test_copies_of_a_helper_stay_alike() -> None:
-    # What two families need stands in both files.
-    seen: dict[str, str] = {}
-    for family in FAMILIES:
-        for function in functions(family):
-            text = ast.unparse(function)
-            assert seen.setdefault(function.name, text) == text, f"{family}.{function.name}"
+# compiling -------------------------------------------------------------------------------------
+
+
+def test_options_are_stated() -> None:
+    # fastmath would change results, the python error model checks every division; wrappers refer
+    # to Python, which is not there when an object file is linked.
+    (options,) = (
+        ast.literal_eval(node.value)
+        for node in TREES["compile"].body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OPTIONS"
+    )
+    assert options == {
+        "nogil": True,
+        "fastmath": False,
+        "error_model": "numpy",
+        "no_cpython_wrapper": True,
+        "no_cfunc_wrapper": True,
+    }
+
+
+def test_njit_takes_these_options() -> None:
+    found = [ast.unparse(call) for call in calls(TREES["compile"], "njit")]
+    assert sorted(found) == ["njit(**OPTIONS)", "njit(forceinline=True, **OPTIONS)"]
+
+
+@each_file
+def test_nothing_runs_in_parallel(name: str) -> None:
+    # parallel=True aborts the process when two threads enter.
+    assert not names_in(TREES[name]) & {"parallel", "prange", "guvectorize", "vectorize"}
+
+
+@each_file
+def test_only_compile_runs_numba(name: str) -> None:
+    found = names_in(TREES[name]) & {"njit", "jit", "cfunc"}
+    assert found == ({"njit"} if name == "compile" else set())
+
+
+# decode functions ------------------------------------------------------------------------------
+
+
+def test_registry_names_every_decode_function_once() -> None:
+    written = [(family, function.name) for family, function in DECODERS]
+    assert sorted(registry.KERNELS.values()) == sorted(written)
+
+
+def test_functions_have_the_names_of_their_types() -> None:
+    assert all(name == qtype.name.lower() for qtype, (_, name) in registry.KERNELS.items())
+
+
+@each_decoder
+def test_parameters(family: str, function: ast.FunctionDef) -> None:
+    arguments = [argument.arg for argument in function.args.args]
+    assert arguments == (["src", "at"] if family == FLOATS else ["src", "at", "w", "to"])
+
+
+@each_decoder
+def test_diagram_is_above(family: str, function: ast.FunctionDef) -> None:
+    above = SOURCES[family].splitlines()[: function.lineno - 1]
+    start = next(i for i in range(len(above), 0, -1) if not above[i - 1].startswith("#"))
+    diagram = above[start:]
+    assert re.match(rf"# {function.name.upper()}, \d+ bytes -> \d+ weights? +\S", diagram[0])
+    assert any(line.startswith("#   byte ") for line in diagram)
+
+
+@each_decoder
+def test_length(family: str, function: ast.FunctionDef) -> None:
+    assert function.end_lineno is not None
+    assert function.end_lineno - function.lineno < 80
 
 
 @each_family
-def test_no_global_arrays(family: str) -> None:
-    # A global array is frozen into compiled code, and the cache does not notice a change of it.
-    for node in TREES[family].body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-            names = {name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)}
-            assert not names & {"np", "numpy"}, ast.unparse(node)
+def test_loops_are_short_and_known(family: str) -> None:
+    for function in functions(family):
+        assert not any(isinstance(node, ast.While) for node in ast.walk(function)), function.name
+        for node in ast.walk(function):
+            if isinstance(node, ast.For):
+                assert isinstance(node.iter, ast.Call), function.name
+                assert ast.unparse(node.iter.func) == "range", function.name
+                trips = range(*map(ast.literal_eval, node.iter.args))
+                assert len(trips) <= STEPS, function.name
 
 
 @each_family
-def test_public_kernels(family: str) -> None:
-    for function in public_kernels(family):
-        arguments = [argument.arg for argument in function.args.args]
-        assert arguments[:4] == ["src", "out", "start", "stop"], function.name
-        assert ast.get_docstring(function), f"{function.name} has no docstring"
-        compiled = [d for d in function.decorator_list if isinstance(d, ast.Call) and d.args]
-        assert compiled, f"{function.name} has no signature"
+def test_helpers_are_marked(family: str) -> None:
+    # Else a compiled function that calls them would not know them.
+    for function in functions(family):
+        marks = [ast.unparse(mark) for mark in function.decorator_list]
+        assert marks == (["helper"] if is_helper(function) and function.name[0] != "_" else [])
 
 
-def test_registry_names_every_kernel_once() -> None:
-    named = [*registry.KERNELS.values(), *registry.NARROW.values()]
-    written = [(family, f.name) for family in FAMILIES for f in public_kernels(family)]
-    assert sorted(named) == sorted(written)
+def test_blocks_fit_the_loop() -> None:
+    for qtype in registry.KERNELS:
+        weights, nbytes = registry.step(qtype)
+        assert weights % STEP == 0, qtype.name
+        assert CHUNK % weights == 0, qtype.name
+        assert nbytes * BLOCKS[qtype][0] == weights * BLOCKS[qtype][1], qtype.name
+
+
+# data ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("IQ1", "IQ1_S"),
+        ("IQ2_XXS", "IQ2_XXS"),
+        ("IQ2_XS", "IQ2_XS"),
+        ("IQ2_S", "IQ2_S"),
+        ("IQ3_XXS", "IQ3_XXS"),
+        ("IQ3_S", "IQ3_S"),
+    ],
+)
+def test_grids_as_gguf_py(ours: str, theirs: str) -> None:
+    known = getattr(gguf.quants, theirs)
+    known.init_grid()
+    expected = known.grid[0, 0]
+    grid = getattr(grids, ours)
+    assert grid.dtype == np.int64
+    values = grid.view(np.int8).reshape(len(grid), 8)
+    np.testing.assert_array_equal(values[:, : expected.shape[1]], expected)
+    assert not values[:, expected.shape[1] :].any()

@@ -29,7 +29,6 @@ Floats = NDArray[np.float32]
 
 ROOT = Path(__file__).parents[2]
 QTYPES = list(registry.KERNELS)
-FLOATS = {qtype for qtype in QTYPES if BLOCKS[qtype][0] == 1}
 KNOWN_TO_GGUF = [q for q in QTYPES if q not in {QuantType.Q1_0, QuantType.Q2_0}]
 ITEMS = {"float32": np.float32, "float16": np.uint16, "bfloat16": np.uint16}
 WITH_JIT = not registry.interpreted()
@@ -49,16 +48,19 @@ def rng() -> np.random.Generator:
 # blocks ----------------------------------------------------------------------------------------
 
 
-def f16_at(byte: int) -> tuple[tuple[int, int], ...]:
+Place = tuple[tuple[int, int], ...]
+
+
+def f16_at(byte: int) -> Place:
     return ((byte, 0), (byte, 4), (byte + 1, 0), (byte + 1, 4))
 
 
+BEGIN_WITH_IT = (
+    "F16 Q1_0 Q2_0 Q4_0 Q5_0 Q8_0 IQ1_S IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS"
+)
 # {qtype: of each f16 scale, (byte, lowest bit) of its four nibbles, the lowest first}
-SCALES = {
-    **{qtype: (f16_at(0),) for qtype in KNOWN_TO_GGUF if qtype not in FLOATS},
-    QuantType.F16: (f16_at(0),),
-    QuantType.Q1_0: (f16_at(0),),
-    QuantType.Q2_0: (f16_at(0),),
+SCALES: dict[QuantType, tuple[Place, ...]] = {
+    **{QuantType[name]: (f16_at(0),) for name in BEGIN_WITH_IT.split()},
     QuantType.Q4_1: (f16_at(0), f16_at(2)),
     QuantType.Q5_1: (f16_at(0), f16_at(2)),
     QuantType.Q2_K: (f16_at(80), f16_at(82)),
@@ -70,7 +72,8 @@ SCALES = {
     QuantType.TQ1_0: (f16_at(52),),
     QuantType.TQ2_0: (f16_at(64),),
 }
-del SCALES[QuantType.MXFP4], SCALES[QuantType.NVFP4]  # one byte: those are tried one by one
+# {qtype: how many scales of one byte each its blocks begin with}
+BYTE_SCALES = {QuantType.MXFP4: 1, QuantType.NVFP4: 4}
 SPECIAL = {
     "zero": 0x0000,
     "negative-zero": 0x8000,
@@ -91,15 +94,15 @@ WITH_A_SUM = {QuantType.Q4_1, QuantType.Q5_1}
 def random_blocks(rng: np.random.Generator, qtype: QuantType, n_steps: int) -> Bytes:
     """Steps of a kernel, some with special scales."""
     src = rng.integers(0, 256, (n_steps, registry.step(qtype)[1]), dtype=np.uint8)
-    for block, bits in zip(src, SPECIAL.values(), strict=False):
-        set_scales(block, rng.permutation(SCALES.get(qtype, ()))[:1].tolist(), bits)
+    for i, place in enumerate(SCALES.get(qtype, ())):
+        for block, bits in zip(src[i::2], SPECIAL.values(), strict=False):
+            set_scale(block, place, bits)
     return settled(qtype, src)
 
 
-def set_scales(block: Bytes, places: Any, bits: int) -> None:
-    for place in places:
-        for i, (byte, bit) in enumerate(place):
-            block[byte] = int(block[byte]) & ~(15 << bit) | (bits >> 4 * i & 15) << bit
+def set_scale(block: Bytes, place: Place, bits: int) -> None:
+    for i, (byte, bit) in enumerate(place):
+        block[byte] = int(block[byte]) & ~(15 << bit) | (bits >> 4 * i & 15) << bit
 
 
 def settled(qtype: QuantType, src: Bytes) -> Bytes:
@@ -155,8 +158,8 @@ def assert_same_bits(actual: NDArray[Any], expected: NDArray[Any]) -> None:
 
 def assert_same_but_nan(actual: Floats, expected: Floats) -> None:
     """gguf-py computes in an order of its own, and its NaN have other payloads."""
-    bits = [np.where(np.isnan(w), np.uint32(ANY_NAN), bits_of(w)) for w in (actual, expected)]
-    np.testing.assert_array_equal(*bits)
+    one, other = (np.where(np.isnan(w), np.uint32(ANY_NAN), bits_of(w)) for w in (actual, expected))
+    np.testing.assert_array_equal(one, other)
 
 
 # float32 ---------------------------------------------------------------------------------------
@@ -182,7 +185,7 @@ def test_special_scales(qtype: QuantType, scale: int, rng: np.random.Generator) 
     src = rng.integers(0, 256, (8, registry.step(qtype)[1]), dtype=np.uint8)
     for i, place in enumerate(SCALES[qtype]):
         for row in (2 * i, 2 * i + 1, *range(4, 8)):  # each alone, then all
-            set_scales(src[row], [place], scale)
+            set_scale(src[row], place, scale)
     actual = run(qtype, settled(qtype, src))
     assert_same_bits(actual, naive.dequantize(qtype, src))
     if qtype in KNOWN_TO_GGUF:
@@ -196,16 +199,21 @@ def test_two_nan_make_a_nan(qtype: QuantType, rng: np.random.Generator) -> None:
     assert np.isnan(run(qtype, src)).all()
 
 
-@pytest.mark.parametrize("qtype", [QuantType.MXFP4, QuantType.NVFP4], ids=lambda q: q.name)
+@pytest.mark.parametrize("qtype", BYTE_SCALES, ids=lambda q: q.name)
 def test_every_scale_of_one_byte(qtype: QuantType) -> None:
-    n_scales = {QuantType.MXFP4: 1, QuantType.NVFP4: 4}[qtype]
-    src = np.zeros((256, BLOCKS[qtype][1]), np.uint8)
-    src[:, n_scales:] = np.arange(0x100 - src.shape[1] + n_scales, 0x100)  # ends in all of f0 to ff
-    src[:, n_scales : n_scales + 8] = 0x10 + 0x22 * np.arange(8)  # each code once
+    n_scales, nbytes = BYTE_SCALES[qtype], BLOCKS[qtype][1]
+    src = np.empty((256, nbytes), np.uint8)
+    src[:, n_scales:] = np.resize(
+        0x11 * np.arange(16), nbytes - n_scales
+    )  # each code, low and high
     for i in range(n_scales):
         src[:, i] = np.roll(np.arange(256), 64 * i)
     assert_same_bits(run(qtype, src), naive.dequantize(qtype, src))
     assert_same_bits(run(qtype, src), reference(qtype, src))
+
+
+def test_every_type_has_its_scales_tried() -> None:
+    assert {*SCALES, *BYTE_SCALES} == set(QTYPES) - {QuantType.F32, QuantType.BF16}
 
 
 def test_every_float16() -> None:
@@ -351,27 +359,23 @@ def test_threads_do_not_meet(rng: np.random.Generator) -> None:
 
 # other processors, and none --------------------------------------------------------------------
 
-# What the features are is in the name; only the last row names instructions, and so gets them.
 V3 = {"avx2", "bmi2", "f16c", "fma", "lzcnt", "movbe"}
-VARIANTS = {
+V4 = V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+# {name: (processor, features, what this one must have)}. Without a list of features the kernels use
+# no instruction of their own choice, the compiler any that the name stands for.
+PROCESSORS: dict[str, tuple[str, str, set[str]]] = {
+    "x86-64": ("x86-64", "", {"sse2"}),
+    "x86-64-v2": ("x86-64-v2", "", {"popcnt", "sse4.2", "ssse3"}),
+    "x86-64-v3": ("x86-64-v3", "", V3),
+    "x86-64-v3-listed": ("x86-64-v3", "+ssse3,+sse2,+f16c,+avx2", V3),
+    "x86-64-v4": ("x86-64-v4", "", V4),
+}
+VARIANTS: dict[str, tuple[dict[str, str], set[str]]] = {
     "interpreted": ({"NUMBA_DISABLE_JIT": "1"}, set()),
-    "x86-64": ({"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}, {"sse2"}),
-    "x86-64-v2": (
-        {"NUMBA_CPU_NAME": "x86-64-v2", "NUMBA_CPU_FEATURES": ""},
-        {"popcnt", "sse4.2", "ssse3"},
-    ),
-    "x86-64-v3": ({"NUMBA_CPU_NAME": "x86-64-v3", "NUMBA_CPU_FEATURES": ""}, V3),
-    "x86-64-v4": (
-        {"NUMBA_CPU_NAME": "x86-64-v4", "NUMBA_CPU_FEATURES": ""},
-        V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
-    ),
-    "x86-64-v3-and-features": (
-        {
-            "NUMBA_CPU_NAME": "x86-64-v3",
-            "NUMBA_CPU_FEATURES": "+ssse3,+sse2,+f16c,+avx2",
-        },
-        V3,
-    ),
+    **{
+        name: ({"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features}, needs)
+        for name, (cpu, features, needs) in PROCESSORS.items()
+    },
 }
 HERE = {name for name, has in llvm.get_host_cpu_features().items() if has}
 JOBS = [
@@ -445,7 +449,7 @@ def test_no_kernel_is_none() -> None:
 
 
 def test_registry_imports_no_numpy() -> None:
-    code = "import sys, numaload.kernels.registry as _; print({'numba', 'numpy'} & {*sys.modules})"
+    code = "import sys, numaload.kernels.registry; print({'llvmlite', 'numba', 'numpy'} & {*sys.modules})"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
 
 

@@ -84,7 +84,8 @@ def _base() -> Path:
 @cache
 def version() -> str:
     """A hash of everything that the code depends on."""
-    found = hashlib.sha256(repr(target()).encode())
+    settings = sorted((k, v) for k, v in os.environ.items() if k.startswith("NUMBA_"))
+    found = hashlib.sha256(repr((target(), settings)).encode())
     here = Path(__file__).parent
     for path in sorted(here.glob("*.py")):
         found.update(f"{path.name} {path.stat().st_size}\n".encode())

@@ -13,6 +13,7 @@ import llvmlite.binding as llvm
 from numba import njit, types
 from numba.extending import register_jitable
 
+from numaload.kernels import halves as _teaches_the_rest  # noqa: F401
 from numaload.kernels import lanes
 from numaload.kernels import lowering as _teaches_the_vocabulary  # noqa: F401
 from numaload.kernels.loops import Parts, build_loop
@@ -40,7 +41,8 @@ def compile_kernel(name: str, dtype: str, parts: Parts) -> bytes:
     arguments = (types.CPointer(types.uint8), types.CPointer(OUTPUTS[dtype]))
     compiled.compile((*arguments, types.int64, types.int64))
     (text,) = compiled.inspect_llvm().values()
-    return _emit(text, name)
+    (result,) = compiled.overloads.values()
+    return _emit(text, result.fndesc.llvm_func_name, name)
 
 
 def _inlined(function: Any) -> Any:
@@ -60,9 +62,9 @@ def _teach_helpers() -> None:
             _taught.add(function)
 
 
-def _emit(text: str, name: str) -> bytes:
+def _emit(text: str, function: str, name: str) -> bytes:
+    """Machine code of LLVM's language, with ``function`` as ``name``."""
     module = llvm.parse_assembly(text)
-    (function,) = (f for f in module.functions if not f.is_declaration)
-    function.name = name
+    module.get_function(function).name = name
     code: bytes = machine().emit_object(module)
     return code

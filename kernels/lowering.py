@@ -9,12 +9,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import (
-    lower_builtin,
-    models,
-    register_model,
-    types,
-)
+from numba.extending import lower_builtin, models, register_model, types
 
 from numaload.kernels import lanes
 from numaload.kernels.lanes import CHUNK, LANES, LINE
@@ -71,7 +66,10 @@ def lowers(function: Callable[..., Any], *takes: Any, gives: Any) -> Callable[[B
 
         @lower_builtin(function, *takes)
         def _lowered(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-            result = build(builder, sig, *values)
+            places = [
+                _pointer(context, builder, *one) for one in zip(sig.args, values, strict=True)
+            ]
+            result = build(builder, sig, *places)
             return context.get_dummy_value() if result is None else result
 
         return build
@@ -79,15 +77,16 @@ def lowers(function: Callable[..., Any], *takes: Any, gives: Any) -> Callable[[B
     return register
 
 
+def _pointer(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    """Of a constant array the address of its items; anything else as it is."""
+    is_array = isinstance(kind, types.Array)
+    return context.make_array(kind)(context, builder, value).data if is_array else value
+
+
 def constant(of: ir.Type, values: Any) -> ir.Constant:
     """The same number in each lane, or a number for each."""
     numbers = list(values) if hasattr(values, "__iter__") else [values] * LANES
     return ir.Constant(vector(of), numbers)
-
-
-def c(value: int) -> ir.Constant:
-    """The same 32 bits in each lane."""
-    return constant(I32, value)
 
 
 def splat(builder: Any, value: Any) -> Any:
@@ -102,10 +101,8 @@ def call(builder: Any, name: str, result: ir.Type, *values: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
 
 
-def place(builder: Any, sig: Any, base: Any, at: Any, of: ir.Type) -> Any:
-    """A pointer to a value of type ``of`` at item ``at`` of a pointer or a constant array."""
-    if isinstance(sig.args[0], types.Array):
-        base = builder.extract_value(base, 4)  # numba's arrays: the data pointer
+def place(builder: Any, base: Any, at: Any, of: ir.Type) -> Any:
+    """A pointer to a value of type ``of`` at item ``at`` of a pointer."""
     return builder.bitcast(builder.gep(base, [at]), of.as_pointer())
 
 
@@ -123,17 +120,21 @@ OPERATORS = {
 }
 
 
-def _operator(op: Any, names: tuple[str, str | None]) -> None:
+def _takes(kind: Lanes, other: Any) -> bool:
+    """Whether an operator of lanes takes ``other``: lanes of the same kind, or a number."""
+    if kind == F32:
+        return other in {F32, types.float32}
+    return other == kind or isinstance(other, types.Integer)
+
+
+def _operator(op: Any, integer: str, single: str | None) -> None:
     @infer_global(op)
     class Template(AbstractTemplate):
         def generic(self, kinds: Any, keywords: Any) -> Any:
-            if keywords or len(kinds) != 2 or not isinstance(kinds[0], Lanes):
+            kind, other = (*kinds, None)[:2]
+            if keywords or not isinstance(kind, Lanes) or not _takes(kind, other):
                 return None
-            kind, other = kinds
-            number = types.float32 if kind == F32 else types.Integer
-            fits = other in {kind, number} if kind == F32 else isinstance(other, number)
-            known = names[kind == F32] and (other == kind or fits)
-            return signature(kind, kind, other) if known else None
+            return signature(kind, *kinds) if single or kind != F32 else None
 
     @lower_builtin(op, Lanes, types.Any)
     def _lowered(_context: Any, builder: Any, sig: Any, values: Any) -> Any:
@@ -141,7 +142,7 @@ def _operator(op: Any, names: tuple[str, str | None]) -> None:
         if not isinstance(sig.args[1], Lanes):
             # A number's lower bits, as integers wrap.
             right = splat(builder, right if kind == F32 else _cut(builder, right, element(kind)))
-        return getattr(builder, str(names[kind == F32]))(left, right)
+        return getattr(builder, str(single if kind == F32 else integer))(left, right)
 
 
 def _cut(builder: Any, value: Any, to: Any) -> Any:
@@ -149,15 +150,15 @@ def _cut(builder: Any, value: Any, to: Any) -> Any:
 
 
 for _op, _names in OPERATORS.items():
-    _operator(_op, _names)
+    _operator(_op, *_names)
 
 
 # numbers ---------------------------------------------------------------------------------------
 
 
 def _number(bits: int) -> Build:
-    def build(builder: Any, sig: Any, base: Any, at: Any) -> Any:
-        value = builder.load(place(builder, sig, base, at, ir.IntType(bits)), align=1)
+    def build(builder: Any, _sig: Any, base: Any, at: Any) -> Any:
+        value = builder.load(place(builder, base, at, ir.IntType(bits)), align=1)
         return value if bits == 64 else builder.zext(value, I64)
 
     return build
@@ -178,7 +179,7 @@ def _items(base: Any, _at: Any) -> Any:
 
 @lowers(lanes.load, types.Any, types.Integer, gives=_items)
 def _load(builder: Any, sig: Any, base: Any, at: Any) -> Any:
-    return builder.load(place(builder, sig, base, at, vector(element(sig.return_type))), align=1)
+    return builder.load(place(builder, base, at, vector(element(sig.return_type))), align=1)
 
 
 lowers(lanes.load_u16, types.CPointer, types.Integer, gives=U16)(_load)
@@ -192,13 +193,13 @@ def _join(builder: Any, _sig: Any, low: Any, high: Any) -> Any:
 
 
 @lowers(lanes.put, types.CPointer, types.Integer, Lanes, gives=types.none)
-def _put(builder: Any, sig: Any, base: Any, at: Any, value: Any) -> None:
-    builder.store(value, place(builder, sig, base, at, value.type), align=1)
+def _put(builder: Any, _sig: Any, base: Any, at: Any, value: Any) -> None:
+    builder.store(value, place(builder, base, at, value.type), align=1)
 
 
 @lowers(lanes.stream, types.CPointer, types.Integer, Lanes, gives=types.none)
-def _stream(builder: Any, sig: Any, base: Any, at: Any, value: Any) -> None:
-    store = builder.store(value, place(builder, sig, base, at, value.type), align=LINE)
+def _stream(builder: Any, _sig: Any, base: Any, at: Any, value: Any) -> None:
+    store = builder.store(value, place(builder, base, at, value.type), align=LINE)
     store.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
 
 
@@ -288,9 +289,9 @@ def _floats(builder: Any, sig: Any, value: Any) -> Any:
 
 
 @lowers(lanes.lookup, types.Any, Lanes, gives=lambda table, _lanes: ITEMS[table.dtype])
-def _lookup(builder: Any, sig: Any, table: Any, index: Any) -> Any:
+def _lookup(builder: Any, _sig: Any, table: Any, index: Any) -> Any:
     kind = vector(ir.IntType(8))
-    values = builder.load(place(builder, sig, table, I64(0), kind), align=1)
+    values = builder.load(place(builder, table, I64(0), kind), align=1)
     if target().has("ssse3"):
         return call(builder, "llvm.x86.ssse3.pshuf.b.128", kind, values, index)
     if target().triple.startswith("aarch64"):
@@ -305,100 +306,3 @@ def _lookup(builder: Any, sig: Any, table: Any, index: Any) -> Any:
 @lowers(lanes.lane, Lanes, types.Integer, gives=lambda kind, _i: kind.dtype)
 def _lane(builder: Any, _sig: Any, value: Any, i: Any) -> Any:
     return builder.extract_element(value, i)
-
-
-# halves ----------------------------------------------------------------------------------------
-
-
-def _has_half_conversions() -> bool:
-    return target().has("f16c") or target().triple.startswith("aarch64")
-
-
-def _add_floats(builder: Any, left: Any, right: Any) -> Any:
-    """Bits of the sum of floats, from bits."""
-    single = vector(ir.FloatType())
-    total = builder.fadd(builder.bitcast(left, single), builder.bitcast(right, single))
-    return builder.bitcast(total, left.type)
-
-
-def widen_half(builder: Any, half: Any) -> Any:
-    """float16 bits, 16 times 16, to float32; a NaN becomes quiet."""
-    b, single = builder, vector(ir.FloatType())
-    if _has_half_conversions():
-        return b.fpext(b.bitcast(half, vector(ir.HalfType())), single)
-    bits = b.zext(half, vector(I32))
-    magnitude = b.and_(bits, c(0x7FFF))
-    normal = b.add(b.shl(magnitude, c(13)), c(0x38000000))
-    special = b.add(normal, c(0x38000000))  # infinity and NaN
-    # A subnormal is mantissa * 2**-24, which is the spacing of float32 in [0.5, 1): put the
-    # mantissa there and take the 0.5 off. No operand is subnormal in float32, so a thread that
-    # flushes subnormals to zero gets the same value.
-    small = _add_floats(b, b.or_(magnitude, c(0x3F000000)), c(0xBF000000))
-    result = b.select(b.icmp_unsigned(">=", magnitude, c(0x7C00)), special, normal)
-    quiet = b.or_(result, c(0x00400000))
-    result = b.select(b.icmp_unsigned(">", magnitude, c(0x7C00)), quiet, result)
-    result = b.select(b.icmp_unsigned("<", magnitude, c(0x0400)), small, result)
-    return b.bitcast(b.or_(result, b.shl(b.and_(bits, c(0x8000)), c(16))), single)
-
-
-@lowers(lanes.f16, types.CPointer, types.Integer, gives=F32)
-def _f16(builder: Any, sig: Any, base: Any, at: Any) -> Any:
-    # In all lanes from the start: a scalar load into a vector register waits for what the register
-    # held before.
-    bits = builder.load(place(builder, sig, base, at, I16), align=1)
-    return widen_half(builder, splat(builder, bits))
-
-
-@lowers(lanes.as_f16, types.Integer, gives=F32)
-def _as_f16(builder: Any, _sig: Any, bits: Any) -> Any:
-    return widen_half(builder, splat(builder, builder.trunc(bits, I16)))
-
-
-@lowers(lanes.widen_f16, Lanes, gives=F32)
-def _widen_f16(builder: Any, _sig: Any, value: Any) -> Any:
-    return widen_half(builder, value)
-
-
-@lowers(lanes.widen_bf16, Lanes, gives=F32)
-def _widen_bf16(builder: Any, _sig: Any, value: Any) -> Any:
-    upper = builder.shl(builder.zext(value, vector(I32)), constant(I32, 16))
-    return builder.bitcast(upper, vector(ir.FloatType()))
-
-
-@lowers(lanes.narrow_f16, Lanes, gives=U16)
-def _narrow_f16(builder: Any, _sig: Any, value: Any) -> Any:
-    b = builder
-    if _has_half_conversions():
-        return b.bitcast(b.fptrunc(value, vector(ir.HalfType())), vector(I16))
-    bits = b.bitcast(value, vector(I32))
-    magnitude = b.and_(bits, c(0x7FFFFFFF))
-    odd = b.and_(b.lshr(magnitude, c(13)), c(1))
-    # Rounding may carry into the exponent, and from the largest float16 into infinity. The
-    # difference wraps where one of the next lines replaces it.
-    half = b.lshr(b.add(b.add(magnitude, c(0x0FFF)), odd), c(13))
-    half = b.sub(half, c(0x1C000))
-    small = b.sub(
-        _add_floats(b, magnitude, c(0x3F000000)), c(0x3F000000)
-    )  # the sum rounds at 2**-24
-    half = b.select(b.icmp_unsigned("<", magnitude, c(0x38800000)), small, half)
-    half = b.select(b.icmp_unsigned(">=", magnitude, c(0x47800000)), c(0x7C00), half)
-    payload = b.and_(b.lshr(magnitude, c(13)), c(0x01FF))
-    nan = b.icmp_unsigned(">", magnitude, c(0x7F800000))
-    half = b.select(nan, b.or_(payload, c(0x7E00)), half)
-    sign = b.and_(b.lshr(bits, c(16)), c(0x8000))
-    return b.trunc(b.or_(half, sign), vector(I16))
-
-
-@lowers(lanes.narrow_bf16, Lanes, gives=U16)
-def _narrow_bf16(builder: Any, _sig: Any, value: Any) -> Any:
-    # The processors' own conversion flushes subnormals to zero, so it is done on the bits.
-    b = builder
-    bits = b.bitcast(value, vector(I32))
-    odd = b.and_(b.lshr(bits, c(16)), c(1))
-    rounded = b.add(b.add(bits, c(0x7FFF)), odd)
-    nan = b.or_(b.and_(bits, c(0x80000000)), c(0x7FC00000))
-    chosen = b.select(b.fcmp_unordered("uno", value, value), nan, rounded)
-    # The upper halves, taken by a shuffle: with that of the next 16 it becomes one instruction.
-    halves = b.bitcast(chosen, vector(I16, 2 * LANES))
-    odd_ones = ir.Constant(vector(I32), list(range(1, 2 * LANES, 2)))
-    return b.shuffle_vector(halves, ir.Constant(halves.type, ir.Undefined), odd_ones)

@@ -64,9 +64,12 @@ def test_installed_package_runs_away_from_the_checkout(installed: Path, tmp_path
     assert where.startswith(str(installed))
     shown = run(sys.executable, "-m", "numaload", "--version", cwd=tmp_path, env=environment)
     assert shown == f"numaload {numaload.__version__}\n"
-    program = "from numaload.kernels import registry as r; print(r.load(8).__name__)"
-    kernel = run(sys.executable, "-c", program, cwd=tmp_path, env=environment)
-    assert kernel == "dequantize_q8_0\n"
+    program = (
+        "import numpy as np; from numaload.kernels import registry; out = np.zeros(32, 'f4')\n"
+        "block = np.array([0, 0x38, *range(32)], 'u1')\n"  # half of 0 to 31
+        "registry.load(8, 'float32')(block, out, False); print(out.sum())"
+    )
+    assert run(sys.executable, "-c", program, cwd=tmp_path, env=environment) == "248.0\n"
 
 
 def test_command_is_installed_next_to_python() -> None:

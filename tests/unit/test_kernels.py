@@ -47,7 +47,6 @@ def rng() -> np.random.Generator:
 
 # blocks ----------------------------------------------------------------------------------------
 
-
 Place = tuple[tuple[int, int], ...]
 
 
@@ -88,7 +87,7 @@ SPECIAL = {
     "signaling-nan": 0x7C01,
     "negative-quiet-nan": 0xFE55,
 }
-WITH_A_SUM = {QuantType.Q4_1, QuantType.Q5_1}
+WITH_A_SUM = (QuantType.Q4_1, QuantType.Q5_1)
 
 
 def random_blocks(rng: np.random.Generator, qtype: QuantType, n_steps: int) -> Bytes:
@@ -203,9 +202,8 @@ def test_two_nan_make_a_nan(qtype: QuantType, rng: np.random.Generator) -> None:
 def test_every_scale_of_one_byte(qtype: QuantType) -> None:
     n_scales, nbytes = BYTE_SCALES[qtype], BLOCKS[qtype][1]
     src = np.empty((256, nbytes), np.uint8)
-    src[:, n_scales:] = np.resize(
-        0x11 * np.arange(16), nbytes - n_scales
-    )  # each code, low and high
+    # Each code of four bits, low and high.
+    src[:, n_scales:] = np.resize(0x11 * np.arange(16), nbytes - n_scales)
     for i in range(n_scales):
         src[:, i] = np.roll(np.arange(256), 64 * i)
     assert_same_bits(run(qtype, src), naive.dequantize(qtype, src))
@@ -232,12 +230,7 @@ def test_every_bfloat16() -> None:
 
 def test_float32_is_copied(rng: np.random.Generator) -> None:
     src = rng.integers(0, 1 << 32, 65_536, dtype=np.uint32)
-    src[:4] = [
-        0x7F800001,
-        0xFF800001,
-        0x7FFFFFFF,
-        0x80000001,
-    ]  # NaN that a computation would change
+    src[:2] = [0x7F800001, 0xFF800001]  # NaN that any computation would change
     assert_same_bits(run(QuantType.F32, src.view(np.uint8)), src.view(np.float32))
 
 
@@ -250,11 +243,10 @@ def test_dtype_is_float32_narrowed(qtype: QuantType, dtype: str, rng: np.random.
     src = random_blocks(rng, qtype, max(48, 8_192 // registry.step(qtype)[0]))
     wide = run(qtype, src)
     expected = narrowed(dtype, wide)
-    if qtype.name.lower() == {"float16": "f16", "bfloat16": "bf16"}[dtype]:
-        nan = np.isnan(wide)
-        assert_same_bits(expected[~nan], src.reshape(-1).view(np.uint16)[~nan])
-        expected = src.reshape(-1).view(np.uint16)  # nothing to narrow: NaN stay as they are
-    assert_same_bits(run(qtype, src, dtype), expected)
+    actual = run(qtype, src, dtype)
+    if (qtype, dtype) in registry.COPIES:  # NaN stay as they are: see the next test
+        expected, actual = expected[~np.isnan(wide)], actual[~np.isnan(wide)]
+    assert_same_bits(actual, expected)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("F16", "float16"), ("BF16", "bfloat16")])
@@ -283,10 +275,8 @@ def aligned(n_items: int, dtype: Any) -> NDArray[Any]:
 def test_writes_exactly_its_output(qtype: QuantType, dtype: str, rng: np.random.Generator) -> None:
     step, kernel = registry.step(qtype)[0], load(qtype, dtype)
     src = random_blocks(rng, qtype, max(COUNTS))
-    expected, area = (
-        bits_of(run(qtype, src, dtype)),
-        aligned(2 * LEAD + 32 + step * max(COUNTS), np.uint32 if dtype == "float32" else np.uint16),
-    )
+    expected = bits_of(run(qtype, src, dtype))
+    area = aligned(2 * LEAD + 32 + expected.size, expected.dtype)
     offsets = range(32) if qtype in EVERY_OFFSET else OFFSETS
     for count, offset, past_caches in product(COUNTS, offsets, (False, True)):
         first, last = LEAD + offset, LEAD + offset + count * step
@@ -327,8 +317,8 @@ def between(nbytes, at_end):
     return area[first : first + nbytes]
 
 for case in product(registry.KERNELS, registry.DTYPES, (1, 2, 3), (False, True), (False, True)):
-    print(*case, flush=True)
     qtype, dtype, count, at_end, past_caches = case
+    print(qtype.name, dtype, count, at_end, past_caches, flush=True)
     item = np.dtype(np.float32 if dtype == "float32" else np.uint16)
     step, nbytes = registry.step(qtype)
     src = between(count * nbytes, at_end)
@@ -448,8 +438,9 @@ def test_no_kernel_is_none() -> None:
     assert registry.load(QuantType.Q4_K, "float64") is None
 
 
-def test_registry_imports_no_numpy() -> None:
-    code = "import sys, numaload.kernels.registry; print({'llvmlite', 'numba', 'numpy'} & {*sys.modules})"
+def test_registry_imports_nothing_heavy() -> None:
+    heavy = "{'llvmlite', 'numba', 'numpy'}"
+    code = f"import sys, numaload.kernels.registry; print({heavy} & {{*sys.modules}})"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
 
 

@@ -1,0 +1,123 @@
+"""Conversions of float16 and bfloat16, as `lowering.py` has the rest of the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.extending import types
+
+from numaload.kernels import lanes
+from numaload.kernels.lanes import LANES
+from numaload.kernels.lowering import (
+    F32,
+    I16,
+    I32,
+    U16,
+    Lanes,
+    constant,
+    lowers,
+    place,
+    splat,
+    vector,
+)
+from numaload.kernels.target import target
+
+
+def c(value: int) -> ir.Constant:
+    """The same 32 bits in each lane."""
+    return constant(I32, value)
+
+
+def _has_half_conversions() -> bool:
+    return target().has("f16c") or target().triple.startswith("aarch64")
+
+
+def _add_floats(builder: Any, left: Any, right: Any) -> Any:
+    """Bits of the sum of floats, from bits."""
+    single = vector(ir.FloatType())
+    total = builder.fadd(builder.bitcast(left, single), builder.bitcast(right, single))
+    return builder.bitcast(total, left.type)
+
+
+def widen_half(builder: Any, half: Any) -> Any:
+    """float16 bits, 16 times 16, to float32; a NaN becomes quiet."""
+    b, single = builder, vector(ir.FloatType())
+    if _has_half_conversions():
+        return b.fpext(b.bitcast(half, vector(ir.HalfType())), single)
+    bits = b.zext(half, vector(I32))
+    magnitude = b.and_(bits, c(0x7FFF))
+    normal = b.add(b.shl(magnitude, c(13)), c(0x38000000))
+    special = b.add(normal, c(0x38000000))  # infinity and NaN
+    # A subnormal is mantissa * 2**-24, which is the spacing of float32 in [0.5, 1): put the
+    # mantissa there and take the 0.5 off. No operand is subnormal in float32, so a thread that
+    # flushes subnormals to zero gets the same value.
+    small = _add_floats(b, b.or_(magnitude, c(0x3F000000)), c(0xBF000000))
+    result = b.select(b.icmp_unsigned(">=", magnitude, c(0x7C00)), special, normal)
+    quiet = b.or_(result, c(0x00400000))
+    result = b.select(b.icmp_unsigned(">", magnitude, c(0x7C00)), quiet, result)
+    result = b.select(b.icmp_unsigned("<", magnitude, c(0x0400)), small, result)
+    return b.bitcast(b.or_(result, b.shl(b.and_(bits, c(0x8000)), c(16))), single)
+
+
+@lowers(lanes.f16, types.CPointer, types.Integer, gives=F32)
+def _f16(builder: Any, _sig: Any, base: Any, at: Any) -> Any:
+    # In all lanes from the start: a scalar load into a vector register waits for what the register
+    # held before.
+    bits = builder.load(place(builder, base, at, I16), align=1)
+    return widen_half(builder, splat(builder, bits))
+
+
+@lowers(lanes.as_f16, types.Integer, gives=F32)
+def _as_f16(builder: Any, _sig: Any, bits: Any) -> Any:
+    return widen_half(builder, splat(builder, builder.trunc(bits, I16)))
+
+
+@lowers(lanes.widen_f16, Lanes, gives=F32)
+def _widen_f16(builder: Any, _sig: Any, value: Any) -> Any:
+    return widen_half(builder, value)
+
+
+@lowers(lanes.widen_bf16, Lanes, gives=F32)
+def _widen_bf16(builder: Any, _sig: Any, value: Any) -> Any:
+    upper = builder.shl(builder.zext(value, vector(I32)), constant(I32, 16))
+    return builder.bitcast(upper, vector(ir.FloatType()))
+
+
+@lowers(lanes.narrow_f16, Lanes, gives=U16)
+def _narrow_f16(builder: Any, _sig: Any, value: Any) -> Any:
+    b = builder
+    if _has_half_conversions():
+        return b.bitcast(b.fptrunc(value, vector(ir.HalfType())), vector(I16))
+    bits = b.bitcast(value, vector(I32))
+    magnitude = b.and_(bits, c(0x7FFFFFFF))
+    odd = b.and_(b.lshr(magnitude, c(13)), c(1))
+    # Rounding may carry into the exponent, and from the largest float16 into infinity. The
+    # difference wraps where one of the next lines replaces it.
+    half = b.lshr(b.add(b.add(magnitude, c(0x0FFF)), odd), c(13))
+    half = b.sub(half, c(0x1C000))
+    small = b.sub(
+        _add_floats(b, magnitude, c(0x3F000000)), c(0x3F000000)
+    )  # the sum rounds at 2**-24
+    half = b.select(b.icmp_unsigned("<", magnitude, c(0x38800000)), small, half)
+    half = b.select(b.icmp_unsigned(">=", magnitude, c(0x47800000)), c(0x7C00), half)
+    payload = b.and_(b.lshr(magnitude, c(13)), c(0x01FF))
+    nan = b.icmp_unsigned(">", magnitude, c(0x7F800000))
+    half = b.select(nan, b.or_(payload, c(0x7E00)), half)
+    sign = b.and_(b.lshr(bits, c(16)), c(0x8000))
+    return b.trunc(b.or_(half, sign), vector(I16))
+
+
+@lowers(lanes.narrow_bf16, Lanes, gives=U16)
+def _narrow_bf16(builder: Any, _sig: Any, value: Any) -> Any:
+    # The processors' own conversion flushes subnormals to zero, so it is done on the bits.
+    b = builder
+    bits = b.bitcast(value, vector(I32))
+    odd = b.and_(b.lshr(bits, c(16)), c(1))
+    rounded = b.add(b.add(bits, c(0x7FFF)), odd)
+    nan = b.or_(b.and_(bits, c(0x80000000)), c(0x7FC00000))
+    chosen = b.select(b.fcmp_unordered("uno", value, value), nan, rounded)
+    # The upper halves, taken by a shuffle: with that of the next 16 it becomes one instruction.
+    halves = b.bitcast(chosen, vector(I16, 2 * LANES))
+    odd_ones = ir.Constant(vector(I32), list(range(1, 2 * LANES, 2)))
+    return b.shuffle_vector(halves, ir.Constant(halves.type, ir.Undefined), odd_ones)

@@ -5,10 +5,10 @@ that is how kernels run without JIT, and how to try one in a debugger. Compiled,
 each into LLVM vector instructions, which the processor's own width then carries out: one AVX-512
 register, two of AVX2, four of SSE2 or NEON.
 
-Lanes are uint8, int8, uint16, uint32 or float32, and have the operators ``& | ^ << >> + - *`` with
-lanes of their own kind, or with a number, which takes their type (integers wrap). Numbers are int
-(64 bits, signed) and float32. ``src`` and ``dst`` are flat arrays here, pointers when compiled: no
-bounds are checked. Little-endian, as GGUF is.
+Lanes are uint8, int8, uint16 or float32, and have the operators ``& | ^ << >> + - *`` with lanes of
+their own kind, or with a number, which takes their type and must fit it; results wrap. Numbers are
+int (64 bits, signed) and float32. ``src`` and ``dst`` are flat arrays here, pointers when compiled:
+no bounds are checked. Little-endian, as GGUF is.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def lookup(table: Array, lanes: Array) -> Array:
 
 
 def lane(lanes: Array, i: int) -> Any:
-    """One of them, as a number."""
+    """One of 16 float32, as a number."""
     return lanes[i]
 
 

@@ -65,7 +65,7 @@ def make_store(convert: Read, item_size: int) -> Callable[..., None]:
     """A function that stores ``count`` weights, a multiple of STEP, which ``convert`` reads."""
 
     def store(src: Any, begin: int, out: Any, at: int, count: int, past_caches: int) -> None:
-        if past_caches:
+        if past_caches and count > 0:
             first = ahead(out, at)
             if first > 0:  # unaligned up to the cache line, and at the end from the last one on
                 put(out, at, convert(src, begin))

@@ -24,11 +24,9 @@ class Lanes(types.Type):
         super().__init__(name=f"lanes({dtype}, {count})")
 
 
-U8, I8, U16, U32, F32 = (
-    Lanes(t) for t in (types.uint8, types.int8, types.uint16, types.uint32, types.float32)
-)
+U8, I8, U16, F32 = (Lanes(t) for t in (types.uint8, types.int8, types.uint16, types.float32))
 BIT, I16, I32, I64 = (ir.IntType(n) for n in (1, 16, 32, 64))
-ELEMENTS = {"uint8": ir.IntType(8), "int8": ir.IntType(8), "uint16": I16, "uint32": I32}
+ELEMENTS = {"uint8": ir.IntType(8), "int8": ir.IntType(8), "uint16": I16}
 
 
 def element(kind: Lanes) -> ir.Type:
@@ -52,7 +50,8 @@ Build = Callable[..., Any]
 def lowers(function: Callable[..., Any], *takes: Any, gives: Any) -> Callable[[Build], Build]:
     """Compile calls of ``function`` with ``takes`` as the instructions that the build emits.
 
-    gives: the type of its result, or a function from the types of the arguments to it.
+    gives: the type of its result, or a function from the types of the arguments to it; None where
+    they do not fit, which is an error of numba's when compiling.
     """
 
     def register(build: Build) -> Build:
@@ -62,7 +61,7 @@ def lowers(function: Callable[..., Any], *takes: Any, gives: Any) -> Callable[[B
                 if keywords or len(kinds) != len(takes):
                     return None
                 result = gives if isinstance(gives, types.Type) else gives(*kinds)
-                return signature(result, *kinds)
+                return None if result is None else signature(result, *kinds)
 
         @lower_builtin(function, *takes)
         def _lowered(context: Any, builder: Any, sig: Any, values: Any) -> Any:
@@ -142,7 +141,10 @@ def _operator(op: Any, integer: str, single: str | None) -> None:
         if not isinstance(sig.args[1], Lanes):
             # A number's lower bits, as integers wrap.
             right = splat(builder, right if kind == F32 else _cut(builder, right, element(kind)))
-        return getattr(builder, str(single if kind == F32 else integer))(left, right)
+        name = single if kind == F32 else integer
+        if name == "lshr" and kind.dtype.signed:
+            name = "ashr"
+        return getattr(builder, str(name))(left, right)
 
 
 def _cut(builder: Any, value: Any, to: Any) -> Any:
@@ -192,12 +194,16 @@ def _join(builder: Any, _sig: Any, low: Any, high: Any) -> Any:
     return builder.shuffle_vector(low, high, order)
 
 
-@lowers(lanes.put, types.CPointer, types.Integer, Lanes, gives=types.none)
+def _stored(dst: Any, _at: Any, kind: Any) -> Any:
+    return types.none if dst.dtype == kind.dtype else None
+
+
+@lowers(lanes.put, types.CPointer, types.Integer, Lanes, gives=_stored)
 def _put(builder: Any, _sig: Any, base: Any, at: Any, value: Any) -> None:
     builder.store(value, place(builder, base, at, value.type), align=1)
 
 
-@lowers(lanes.stream, types.CPointer, types.Integer, Lanes, gives=types.none)
+@lowers(lanes.stream, types.CPointer, types.Integer, Lanes, gives=_stored)
 def _stream(builder: Any, _sig: Any, base: Any, at: Any, value: Any) -> None:
     store = builder.store(value, place(builder, base, at, value.type), align=LINE)
     store.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
@@ -303,6 +309,10 @@ def _lookup(builder: Any, _sig: Any, table: Any, index: Any) -> Any:
     return result
 
 
-@lowers(lanes.lane, Lanes, types.Integer, gives=lambda kind, _i: kind.dtype)
+def _single(kind: Any, _i: Any) -> Any:
+    return types.float32 if kind == F32 else None
+
+
+@lowers(lanes.lane, Lanes, types.Integer, gives=_single)
 def _lane(builder: Any, _sig: Any, value: Any, i: Any) -> Any:
     return builder.extract_element(value, i)

@@ -22,14 +22,15 @@ SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(KERNEL
 TREES = {name: ast.parse(text, name) for name, text in SOURCES.items()}
 FAMILIES = sorted({module for module, _ in registry.KERNELS.values()})
 WORDS = {"lanes", "grids"}
-MACHINERY = {"baselines", "cache", "compile", "loops", "lowering", "objects", "registry", "target"}
+LOWERING = {"lowering", "halves"}
+MACHINERY = {"baselines", "cache", "compile", "loops", "objects", "registry", "target", *LOWERING}
 FLOATS = "floats"  # the family whose functions read 16 weights instead of a block
 PACKAGE = "numaload.kernels"
 # {module that is no part of Python or of this package: the files that may import it}
 OUTSIDE = {
     "numpy": {*FAMILIES, *WORDS, "registry"},
-    "numba": {"compile", "lowering"},
-    "llvmlite": {"compile", "lowering", "objects", "target"},
+    "numba": {"compile", *LOWERING},
+    "llvmlite": {"compile", "objects", "target", *LOWERING},
 }
 STEPS = 16  # a loop is unrolled: of more, code would outgrow its cache
 

@@ -173,7 +173,7 @@ def to_lanes(src: Array, at: int, w: Array, to: int) -> None:
     put(w, to + 64, f * lane(f, 0))
     put(w, to + 80, f * lane(f, 15))
     put(w, to + 96, f * lane(f, i))
-    put(w, to + 112, floats(eight + lane(eight, 3)))
+    put(w, to + 112, floats(eight + u8(src, at + 3)))
 
 
 def halves(src: Array, at: int, w: Array, to: int) -> None:
@@ -208,7 +208,6 @@ def of_uint8(src: Array, at: int, w: Array, to: int) -> None:
 
 
 def of_int8(src: Array, at: int, w: Array, to: int) -> None:
-    # Without >>: that is used before what it gives becomes signed.
     a, b, n = signed(load(src, at)), signed(load(src, at + 16)), u8(src, at + 32) & 7
     put(w, to, floats(a & b))
     put(w, to + 16, floats(a | b))
@@ -219,7 +218,7 @@ def of_int8(src: Array, at: int, w: Array, to: int) -> None:
     put(w, to + 96, floats(a * b))
     put(w, to + 112, floats(a & n))
     put(w, to + 128, floats(a | n))
-    put(w, to + 144, floats(a ^ n))
+    put(w, to + 144, floats(a >> n) + floats(a >> (b & 7)))  # the sign comes along
     put(w, to + 160, floats(a << n))
     put(w, to + 176, floats(a + n))
     put(w, to + 192, floats(a - n))
@@ -328,6 +327,7 @@ REFUSED: dict[str, Callable[[Array, int], Any]] = {
     "uint8-plus-float": lambda src, at: floats(load(src, at) + np.float32(1)),
     "float-plus-int": lambda src, at: load_f32(src, at) + 1,
     "float-and-float": lambda src, at: load_f32(src, at) & load_f32(src, at),
+    "one-of-bytes": lambda src, at: load_f32(src, at) * lane(load(src, at), 0),
     "number-first": lambda src, at: floats(1 - load(src, at)),
 }
 

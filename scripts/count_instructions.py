@@ -1,9 +1,9 @@
-"""Instructions per weight of every kernel, by callgrind: no other load on the machine counts.
+"""Instructions per weight of every kernel: no other load on the machine counts.
 
     count_instructions.py [--qtype LIST] [--dtype LIST] [--ggml PATH] [--json]
 
-Kernels are compiled for AVX2, the widest that valgrind 3 knows. Needs a C compiler and valgrind:
-sudo apt-get install -y gcc valgrind
+As AVX2 by callgrind, and for this processor by single steps (valgrind 3 does not know AVX-512).
+Needs a C compiler and valgrind: sudo apt-get install -y gcc valgrind
 """
 
 from __future__ import annotations
@@ -18,27 +18,55 @@ import sys
 import tempfile
 from pathlib import Path
 
+from numaload.bench.ggml import Ggml
+from numaload.formats.qtypes import QuantType
+from numaload.kernels import registry
+
 AVX2 = {
     "NUMBA_CPU_NAME": "x86-64-v3",
     "NUMBA_CPU_FEATURES": "+ssse3,+sse4.2,+avx2,+bmi,+bmi2,+f16c,+fma,+popcnt",
 }
-BLOCKS = 4096  # of 256 weights, so that what is done once per call does not count
-# Called with: a kernel's object file or a library, the function, bytes of input and output.
+BLOCKS = {"callgrind": 4096, "steps": 64}  # of 256 weights: what is done once hardly counts
+# Called with: an object file or library, the function, kernel or row, bytes of input, how many
+# blocks or weights, steps to be counted or not. A child calls the function between two stops.
 DRIVER = r"""
 #include <dlfcn.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/ptrace.h>
+#include <sys/wait.h>
+#include <unistd.h>
 typedef int kernel(long *, void **, const void *, void *, long, long);
 typedef void row(const void *, void *, long);
+static long steps(pid_t child) {
+  int status;
+  long count = 0;
+  waitpid(child, &status, 0);
+  for (ptrace(PTRACE_SINGLESTEP, child, 0, 0); ; ptrace(PTRACE_SINGLESTEP, child, 0, 0)) {
+    waitpid(child, &status, 0);
+    if (WIFEXITED(status) || WIFSIGNALED(status)) return -1;
+    if (WSTOPSIG(status) == SIGUSR1) { kill(child, SIGKILL); return count; }
+    count++;
+  }
+}
 int main(int n, char **word) {
   void *library = dlopen(word[1], RTLD_NOW), *function = library ? dlsym(library, word[2]) : 0;
   long bytes = atol(word[4]), count = atol(word[5]), done = 0;
   if (!function) { fprintf(stderr, "%s\n", dlerror()); return 3; }
-  unsigned char *in = aligned_alloc(4096, bytes), *out = aligned_alloc(4096, 4 * BLOCKS * 256);
+  unsigned char *in = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+  unsigned char *out = aligned_alloc(4096, 4096 * 256 * 4);
   for (long i = 0; i < bytes; i++) in[i] = (i * 2654435761u >> 13) & 0x3b;
   void *exception = 0;
+  if (word[6][0] == 's') {
+    pid_t child = fork();
+    if (child) { printf("Collected : %ld\n", steps(child)); return 0; }
+    ptrace(PTRACE_TRACEME, 0, 0, 0);
+    raise(SIGSTOP);
+  }
   if (word[3][0] == 'k') ((kernel *)function)(&done, &exception, in, out, count, 1);
   else ((row *)function)(in, out, count);
+  if (word[6][0] == 's') raise(SIGUSR1);
   return 0;
 }
 """
@@ -55,83 +83,98 @@ def main() -> int:
         if not shutil.which(needed):
             print(f"{needed} is missing: sudo apt-get install -y gcc valgrind", file=sys.stderr)
             return 1
-    if os.environ.get("NUMBA_CPU_NAME") != AVX2["NUMBA_CPU_NAME"]:
-        with tempfile.TemporaryDirectory() as cache:  # read at import, so in another process
-            variables = os.environ | AVX2 | {"NUMALOAD_CACHE_DIR": cache}
-            return subprocess.run(
-                [sys.executable, *sys.argv], env=variables, check=False
-            ).returncode
-    counted = count(options)
+    counted = counts(options)
     if options.json:
         print(json.dumps(counted, indent=1))
         return 0
     columns = list(dict.fromkeys(name for row in counted.values() for name in row))
-    print(f"{'type':8}" + "".join(f"{name:>10}" for name in columns))
+    print(f"{'type':8}" + "".join(f"{name:>18}" for name in columns))
     for name, row in counted.items():
-        print(f"{name:8}" + "".join(f"{row.get(c, float('nan')):10.2f}" for c in columns))
+        print(f"{name:8}" + "".join(f"{row.get(c, float('nan')):18.2f}" for c in columns))
     return 0
 
 
-def count(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """{type: {dtype or "ggml": instructions per weight}}."""
-    from numaload.bench.ggml import Ggml
-    from numaload.formats.qtypes import QuantType
-    from numaload.kernels import registry
-
-    names = (options.qtype or ",".join(q.name for q in registry.KERNELS)).upper().split(",")
+def counts(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """{type: {"avx2 float32", "native float32", ..., "ggml": instructions per weight}}."""
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         driver = _driver(Path(folder))
-        for name in names:
+        for label, variables in (("avx2", AVX2), ("native", {})):
+            (Path(folder) / label).mkdir()
+            for name, dtype, library in _libraries(options, Path(folder) / label, variables):
+                way = "callgrind" if label == "avx2" else "steps"
+                sizes = registry.step(QuantType[name])
+                found = _count(driver, str(library), library.stem, "kernel", sizes, way)
+                rows.setdefault(name, {})[f"{label} {dtype}"] = found
+        for name, row in rows.items():
             qtype = QuantType[name]
-            row = rows[name] = {}
-            for dtype in options.dtype.split(","):
-                library, symbol = _library(qtype, dtype, Path(folder))
-                row[dtype] = _count(driver, library, symbol, "kernel", registry.step(qtype))
             if options.ggml and Ggml(options.ggml).convert(qtype) is not None:
-                symbol = Ggml.function_name(qtype)
-                row["ggml"] = _count(driver, options.ggml, symbol, "row", registry.step(qtype))
-            if not options.json and sys.stderr.isatty():
-                print(name, row, file=sys.stderr)
+                symbol, sizes = Ggml.function_name(qtype), registry.step(qtype)
+                row["ggml"] = _count(driver, options.ggml, symbol, "row", sizes, "callgrind")
     return rows
+
+
+COMPILE = """
+import sys
+from pathlib import Path
+from numaload.formats.qtypes import QuantType
+from numaload.kernels import registry
+for name in sys.argv[2].split(","):
+    for dtype in sys.argv[3].split(","):
+        function, code = registry.compiled(QuantType[name], dtype)
+        (Path(sys.argv[1]) / f"{function}.o").write_bytes(code)
+        print(name, dtype, function)
+"""
+
+
+def _libraries(
+    options: argparse.Namespace, folder: Path, variables: dict[str, str]
+) -> list[tuple[str, str, Path]]:
+    """(type, dtype, library) of all kernels, compiled with these variables, in another process."""
+    names = (options.qtype or ",".join(q.name for q in registry.KERNELS)).upper()
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(folder), names, options.dtype], text=True, check=True,
+        stdout=subprocess.PIPE,
+        env=os.environ | variables | {"NUMALOAD_CACHE_DIR": str(folder / "cache")},
+    )  # fmt: skip
+    found = []
+    for line in done.stdout.splitlines():
+        name, dtype, function = line.split()
+        found.append((name, dtype, _link(folder / f"{function}.o")))
+    return found
 
 
 def _driver(folder: Path) -> Path:
     source = folder / "driver.c"
     source.write_text(DRIVER)
-    subprocess.run(
-        ["cc", "-O1", f"-DBLOCKS={BLOCKS}", source, "-o", folder / "driver", "-ldl"], check=True
-    )
+    command = ["cc", "-O1", str(source), "-o", str(folder / "driver"), "-ldl"]
+    subprocess.run(command, check=True)
     return folder / "driver"
 
 
-def _library(qtype: object, dtype: str, folder: Path) -> tuple[str, str]:
-    """The kernel as a shared library, and its function."""
-    from numaload.kernels import registry
-
-    name, code = registry.compiled(qtype, dtype)  # type: ignore[arg-type]
-    (folder / f"{name}.o").write_bytes(code)
-    path = folder / f"{name}.so"
-    # Compiled with absolute addresses: fine where the loader may write to code, as here.
-    subprocess.run(
-        ["cc", "-shared", "-Wl,-z,notext", folder / f"{name}.o", "-o", path],
-        check=True, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    return str(path), name
+def _link(compiled: Path) -> Path:
+    """As a library. It has absolute addresses: fine where the loader may write to code, as here."""
+    path = compiled.with_suffix(".so")
+    command = ["cc", "-shared", "-Wl,-z,notext", str(compiled), "-o", str(path)]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    return path
 
 
-def _count(driver: Path, library: str, symbol: str, kind: str, sizes: tuple[int, int]) -> float:
+def _count(
+    driver: Path, library: str, symbol: str, kind: str, sizes: tuple[int, int], way: str
+) -> float:
     weights, nbytes = sizes
-    blocks = BLOCKS * 256 // weights
-    amount = blocks if kind == "kernel" else BLOCKS * 256
-    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
-    command += [f"--toggle-collect={symbol}", str(driver), library, symbol, kind]
-    command += [str(blocks * nbytes), str(amount)]
+    total = BLOCKS[way] * 256
+    amount = total // weights if kind == "kernel" else total
+    command = [str(driver), library, symbol, kind, str(total // weights * nbytes), str(amount), way]
+    if way == "callgrind":
+        options = ["--tool=callgrind", "--callgrind-out-file=/dev/null"]
+        command = ["valgrind", *options, f"--toggle-collect={symbol}", *command]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = re.search(r"Collected : (\d+)", done.stderr)
+    found = re.search(r"Collected : (\d+)", done.stdout + done.stderr)
     if done.returncode or not found:
         raise RuntimeError(f"{symbol}: {done.stderr[-500:]}")
-    return int(found[1]) / (BLOCKS * 256)
+    return int(found[1]) / total
 
 
 if __name__ == "__main__":

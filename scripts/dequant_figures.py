@@ -16,14 +16,14 @@ import sys
 from pathlib import Path
 
 from numaload.bench import plot, table
-from numaload.bench.dequant import DequantReport
-from numaload.formats.qtypes import BLOCKS, QuantType
+from numaload.bench.dequant import PAST, DequantReport
 from numaload.kernels import registry
 
 ROOT = Path(__file__).parents[1]
 FIGURES, COUNTS = ROOT / "docs/dequant.json", ROOT / "docs/instructions.json"
 PICTURE, README, KERNELS = ROOT / "docs/dequant.svg", ROOT / "README.md", ROOT / "docs/kernels.md"
-BEGIN, END = "<!-- table of scripts/dequant_figures.py -->", "<!-- end of the table -->"
+END = "<!-- end -->"
+INSTRUCTIONS = 24  # of this processor in a nanosecond, from the two types that need most of them
 COLUMNS = {
     "type", "bits", "float32 Gw/s", "x past caches", "x ggml", "x native", "x gguf-py",
     "float16 Gw/s", "bfloat16 Gw/s",
@@ -60,37 +60,65 @@ def readme_table() -> str:
 
 
 def kernels_table() -> str:
-    """Layout, rate and instructions of each type."""
+    """Rate and instructions of each type."""
     counts = json.loads(COUNTS.read_text(encoding="utf-8"))
     lines = [
-        "| type | weights | bytes | in | found | x fill | x ggml | instructions | of ggml |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| type | predicted | found | x fill | x ggml | instructions | AVX2 | ggml |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    fill = report().baselines[PAST] / 4
     for row in report().rows:
-        qtype, instructions = QuantType[row.qtype], counts[row.qtype]
-        weights, nbytes = BLOCKS[qtype]
-        per_weight = ", ".join(f"{instructions[name]:.1f}" for name in registry.DTYPES)
+        count = counts[row.qtype]
+        moved = 4 / (4 + row.bits_per_weight / 8)  # it is read, too
         cells = [
-            row.qtype, weights, nbytes, f"`{registry.KERNELS[qtype][0]}.py`",
-            f"{row.rates['float32']:.1f}", f"{row.ratios['past caches']:.2f}",
-            _number(row.ratios.get("ggml")), per_weight, _number(instructions.get("ggml")),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+            row.qtype,
+            f"{min(fill * moved, INSTRUCTIONS / count['native float32']):.1f}",
+            f"{row.rates['float32']:.1f}",
+            f"{row.ratios[PAST]:.2f}",
+            _number(row.ratios.get("ggml")),
+            *(_three(count, way) for way in ("native", "avx2")),
+            _number(count.get("ggml")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _three(count: dict[str, float], way: str) -> str:
+    return ", ".join(f"{count[f'{way} {dtype}']:.1f}" for dtype in registry.DTYPES)
+
+
+def layouts() -> str:
+    """The diagrams above the kernels, family by family."""
+    modules = dict.fromkeys(module for module, _ in registry.KERNELS.values())
+    sources = {name: (ROOT / f"kernels/{name}.py").read_text(encoding="utf-8") for name in modules}
+    parts = []
+    for name, source in sources.items():
+        diagrams = re.findall(r"((?:^#.*\n)+)def ", source, re.MULTILINE)
+        plain = [re.sub("^# ?", "", text, flags=re.MULTILINE) for text in diagrams]
+        parts.append(f"`kernels/{name}.py`\n\n```\n{chr(10).join(plain)}```")
+    return "\n\n".join(parts)
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def renewed(path: Path, text: str) -> str:
-    """What is in ``path``, with ``text`` for the table."""
-    shown = f"{BEGIN}\n{text}\n{END}"
-    old = path.read_text(encoding="utf-8")
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: shown, old, flags=re.DOTALL)
+def renewed(path: Path) -> str:
+    """What is in ``path``, with every part that is made here as the figures and sources are."""
+    text = path.read_text(encoding="utf-8")
+    for begin, make in PARTS[path].items():
+        shown = f"<!-- {begin} -->\n{make()}\n{END}"
+        text = re.sub(f"<!-- {begin} -->.*?{END}", lambda _, s=shown: s, text, flags=re.DOTALL)  # type: ignore[misc]
+    return text
 
 
-TABLES = {README: readme_table, KERNELS: kernels_table}
+PARTS = {
+    README: {"table of scripts/dequant_figures.py": readme_table},
+    KERNELS: {
+        "table of scripts/dequant_figures.py": kernels_table,
+        "layouts of scripts/dequant_figures.py": layouts,
+    },
+}
 
 
 def main() -> None:
@@ -103,8 +131,8 @@ def main() -> None:
         count(options.ggml)
     if options.measure:
         measure(options.ggml)
-    for path, make in TABLES.items():
-        path.write_text(renewed(path, make()), encoding="utf-8")
+    for path in PARTS:
+        path.write_text(renewed(path), encoding="utf-8")
     plot.draw(report(), str(PICTURE))
 
 

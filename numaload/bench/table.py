@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from numaload.bench.dequant import CALLERS, COPY, FILL, GGUF, PAST, THREADS, DequantReport, Row
+from numaload.bench.dequant import (
+    CALLERS,
+    COPY,
+    FILL,
+    GGUF,
+    GGUF_WARM,
+    PAST,
+    THREADS,
+    DequantReport,
+    Row,
+)
 from numaload.dequantize import DTYPES
 
 
@@ -40,7 +50,7 @@ def dtypes(report: DequantReport) -> list[str]:
 
 
 def baselines(report: DequantReport) -> list[str]:
-    return [FILL, PAST, COPY, *report.libraries, GGUF]
+    return [FILL, PAST, COPY, *report.libraries, GGUF, GGUF_WARM]
 
 
 def _number(value: float | None) -> str:

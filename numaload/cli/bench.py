@@ -26,7 +26,7 @@ def add_verbs(verbs: Any) -> None:
     parser.add_argument("--qtype", metavar="LIST", help="types, with commas; all unless given")
     parser.add_argument("--dtype", metavar="LIST", help="float32,float16,bfloat16 unless given")
     parser.add_argument("--threads", metavar="N", type=int, default=1, help="also on N threads")
-    parser.add_argument("--rounds", metavar="N", type=int, default=9, help="9 unless given")
+    parser.add_argument("--rounds", metavar="N", type=int, default=7, help="7 unless given")
     parser.add_argument(
         "--ggml",
         metavar="[NAME=]PATH",

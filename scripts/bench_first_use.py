@@ -1,4 +1,4 @@
-"""The first use of Q4_K, Q6_K and F32 to bfloat16 in a fresh process: compiled, and from the cache."""
+"""First use of Q4_K, Q6_K and F32 to bfloat16 in a fresh process: compiled, and from the cache."""
 
 from __future__ import annotations
 

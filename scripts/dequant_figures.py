@@ -32,7 +32,18 @@ COLUMNS = {
 
 def measure(ggml: list[str]) -> None:
     words = [word for path in ggml for word in ("--ggml", path)]
-    command = [sys.executable, "-m", "numaload", "bench", "dequant", "--threads", "2", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "numaload",
+        "bench",
+        "dequant",
+        "--threads",
+        "2",
+        "--rounds",
+        "15",
+        *words,
+    ]
     done = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True, check=True)
     data = json.loads(done.stdout)
     data["libraries"] = {name: Path(path).name for name, path in data["libraries"].items()}

@@ -1,4 +1,4 @@
-"""What README.md and docs/kernels.md show of kernels: made from figures and sources, every must met."""
+"""What README.md and docs/kernels.md show of kernels: made from figures and sources, musts met."""
 
 from __future__ import annotations
 

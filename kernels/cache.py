@@ -1,9 +1,9 @@
 """Compiled kernels on disk: a folder per version of everything that the code depends on.
 
-Versions: the sources of this package, the compiler, the processor. So no other version's code can
-be served, and processors that share a home do not meet. Files are written aside and renamed:
-processes that start at once may each compile, none sees half a file. Code is only taken from a
-folder that belongs to this user and that nobody else may write to.
+So no other version's code can be served, and processors that share a home do not meet. Files are
+written aside and renamed: processes that start at once may each compile, none sees half a file. It
+is code, so it is only taken from a folder that belongs to this user and that nobody else may write
+to, and everything goes through the descriptor that was checked.
 """
 
 from __future__ import annotations
@@ -11,45 +11,57 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
+import re
 import stat
-import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
+from importlib import resources
+from importlib.util import find_spec
 
+from numaload.formats.qtypes import BLOCKS
 from numaload.kernels.target import target
 
 VARIABLE = "NUMALOAD_CACHE_DIR"
-PREFIX = "kernels-"
-KEPT = 8  # folders of other versions; the least recently made are removed
+FOLDER = re.compile(r"kernels-[0-9a-f]{32}")
+FILE = re.compile(r"[a-z0-9_]+(\.[0-9a-f]{32})?")  # kernels, and those that are being written
+KEPT = 8  # folders of other versions; those that were used longest ago are removed
 MAGIC = b"numaload kernel\n"
+LARGEST = 16 << 20  # bytes; a kernel has some thousands
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Not to wait for somebody's named pipe.
+READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# numba's variables that change the code; the processor's are in `target`.
+SETTINGS = (
+    "NUMBA_OPT", "NUMBA_LOOP_VECTORIZE", "NUMBA_SLP_VECTORIZE", "NUMBA_BOUNDSCHECK",
+    "NUMBA_DEBUG", "NUMBA_DEBUGINFO", "NUMBA_DISABLE_INTEL_SVML",
+)  # fmt: skip
 
 _problem = ""
 
 
 def problem() -> str:
-    """Why compiled code could not be kept, for people; empty while all is well."""
+    """What first kept compiled code from being kept, for people; empty if nothing did."""
     return _problem
 
 
-def _failed(what: str) -> None:
-    global _problem  # noqa: PLW0603 - the first is said once, by who calls kernels
-    hint = f"set {VARIABLE} to a folder of your own on a disk"
-    _problem = _problem or f"compiled kernels are not kept, each process compiles: {what}; {hint}"
+def _failed(error: OSError) -> None:
+    global _problem  # noqa: PLW0603 - who calls kernels says it once
+    hint = f"set {VARIABLE} to the full path of a folder of your own on a disk"
+    _problem = _problem or f"compiled kernels are not kept, each process compiles: {error}; {hint}"
 
 
 def load(name: str) -> bytes | None:
     """The object file kept under ``name``, None if there is none that is whole."""
     try:
-        folder = _folder()
-        if not folder.exists():
-            return None
-        _check(folder)
-        content = (folder / name).read_bytes()
+        with _opened(create=False) as folder:
+            content = _read(folder, name)
     except FileNotFoundError:
         return None
     except OSError as error:
-        _failed(str(error))
+        _failed(error)
         return None
     magic, digest, code = content[:16], content[16:48], content[48:]
     return code if magic == MAGIC and digest == _digest(name, code) else None
@@ -58,67 +70,119 @@ def load(name: str) -> bytes | None:
 def save(name: str, code: bytes) -> None:
     """Keep an object file; what prevents it is in `problem`."""
     try:
-        folder = _folder()
-        if not folder.exists():
-            _make(folder)
-        _check(folder)
-        _write(folder / name, MAGIC + _digest(name, code) + code)
+        with _opened(create=True) as folder:
+            _write(folder, name, MAGIC + _digest(name, code) + code)
     except OSError as error:
-        _failed(str(error))
+        _failed(error)
+        return
+    with contextlib.suppress(OSError):
+        _remove_old(_base())
 
 
-def _folder() -> Path:
-    return _base() / f"{PREFIX}{version()}"
+@contextmanager
+def _opened(*, create: bool) -> Iterator[int]:
+    """A descriptor of this version's folder, which is this user's alone. Raises: OSError."""
+    path = os.path.join(_base(), f"kernels-{version()}")
+    if create:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+    folder = os.open(path, DIRECTORY)
+    try:
+        found = os.fstat(folder)
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise PermissionError(f"{path} is not a folder that only this user may write to")
+        with contextlib.suppress(OSError):
+            os.utime(folder)  # it is in use
+        yield folder
+    finally:
+        os.close(folder)
 
 
-def _base() -> Path:
+def _base() -> str:
     given = os.environ.get(VARIABLE)
     if given:
-        return Path(given)
-    shared = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(shared):  # no such user
-        raise FileNotFoundError(f"there is no home folder ({shared})")
-    return Path(shared) / "numaload"
+        if not os.path.isabs(given):
+            raise NotADirectoryError(f"{VARIABLE} is {given!r}, which is no full path")
+        return given
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(shared):  # the XDG specification has relative ones ignored
+        return os.path.join(shared, "numaload")
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home) or os.environ.get("HOME") == "":  # no such user; "" would be "/"
+        raise NotADirectoryError("there is no home folder")
+    return os.path.join(home, ".cache", "numaload")
 
 
 @cache
 def version() -> str:
-    """A hash of everything that the code depends on."""
-    settings = sorted((k, v) for k, v in os.environ.items() if k.startswith("NUMBA_"))
-    found = hashlib.sha256(repr((target(), settings)).encode())
-    here = Path(__file__).parent
-    for path in sorted(here.glob("*.py")):
-        found.update(f"{path.name} {path.stat().st_size}\n".encode())
-        found.update(path.read_bytes())
+    """A hash of everything that the code depends on. Raises: OSError if that cannot be read."""
+    settings = [os.environ.get(name) for name in SETTINGS]
+    found = hashlib.sha256(repr((target(), settings, sorted(BLOCKS.items()))).encode())
+    sources = [one for one in resources.files(__package__).iterdir() if one.name.endswith(".py")]
+    if not sources:
+        raise FileExistsError("the sources of numaload.kernels are not there, only compiled Python")
+    for source in sorted(sources, key=lambda one: one.name):
+        found.update(f"{source.name}\n".encode() + hashlib.sha256(source.read_bytes()).digest())
+    found.update(_numba())
     return found.hexdigest()[:32]
+
+
+def _numba() -> bytes:
+    """What tells numba's version and settings, without importing it."""
+    spec = find_spec("numba")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    content = b""
+    for path in [os.path.join(folder, "_version.py") for folder in folders] + [
+        ".numba_config.yaml"
+    ]:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            content += file.read()
+    return content
 
 
 def _digest(name: str, code: bytes) -> bytes:
     return hashlib.sha256(name.encode() + b"\n" + code).digest()
 
 
-def _make(folder: Path) -> None:
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    others = [path for path in folder.parent.glob(f"{PREFIX}*") if path != folder]
-    others.sort(key=lambda path: path.lstat().st_mtime, reverse=True)
-    for path in others[KEPT:]:
-        shutil.rmtree(path, ignore_errors=True)
+def _read(folder: int, name: str) -> bytes:
+    with open(os.open(name, READ, dir_fd=folder), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+            raise PermissionError(f"{name} among the compiled kernels is not a file of this user")
+        return file.read() if found.st_size <= LARGEST else b""
 
 
-def _check(folder: Path) -> None:
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise PermissionError(f"{folder} is not a folder that only this user may write to")
-
-
-def _write(path: Path, content: bytes) -> None:
-    fd, aside = tempfile.mkstemp(dir=path.parent, prefix=".")
+def _write(folder: int, name: str, content: bytes) -> None:
+    aside = f"{name}.{uuid.uuid4().hex}"
     try:
-        with open(fd, "wb") as file:
+        with open(os.open(aside, WRITE, 0o600, dir_fd=folder), "wb") as file:
             file.write(content)
-        os.replace(aside, path)
+        os.replace(aside, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(aside)
+            os.unlink(aside, dir_fd=folder)
         raise
+
+
+def _remove_old(base: str) -> None:
+    """Folders of other versions, beyond some. Nothing that this module did not make."""
+    ours, used = f"kernels-{version()}", {}
+    for entry in os.scandir(base):
+        found = entry.stat(follow_symlinks=False)
+        mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+        if mine and entry.name != ours and FOLDER.fullmatch(entry.name):
+            used[entry.path] = found.st_mtime
+    for path in sorted(used, key=lambda one: used[one])[:-KEPT]:
+        with contextlib.suppress(OSError):  # others may be cleaning too, or have put files there
+            _remove(path)
+
+
+def _remove(path: str) -> None:
+    folder = os.open(path, DIRECTORY)
+    try:
+        for name in filter(FILE.fullmatch, os.listdir(folder)):
+            os.unlink(name, dir_fd=folder)
+    finally:
+        os.close(folder)
+    os.rmdir(path)

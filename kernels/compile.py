@@ -17,7 +17,7 @@ from numaload.kernels import halves as _teaches_the_rest  # noqa: F401
 from numaload.kernels import lanes
 from numaload.kernels import lowering as _teaches_the_vocabulary  # noqa: F401
 from numaload.kernels.loops import Parts, build_loop
-from numaload.kernels.target import machine
+from numaload.kernels.target import SettingError, machine
 
 # No wrappers for calls from Python, which would refer to Python. parallel=True, for one, aborts the
 # process when two threads enter; fastmath would change results.
@@ -34,10 +34,14 @@ OUTPUTS = {"float32": types.float32, "float16": types.uint16, "bfloat16": types.
 def compile_kernel(name: str, dtype: str, parts: Parts) -> bytes:
     """An object file whose function ``name`` takes what `objects.Function` says.
 
-    An exception is a defect of the parts.
+    Raises: SettingError; anything else is a defect of the parts.
     """
     _teach_helpers()
     compiled = njit(**OPTIONS)(build_loop(parts, _inlined))
+    if not hasattr(compiled, "compile"):
+        raise SettingError(
+            "numba's JIT is off, by its configuration: with NUMBA_DISABLE_JIT=1 kernels run without"
+        )
     arguments = (types.CPointer(types.uint8), types.CPointer(OUTPUTS[dtype]))
     compiled.compile((*arguments, types.int64, types.int64))
     (text,) = compiled.inspect_llvm().values()

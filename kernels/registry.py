@@ -56,7 +56,12 @@ COPIES = {(QuantType.F16, "float16"), (QuantType.BF16, "bfloat16")}
 Kernel = Callable[["NDArray[np.uint8]", "NDArray[Any]", bool], None]
 
 _loaded: dict[tuple[QuantType, str], Kernel] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()
+# A fork waits until nothing is being compiled or linked: the child's copies of the locks of LLVM,
+# of numba and of imports would stay closed for ever.
+os.register_at_fork(
+    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+)
 
 
 def step(qtype: QuantType) -> tuple[int, int]:
@@ -69,9 +74,12 @@ def load(qtype: QuantType, dtype: str) -> Kernel | None:
     """The kernel from a type to one of DTYPES, None if there is none.
 
     The first time it is linked from the cache on disk, or compiled; any thread may ask.
+    Raises: SettingError if a variable of numba's makes it impossible.
     """
     if qtype not in KERNELS or dtype not in DTYPES:
         return None
+    if (qtype, dtype) in _loaded:  # not to wait while another one compiles
+        return _loaded[qtype, dtype]
     with _lock:
         if (qtype, dtype) not in _loaded:
             make = _interpreted if interpreted() else _compiled
@@ -115,11 +123,34 @@ def object_code(name: str, dtype: str, parts: Parts) -> bytes:
 
     code = cache.load(name)
     if code is None:
-        from numaload.kernels.compile import compile_kernel
-
-        code = compile_kernel(name, dtype, parts)
+        code = _in_thread(lambda: _compile(name, dtype, parts))
         cache.save(name, code)
     return code
+
+
+def _compile(name: str, dtype: str, parts: Parts) -> bytes:
+    from numaload.kernels.compile import compile_kernel
+
+    return compile_kernel(name, dtype, parts)
+
+
+def _in_thread(function: Callable[[], bytes]) -> bytes:
+    """Where no Ctrl-C comes: half an import of numba, or of our part of it, cannot be repaired."""
+    results: list[bytes] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:  # noqa: BLE001 - raised where it was asked for
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="numaload compiles")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def compiled(qtype: QuantType, dtype: str) -> tuple[str, bytes]:

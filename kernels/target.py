@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import cache
 from typing import NamedTuple
 
 import llvmlite
 import llvmlite.binding as llvm
+
+
+class SettingError(ValueError):
+    """A variable of numba's with which kernels cannot be compiled."""
 
 
 class Target(NamedTuple):
@@ -22,18 +27,32 @@ class Target(NamedTuple):
 
 @cache
 def target() -> Target:
-    """Read without numba, but from the same variables: NUMBA_CPU_NAME and NUMBA_CPU_FEATURES."""
-    cpu = os.environ.get("NUMBA_CPU_NAME")
-    features = os.environ.get("NUMBA_CPU_FEATURES")
-    if features is None:
-        # As numba: what a processor of another name has is in its name.
-        features = "" if cpu else llvm.get_host_cpu_features().flatten()
+    """As numba sees it, from the same variables, without importing it. Raises: SettingError."""
     return Target(
         llvm.get_process_triple(),
-        cpu or llvm.get_host_cpu_name(),
-        features,
+        os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name(),
+        _features(),
         f"llvmlite {llvmlite.__version__}",
     )
+
+
+def _features() -> str:
+    given = os.environ.get("NUMBA_CPU_FEATURES")
+    if given is None and os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic":
+        given = ""
+    if given is not None:
+        # LLVM ends the process for anything else.
+        if not all(re.fullmatch(r"[+-][\w.-]+", one) for one in given.split(",") if given):
+            raise SettingError(f"NUMBA_CPU_FEATURES={given}: expected +feature,-feature,...")
+        return given
+    try:
+        found = llvm.get_host_cpu_features()
+    except RuntimeError:  # LLVM does not know
+        return ""
+    if os.environ.get("NUMBA_ENABLE_AVX") == "0":
+        found.update({name: False for name in found if name.startswith("avx")})
+    flat: str = found.flatten()
+    return flat
 
 
 def machine() -> llvm.TargetMachine:

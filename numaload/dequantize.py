@@ -57,7 +57,7 @@ def dequantize_blocks(
 
     Bit-exact with ggml's to_float. float16 and bfloat16: rounded to nearest even, too large is inf.
     name: of the tensor, for errors. byte_order: of the blocks; F32, F16 and BF16 can be "big".
-    Raises: UnsupportedTypeError.
+    Raises: UnsupportedTypeError, UsageError.
     """
     what = f"tensor {name!r}: {qtype.name}" if name else qtype.name
     swapped = byte_order == "big"
@@ -67,12 +67,18 @@ def dequantize_blocks(
             f" {', '.join(one.name for one in FLOATS)} can: gguf-convert-endian of gguf-py makes a"
             " little-endian file of it"
         )
+    block_size, type_size = BLOCKS[qtype]
+    if blocks.shape[1:] != (type_size,) or out.size != len(blocks) * block_size:
+        raise UsageError(
+            f"{what}: blocks {blocks.shape} for {out.size} weights, expected (n, {type_size}) for"
+            f" n * {block_size}"
+        )
     kernel = _kernel(qtype, dtype.name, what)
     step, nbytes = registry.step(qtype)
     bits = out.view(np.float32 if dtype.itemsize == 4 else np.uint16)
     flat = np.ascontiguousarray(blocks).reshape(-1)
     n_steps = flat.nbytes // nbytes
-    run = _swapping(kernel, BLOCKS[qtype][1]) if swapped else kernel
+    run = _swapping(kernel, type_size) if swapped else kernel
     past_caches = out.nbytes >= LARGE
 
     def task(start: int, stop: int) -> None:
@@ -88,7 +94,10 @@ def dequantize_blocks(
 
 
 def _kernel(qtype: QuantType, dtype_name: str, what: str) -> registry.Kernel:
-    kernel = registry.load(qtype, dtype_name)
+    try:
+        kernel = registry.load(qtype, dtype_name)
+    except ValueError as error:  # SettingError, without importing LLVM for it
+        raise UsageError(f"{what} cannot be turned to float: {error}") from error
     if kernel is None:
         raise UnsupportedTypeError(
             f"{what} cannot be turned to float: ggml has no conversion for it"
@@ -170,5 +179,5 @@ def _flat_tensor(out: Any) -> NDArray[Any]:
             f" on {out.device}"
         )
     memory = memory_at(out.data_ptr(), out.numel() * out.element_size())
-    # The array lives no longer than the call that was given the tensor.
+    memory.owner = out  # type: ignore[attr-defined] # lives as long as an array of it
     return np.frombuffer(memoryview(memory), f"V{out.element_size()}")

@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 from numaload.bench import plot, table
-from numaload.bench.dequant import PAST, DequantReport
+from numaload.bench.contenders import PAST
+from numaload.bench.dequant import DequantReport
 from numaload.kernels import registry
 
 ROOT = Path(__file__).parents[1]

@@ -2,45 +2,44 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
-import gguf
 import numpy as np
-from numpy.typing import NDArray
 
+from numaload.bench.contenders import (
+    ALLOCATING,
+    CALLERS,
+    COPY,
+    FILL,
+    FIRST,
+    GGUF,
+    NAMES,
+    PAST,
+    THREADS,
+    THREADS_PAST,
+    WEIGHTS,
+    Contenders,
+    blocks_of,
+)
 from numaload.bench.ggml import Ggml
 from numaload.bench.machine import describe
-from numaload.bench.memory import prefaulted
 from numaload.bench.timing import Rates, Thing, in_turns
-from numaload.dequantize import DTYPES, dequantize_blocks
+from numaload.dequantize import DTYPES
 from numaload.errors import UsageError
 from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.kernels import registry
-from numaload.numa.affinity import pinned_to
-from numaload.numa.topology import topology
-from numaload.numa.workers import Workers
-from numaload.samples import random_blocks
-
-WEIGHTS = 16 << 20  # 64 MiB of float32: more than a cache holds
-PATTERN = 1 << 21  # weights that are random; the rest repeats them
-COLUMNS = 4096  # of the tensor: gguf-py works on 16 rows at a time
-FILL, PAST, COPY = "fill", "past caches", "memcpy"
-# As scripts use it, in the main thread; and in a thread, whose heap glibc does not give back to the
-# kernel after every few rows: up to 2.5 times faster, and nobody does that.
-GGUF, GGUF_WARM = "gguf-py", "gguf-py warm"
-THREADS, CALLERS = "threads", "two callers"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One type. rates: Gweights/s; ratios: float32's rate to others'; None: not measured.
+    """One type. rates: Gweights/s. ratios: float32's rate to that of writing and of others; other
+    dtypes' rates to float32's; of several threads see ``ratios``.
 
-    same: whether float32 is bit for bit what each of the others computes.
+    same: whether float32 is bit for bit what others compute, other dtypes what numpy and ml_dtypes
+    make of it, and several threads' result that of one.
     """
 
     qtype: str
@@ -52,7 +51,9 @@ class Row:
 
 @dataclass
 class DequantReport:
-    """Baselines in GB/s written, medians over all types; machine: what it was measured on."""
+    """machine: what it was measured on; libraries: {name: file of ggml}; baselines: GB/s written,
+    medians over all types.
+    """
 
     machine: dict[str, str]
     weights: int
@@ -76,19 +77,6 @@ class DequantReport:
         return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
 
 
-@dataclass(frozen=True)
-class Buffers:
-    """blocks: (n, type_size); out: bytes of the floats; spare: as many, for copies."""
-
-    blocks: NDArray[np.uint8]
-    out: NDArray[np.uint8]
-    spare: NDArray[np.uint8]
-
-    def floats(self, dtype: str) -> NDArray[Any]:
-        size = DTYPES[dtype].itemsize
-        return self.out[: len(self.out) // 4 * size].view(np.float32 if size == 4 else np.uint16)
-
-
 def measure(
     qtypes: Sequence[str] = (),
     dtypes: Sequence[str] = (),
@@ -97,30 +85,32 @@ def measure(
     ggml: Mapping[str, str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> DequantReport:
-    """Measure types (all unless named) to dtypes, on one thread and, if more, on ``threads``.
+    """Measure types (all unless named) to float32 and to dtypes (all unless named).
 
-    ggml: {what to call it: path of a libggml-base.so}. progress(name of the type begun).
+    threads: also on so many, if more than one. ggml: {what to call it: path of a libggml-base.so}.
+    progress(name of the type begun).
     Raises: UsageError, ReadError for a library that cannot be loaded.
     """
     if rounds < 1:
         raise UsageError(f"rounds {rounds}: expected at least 1")
+    if registry.interpreted():
+        raise UsageError("there is nothing to measure with NUMBA_DISABLE_JIT: kernels are Python")
     chosen = [_qtype(name) for name in qtypes] or list(registry.KERNELS)
-    kinds = [_dtype(name) for name in dtypes] or list(DTYPES)
-    libraries = {name: Ggml(path) for name, path in (ggml or {}).items()}
-    report = DequantReport(
-        describe(), WEIGHTS, rounds, threads, {name: one.path for name, one in libraries.items()}
-    )
-    bench = _Bench(kinds, libraries, threads)
-    rates: list[Rates] = []
-    for qtype in chosen:
-        if progress is not None:
-            progress(qtype.name)
-        row, measured = bench.row(qtype, rounds)
-        report.rows.append(row)
-        rates.append(measured)
-    for name in bench.baselines():
-        values = [one.median(name) for one in rates]
-        report.baselines[name] = float(np.median(values)) * 4 / 1e9
+    asked = {FIRST, *map(_dtype, dtypes)} if dtypes else set(DTYPES)
+    kinds = [name for name in DTYPES if name in asked]
+    libraries = {_free(name): Ggml(path) for name, path in (ggml or {}).items()}
+    paths = {name: one.path for name, one in libraries.items()}
+    report = DequantReport(describe(), WEIGHTS, rounds, threads, paths)
+    measured: list[Rates] = []
+    with closing(Contenders(kinds, libraries, threads)) as contenders:
+        for qtype in chosen:
+            if progress is not None:
+                progress(qtype.name)
+            row, rates = _row(contenders, qtype, rounds)
+            report.rows.append(row)
+            measured.append(rates)
+    for name in [FILL, PAST, COPY] + [THREADS_PAST] * (threads > 1):
+        report.baselines[name] = float(np.median([one.median(name) for one in measured])) * 4 / 1e9
     return report
 
 
@@ -138,167 +128,75 @@ def _dtype(name: str) -> str:
     return name
 
 
-class _Bench:
-    """Things to run for a type. All run on one pinned thread, but for what is named after more."""
-
-    def __init__(self, dtypes: Sequence[str], libraries: dict[str, Ggml], threads: int) -> None:
-        cpus = sorted(topology().cpus)
-        if not 1 <= threads <= len(cpus):
-            raise UsageError(f"threads {threads}: expected 1 to {len(cpus)}, the CPUs allowed here")
-        self.dtypes, self.libraries = dtypes, libraries
-        self.one = Workers(cpus[-1:], 1)
-        self.many = Workers(cpus[-threads:], threads) if threads > 1 else None
-        self.callers = ThreadPoolExecutor(2)
-        self.out, self.spare = prefaulted(4 * WEIGHTS), prefaulted(4 * WEIGHTS)
-        self.fill = registry.load_fill()
-
-    def baselines(self) -> list[str]:
-        return [FILL, PAST, COPY] + ([f"{THREADS} {PAST}"] if self.many else [])
-
-    def row(self, qtype: QuantType, rounds: int) -> tuple[Row, Rates]:
-        buffers = Buffers(_blocks(qtype), self.out, self.spare)
-        others = self.others(qtype, buffers)
-        same = {name: self.agrees(qtype, buffers, run) for name, (run, _) in others.items()}
-        ours = self.ours(qtype, buffers)
-        measured = in_turns(
-            self.writing(buffers) | ours | others | self.more(qtype, buffers), rounds
-        )
-        block_size, type_size = BLOCKS[qtype]
-        rates = {name: measured.median(name) / 1e9 for name in measured.rates}
-        return (
-            Row(qtype.name, 8 * type_size / block_size, rates, self.ratios(measured, qtype), same),
-            measured,
-        )
-
-    def ratios(self, measured: Rates, qtype: QuantType) -> dict[str, float]:
-        first = self.dtypes[0]
-        ratios = {}
-        for name in measured.rates:
-            if name in self.dtypes:
-                ratios[name] = measured.ratio(name, first)
-            elif name != CALLERS and not name.startswith(THREADS):
-                ratios[name] = measured.ratio(first, name)
-        if self.many:
-            ratios[THREADS] = self._scaling(measured, qtype)
-            ratios[CALLERS] = 2 * measured.ratio(CALLERS, THREADS)
-        return ratios
-
-    def _scaling(self, measured: Rates, qtype: QuantType) -> float:
-        """The rate on several threads to what it could be: theirs times one, or what memory takes.
-
-        Memory takes as many bytes, read and written, as the same threads can fill.
-        """
-        first, count = self.dtypes[0], self.many.count if self.many else 1
-        block_size, type_size = BLOCKS[qtype]
-        moved = DTYPES[first].itemsize + type_size / block_size
-        rows = zip(
-            measured.rates[THREADS],
-            measured.rates[first],
-            measured.rates[f"{THREADS} {PAST}"],
-            strict=True,
-        )
-        return float(np.median([x / min(count * one, 4 / moved * fill) for x, one, fill in rows]))
-
-    def alone(self, run: Callable[[], object]) -> object:
-        """In the caller's thread, on the CPU that all others have."""
-        with pinned_to(self.one.cpus):
-            return run()
-
-    def pinned(self, run: Callable[[], object]) -> Callable[[], object]:
-        return lambda: self.one.submit(run).result()
-
-    def writing(self, buffers: Buffers) -> dict[str, Thing]:
-        floats = buffers.out.ctypes.data
-        source, count = buffers.spare.ctypes.data, WEIGHTS // 32
-        runs: dict[str, Callable[[], object]] = {
-            FILL: partial(self.fill, source, floats, count, 0),
-            PAST: partial(self.fill, source, floats, count, 1),
-            COPY: partial(np.copyto, buffers.out, buffers.spare),
-        }
-        return {name: (self.pinned(run), WEIGHTS) for name, run in runs.items()}
-
-    def ours(self, qtype: QuantType, buffers: Buffers) -> dict[str, Thing]:
-        things: dict[str, Thing] = {}
-        for dtype in self.dtypes:
-            kernel = registry.load(qtype, dtype)
-            assert kernel is not None  # noqa: S101 - it was chosen from the table
-            run = partial(kernel, buffers.blocks, buffers.floats(dtype), True)
-            things[dtype] = (self.pinned(run), WEIGHTS)
-        return things
-
-    def others(self, qtype: QuantType, buffers: Buffers) -> dict[str, Thing]:
-        things: dict[str, Thing] = {}
-        source, floats = buffers.blocks.ctypes.data, buffers.out.ctypes.data
-        for name, library in self.libraries.items():
-            convert = library.convert(qtype)
-            if convert is not None:
-                things[name] = (self.pinned(partial(convert, source, floats, WEIGHTS)), WEIGHTS)
-        if _known_to_gguf(qtype):
-            run = partial(_by_gguf, buffers.blocks, qtype)
-            things[GGUF] = (partial(self.alone, run), WEIGHTS)
-            things[GGUF_WARM] = (self.pinned(run), WEIGHTS)
-        return things
-
-    def more(self, qtype: QuantType, buffers: Buffers) -> dict[str, Thing]:
-        if self.many is None:
-            return {}
-        dtype = DTYPES[self.dtypes[0]]
-
-        def every(out: NDArray[np.uint8]) -> None:
-            floats = out[: WEIGHTS * dtype.itemsize].view(dtype)
-            dequantize_blocks(buffers.blocks, qtype, dtype, floats, workers)
-
-        def together() -> None:
-            """The slower of two, which share the workers, ends it."""
-            for future in [self.callers.submit(every, o) for o in (buffers.out, buffers.spare)]:
-                future.result()
-
-        workers = self.many
-        return {
-            THREADS: (partial(every, buffers.out), WEIGHTS),
-            f"{THREADS} {PAST}": (partial(self._fill_together, buffers), WEIGHTS),
-            CALLERS: (together, WEIGHTS),
-        }
-
-    def _fill_together(self, buffers: Buffers) -> None:
-        assert self.many is not None  # noqa: S101 - its caller looked
-        source, floats = buffers.spare.ctypes.data, buffers.out.ctypes.data
-
-        def task(start: int, stop: int) -> None:
-            self.fill(source, floats + 128 * start, stop - start, 1)
-
-        self.many.ranges(task, WEIGHTS // 32)
-
-    def agrees(self, qtype: QuantType, buffers: Buffers, run: Callable[[], object]) -> bool:
-        """Whether another's float32 have the same bits as ours."""
-        theirs = run()
-        if theirs is None:  # written to our buffer
-            theirs = buffers.floats("float32").copy()
-        expected = np.asarray(theirs, np.float32).reshape(-1).view(np.uint32)
-        kernel = registry.load(qtype, "float32")
-        assert kernel is not None  # noqa: S101
-        kernel(buffers.blocks, buffers.floats("float32"), True)
-        return np.array_equal(buffers.out.view(np.uint32)[: len(expected)], expected)
+def _free(name: str) -> str:
+    """A name for a library that nothing else in a report has."""
+    if not name or name in {*DTYPES, *NAMES}:
+        raise UsageError(f"ggml named {name!r}: expected another name")
+    return name
 
 
-def _blocks(qtype: QuantType) -> NDArray[np.uint8]:
-    """WEIGHTS random weights of a type."""
+def _row(contenders: Contenders, qtype: QuantType, rounds: int) -> tuple[Row, Rates]:
+    blocks = blocks_of(qtype)
+    ours, others = contenders.kernels(qtype, blocks), contenders.others(qtype, blocks)
+    together = contenders.together(qtype, blocks)
+    same = _same(contenders, ours, others, together)
+    rates = in_turns(contenders.writing() | ours | others | together, rounds)
     block_size, type_size = BLOCKS[qtype]
-    rng = np.random.default_rng(qtype.value)
-    pattern = random_blocks(qtype, 1, PATTERN, rng).reshape(-1)
-    blocks = prefaulted(WEIGHTS // block_size * type_size)
-    blocks.reshape(-1, len(pattern))[:] = pattern
-    return blocks.reshape(-1, type_size)
+    row = Row(
+        qtype.name,
+        8 * type_size / block_size,
+        {name: rates.median(name) / 1e9 for name in rates.rates},
+        ratios(rates, contenders.many.count if contenders.many else 1, type_size / block_size),
+        same,
+    )
+    return row, rates
 
 
-def _known_to_gguf(qtype: QuantType) -> bool:
-    """F32 is left out: gguf-py only looks at it in another way."""
-    known = gguf.GGMLQuantizationType.__members__.get(qtype.name)
-    return known in gguf.quants._type_traits or qtype.name == "F16"  # noqa: SLF001
+def ratios(rates: Rates, threads: int, bytes_read: float) -> dict[str, float]:
+    """What a row says of rates in turns; ``bytes_read`` for a weight.
+
+    threads: what several reach of what they could. That is as often the rate of one as there are
+    of them, or the memory's limit: as many bytes, read and written, as they fill together, or what
+    one alone reaches, if that is more. two callers: the slower's rate to half of theirs.
+    """
+    found = {}
+    for name in rates.rates:
+        if name in DTYPES:
+            found[name] = rates.ratio(name, FIRST)
+        elif name == ALLOCATING and GGUF in rates.rates:
+            found[f"{ALLOCATING} to {GGUF}"] = rates.ratio(ALLOCATING, GGUF)
+        elif name not in (ALLOCATING, THREADS, THREADS_PAST, CALLERS):
+            found[name] = rates.ratio(FIRST, name)
+    if THREADS in rates.rates:
+        names = (THREADS, FIRST, THREADS_PAST)
+        rows = zip(*(rates.rates[name] for name in names), strict=True)
+        share = 4 / (4 + bytes_read)
+        could = [(many, min(threads * one, max(one, share * fill))) for many, one, fill in rows]
+        found[THREADS] = float(np.median([many / most for many, most in could]))
+        found[CALLERS] = 2 * rates.ratio(CALLERS, THREADS)
+    return found
 
 
-def _by_gguf(blocks: NDArray[np.uint8], qtype: QuantType) -> Any:
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        foreign = gguf.GGMLQuantizationType(qtype.value)
-        return gguf.quants.dequantize(blocks.reshape(WEIGHTS // COLUMNS, -1), foreign)
+def _same(
+    contenders: Contenders,
+    ours: Mapping[str, Thing],
+    others: Mapping[str, Thing],
+    together: Mapping[str, Thing],
+) -> dict[str, bool]:
+    """{name: whether it computed what it should}, each into memory full of something else."""
+
+    def result(run: Callable[[], object], dtype: str = FIRST) -> Any:
+        contenders.out[:] = 0xFF
+        floats = run()
+        bits = contenders.bits(dtype) if floats is None else np.asarray(floats).reshape(-1)
+        return bits.view(np.uint32 if dtype == FIRST else np.uint16).copy()
+
+    expected = result(ours[FIRST][0])
+    found = {name: np.array_equal(result(run), expected) for name, (run, _) in others.items()}
+    if THREADS in together:
+        found[THREADS] = np.array_equal(result(together[THREADS][0]), expected)
+    for dtype in contenders.dtypes:
+        if dtype != FIRST:
+            rounded = expected.view(np.float32).astype(DTYPES[dtype]).view(np.uint16)
+            found[dtype] = np.array_equal(result(ours[dtype][0], dtype), rounded)
+    return found

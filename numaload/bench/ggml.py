@@ -38,7 +38,7 @@ class Ggml:
         try:
             self._library = ctypes.CDLL(self.path)
         except OSError as error:
-            raise ReadError(f"{path} cannot be loaded as {LIBRARY}: {error}", path=path) from error
+            raise ReadError(f"it cannot be loaded as {LIBRARY}: {error}", path=path) from error
 
     @staticmethod
     def function_name(qtype: QuantType) -> str:

@@ -17,12 +17,17 @@ def describe() -> dict[str, str]:
     """{what: words}."""
     found = {
         "processor": f"{_processor()} ({target().cpu}), {os.cpu_count()} CPUs",
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {_release()} {platform.machine()}",
         "huge pages": huge_pages(),
         "python": platform.python_version(),
         "numaload": __version__,
     }
     return found | {name: _version(name) for name in PACKAGES}
+
+
+def _release() -> str:
+    """Of the kernel, without what its builder added."""
+    return platform.release().partition("-")[0]
 
 
 def _version(package: str) -> str:

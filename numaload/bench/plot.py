@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from numaload.bench.dequant import GGUF, PAST, DequantReport
+from numaload.bench.contenders import GGUF, PAST
+from numaload.bench.dequant import DequantReport
 from numaload.bench.table import dtypes
 from numaload.errors import UsageError
 
@@ -21,8 +22,9 @@ def check(path: str) -> None:
     if _ending(path) not in Figure().canvas.get_supported_filetypes():
         raise UsageError(f"--plot {path}: expected a name that ends in .svg or .png")
     folder = os.path.dirname(path) or "."
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"--plot {path}: {folder} is no folder that can be written to")
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        wrong = path if os.path.isdir(path) else folder
+        raise UsageError(f"--plot {path}: {wrong} cannot be written to as a file there")
 
 
 def draw(report: DequantReport, path: str) -> None:

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from numaload.bench.dequant import (
-    CALLERS,
-    COPY,
-    FILL,
-    GGUF,
-    GGUF_WARM,
-    PAST,
-    THREADS,
-    DequantReport,
-    Row,
-)
+from numaload.bench.contenders import CALLERS, COPY, FILL, GGUF, GGUF_WARM, PAST, THREADS
+from numaload.bench.dequant import DequantReport, Row
 from numaload.dequantize import DTYPES
 
 

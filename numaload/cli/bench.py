@@ -20,11 +20,11 @@ def add_verbs(verbs: Any) -> None:
         help="kernels, a line per type, beside filling, memcpy, gguf-py and ggml",
         description="Measures kernels on random weights that it makes. Gw/s: 10^9 weights a second."
         " 'x NAME': how many times as fast as NAME, to float32, on one thread. fill: plain stores;"
-        " past caches: stores that bypass them. Every result is compared bit for bit; exit status 1"
-        " if one differs.",
+        " past caches: stores that bypass them. Results are compared with those of the others, of"
+        " one thread, and with rounding by numpy; exit status 1 if a bit differs.",
     )
     parser.add_argument("--qtype", metavar="LIST", help="types, with commas; all unless given")
-    parser.add_argument("--dtype", metavar="LIST", help="float32,float16,bfloat16 unless given")
+    parser.add_argument("--dtype", metavar="LIST", help="besides float32; all unless given")
     parser.add_argument("--threads", metavar="N", type=int, default=1, help="also on N threads")
     parser.add_argument("--rounds", metavar="N", type=int, default=7, help="7 unless given")
     parser.add_argument(
@@ -41,7 +41,7 @@ def add_verbs(verbs: Any) -> None:
 def dequant(options: argparse.Namespace) -> int:
     from numaload.bench.dequant import measure
 
-    if options.plot:
+    if options.plot is not None:
         from numaload.bench import plot
 
         plot.check(options.plot)  # before minutes of measuring
@@ -49,30 +49,34 @@ def dequant(options: argparse.Namespace) -> int:
         _words(options.qtype), _words(options.dtype), options.threads, options.rounds,
         _libraries(options.ggml), None if options.json else _progress,
     )  # fmt: skip
-    if options.plot:
-        plot.draw(report, options.plot)
     if options.json:
         print_json(report.to_dict())
     else:
         _tell(report)
+    if options.plot is not None:
+        plot.draw(report, options.plot)
     for row in report.rows:
-        for name, same in row.same.items():
-            if not same:
-                complain(f"{row.qtype}: the floats are not those of {name}")
+        for name in (name for name, same in row.same.items() if not same):
+            complain(f"{row.qtype}: {name} is not the same, bit for bit")
     return 0 if report.same else 1
 
 
 def _words(text: str | None) -> list[str]:
-    return [word for word in (text or "").split(",") if word]
+    return [] if text is None else text.split(",")
 
 
 def _libraries(given: list[str] | None) -> dict[str, str]:
     from numaload.bench.ggml import installed
+    from numaload.errors import UsageError
 
-    found = {}
+    found: dict[str, str] = {}
     for text in given or []:
         name, equals, path = text.partition("=")
-        found[name if equals else "ggml"] = path if equals else text
+        if not equals or "/" in name:
+            name, path = "ggml", text
+        if name in found:
+            raise UsageError(f"--ggml {text}: one is named {name} already; NAME=PATH names it")
+        found[name] = path
     default = installed()
     if not found and default:
         found["ggml"] = default

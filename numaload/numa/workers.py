@@ -58,7 +58,12 @@ class Workers:
     def ranges(self, function: Callable[[int, int], None], total: int, grain: int = 1) -> None:
         """Call ``function(start, stop)`` over [0, total), in pieces of at least ``grain``."""
         stop = threading.Event()
-        finish(self.submit_ranges(function, total, grain, stop), stop)
+        futures = self.submit_ranges(function, total, grain, stop)
+        try:
+            finish(futures, stop)
+        except BaseException:
+            _settle(futures, stop)
+            raise
 
     def submit_ranges(
         self,
@@ -73,15 +78,22 @@ class Workers:
         """
         pieces = min(self.count * PIECES_EACH, max(1, total // max(1, grain)))
         step = max(1, -(-total // pieces))
-        starts = iter(range(0, total, step))
+        starts, stop = iter(range(0, total, step)), stop or threading.Event()
 
         def work() -> None:
             for start in starts:  # each piece goes to the thread that asks first
-                if stop is not None and stop.is_set():
+                if stop.is_set():
                     return
                 function(start, min(start + step, total))
 
-        return [self.submit(work) for _ in range(min(self.count, -(-total // step)))]
+        futures: list[Future[None]] = []
+        try:
+            for _ in range(min(self.count, -(-total // step))):
+                futures.append(self.submit(work))  # noqa: PERF401 - some are there if one fails
+        except BaseException:
+            _settle(futures, stop)
+            raise
+        return futures
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -102,6 +114,19 @@ def finish(futures: list[Future[T]], stop: threading.Event | None = None) -> lis
             future.cancel()
         wait(futures)
         raise
+
+
+def _settle(futures: list[Future[None]], stop: threading.Event) -> None:
+    """Until none runs any more, whatever signals come: they write to memory of their caller's."""
+    while True:
+        try:
+            stop.set()
+            for future in futures:
+                future.cancel()
+            wait(futures)
+        except KeyboardInterrupt:
+            continue
+        return
 
 
 _pools: dict[tuple[frozenset[int], int], Workers] = {}

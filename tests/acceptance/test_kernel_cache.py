@@ -5,6 +5,7 @@ version's code, survives processes that start at once, damage, read-only install
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -97,8 +98,9 @@ def copied(tmp_path: Path) -> Path:
         ("kquants.py", "low = floats(q & 15) *", "low = floats(q & 14) *"),
         ("lanes.py", "CHUNK = 256", "CHUNK = 512"),
         ("lowering.py", '"fsub"', '"fadd"'),
+        ("../formats/qtypes.py", "QuantType.Q8_K: (256, 292)", "QuantType.Q8_K: (256, 293)"),
     ],
-    ids=["the-kernel", "a-constant-elsewhere", "the-compiler"],
+    ids=["the-kernel", "a-constant-elsewhere", "the-compiler", "sizes-of-blocks"],
 )
 def test_code_of_another_version_is_not_served(
     copied: Path, cache: Path, file: str, old: str, new: str
@@ -112,15 +114,46 @@ def test_code_of_another_version_is_not_served(
     source.write_text(text.replace(old, new), encoding="utf-8")
     after = say(variables, cwd=copied)
     assert after.endswith(COMPILED)
-    assert (after == before) == (file == "lanes.py")
+    assert (after == before) == (file in {"lanes.py", "../formats/qtypes.py"})
     assert len(list(cache.iterdir())) == 2
     source.write_text(text, encoding="utf-8")
     assert say(variables, cwd=copied) == before.replace(COMPILED, LINKED)
 
 
+def test_two_archives_do_not_share_code(copied: Path, cache: Path, tmp_path: Path) -> None:
+    """Python imports from zip files too: their sources are hashed as well."""
+    source, said = copied / "numaload/kernels/kquants.py", []
+    for i in range(2):
+        archive = shutil.make_archive(str(tmp_path / f"a{i}"), "zip", copied)
+        variables = {"NUMALOAD_CACHE_DIR": str(cache), "PYTHONPATH": archive}
+        said.append(say(variables, cwd=tmp_path))
+        source.write_text(source.read_text().replace("floats(q & 15)", "floats(q & 14)"))
+    assert said[0] != said[1]
+    assert all(text.endswith(COMPILED) for text in said)
+
+
+def test_without_sources_nothing_is_kept(copied: Path, cache: Path, expected: str) -> None:
+    subprocess.run([sys.executable, "-m", "compileall", "-qb", str(copied)], check=True)
+    for path in copied.rglob("*.py"):
+        path.unlink()
+    said = say({"NUMALOAD_CACHE_DIR": str(cache)}, cwd=copied)
+    assert said.startswith(f"{expected} True 1 compiled kernels are not kept")
+    assert "sources of numaload.kernels are not there" in said
+
+
+@pytest.mark.parametrize("name", ["NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS"])
+def test_variables_that_change_no_code(cache: Path, expected: str, name: str) -> None:
+    variables = {"NUMALOAD_CACHE_DIR": str(cache)}
+    say(variables)
+    assert say(variables | {name: "1"}) == f"{expected} {LINKED}"
+    assert say(variables | {"NUMBA_OPT": "1"}) == f"{expected} {COMPILED}"
+
+
 def test_code_for_another_processor_is_not_served(cache: Path, expected: str) -> None:
     variables = {"NUMALOAD_CACHE_DIR": str(cache)}
     assert say(variables) == f"{expected} {COMPILED}"
+    if platform.machine() != "x86_64":
+        pytest.skip("the other processor is an x86-64")
     assert say(variables | {"NUMBA_CPU_NAME": "x86-64"}) == f"{expected} {COMPILED}"
     assert len(list(cache.iterdir())) == 2
 
@@ -136,6 +169,17 @@ def test_processes_that_start_at_once(cache: Path, expected: str) -> None:
     (folder,) = cache.iterdir()
     assert [p.name for p in folder.iterdir()] == ["q4_k_to_bfloat16"]
     assert say({"NUMALOAD_CACHE_DIR": str(cache)}) == f"{expected} {LINKED}"
+
+
+def test_a_named_pipe_among_the_files(run: Callable[..., str], cache: Path, expected: str) -> None:
+    """It neither hangs nor is it replaced without a word."""
+    run()
+    (folder,) = cache.iterdir()
+    (folder / "q4_k_to_bfloat16").unlink()
+    os.mkfifo(folder / "q4_k_to_bfloat16")
+    said = run()
+    assert said.startswith(f"{expected} True 1 ")
+    assert "is not a file of this user" in said
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -177,19 +221,28 @@ def unusable(tmp_path: Path) -> dict[str, tuple[dict[str, str], str]]:
     nowhere = {"HOME": str(file), "XDG_CACHE_HOME": "", "NUMALOAD_CACHE_DIR": ""}
     return {
         "no-home": (nowhere, "Not a directory"),
-        "not-a-folder": ({"NUMALOAD_CACHE_DIR": str(file)}, "File exists"),
+        "empty-home": (nowhere | {"HOME": ""}, "there is no home folder"),
+        "not-a-folder": ({"NUMALOAD_CACHE_DIR": str(file)}, "Not a directory"),
+        "no-full-path": ({"NUMALOAD_CACHE_DIR": "~/kernels"}, "'~/kernels', which is no full path"),
         "proc": ({"NUMALOAD_CACHE_DIR": "/proc/numaload"}, "No such file or directory"),
     }
 
 
-@pytest.mark.parametrize("place", ["no-home", "not-a-folder", "proc"])
+@pytest.mark.parametrize("place", ["no-home", "empty-home", "not-a-folder", "no-full-path", "proc"])
 def test_nowhere_to_keep_it_is_said_once(tmp_path: Path, expected: str, place: str) -> None:
     variables, why = unusable(tmp_path)[place]
     for _ in range(2):
         said = say(variables)
         assert said.startswith(f"{expected} True 1 compiled kernels are not kept, each process")
         assert why in said
-        assert "set NUMALOAD_CACHE_DIR to a folder of your own" in said
+        assert "set NUMALOAD_CACHE_DIR to the full path of a folder of your own" in said
+
+
+def test_a_relative_xdg_cache_is_ignored(tmp_path: Path, expected: str) -> None:
+    variables = {"NUMALOAD_CACHE_DIR": "", "XDG_CACHE_HOME": "here", "HOME": str(tmp_path)}
+    assert say(variables, cwd=tmp_path) == f"{expected} {COMPILED}"
+    assert (tmp_path / ".cache/numaload").is_dir()
+    assert not (tmp_path / "here").exists()
 
 
 def test_a_full_disk(tmp_path: Path, expected: str) -> None:
@@ -229,20 +282,35 @@ def test_code_from_somebody_elses_folder_is_not_run(
     os.chown(folder, USER, USER)
     assert "is not a folder that only this user may write to" in run()
     folder.rename(cache / "elsewhere")
+    os.chown(cache / "elsewhere", 0, 0)
     folder.symlink_to(cache / "elsewhere")
-    assert "is not a folder that only this user may write to" in run()
+    said = run()
+    assert said.startswith(f"{expected} True 1 compiled kernels are not kept")
+    assert folder.name in said
 
 
-def test_folders_of_old_versions_go(run: Callable[..., str], cache: Path) -> None:
-    cache.mkdir()
-    for i in range(12):
-        (cache / f"kernels-{i}").mkdir()
-        os.utime(cache / f"kernels-{i}", (1e9 + i, 1e9 + i))
-    (cache / "mine").mkdir()
+def test_folders_of_old_versions_go_and_nothing_else(run: Callable[..., str], cache: Path) -> None:
     run()
-    kept = {path.name for path in cache.iterdir()}
-    assert {"mine", *(f"kernels-{i}" for i in range(4, 12))} <= kept
-    assert len(kept) == 10
+    (ours,) = cache.iterdir()
+    old = [cache / f"kernels-{i:032x}" for i in range(12)]
+    foreign = [cache / name for name in ("mine", "kernels-5.15-src", f"kernels-{0:031x}")]
+    for path in [*old, *foreign]:
+        shutil.copytree(ours, path)
+    (old[1] / "notes.txt").write_text("not ours")
+    for i, path in enumerate([*foreign, *old]):
+        os.utime(path, (1e9 + i, 1e9 + i))
+    run("Q6_K")
+    assert all((path / "q4_k_to_bfloat16").exists() for path in foreign)
+    assert (old[1] / "notes.txt").exists()
+    assert {path for path in old if path.exists()} == {old[1], *old[4:]}
+
+
+def test_a_version_in_use_is_not_an_old_one(run: Callable[..., str], cache: Path) -> None:
+    run()
+    (ours,) = cache.iterdir()
+    os.utime(ours, (1e9, 1e9))
+    run()
+    assert ours.stat().st_mtime > 1e9
 
 
 def test_one_compiler_lock_for_all_threads(cache: Path) -> None:

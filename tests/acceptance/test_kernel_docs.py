@@ -50,7 +50,7 @@ def test_every_must_is_met_and_measured(figures: ModuleType) -> None:
     assert {f.wish.baseline for f in found} == {
         "ggml", "native", "gguf-py", "float16", "bfloat16", "threads", "two callers", "past caches",
     }  # fmt: skip
-    assert [str(f) for f in found if not f.met] == []
+    assert [str(f) for f in found if f.wish.level == "must" and not f.met] == []
     assert figures.report().same
     assert len(figures.report().rows) == 28
 

@@ -6,6 +6,7 @@ import array
 import ctypes
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import ml_dtypes
@@ -168,6 +169,29 @@ def test_types_without_floats(name: str) -> None:
     blocks = np.zeros((1, BLOCKS[QuantType[name]][1]), np.uint8)
     with pytest.raises(UnsupportedTypeError, match=f"{name} cannot be turned to float"):
         run(QuantType[name], blocks, F32)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "weights"),
+    [((4, 144), 256), ((1, 144), 255), ((1, 143), 256), ((144,), 256)],
+    ids=str,
+)
+def test_blocks_that_do_not_fit_the_output(blocks: tuple[int, ...], weights: int) -> None:
+    out = np.empty(weights, F32)
+    with pytest.raises(UsageError, match=r"Q4_K: blocks .* expected \(n, 144\) for n \* 256"):
+        dequantize_blocks(np.zeros(blocks, "u1"), QuantType.Q4_K, F32, out, pool(topology()))
+
+
+def test_an_output_keeps_its_tensor() -> None:
+    """Nobody else may hold it while threads write there."""
+    torch = pytest.importorskip("torch")
+    tensor = torch.zeros(SIZE)
+    alive = weakref.ref(tensor)
+    array = as_output(tensor, F32, SIZE)
+    del tensor
+    assert alive() is not None
+    del array
+    assert alive() is None
 
 
 BIG = {

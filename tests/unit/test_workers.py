@@ -130,6 +130,60 @@ def test_the_pool_goes_on_after_an_error(workers: Workers) -> None:
     assert workers.submit(int, "7").result() == 7
 
 
+def test_a_thread_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is called any more once the error has come: the caller may free what it gave."""
+    workers, real, started = Workers(HERE, 2), threading.Thread.start, []
+
+    def start(thread: threading.Thread) -> None:
+        started.append(thread)
+        if len(started) > 1:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    running = []
+
+    def slow(start: int, _stop: int) -> None:
+        running.append(start)
+        time.sleep(0.05)
+
+    with pytest.raises(NumaError, match="no thread can be started"):
+        workers.ranges(slow, 100)
+    seen = len(running)
+    time.sleep(0.2)
+    assert len(running) == seen < 8
+
+
+TWICE = """
+import os, signal, threading, time
+from numaload.numa.workers import Workers
+workers, running, ended = Workers(os.sched_getaffinity(0), 2), [], []
+def slow(start, stop):
+    running.append(start)
+    time.sleep(0.3)
+    ended.append(start)
+def twice():
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.0003)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=twice).start()
+try:
+    workers.ranges(slow, 1000)
+except KeyboardInterrupt:
+    print(len(running), len(ended))
+    time.sleep(0.5)
+    print(len(running), len(ended))
+"""
+
+
+def test_two_ctrl_c_at_once() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "2 2\n2 2\n"
+
+
 INTERRUPTED = """
 import os, threading, time
 from numaload.numa.workers import Workers, finish

@@ -1,0 +1,157 @@
+"""Compiling on first use: while others fork, interrupt, or configure numba in odd ways."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BEGIN = """
+import os, sys, threading, time, warnings
+import numpy as np
+from numaload.dequantize import DTYPES, dequantize_blocks
+from numaload.formats.qtypes import BLOCKS, QuantType
+from numaload.numa.topology import topology
+from numaload.numa.workers import pool
+warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+def use(name):
+    block_size, type_size = BLOCKS[QuantType[name]]
+    out = np.empty(64 * block_size, np.float32)
+    dequantize_blocks(np.full((64, type_size), 0x21, "u1"), QuantType[name], out.dtype, out,
+                      pool(topology()))
+    return float(out.astype(float).sum())
+"""
+
+
+def run(
+    program: str, cache: Path, status: int = 0, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"NUMALOAD_CACHE_DIR": str(cache)} | (variables or {})
+    done = subprocess.run(
+        [sys.executable, "-c", BEGIN + program], capture_output=True, text=True, timeout=300,
+        env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+FORKING = """
+expected = use("Q8_0")
+from numaload.kernels import compile as compiler
+entered = threading.Event()
+real = compiler.compile_kernel
+def compile_kernel(*arguments):
+    entered.set()
+    return real(*arguments)
+compiler.compile_kernel = compile_kernel
+other = threading.Thread(target=use, args=("IQ3_S",))
+other.start()
+entered.wait()
+if (child := os.fork()) == 0:
+    os._exit(0 if use("Q8_0") == expected and use("Q4_0") and use("IQ3_S") else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+other.join()
+"""
+
+
+def test_a_child_forked_while_another_thread_compiles(tmp_path: Path) -> None:
+    """It uses kernels that are there, and compiles its own: it does not wait for ever."""
+    assert run(FORKING, tmp_path).stdout == "0\n"
+
+
+WAITING = """
+from numaload.kernels import compile as compiler
+use("Q8_0")
+entered, go = threading.Event(), threading.Event()
+real = compiler.compile_kernel
+def compile_kernel(*arguments):
+    entered.set()
+    go.wait()
+    return real(*arguments)
+compiler.compile_kernel = compile_kernel
+other = threading.Thread(target=use, args=("IQ3_S",))
+other.start()
+entered.wait()
+print(use("Q8_0") != 0)
+go.set()
+other.join()
+"""
+
+
+def test_a_kernel_that_is_there_does_not_wait_for_another(tmp_path: Path) -> None:
+    assert run(WAITING, tmp_path).stdout == "True\n"
+
+
+INTERRUPTED = """
+print("ready", flush=True)
+came = 0
+while True:
+    try:
+        found = use("Q4_K")
+        break
+    except KeyboardInterrupt:
+        came += 1
+print(came, found, use("Q6_K") != 0)
+"""
+
+
+def test_ctrl_c_while_compiling(tmp_path: Path) -> None:
+    """At several moments, importing numba among them: asked again, it works."""
+    expected = run('print(use("Q4_K"))', tmp_path / "expected").stdout.strip()
+    for i, delay_s in enumerate((0.02, 0.1, 0.2, 0.3, 0.45)):
+        variables = os.environ | {"NUMALOAD_CACHE_DIR": str(tmp_path / str(i))}
+        with subprocess.Popen(
+            [sys.executable, "-c", BEGIN + INTERRUPTED], stdout=subprocess.PIPE, text=True,
+            env=variables,
+        ) as child:  # fmt: skip
+            assert child.stdout
+            assert child.stdout.readline() == "ready\n"
+            try:
+                child.wait(delay_s)
+            except subprocess.TimeoutExpired:
+                child.send_signal(signal.SIGINT)
+            came, found, again = child.stdout.read().split()
+        assert (child.returncode, found, again) == (0, expected, "True"), came
+
+
+REFUSED: dict[str, tuple[dict[str, str], str]] = {
+    "features": ({"NUMBA_CPU_FEATURES": "avx2"}, "NUMBA_CPU_FEATURES=avx2: expected +feature"),
+    "more-features": ({"NUMBA_CPU_FEATURES": "+avx2, +fma"}, "expected +feature,-feature"),
+}
+
+
+@pytest.mark.parametrize(("variables", "said"), REFUSED.values(), ids=REFUSED)
+def test_processors_that_are_none(tmp_path: Path, variables: dict[str, str], said: str) -> None:
+    """LLVM would end the process."""
+    done = run('use("Q4_K")', tmp_path, 1, variables)
+    assert "numaload.errors.UsageError: Q4_K cannot be turned to float" in done.stderr
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"NUMBA_CPU_NAME": "generic"},
+        {"NUMBA_CPU_NAME": "nobody-knows"},
+        {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
+        {"NUMBA_ENABLE_AVX": "0"},
+        {"NUMBA_OPT": "0"},
+        {"NUMBA_DEBUGINFO": "1"},
+        {"NUMBA_BOUNDSCHECK": "1"},
+    ],
+    ids=lambda variables: "-".join(variables.values()) or "none",
+)
+def test_numbas_variables(tmp_path: Path, variables: dict[str, str]) -> None:
+    program = 'print(*map(use, ("IQ4_NL", "F16")))'
+    expected = run(program, tmp_path / "expected").stdout
+    assert run(program, tmp_path / "found", variables=variables).stdout == expected
+
+
+def test_jit_that_is_off_by_numbas_configuration(tmp_path: Path) -> None:
+    done = run('import numba; numba.config.DISABLE_JIT = True; use("Q4_K")', tmp_path, 1)
+    assert "numaload.errors.UsageError" in done.stderr
+    assert "with NUMBA_DISABLE_JIT=1 kernels run without" in done.stderr

@@ -1,5 +1,5 @@
-"""Numba kernels that turn quantized blocks into floats. Import them as ``numaload.kernels``."""
+"""Kernels that turn quantized blocks into floats. Import them as ``numaload.kernels``."""
 
-# Under a second name numba's disk cache would store code that cannot be loaded under the first.
+# A second name would be a second set of the vocabulary, of which numba takes only its own.
 if __name__ != "numaload.kernels":
     raise ImportError(f"import numaload.kernels, not {__name__}: the folder has one identity")

@@ -47,6 +47,7 @@ static long steps(pid_t child) {
     waitpid(child, &status, 0);
     if (WIFEXITED(status) || WIFSIGNALED(status)) return -1;
     if (WSTOPSIG(status) == SIGUSR1) { kill(child, SIGKILL); return count; }
+    if (WSTOPSIG(status) != SIGTRAP) { kill(child, SIGKILL); return -1; }
     count++;
   }
 }
@@ -131,7 +132,11 @@ def _libraries(
     options: argparse.Namespace, folder: Path, variables: dict[str, str]
 ) -> list[tuple[str, str, Path]]:
     """(type, dtype, library) of all kernels, compiled with these variables, in another process."""
-    names = (options.qtype or ",".join(q.name for q in registry.KERNELS)).upper()
+    known = [one.name for one in registry.KERNELS]
+    names = (options.qtype or ",".join(known)).upper()
+    for name in names.split(","):
+        if name not in known:
+            raise SystemExit(f"type {name}: expected one of {', '.join(known)}")
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, str(folder), names, options.dtype], text=True, check=True,
         stdout=subprocess.PIPE,
@@ -171,7 +176,7 @@ def _count(
         options = ["--tool=callgrind", "--callgrind-out-file=/dev/null"]
         command = ["valgrind", *options, f"--toggle-collect={symbol}", *command]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = re.search(r"Collected : (\d+)", done.stdout + done.stderr)
+    found = re.search(r"Collected : (\d+)", done.stdout + done.stderr)  # -1 is none
     if done.returncode or not found:
         raise RuntimeError(f"{symbol}: {done.stderr[-500:]}")
     return int(found[1]) / total

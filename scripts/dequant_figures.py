@@ -1,9 +1,10 @@
 """The tables and the plot of dequantization in README.md and docs/kernels.md, from measurements.
 
-    dequant_figures.py [--measure] [--count] [--ggml [NAME=]PATH]...
+    dequant_figures.py [--measure] [--count] [--ggml [NAME=]PATH]... [--qtype LIST]
 
---measure writes docs/dequant.json, --count docs/instructions.json; from these the tables and
-docs/dequant.svg are made, again each time. The first --ggml is the library as it is shipped.
+--measure writes docs/dequant.json, --count docs/instructions.json, with --qtype only these types in
+them; from these the tables and docs/dequant.svg are made, again each time. The first --ggml is the
+library as it is shipped.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from numaload.bench import plot, table
-from numaload.bench.contenders import PAST
+from numaload.bench import plot, table, wanted
+from numaload.bench.contenders import ALLOCATING_TO_GGUF, GGUF, GGUF_WARM, PAST
 from numaload.bench.dequant import DequantReport
 from numaload.kernels import registry
 
@@ -31,36 +32,35 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def measure(ggml: list[str]) -> None:
+def measure(ggml: list[str], qtypes: list[str]) -> None:
     words = [word for path in ggml for word in ("--ggml", path)]
-    command = [
-        sys.executable,
-        "-m",
-        "numaload",
-        "bench",
-        "dequant",
-        "--threads",
-        "2",
-        "--rounds",
-        "15",
-        *words,
-    ]
-    done = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, "-m", "numaload", "bench", "dequant", "--threads", "2", *words]
+    done = subprocess.run(
+        [*command, "--rounds", "11", *qtypes, "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     data = json.loads(done.stdout)
     data["libraries"] = {name: Path(path).name for name, path in data["libraries"].items()}
     for row in data["rows"]:
         for kind in ("rates", "ratios"):
             row[kind] = {name: round(value, 3) for name, value in row[kind].items()}
+    if qtypes:
+        old = json.loads(FIGURES.read_text(encoding="utf-8"))
+        new = {row["qtype"]: row for row in old["rows"]} | {r["qtype"]: r for r in data["rows"]}
+        data = old | {"rows": list(new.values())}
     FIGURES.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def count(ggml: list[str]) -> None:
+def count(ggml: list[str], qtypes: list[str]) -> None:
     shipped = ["--ggml", ggml[0].rpartition("=")[2]] if ggml else []
     command = [sys.executable, str(ROOT / "scripts/count_instructions.py"), "--json", *shipped]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    rows = json.loads(done.stdout)
-    rounded = {name: {k: round(v, 2) for k, v in row.items()} for name, row in rows.items()}
-    COUNTS.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
+    done = subprocess.run([*command, *qtypes], stdout=subprocess.PIPE, text=True, check=True)
+    rows = json.loads(COUNTS.read_text(encoding="utf-8")) if qtypes else {}
+    for name, row in json.loads(done.stdout).items():
+        rows[name] = {k: round(v, 2) for k, v in row.items()}
+    COUNTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def report() -> DequantReport:
@@ -75,7 +75,7 @@ def kernels_table() -> str:
     """Rate and instructions of each type."""
     counts = json.loads(COUNTS.read_text(encoding="utf-8"))
     lines = [
-        "| type | predicted | found | x fill | x ggml | instructions | AVX2 | ggml |",
+        "| type | limit | found | x past caches | x ggml | instructions | AVX2 | ggml |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     fill = report().baselines[PAST] / 4
@@ -93,6 +93,23 @@ def kernels_table() -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def findings_text() -> str:
+    """How the figures stand to what was wanted, and what is said of gguf-py."""
+    lines = [f"- {finding}" for finding in wanted.findings(report())]
+    rows = [row for row in report().rows if GGUF in row.ratios]
+    warm, both = (
+        {row.qtype: row.ratios[name] for row in rows} for name in (GGUF_WARM, ALLOCATING_TO_GGUF)
+    )
+    lines.append(f"- `gguf-py warm`: {_ends(warm)}; `{ALLOCATING_TO_GGUF}`: {_ends(both)}")
+    return "\n".join(lines)
+
+
+def _ends(ratios: dict[str, float]) -> str:
+    ranked = sorted(ratios, key=lambda name: ratios[name])
+    few = ", ".join(f"{ratios[name]:.1f} ({name})" for name in ranked[:3])
+    return f"{few} to {ratios[ranked[-1]]:.0f} ({ranked[-1]})"
 
 
 def _three(count: dict[str, float], way: str) -> str:
@@ -128,6 +145,7 @@ PARTS = {
     README: {"table of scripts/dequant_figures.py": readme_table},
     KERNELS: {
         "table of scripts/dequant_figures.py": kernels_table,
+        "findings of scripts/dequant_figures.py": findings_text,
         "layouts of scripts/dequant_figures.py": layouts,
     },
 }
@@ -138,11 +156,13 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--count", action="store_true")
     parser.add_argument("--ggml", action="append", default=[])
+    parser.add_argument("--qtype")
     options = parser.parse_args()
+    qtypes = ["--qtype", options.qtype] if options.qtype else []
     if options.count:
-        count(options.ggml)
+        count(options.ggml, qtypes)
     if options.measure:
-        measure(options.ggml)
+        measure(options.ggml, qtypes)
     for path in PARTS:
         path.write_text(renewed(path), encoding="utf-8")
     plot.draw(report(), str(PICTURE))

@@ -35,6 +35,7 @@ SOURCES = 128 << 20  # bytes of blocks that are gone round in
 FIRST = "float32"  # always measured: what the others are compared with
 FILL, PAST, COPY = "fill", "past caches", "memcpy"
 ALLOCATING = "float32 allocating"  # as without ``out``, and as gguf-py does
+ALLOCATING_TO_GGUF = "float32 allocating to gguf-py"
 # As scripts use it, in the main thread; and in a thread, whose heap glibc does not give back to the
 # kernel after every few rows: up to three times faster, and nobody does that.
 GGUF, GGUF_WARM = "gguf-py", "gguf-py warm"

@@ -11,6 +11,7 @@ import numpy as np
 
 from numaload.bench.contenders import (
     ALLOCATING,
+    ALLOCATING_TO_GGUF,
     CALLERS,
     COPY,
     FILL,
@@ -140,41 +141,43 @@ def _row(contenders: Contenders, qtype: QuantType, rounds: int) -> tuple[Row, Ra
     ours, others = contenders.kernels(qtype, blocks), contenders.others(qtype, blocks)
     together = contenders.together(qtype, blocks)
     same = _same(contenders, ours, others, together)
-    rates = in_turns(contenders.writing() | ours | others | together, rounds)
+    rates = in_turns(contenders.writing() | ours | others, rounds)
     block_size, type_size = BLOCKS[qtype]
-    row = Row(
-        qtype.name,
-        8 * type_size / block_size,
-        {name: rates.median(name) / 1e9 for name in rates.rates},
-        ratios(rates, contenders.many.count if contenders.many else 1, type_size / block_size),
-        same,
-    )
-    return row, rates
+    found = ratios(rates)
+    if contenders.many is not None:
+        # By themselves: how much memory several CPUs reach depends on what they did just before.
+        several = in_turns({FIRST: ours[FIRST]} | together, 2 * rounds)
+        found |= scaling(several, contenders.many.count, type_size / block_size)
+        rates = Rates({**several.rates, **rates.rates})
+    medians = {name: rates.median(name) / 1e9 for name in rates.rates}
+    return Row(qtype.name, 8 * type_size / block_size, medians, found, same), rates
 
 
-def ratios(rates: Rates, threads: int, bytes_read: float) -> dict[str, float]:
-    """What a row says of rates in turns; ``bytes_read`` for a weight.
-
-    threads: what several reach of what they could. That is as often the rate of one as there are
-    of them, or the memory's limit: as many bytes, read and written, as they fill together, or what
-    one alone reaches, if that is more. two callers: the slower's rate to half of theirs.
-    """
+def ratios(rates: Rates) -> dict[str, float]:
+    """What a row says of one thread's rates in turns."""
     found = {}
     for name in rates.rates:
         if name in DTYPES:
             found[name] = rates.ratio(name, FIRST)
         elif name == ALLOCATING and GGUF in rates.rates:
-            found[f"{ALLOCATING} to {GGUF}"] = rates.ratio(ALLOCATING, GGUF)
-        elif name not in (ALLOCATING, THREADS, THREADS_PAST, CALLERS):
+            found[ALLOCATING_TO_GGUF] = rates.ratio(ALLOCATING, GGUF)
+        elif name != ALLOCATING:
             found[name] = rates.ratio(FIRST, name)
-    if THREADS in rates.rates:
-        names = (THREADS, FIRST, THREADS_PAST)
-        rows = zip(*(rates.rates[name] for name in names), strict=True)
-        share = 4 / (4 + bytes_read)
-        could = [(many, min(threads * one, max(one, share * fill))) for many, one, fill in rows]
-        found[THREADS] = float(np.median([many / most for many, most in could]))
-        found[CALLERS] = 2 * rates.ratio(CALLERS, THREADS)
     return found
+
+
+def scaling(rates: Rates, threads: int, bytes_read: float) -> dict[str, float]:
+    """What it says of several threads; ``bytes_read`` for a weight.
+
+    threads: what they reach of what they could. That is as often the rate of one as there are of
+    them, or the memory's limit: as many bytes, read and written, as they fill together, or what one
+    alone reaches, if that is more. two callers: the slower's rate to half of theirs.
+    """
+    rows = zip(*(rates.rates[name] for name in (THREADS, FIRST, THREADS_PAST)), strict=True)
+    share = 4 / (4 + bytes_read)
+    could = [(many, min(threads * one, max(one, share * fill))) for many, one, fill in rows]
+    reached = float(np.median([many / most for many, most in could]))
+    return {THREADS: reached, CALLERS: 2 * rates.ratio(CALLERS, THREADS)}
 
 
 def _same(

@@ -1,4 +1,4 @@
-"""The kernel's memory calls. The only module that uses ctypes.
+"""The kernel's memory calls, by ctypes, and some of libgomp's.
 
 Four calls need no libnuma but are taken from it where it loads (its own exported symbols, not its
 wrappers, which hide errno): mbind, get_mempolicy, set_mempolicy, move_pages. ``binding()`` says

@@ -56,6 +56,7 @@ def _bars(axes: Any, report: DequantReport) -> None:
     limit = report.baselines[PAST] / 4
     axes.axvline(limit, color="black", linewidth=1, linestyle=":", label="filling past the caches")
     axes.set_yticks(range(len(report.rows)), [row.qtype for row in report.rows])
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel(f"Gweights/s, one thread, {report.machine['processor']}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.08), ncols=3, frameon=False)

@@ -83,7 +83,7 @@ def load(qtype: QuantType, dtype: str) -> Kernel | None:
     with _lock:
         if (qtype, dtype) not in _loaded:
             make = _interpreted if interpreted() else _compiled
-            _loaded[qtype, dtype] = make(qtype, dtype)
+            _loaded[qtype, dtype] = _in_thread(lambda: make(qtype, dtype))
         return _loaded[qtype, dtype]
 
 
@@ -123,20 +123,18 @@ def object_code(name: str, dtype: str, parts: Parts) -> bytes:
 
     code = cache.load(name)
     if code is None:
-        code = _in_thread(lambda: _compile(name, dtype, parts))
+        from numaload.kernels.compile import compile_kernel
+
+        code = compile_kernel(name, dtype, parts)
         cache.save(name, code)
     return code
 
 
-def _compile(name: str, dtype: str, parts: Parts) -> bytes:
-    from numaload.kernels.compile import compile_kernel
-
-    return compile_kernel(name, dtype, parts)
-
-
-def _in_thread(function: Callable[[], bytes]) -> bytes:
-    """Where no Ctrl-C comes: half an import of numba, or of our part of it, cannot be repaired."""
-    results: list[bytes] = []
+def _in_thread(function: Callable[[], Kernel]) -> Kernel:
+    """Where no Ctrl-C comes: half an import of numba or LLVM cannot be repaired. It is raised when
+    that is over, within a second or so.
+    """
+    results: list[Kernel] = []
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -147,7 +145,11 @@ def _in_thread(function: Callable[[], bytes]) -> bytes:
 
     thread = threading.Thread(target=run, name="numaload compiles")
     thread.start()
-    thread.join()
+    while thread.is_alive():
+        try:
+            thread.join()
+        except KeyboardInterrupt as error:  # noqa: PERF203
+            errors.append(error)
     if errors:
         raise errors[0]
     return results[0]

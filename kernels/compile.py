@@ -17,7 +17,8 @@ from numaload.kernels import halves as _teaches_the_rest  # noqa: F401
 from numaload.kernels import lanes
 from numaload.kernels import lowering as _teaches_the_vocabulary  # noqa: F401
 from numaload.kernels.loops import Parts, build_loop
-from numaload.kernels.target import SettingError, machine
+from numaload.kernels.registry import SettingError
+from numaload.kernels.target import machine
 
 # No wrappers for calls from Python, which would refer to Python. parallel=True, for one, aborts the
 # process when two threads enter; fastmath would change results.

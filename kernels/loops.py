@@ -91,8 +91,7 @@ def make_loop(decode: Decode, store: Callable[..., None], block_size: int, type_
     def loop(src: Any, out: Any, n_blocks: int, past_caches: int) -> int:
         w = scratch()
         for first in range(0, n_blocks, blocks_at_once):
-            count = n_blocks - first
-            count = min(count, blocks_at_once)
+            count = min(n_blocks - first, blocks_at_once)
             for block in range(count):
                 decode(src, (first + block) * type_size, w, block * block_size)
             store(w, 0, out, first * block_size, count * block_size, past_caches)

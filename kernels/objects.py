@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import threading
-from typing import Any
 
 import llvmlite.binding as llvm
 
@@ -21,8 +19,6 @@ PROTOTYPE = ctypes.CFUNCTYPE(
     ctypes.c_int64,
     ctypes.c_int64,
 )
-_lock = threading.Lock()
-_engines: list[Any] = []  # the code lives as long as they do
 
 
 class Function:
@@ -30,14 +26,13 @@ class Function:
 
     def __init__(self, code: bytes, name: str) -> None:
         """Raises: ValueError, RuntimeError if it is no object file or has no such function."""
-        with _lock:
-            engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine())
-            engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-            engine.finalize_object()
-            address = engine.get_function_address(name)
-            if not address:
-                raise ValueError(f"no function {name} in the object file")
-            _engines.append(engine)
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine())
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        address = engine.get_function_address(name)
+        if not address:
+            raise ValueError(f"no function {name} in the object file")
+        self._engine = engine  # the code lives as long as it does
         self._call = PROTOTYPE(address)
 
     def __call__(self, blocks: int, floats: int, n_blocks: int, past_caches: int) -> None:

@@ -55,6 +55,11 @@ COPIES = {(QuantType.F16, "float16"), (QuantType.BF16, "bfloat16")}
 # one size in steps. Compiled code checks no bounds: that is the caller's duty.
 Kernel = Callable[["NDArray[np.uint8]", "NDArray[Any]", bool], None]
 
+
+class SettingError(ValueError):
+    """A variable or setting of numba's with which kernels cannot be compiled."""
+
+
 _loaded: dict[tuple[QuantType, str], Kernel] = {}
 _lock = threading.RLock()
 # A fork waits until nothing is being compiled or linked: the child's copies of the locks of LLVM,
@@ -65,9 +70,11 @@ os.register_at_fork(
 
 
 def step(qtype: QuantType) -> tuple[int, int]:
-    """(weights, bytes) that a kernel works on at once: a block, or 32 weights without blocks."""
+    """(weights, bytes) that a kernel works on at once: a block, or STEP floats."""
+    from numaload.kernels.loops import STEP
+
     block_size, type_size = BLOCKS[qtype]
-    return (block_size, type_size) if block_size > 1 else (32, 32 * type_size)
+    return (block_size, type_size) if block_size > 1 else (STEP, STEP * type_size)
 
 
 def load(qtype: QuantType, dtype: str) -> Kernel | None:
@@ -99,10 +106,10 @@ def interpreted() -> bool:
     return os.environ.get("NUMBA_DISABLE_JIT", "0") not in {"", "0"}
 
 
-def cache_problem() -> str:
-    """Why compiled kernels could not be kept on disk, for people; empty if they could."""
+def problem() -> str:
+    """Why kernels are slower, or sooner to be compiled again, than they need be; empty if not."""
     if interpreted():
-        return ""
+        return "kernels run as Python, a thousand times slower: unset NUMBA_DISABLE_JIT"
     from numaload.kernels import cache
 
     return cache.problem()
@@ -163,12 +170,12 @@ def compiled(qtype: QuantType, dtype: str) -> tuple[str, bytes]:
 
 def load_fill() -> Callable[[int, int, int, int], None]:
     """Writes float32 as kernels do and computes nothing: (address of 16 floats, address of the
-    output, how many times 32, past the caches).
+    output, how many times STEP, past the caches).
     """
     from numaload.kernels import baselines, loops
     from numaload.kernels.objects import Function
 
-    parts = loops.Parts(baselines.fill, loops.unchanged, 32, 0, floats=True)
+    parts = loops.Parts(baselines.fill, loops.unchanged, loops.STEP, 0, floats=True)
     return Function(object_code("fill", "float32", parts), "fill")
 
 

@@ -10,9 +10,7 @@ from typing import NamedTuple
 import llvmlite
 import llvmlite.binding as llvm
 
-
-class SettingError(ValueError):
-    """A variable of numba's with which kernels cannot be compiled."""
+from numaload.kernels.registry import SettingError
 
 
 class Target(NamedTuple):

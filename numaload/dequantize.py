@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -28,8 +27,6 @@ PIECE = 1 << 16  # weights of a big-endian file that a worker turns round at a t
 LARGE = 8 << 20
 
 Blocks = NDArray[np.uint8]  # (n_blocks, type_size)
-# Steps [start, stop): a step is what the kernel works on at once.
-RangeFunction = Callable[[int, int], None]
 
 
 def dtype_of(dtype: Any) -> np.dtype[Any]:
@@ -61,24 +58,13 @@ def dequantize_blocks(
     """
     what = f"tensor {name!r}: {qtype.name}" if name else qtype.name
     swapped = byte_order == "big"
-    if swapped and qtype not in FLOATS:
-        raise UnsupportedTypeError(
-            f"{what} of a big-endian file cannot be turned to float, only"
-            f" {', '.join(one.name for one in FLOATS)} can: gguf-convert-endian of gguf-py makes a"
-            " little-endian file of it"
-        )
-    block_size, type_size = BLOCKS[qtype]
-    if blocks.shape[1:] != (type_size,) or out.size != len(blocks) * block_size:
-        raise UsageError(
-            f"{what}: blocks {blocks.shape} for {out.size} weights, expected (n, {type_size}) for"
-            f" n * {block_size}"
-        )
+    _check(blocks, qtype, out, what, swapped=swapped)
     kernel = _kernel(qtype, dtype.name, what)
+    run = _swapping(kernel, BLOCKS[qtype][1]) if swapped else kernel
     step, nbytes = registry.step(qtype)
     bits = out.view(np.float32 if dtype.itemsize == 4 else np.uint16)
     flat = np.ascontiguousarray(blocks).reshape(-1)
     n_steps = flat.nbytes // nbytes
-    run = _swapping(kernel, type_size) if swapped else kernel
     past_caches = out.nbytes >= LARGE
 
     def task(start: int, stop: int) -> None:
@@ -93,18 +79,36 @@ def dequantize_blocks(
     _finish(run, flat[n_steps * nbytes :], bits[n_steps * step :], (step, nbytes))
 
 
+def _check(
+    blocks: Blocks, qtype: QuantType, out: NDArray[Any], what: str, *, swapped: bool
+) -> None:
+    """What compiled code does not."""
+    if swapped and qtype not in FLOATS:
+        raise UnsupportedTypeError(
+            f"{what} of a big-endian file cannot be turned to float, only"
+            f" {', '.join(one.name for one in FLOATS)} can: gguf-convert-endian of gguf-py makes a"
+            " little-endian file of it"
+        )
+    block_size, type_size = BLOCKS[qtype]
+    if blocks.shape[1:] != (type_size,) or out.size != len(blocks) * block_size:
+        raise UsageError(
+            f"{what}: blocks {blocks.shape} for {out.size} weights, expected (n, {type_size}) for"
+            f" n * {block_size}"
+        )
+
+
 def _kernel(qtype: QuantType, dtype_name: str, what: str) -> registry.Kernel:
     try:
         kernel = registry.load(qtype, dtype_name)
-    except ValueError as error:  # SettingError, without importing LLVM for it
+    except registry.SettingError as error:
         raise UsageError(f"{what} cannot be turned to float: {error}") from error
     if kernel is None:
         raise UnsupportedTypeError(
             f"{what} cannot be turned to float: ggml has no conversion for it"
         )
-    problem = registry.cache_problem()
+    problem = registry.problem()
     if problem:
-        warn_once("kernel cache", problem)
+        warn_once("kernels", problem)
     return kernel
 
 

@@ -14,12 +14,10 @@ SCALES: dict[str, tuple[int, ...]] = {
     "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,), "Q1_0": (0,), "Q2_0": (0,),
 }  # fmt: skip
 # Types without: {byte of a block: (bits that are kept, bits that are set)}. IQ1_M's scale is in
-# four nibbles, the last has sign and exponent; MXFP4's is an exponent; NVFP4's are finite whatever
-# they are.
+# four nibbles, the last has sign and exponent; MXFP4's is an exponent; all of NVFP4's are finite.
 MASKS: dict[str, dict[int, tuple[int, int]]] = {
     "IQ1_M": {55: (0x0F, 0x10)},
     "MXFP4": {0: (0x07, 0x70)},
-    "NVFP4": {},
 }
 
 

@@ -23,6 +23,7 @@ from numaload.dequantize import DTYPES, dequantize_blocks
 from numaload.errors import UsageError
 from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.kernels import registry
+from numaload.kernels.loops import STEP
 from numaload.numa.affinity import pinned_to
 from numaload.numa.topology import topology
 from numaload.numa.workers import Workers
@@ -66,7 +67,7 @@ class Contenders:
         self.callers.shutdown()
 
     def writing(self) -> dict[str, Thing]:
-        source, out, count = self.spare.ctypes.data, self.out.ctypes.data, WEIGHTS // 32
+        source, out, count = self.spare.ctypes.data, self.out.ctypes.data, WEIGHTS // STEP
         return self._pinned(
             {
                 FILL: partial(self.fill, source, out, count, 0),
@@ -113,7 +114,7 @@ class Contenders:
             dequantize_blocks(blocks(), qtype, DTYPES[FIRST], floats, workers)
 
         def fill(start: int, stop: int) -> None:
-            out = self.out.ctypes.data + 128 * start
+            out = self.out.ctypes.data + 4 * STEP * start
             self.fill(self.spare.ctypes.data, out, stop - start, 1)
 
         def callers() -> None:
@@ -123,7 +124,7 @@ class Contenders:
 
         return {
             THREADS: (partial(every, self.out), WEIGHTS),
-            THREADS_PAST: (partial(workers.ranges, fill, WEIGHTS // 32), WEIGHTS),
+            THREADS_PAST: (partial(workers.ranges, fill, WEIGHTS // STEP), WEIGHTS),
             CALLERS: (callers, WEIGHTS),
         }
 

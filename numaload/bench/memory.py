@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import mmap
-
 import numpy as np
 from numpy.typing import NDArray
 
-HUGE = 2 << 20
+from numaload.numa.mapping import map_private
 
 
 def prefaulted(nbytes: int) -> NDArray[np.uint8]:
     """``nbytes`` that begin at a huge page, written once."""
-    memory = mmap.mmap(-1, nbytes + HUGE)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(memory, np.uint8)
-    whole[:] = 1
-    first = -whole.ctypes.data % HUGE
-    return whole[first : first + nbytes]
+    memory = np.frombuffer(map_private(nbytes).view(write=True), np.uint8)
+    memory[:] = 1
+    return memory
 
 
 def huge_pages() -> str:

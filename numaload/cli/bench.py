@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from numaload.cli.output import complain, note, print_json
+from numaload.cli.output import complain, note, print_json, print_table
 
 if TYPE_CHECKING:
     from numaload.bench.dequant import DequantReport
@@ -93,7 +93,6 @@ def _progress(name: str) -> None:
 def _tell(report: DequantReport) -> None:
     from numaload.bench import table
     from numaload.bench.wanted import findings
-    from numaload.cli.output import print_columns
 
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
@@ -104,6 +103,7 @@ def _tell(report: DequantReport) -> None:
         f"{report.weights >> 20} Mi weights, medians of {report.rounds} rounds in turns;"
         f" GB/s written: {', '.join(f'{n} {v:.1f}' for n, v in report.baselines.items())}"
     )
-    print_columns(table.header(report), [table.cells(report, row) for row in report.rows])
+    rows = [table.cells(report, row) for row in report.rows]
+    print_table(table.header(report), rows, figures=True)
     for finding in findings(report):
         print(finding)

@@ -77,32 +77,27 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Left-aligned columns; numbers to the right. For terminals and for grep alike."""
+def print_table(
+    header: Sequence[str], rows: Sequence[Sequence[Any]], *, figures: bool = False
+) -> None:
+    """Left-aligned columns; numbers to the right. For terminals and for grep alike.
+
+    figures: all columns but the first are numbers, though written as text.
+    """
     cells = [[printable(cell) for cell in row] for row in rows]
     # One name of 64 KiB shall not pad a hundred thousand others.
     widths = [
         min(max(len(h), *(len(r[i]) for r in cells), 0), WIDEST) for i, h in enumerate(header)
     ]
     right = [
-        all(isinstance(row[i], int) for row in rows) and bool(rows) for i in range(len(header))
+        (figures and i > 0) or (all(isinstance(row[i], int) for row in rows) and bool(rows))
+        for i in range(len(header))
     ]
     for line in [list(header), *cells]:
         parts = [
             c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)
         ]
         print("  ".join(parts).rstrip())
-
-
-def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """The first column to the left, all others, numbers as text, to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for line in (header, *rows):
-        first, *rest = (
-            text.rjust(width) if i else text.ljust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        print("  ".join([first, *rest]))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ import numaload
 from numaload import QuantType, dequantize
 from numaload.errors import UnknownQuantTypeError, UnsupportedTypeError, UsageError
 from numaload.formats.qtypes import BLOCKS
+from numaload.kernels import registry
 from numaload.numa.workers import Workers
 
 QUANTIZED = [
@@ -275,9 +276,12 @@ def test_the_work_is_done_by_pinned_workers(
 
 
 def test_threads_of_the_caller_may_ask_at_once(
-    weights: numaload.Weights, floats: dict[str, NDArray[np.float32]]
+    weights: numaload.Weights,
+    floats: dict[str, NDArray[np.float32]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For the same tensor and for others, the first use of a kernel among them."""
+    monkeypatch.setattr(registry, "_loaded", {})
     wrong: list[str] = []
 
     def ask(name: str) -> None:

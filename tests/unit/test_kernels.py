@@ -449,7 +449,7 @@ import sys
 from numaload.formats.qtypes import QuantType
 from numaload.kernels import registry
 assert registry.load(QuantType.Q4_K, "float32")
-print(registry.cache_problem() or "numba" in sys.modules)
+print(registry.problem() or "numba" in sys.modules)
 """
 
 

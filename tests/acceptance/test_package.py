@@ -54,7 +54,7 @@ def test_sdist_has_what_building_needs(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"kernels/registry.py", "numaload/weights.py", "README.md", "LICENSE"} <= names
+    assert {"kernels/registry.py", "numaload/weights/model.py", "README.md", "LICENSE"} <= names
 
 
 def test_installed_package_runs_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+"""Weights: all tensors of a model by name, over its files or over one replica."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from threading import RLock
+from typing import Any
+
+from numaload.errors import ClosedError, TensorNotFoundError
+from numaload.formats.gguf import Header
+from numaload.formats.metadata import Metadata
+from numaload.numa.lists import Group, format_list
+from numaload.numa.mapping import Mapping as MemoryMapping
+from numaload.numa.mapping import map_file
+from numaload.numa.topology import Topology, topology
+from numaload.storage.files import SourceFile
+from numaload.storage.known import Model
+from numaload.weights.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a model, opened, with its parsed header."""
+
+    file: SourceFile
+    header: Header
+
+
+class Weights(Mapping[str, Tensor]):
+    """All tensors of a model, in file order, by name; over its files or over one replica.
+
+    ``close()`` gives up the memory; arrays handed out before stay valid, raw addresses do not.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        mappings: Sequence[MemoryMapping] | None = None,
+        nodes: Group = (),
+    ) -> None:
+        self._parts, self.nodes, self._closed = parts, nodes, False
+        self._machine: Topology | None = None
+        self._mappings: list[MemoryMapping | None] = [None] * len(parts)
+        self._mappings[:] = mappings or self._mappings
+        self._lock = RLock()
+        self._tensors = {
+            info.name: Tensor(info, self, index)
+            for index, part in enumerate(parts)
+            for info in part.header.tensors
+        }
+
+    @property
+    def node(self) -> int | None:
+        """The node whose memory this is; None for the page cache and for what several share."""
+        return self.nodes[0] if len(self.nodes) == 1 else None
+
+    @property
+    def paths(self) -> list[str]:
+        return [part.file.path for part in self._parts]
+
+    @property
+    def metadata(self) -> Metadata:
+        """Of the first file: the others hold only what says that they are splits."""
+        return self._parts[0].header.metadata
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(part.file.size for part in self._parts)
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        return self._parts
+
+    def model(self) -> Model:
+        """The identity under which replicas of these files are kept."""
+        paths = tuple(os.path.abspath(path) for path in self.paths)
+        return Model(paths, tuple(part.file.identity() for part in self._parts))
+
+    def workers(self) -> Any:
+        """The threads that work on these weights: on their node, or everywhere."""
+        from numaload.numa.workers import pool
+
+        if self._machine is None:
+            self._machine = topology()
+        return pool(self._machine, self.nodes)
+
+    def _mapping(self, part: int) -> MemoryMapping:
+        with self._lock:  # a mapping that another one replaced would take its addresses with it
+            mapping = self._mappings[part]
+            if self._closed or (mapping is not None and mapping.closed):
+                raise ClosedError(f"the weights of {self.paths[0]} were closed")
+            if mapping is None:
+                file = self._parts[part].file
+                file.check_unchanged()
+                mapping = self._mappings[part] = map_file(file.fd, file.size)
+            return mapping
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise TensorNotFoundError(name, self._tensors)
+        return self._tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for mapping in self._mappings:
+                if mapping is not None:
+                    mapping.close()
+            if not self.nodes:  # files belong to the weights that were opened from them
+                for part in self._parts:
+                    part.file.close()
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = f" on node {format_list(self.nodes)}" if self.nodes else ""
+        return f"<Weights {self.paths[0]}: {len(self)} tensors, {self.nbytes} bytes{where}>"

@@ -1,0 +1,170 @@
+"""One tensor of opened weights: what it is, and ways to its blocks and floats."""
+
+from __future__ import annotations
+
+from math import prod
+from operator import index
+from typing import TYPE_CHECKING, Any
+
+from numaload.errors import UnknownQuantTypeError, UsageError
+from numaload.formats.gguf import TensorInfo
+from numaload.formats.qtypes import BLOCKS, QuantType, foreign_type
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from numaload.weights.model import Weights
+
+Rows = slice | range | tuple[int, int]
+
+
+class Tensor:
+    """One tensor: a description, and zero-copy access to its blocks.
+
+    dims are in GGUF order (fastest first), shape in numpy order; nbytes and offset are bytes.
+    """
+
+    def __init__(self, info: TensorInfo, weights: Weights, part: int) -> None:
+        self._info, self._weights, self._part = info, weights, part
+
+    name = property(lambda self: self._info.name)
+    dims = property(lambda self: self._info.dims)
+    nbytes = property(lambda self: self._info.nbytes)
+    offset = property(lambda self: self._info.offset)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(reversed(self._info.dims))
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return prod(self.dims)
+
+    @property
+    def qtype(self) -> QuantType:
+        """Raises: UnknownQuantTypeError; ``type_name`` names those too."""
+        found = self._info.qtype
+        if found is None:
+            type_id = self._info.type_id
+            raise UnknownQuantTypeError(
+                f"tensor {self.name!r} cannot be used, the rest of the file can: type {type_id} is"
+                f" {foreign_type(type_id).why}",
+                path=self.path,
+            )
+        return found
+
+    @property
+    def type_name(self) -> str:
+        return self._info.type_name
+
+    @property
+    def path(self) -> str:
+        """The file that holds it: the source, also where this view is of a replica."""
+        return self._weights._parts[self._part].file.path  # noqa: SLF001
+
+    @property
+    def byte_order(self) -> str:
+        """Of its numbers in the file, and so in ``blocks``: "little", or "big" (rare)."""
+        return self._weights._parts[self._part].header.byte_order  # noqa: SLF001
+
+    @property
+    def node(self) -> int | None:
+        """The node whose memory this view is in; None for page cache, copies and several nodes."""
+        return self._weights.node
+
+    @property
+    def address(self) -> int:
+        """Where the blocks are in this process, valid until the weights are closed."""
+        self.qtype  # noqa: B018 - an unknown type has no known extent
+        return self._weights._mapping(self._part).address + self.offset  # type: ignore[no-any-return]  # noqa: SLF001
+
+    @property
+    def buffer(self) -> memoryview:
+        """The blocks as flat read-only bytes, zero-copy."""
+        self.qtype  # noqa: B018
+        return self._weights._mapping(self._part).view(self.offset, self.nbytes)  # noqa: SLF001
+
+    @property
+    def blocks(self) -> NDArray[np.uint8]:
+        """(rows, bytes per row) uint8, read-only, zero-copy; experts one after another.
+
+        The bytes as they are in the file, which may be a big-endian one: see ``byte_order``.
+        """
+        import numpy as np
+
+        block_size, type_size = BLOCKS[self.qtype]
+        row_bytes = self._columns // block_size * type_size
+        return np.frombuffer(self.buffer, np.uint8).reshape(self._rows, row_bytes)
+
+    @property
+    def _columns(self) -> int:
+        return self.dims[0] if self.dims else 1
+
+    @property
+    def _rows(self) -> int:
+        return prod(self.dims[1:])
+
+    def dequantize(
+        self,
+        dtype: Any = "float32",
+        out: Any = None,
+        rows: Rows | None = None,
+        expert: int | None = None,
+    ) -> Any:
+        """Floats of the whole tensor, of rows, of one expert, or of rows of one expert.
+
+        dtype: "float32", "float16" or "bfloat16" (an ml_dtypes array), or numpy's or torch's.
+        rows: (start, stop) or a slice; of a tensor of three dims they count through all experts.
+        out: any C-contiguous buffer of that item size and element count, torch tensors included.
+        Returns: ``out``, or a new array: ``shape``, or (rows, columns), or ``shape[1:]``.
+        Bit-exact with ggml. Raises: UnsupportedTypeError (naming the tensor, its type and why),
+        UnknownQuantTypeError, UsageError.
+        """
+        import numpy as np
+
+        from numaload.dequantize import as_output, dequantize_blocks, dtype_of
+
+        wanted = dtype_of(dtype)
+        start, stop, shape = self._selection(rows, expert)
+        qtype = self.qtype
+        _, type_size = BLOCKS[qtype]
+        blocks = self.blocks[start:stop].reshape(-1, type_size)
+        result = np.empty(shape, wanted) if out is None else out
+        flat = as_output(result, wanted, prod(shape))
+        if flat.size:
+            dequantize_blocks(
+                blocks, qtype, wanted, flat, self._weights.workers(),
+                name=self.name, byte_order=self.byte_order,
+            )  # fmt: skip
+        return result
+
+    def _selection(self, rows: Rows | None, expert: int | None) -> tuple[int, int, tuple[int, ...]]:
+        """First row, row after the last, shape of the result."""
+        first, count, shape = 0, self._rows, self.shape
+        if expert is not None:
+            if len(shape) != 3:
+                raise UsageError(
+                    f"{self.name}: shape {shape} has no experts, three dims are needed"
+                )
+            if not 0 <= expert < shape[0]:
+                raise UsageError(f"{self.name}: expert {expert}, expected 0 to {shape[0] - 1}")
+            first, count, shape = expert * shape[1], shape[1], shape[1:]
+        if rows is None:
+            return first, first + count, shape
+        start, stop = _row_range(rows, count, self.name)
+        return first + start, first + stop, (stop - start, self._columns)
+
+    def __repr__(self) -> str:
+        return f"<Tensor {self.name} {self.type_name} {self.shape}>"
+
+
+def _row_range(rows: Rows, count: int, name: str) -> tuple[int, int]:
+    wanted = slice(*rows) if isinstance(rows, tuple) and len(rows) == 2 else rows
+    if isinstance(wanted, (slice, range)):
+        start = 0 if wanted.start is None else index(wanted.start)
+        stop = count if wanted.stop is None else index(wanted.stop)
+        if wanted.step in (None, 1) and 0 <= start <= stop <= count:
+            return start, stop
+    raise UsageError(f"{name}: rows {rows} of {count}; a range inside, in steps of 1, is needed")

@@ -40,6 +40,50 @@ def dtype_of(dtype: Any) -> np.dtype[Any]:
         raise UsageError(f"dtype {dtype}: expected {', '.join(DTYPES)}") from None
 
 
+class Conversion:
+    """Blocks of one qtype to floats of one dtype, in the calling thread: calls may overlap.
+
+    name: of the tensor, for errors. byte_order: of the blocks; F32, F16 and BF16 can be "big".
+    Raises: UnsupportedTypeError, UsageError.
+    """
+
+    def __init__(
+        self, qtype: QuantType, dtype: np.dtype[Any], *, name: str = "", byte_order: str = "little"
+    ) -> None:
+        self.what = f"tensor {name!r}: {qtype.name}" if name else qtype.name
+        swapped = byte_order == "big"
+        if swapped and qtype not in FLOATS:
+            raise UnsupportedTypeError(
+                f"{self.what} of a big-endian file cannot be turned to float, only"
+                f" {', '.join(one.name for one in FLOATS)} can: gguf-convert-endian of gguf-py"
+                " makes a little-endian file of it"
+            )
+        kernel = _kernel(qtype, dtype.name, self.what)
+        self._run = _swapping(kernel, BLOCKS[qtype][1]) if swapped else kernel
+        self.step, self.step_bytes = registry.step(qtype)
+        self._bits = np.dtype(np.float32 if dtype.itemsize == 4 else np.uint16)
+
+    def __call__(self, blocks: NDArray[np.uint8], out: NDArray[Any], past_caches: bool) -> None:
+        """blocks: flat bytes of whole blocks, contiguous. out: flat, as many floats as they have.
+
+        past_caches: for what is not read again soon, see ``LARGE``.
+        """
+        bits = out.view(self._bits)
+        whole = len(blocks) // self.step_bytes
+        first, done = whole * self.step_bytes, whole * self.step
+        if whole:
+            self._run(blocks[:first], bits[:done], past_caches)
+        if bits.size > done:
+            self._finish(blocks[first:], bits[done:])
+
+    def _finish(self, rest: NDArray[np.uint8], out: NDArray[Any]) -> None:
+        """The last floats that are no whole step, by way of one."""
+        blocks, floats = np.zeros(self.step_bytes, np.uint8), np.empty(self.step, out.dtype)
+        blocks[: rest.size] = rest
+        self._run(blocks, floats, False)
+        out[:] = floats[: out.size]
+
+
 def dequantize_blocks(
     blocks: Blocks,
     qtype: QuantType,
@@ -53,42 +97,25 @@ def dequantize_blocks(
     """Turn ``blocks`` (n_blocks, type_size) into ``out``, flat, n_blocks * block_size of ``dtype``.
 
     Bit-exact with ggml's to_float. float16 and bfloat16: rounded to nearest even, too large is inf.
-    name: of the tensor, for errors. byte_order: of the blocks; F32, F16 and BF16 can be "big".
-    Raises: UnsupportedTypeError, UsageError.
+    name, byte_order: see ``Conversion``. Raises: UnsupportedTypeError, UsageError.
     """
-    what = f"tensor {name!r}: {qtype.name}" if name else qtype.name
-    swapped = byte_order == "big"
-    _check(blocks, qtype, out, what, swapped=swapped)
-    kernel = _kernel(qtype, dtype.name, what)
-    run = _swapping(kernel, BLOCKS[qtype][1]) if swapped else kernel
-    step, nbytes = registry.step(qtype)
-    bits = out.view(np.float32 if dtype.itemsize == 4 else np.uint16)
+    convert = Conversion(qtype, dtype, name=name, byte_order=byte_order)
+    _check(blocks, qtype, out, convert.what)
+    step, nbytes = convert.step, convert.step_bytes
     flat = np.ascontiguousarray(blocks).reshape(-1)
     n_steps = flat.nbytes // nbytes
     past_caches = out.nbytes >= LARGE
 
     def task(start: int, stop: int) -> None:
-        run(
-            flat[start * nbytes : stop * nbytes],
-            bits[start * step : stop * step],
-            past_caches,
-        )
+        convert(flat[start * nbytes : stop * nbytes], out[start * step : stop * step], past_caches)
 
     if n_steps:
         workers.ranges(task, n_steps, max(1, GRAIN // step))
-    _finish(run, flat[n_steps * nbytes :], bits[n_steps * step :], (step, nbytes))
+    convert(flat[n_steps * nbytes :], out[n_steps * step :], False)
 
 
-def _check(
-    blocks: Blocks, qtype: QuantType, out: NDArray[Any], what: str, *, swapped: bool
-) -> None:
+def _check(blocks: Blocks, qtype: QuantType, out: NDArray[Any], what: str) -> None:
     """What compiled code does not."""
-    if swapped and qtype not in FLOATS:
-        raise UnsupportedTypeError(
-            f"{what} of a big-endian file cannot be turned to float, only"
-            f" {', '.join(one.name for one in FLOATS)} can: gguf-convert-endian of gguf-py makes a"
-            " little-endian file of it"
-        )
     block_size, type_size = BLOCKS[qtype]
     if blocks.shape[1:] != (type_size,) or out.size != len(blocks) * block_size:
         raise UsageError(
@@ -110,17 +137,6 @@ def _kernel(qtype: QuantType, dtype_name: str, what: str) -> registry.Kernel:
     if problem:
         warn_once("kernels", problem)
     return kernel
-
-
-def _finish(
-    run: registry.Kernel, rest: NDArray[np.uint8], out: NDArray[Any], sizes: tuple[int, int]
-) -> None:
-    """The last floats that are no whole step, by way of one."""
-    if out.size:
-        blocks, floats = np.zeros(sizes[1], np.uint8), np.empty(sizes[0], out.dtype)
-        blocks[: rest.size] = rest
-        run(blocks, floats, False)
-        out[:] = floats[: out.size]
 
 
 def _swapping(kernel: registry.Kernel, width: int) -> registry.Kernel:

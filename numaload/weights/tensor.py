@@ -6,7 +6,7 @@ from math import prod
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from numaload.errors import UnknownQuantTypeError, UsageError
+from numaload.errors import UnknownQuantTypeError, UnsupportedTypeError, UsageError
 from numaload.formats.gguf import TensorInfo
 from numaload.formats.qtypes import BLOCKS, QuantType, foreign_type
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from numaload.weights.model import Weights
 
 Rows = slice | range | tuple[int, int]
+# The types without blocks that kernels read, and the dtypes that they write; torch converts others.
+FLOATS = ("F32", "F16", "BF16")
+FLOAT_TYPES = ("float32", "float16", "bfloat16")
 
 
 class Tensor:
@@ -139,6 +142,44 @@ class Tensor:
                 name=self.name, byte_order=self.byte_order,
             )  # fmt: skip
         return result
+
+    def torch(self, dtype: Any = None, device: Any = "cpu") -> Any:
+        """The weights as a torch tensor, zero-copy where nothing is to be converted.
+
+        dtype None: the type that they have in the file, in ``shape``; blocks of quantized types as
+        uint8, (..., bytes per row). Read-only memory: writing to it ends the process.
+        dtype: a name, torch's or numpy's; dequantized in parallel into memory of its own.
+        device: other than "cpu" it is copied there.
+        Raises: UsageError where torch is not installed, UnsupportedTypeError.
+        """
+        from numaload import torch_memory
+
+        if dtype is None:
+            return self._raw_tensor().to(device)
+        name = torch_memory.dtype_name(dtype)
+        in_blocks = self._info.qtype is not None and BLOCKS[self.qtype][0] > 1
+        if not in_blocks and (self.type_name not in FLOATS or name not in FLOAT_TYPES):
+            return self._raw_tensor().to(device, torch_memory.torch_dtype(name, self.name))
+        made = name if name in FLOAT_TYPES else "float32"
+        out = torch_memory.empty(self.shape, torch_memory.torch_dtype(made, self.name))
+        self.dequantize(made, out=out)
+        return out.to(device, torch_memory.torch_dtype(name, self.name))
+
+    def _raw_tensor(self) -> Any:
+        from numaload import torch_memory
+
+        if self._info.qtype is None or BLOCKS[self.qtype][0] == 1:
+            self._check_byte_order()
+            return torch_memory.view(self.buffer, self.type_name, self.shape, self.name)
+        row_bytes = self.nbytes // max(1, self._rows)
+        return torch_memory.view(self.buffer, None, (*self.shape[:-1], row_bytes), self.name)
+
+    def _check_byte_order(self) -> None:
+        if self.byte_order == "big":
+            raise UnsupportedTypeError(
+                f"tensor {self.name!r}: {self.type_name} of a big-endian file, which torch cannot"
+                " read in place: give a dtype, or take dequantize()"
+            )
 
     def _selection(self, rows: Rows | None, expert: int | None) -> tuple[int, int, tuple[int, ...]]:
         """First row, row after the last, shape of the result."""

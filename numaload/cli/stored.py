@@ -6,6 +6,7 @@ import argparse
 import time
 from typing import Any
 
+from numaload.cli import threads
 from numaload.cli.output import complain, note, print_json, print_table, size
 from numaload.cli.placements import PLACED, by_replica, where
 
@@ -35,6 +36,8 @@ def add_verbs(verbs: Any) -> None:
         )
         parser.add_argument("--json", action="store_true", help="print the API's report")
         parser.set_defaults(run=run)
+        if run is status:
+            threads.add_option(parser)
 
 
 def _chosen(files: list[str]) -> tuple[list[Any], list[str]]:
@@ -77,6 +80,8 @@ def _siblings(find: Any, path: str) -> list[str]:
 
 
 def status(options: argparse.Namespace) -> int:
+    if options.threads is not None:
+        return threads.show(options)
     from numaload.formats.splits import sibling_paths
     from numaload.storage import known
 

@@ -12,11 +12,14 @@ from numaload.numa.sysfs import Reader, number_in
 
 
 def folders(
-    controller: str, sys_root: str = "/sys", proc_root: str = "/proc"
+    controller: str, sys_root: str = "/sys", proc_root: str = "/proc", process: str = "self"
 ) -> Iterator[tuple[str, int]]:
-    """(folder, version) of every group that limits this process, from its own to the root."""
+    """(folder, version) of every group that limits the process, from its own to the root.
+
+    process: its id, as a folder of ``proc_root``.
+    """
     base = f"{sys_root}/fs/cgroup"
-    for row in (Reader().text(f"{proc_root}/self/cgroup") or "").splitlines():
+    for row in (Reader().text(f"{proc_root}/{process}/cgroup") or "").splitlines():
         _, controllers, group = [*row.split(":", 2), "", ""][:3]
         if controllers and controller not in controllers.split(","):
             continue
@@ -31,13 +34,15 @@ def folders(
             group = os.path.dirname(group)
 
 
-def cpu_quota(sys_root: str = "/sys", proc_root: str = "/proc") -> float | None:
-    """How many CPUs' time this process may use at most, as in 1.5; None without a limit.
+def cpu_quota(
+    sys_root: str = "/sys", proc_root: str = "/proc", process: str = "self"
+) -> float | None:
+    """How many CPUs' time the process may use at most, as in 1.5; None without a limit.
 
     It says nothing about which CPUs, and can be far below their number.
     """
     found = []
-    for folder, version in folders("cpu", sys_root, proc_root):
+    for folder, version in folders("cpu", sys_root, proc_root, process):
         quota, period = _quota_1(folder) if version == 1 else _quota_2(folder)
         if quota and period and quota > 0 and period > 0:  # version 1: -1 is no limit
             found.append(quota / period)

@@ -29,7 +29,7 @@ def before_binding(
     sys_root: str = "/sys",
 ) -> tuple[frozenset[int], str]:
     """The CPUs that count instead of ``mask``, and a sentence on it; empty where it counts."""
-    if not _binds(environment):
+    if not binds(environment):
         return mask, ""
     cpuset = allowed_by_cpuset()
     if mask >= cpuset:
@@ -40,7 +40,7 @@ def before_binding(
     if cpus == mask:
         return mask, ""
     return cpus, (
-        f"with {_variables(environment)}, CPU {format_list(mask)} is taken as where an OpenMP"
+        f"with {variables(environment)}, CPU {format_list(mask)} is taken as where an OpenMP"
         f" library pinned the main thread: CPUs {format_list(cpus)} count as allowed; for fewer,"
         " use a cpuset or unset the variable"
     )
@@ -65,7 +65,7 @@ def choose(
         return whole
     on_first = listed and mask in (places or ())
     binds_nothing = places is not None and not places
-    if on_first or (not binds_nothing and mask <= _core(min(mask), sys_root)):
+    if on_first or (not binds_nothing and mask <= core(min(mask), sys_root)):
         return cpuset
     return mask
 
@@ -93,7 +93,8 @@ def allowed_by_cpuset() -> frozenset[int]:
     return found[0] if found else frozenset()
 
 
-def _binds(environment: Mapping[str, str]) -> bool:
+def binds(environment: Mapping[str, str]) -> bool:
+    """Whether these variables tell an OpenMP library to pin threads."""
     told = any(environment.get(v) for v in ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY"))
     # false says no to the other two as well, whatever they say.
     by_omp = told and not NO_BINDING.fullmatch(environment.get("OMP_PROC_BIND", ""))
@@ -105,13 +106,14 @@ def _listed(environment: Mapping[str, str]) -> bool:
     return by_omp or bool(environment.get("GOMP_CPU_AFFINITY"))
 
 
-def _core(cpu: int, sys_root: str) -> frozenset[int]:
+def core(cpu: int, sys_root: str = "/sys") -> frozenset[int]:
     """The CPU and the other threads of its core."""
     path = f"{sys_root}/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
     return frozenset({cpu, *(Reader().ids(path) or ())})
 
 
-def _variables(environment: Mapping[str, str]) -> str:
+def variables(environment: Mapping[str, str]) -> str:
+    """Those that do, as they were written."""
     from numaload.numa.affinity import BINDING
 
     return ", ".join(f"{v}={environment[v]}" for v in BINDING if environment.get(v))

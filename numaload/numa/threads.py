@@ -1,6 +1,6 @@
 """The threads of a process, this one or another: where each may run, and where it ran last.
 
-Source: proc_pid_task(5), proc_pid_stat(5), proc_pid_status(5).
+Source: proc_pid_task(5), proc_pid_stat(5), proc_pid_status(5), proc_pid_environ(5).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Thread(NamedTuple):
     mems: frozenset[int]  # nodes it may allocate on (cpuset); empty where the kernel does not say
     cpu: int  # that it ran on last, or runs on; -1 where the kernel does not say
     cpu_s: float  # seconds it has run, in user space and in the kernel
+    waited_s: float = 0.0  # seconds it could have run and had no CPU; 0 where nobody counts
 
     def nodes(self, machine: Topology) -> list[int]:
         """The nodes that the CPUs it may run on belong to."""
@@ -80,6 +81,18 @@ def threads(
     return alive
 
 
+def environment(pid: int | None = None, *, proc_root: str = "/proc") -> dict[str, str] | None:
+    """What the process was started with, not what it set since; None where that is not shown."""
+    path = f"{proc_root}/{'self' if pid is None else pid}/environ"
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode(errors="surrogateescape")
+    except OSError as error:
+        check_limits(error, path)
+        return None
+    return {name: value for name, _, value in (row.partition("=") for row in text.split("\0"))}
+
+
 def name_thread(name: str) -> None:
     """Tell the kernel the calling thread's name, of which it keeps 15 bytes; for top, perf and us.
 
@@ -119,7 +132,16 @@ def _thread(folder: int, tid: int, online: frozenset[int]) -> Thread | None:
         mems=_ids(rows.get("Mems_allowed_list", "")),
         cpu=_number(numbers, PROCESSOR, -1),
         cpu_s=ticks / os.sysconf("SC_CLK_TCK"),
+        waited_s=_waited(folder, tid),
     )
+
+
+def _waited(folder: int, tid: int) -> float:
+    """Source: Documentation/scheduler/sched-stats.rst. Kernels without CONFIG_SCHED_INFO: 0."""
+    try:
+        return _number(_read(folder, f"{tid}/schedstat").split(), 1, 0) / 1e9
+    except OSError:
+        return 0.0
 
 
 def _read(folder: int, name: str) -> bytes:

@@ -1,0 +1,228 @@
+"""What is wrong with where the threads of a process may run, and what helps."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from numaload.numa import openmp
+from numaload.numa.cgroups import cpu_quota
+from numaload.numa.lists import format_list
+from numaload.numa.pools import Pool, overloaded, pools, watch
+from numaload.numa.threads import Thread, environment
+from numaload.numa.topology import Topology, topology
+
+WORKED_S, SHARE = (
+    1.0,
+    0.1,
+)  # of a thread that counts: so long, and such a part of the busiest's time
+
+
+class Finding(NamedTuple):
+    """``kind``: main-pinned, shared, overloaded, quota, crowded, spread or far."""
+
+    kind: str
+    text: str
+    fix: str
+    tids: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._asdict()
+
+
+@dataclass(frozen=True)
+class Look:
+    """A process as it was during a tenth of a second."""
+
+    pid: int
+    threads: tuple[Thread, ...]
+    runnable: frozenset[int]  # ids of those that had something to do
+    machine: Topology  # its nodes; usable CPUs are those that some thread may run on
+    variables: dict[str, str] | None  # that it was started with; None where that is not shown
+    quota: float | None  # CPUs' time that its cgroups allow
+
+    @cached_property
+    def pools(self) -> list[Pool]:
+        return pools(self.threads, self.machine)
+
+    @cached_property
+    def main(self) -> Thread | None:
+        """None where it ended before the others."""
+        return next((thread for thread in self.threads if thread.main), None)
+
+    @cached_property
+    def pool_of(self) -> dict[int, Pool]:
+        return {thread.tid: pool for pool in self.pools for thread in pool.threads}
+
+    @cached_property
+    def overloads(self) -> list[tuple[frozenset[int], list[Thread]]]:
+        return overloaded(self.busy)
+
+    @cached_property
+    def busy(self) -> list[Thread]:
+        return [thread for thread in self.threads if thread.tid in self.runnable]
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        return [finding for check in CHECKS for finding in check(self)]
+
+    def told(self, found: Iterable[Thread]) -> str:
+        """``2 of numaload, 1 of python (main)``."""
+        counts = Counter(str(self.pool_of[thread.tid]) for thread in found)
+        return ", ".join(f"{count} of {name}" for name, count in counts.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [
+            thread.to_dict()
+            | {"nodes": thread.nodes(self.machine), "runnable": thread.tid in self.runnable}
+            for thread in self.threads
+        ]
+        told = self.variables
+        return {
+            "pid": self.pid,
+            "threads": rows,
+            "pools": [pool.to_dict() for pool in self.pools],
+            "findings": [finding.to_dict() for finding in self.findings],
+            "openmp": None if told is None else {k: v for k, v in told.items() if k in OPENMP},
+            "cpu_quota": self.quota,
+        }
+
+
+OPENMP = (
+    "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY",
+)  # fmt: skip
+
+
+def look(pid: int | None = None) -> Look:
+    """Watch a process, by default this one, for a tenth of a second.
+
+    Raises: UsageError where ``pid`` can be no process's, NumaError where it cannot be read.
+    """
+    found, runnable = watch(pid)
+    main = next((thread.tid for thread in found if thread.main), pid or os.getpid())
+    return Look(
+        pid=main,
+        threads=tuple(found),
+        runnable=runnable,
+        machine=topology(allowed=frozenset().union(*(thread.cpus for thread in found))),
+        variables=environment(main),
+        quota=cpu_quota(process=str(main)),
+    )
+
+
+def main_pinned(seen: Look) -> Iterator[Finding]:
+    """OpenMP libraries pin the thread that loads them, see ``openmp.py``."""
+    main, told = seen.main, seen.variables or {}
+    if main is None or not main.cpus:
+        return
+    binds, wide = openmp.binds(told), frozenset().union(*(thread.cpus for thread in seen.threads))
+    if binds and wide == main.cpus:  # there is nobody to compare it with
+        wide = frozenset().union(*(node.cpus for node in seen.machine.nodes.values()))
+    if main.cpus < wide and main.cpus <= openmp.core(min(main.cpus)):
+        why = f", as OpenMP pins it with {openmp.variables(told)}" if binds else ""
+        unset = "unset that, or " if binds else ""
+        yield Finding(
+            "main-pinned",
+            f"the main thread may run on {_cpus(main.cpus)} only{why}, of {_cpus(wide)}: the"
+            " threads and processes that it starts inherit that",
+            f"import numaload before torch; {unset}give the CPUs back before it starts any:"
+            f" taskset -pc {format_list(wide)} {main.tid}",
+            (main.tid,),
+        )
+
+
+def too_many_runnable(seen: Look) -> Iterator[Finding]:
+    for cpus, inside in seen.overloads:
+        several = len({id(seen.pool_of[thread.tid]) for thread in inside}) > 1
+        waited = sum(thread.waited_s for thread in inside)
+        yield Finding(
+            "shared" if several else "overloaded",
+            f"{len(inside)} threads have work for {_cpus(cpus)} ({seen.told(inside)}): they wait"
+            f" for each other, {waited:.1f} s so far",
+            f"let them take turns, or give each its own CPUs; {_fewer(len(cpus))}"
+            if several
+            else f"{_fewer(len(cpus))}, or allow them more CPUs: taskset -apc LIST {seen.pid}",
+            _ids(inside),
+        )
+
+
+def beyond_quota(seen: Look) -> Iterator[Finding]:
+    quota = seen.quota
+    if quota is not None and len(seen.busy) > max(1, quota):
+        yield Finding(
+            "quota",
+            f"{len(seen.busy)} threads have work ({seen.told(seen.busy)}), and the cgroup allows"
+            f" {quota:.4g} CPUs' time: all of them are stopped when it is used up",
+            f"{_fewer(max(1, int(quota)))}, or raise cpu.max",
+            _ids(seen.busy),
+        )
+
+
+def crowded(seen: Look) -> Iterator[Finding]:
+    """Pools that have too many threads whenever all of them work, if not just now."""
+    told = {thread.tid for _, inside in seen.overloads for thread in inside}
+    for pool in seen.pools:
+        most = max(thread.cpu_s for thread in pool.threads)
+        worked = [t for t in pool.threads if t.cpu_s >= max(WORKED_S, SHARE * most)]
+        if told.issuperset(_ids(worked)):
+            continue
+        for cpus, inside in overloaded(worked):
+            yield Finding(
+                "crowded",
+                f"{len(inside)} threads of {pool} work on {_cpus(cpus)}",
+                f"{_fewer(len(cpus))}, or allow them more CPUs: taskset -apc LIST {seen.pid}",
+                _ids(inside),
+            )
+
+
+def spread(seen: Look) -> Iterator[Finding]:
+    wide: dict[tuple[int, ...], list[Pool]] = {}
+    for pool in seen.pools:
+        if len(pool.threads) > 1 and len(pool.nodes) > 1:
+            wide.setdefault(pool.nodes, []).append(pool)
+    for nodes, its in wide.items():
+        inside = [thread for pool in its for thread in pool.threads]
+        yield Finding(
+            "spread",
+            f"{seen.told(inside)} may run on nodes {format_list(nodes)}: the kernel moves them to"
+            " and fro, away from the memory that they began with",
+            "a process per node (taskset -c, numactl --cpunodebind), or threads that begin in"
+            " mirror.pinned(node)",
+            _ids(inside),
+        )
+
+
+def far(seen: Look) -> Iterator[Finding]:
+    """Cpusets that allow CPUs of one node and memory of another."""
+    has_memory = {node.id for node in seen.machine.nodes.values() if node.has_memory}
+    for pool in seen.pools:
+        nodes, mems = has_memory.intersection(pool.nodes), pool.threads[0].mems
+        if nodes and mems and not nodes & mems:
+            yield Finding(
+                "far",
+                f"{seen.told(pool.threads)} may run on node {format_list(nodes)} only, and have"
+                f" memory of node {format_list(mems)} only (cpuset)",
+                f"put node {format_list(nodes)} into cpuset.mems, or CPUs of node"
+                f" {format_list(mems)} into cpuset.cpus",
+                _ids(pool.threads),
+            )
+
+
+CHECKS = (main_pinned, too_many_runnable, beyond_quota, crowded, spread, far)
+
+
+def _cpus(cpus: frozenset[int]) -> str:
+    return f"CPU{'s' * (len(cpus) > 1)} {format_list(cpus)}"
+
+
+def _fewer(count: int) -> str:
+    return f"torch.set_num_threads({count}) or OMP_NUM_THREADS={count} makes them fewer"
+
+
+def _ids(found: Sequence[Thread]) -> tuple[int, ...]:
+    return tuple(thread.tid for thread in found)

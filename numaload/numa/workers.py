@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from numaload.errors import NumaError
 from numaload.numa.affinity import pin
+from numaload.numa.threads import name_thread
 from numaload.numa.topology import Topology
 
 T = TypeVar("T")
@@ -31,10 +32,12 @@ class Workers:
         if not self.cpus:
             raise NumaError("no CPUs to run threads on", call="sched_setaffinity", errno=EINVAL)
         self.count = count or len(self.cpus)
+        self.name = name
         self._refused: NumaError | None = None
         self._pool = ThreadPoolExecutor(self.count, name, initializer=self._pin)
 
     def _pin(self) -> None:
+        name_thread(self.name)
         try:
             pin(self.cpus)
         except NumaError as error:

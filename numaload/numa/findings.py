@@ -23,7 +23,7 @@ WORKED_S, SHARE = (
 
 
 class Finding(NamedTuple):
-    """``kind``: main-pinned, shared, overloaded, quota, crowded, spread or far."""
+    """``kind``: main-pinned, shared, overloaded, crowded, quota, spread or far."""
 
     kind: str
     text: str
@@ -48,6 +48,17 @@ class Look:
     @cached_property
     def pools(self) -> list[Pool]:
         return pools(self.threads, self.machine)
+
+    @cached_property
+    def cpus(self) -> frozenset[int]:
+        """That any of its threads may run on."""
+        return frozenset().union(*(thread.cpus for thread in self.threads))
+
+    @cached_property
+    def bound_by(self) -> str:
+        """The variables that tell OpenMP to pin threads, or an empty string."""
+        told = self.variables or {}
+        return openmp.variables(told) if openmp.binds(told) else ""
 
     @cached_property
     def main(self) -> Thread | None:
@@ -109,7 +120,7 @@ def look(pid: int | None = None) -> Look:
         pid=main,
         threads=tuple(found),
         runnable=runnable,
-        machine=topology(allowed=frozenset().union(*(thread.cpus for thread in found))),
+        machine=topology(allowed=frozenset().union(*(t.cpus for t in found))),
         variables=environment(main),
         quota=cpu_quota(process=str(main)),
     )
@@ -117,15 +128,14 @@ def look(pid: int | None = None) -> Look:
 
 def main_pinned(seen: Look) -> Iterator[Finding]:
     """OpenMP libraries pin the thread that loads them, see ``openmp.py``."""
-    main, told = seen.main, seen.variables or {}
+    main, wide = seen.main, seen.cpus
     if main is None or not main.cpus:
         return
-    binds, wide = openmp.binds(told), frozenset().union(*(thread.cpus for thread in seen.threads))
-    if binds and wide == main.cpus:  # there is nobody to compare it with
+    if seen.bound_by and wide == main.cpus:  # there is nobody to compare it with
         wide = frozenset().union(*(node.cpus for node in seen.machine.nodes.values()))
     if main.cpus < wide and main.cpus <= openmp.core(min(main.cpus)):
-        why = f", as OpenMP pins it with {openmp.variables(told)}" if binds else ""
-        unset = "unset that, or " if binds else ""
+        why = f", as OpenMP pins it with {seen.bound_by}" if seen.bound_by else ""
+        unset = "unset that, or " if seen.bound_by else ""
         yield Finding(
             "main-pinned",
             f"the main thread may run on {_cpus(main.cpus)} only{why}, of {_cpus(wide)}: the"
@@ -144,9 +154,7 @@ def too_many_runnable(seen: Look) -> Iterator[Finding]:
             "shared" if several else "overloaded",
             f"{len(inside)} threads have work for {_cpus(cpus)} ({seen.told(inside)}): they wait"
             f" for each other, {waited:.1f} s so far",
-            f"let them take turns, or give each its own CPUs; {_fewer(len(cpus))}"
-            if several
-            else f"{_fewer(len(cpus))}, or allow them more CPUs: taskset -apc LIST {seen.pid}",
+            _remedy(seen, cpus, inside, several=several),
             _ids(inside),
         )
 
@@ -175,7 +183,7 @@ def crowded(seen: Look) -> Iterator[Finding]:
             yield Finding(
                 "crowded",
                 f"{len(inside)} threads of {pool} work on {_cpus(cpus)}",
-                f"{_fewer(len(cpus))}, or allow them more CPUs: taskset -apc LIST {seen.pid}",
+                _remedy(seen, cpus, inside, several=False),
                 _ids(inside),
             )
 
@@ -218,6 +226,18 @@ CHECKS = (main_pinned, too_many_runnable, beyond_quota, crowded, spread, far)
 
 def _cpus(cpus: frozenset[int]) -> str:
     return f"CPU{'s' * (len(cpus) > 1)} {format_list(cpus)}"
+
+
+def _remedy(seen: Look, cpus: frozenset[int], inside: Sequence[Thread], *, several: bool) -> str:
+    """For threads that are too many for these CPUs. several: of several pools."""
+    if cpus < seen.cpus:
+        unset = f"unset {seen.bound_by}, or " if seen.bound_by else ""
+        one = f"taskset -pc {format_list(seen.cpus)} {inside[-1].tid}"
+        return f"{unset}let some run elsewhere, too: {one}"
+    fewer = _fewer(len(cpus))
+    if several:
+        return f"let them take turns, or give each its own CPUs; {fewer}"
+    return f"{fewer}, or allow them more CPUs: taskset -apc LIST {seen.pid}"
 
 
 def _fewer(count: int) -> str:

@@ -156,6 +156,17 @@ def test_one_pool_with_more_work_than_cpus(tmp_path: Path) -> None:
     (finding,) = seen(found, machine(ONE, tmp_path), busy=found[:3]).findings
     assert (finding.kind, finding.tids) == ("overloaded", tuple(t.tid for t in found[:3]))
     assert "3 threads have work for CPU 2 (3 of python)" in finding.text
+    assert "taskset -apc LIST 1" in finding.fix
+
+
+def test_threads_pinned_on_one_another_while_others_have_more(tmp_path: Path) -> None:
+    found = [*several(2, "python", "2"), thread("numaload", "0-3")]
+    (finding,) = seen(found, machine(ONE, tmp_path), busy=found).findings
+    assert finding.fix == f"let some run elsewhere, too: taskset -pc 0-3 {found[1].tid}"
+    bound = seen(found, machine(ONE, tmp_path), busy=found, variables={"OMP_PROC_BIND": "close"})
+    assert [f.fix for f in bound.findings] == [
+        f"unset OMP_PROC_BIND=close, or let some run elsewhere, too: taskset -pc 0-3 {found[1].tid}"
+    ]
 
 
 def test_a_pool_that_is_too_large_whenever_it_works(tmp_path: Path) -> None:

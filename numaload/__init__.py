@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numaload.formats.qtypes import QuantType
     from numaload.mirrors import Mirror, MirrorReport, attach, mirror
     from numaload.numa.topology import Topology, topology
+    from numaload.pipeline.stream import stream
     from numaload.storage.prewarm import PrewarmReport, prewarm
     from numaload.weights import Tensor, Weights
     from numaload.weights import open_weights as open  # noqa: A004 - numaload.open, as files have
@@ -34,6 +35,7 @@ __all__ = [
     "mirror",
     "open",
     "prewarm",
+    "stream",
     "topology",
 ]
 
@@ -48,6 +50,7 @@ _PLACES: dict[str, tuple[str, str | None]] = {
     "mirror": ("mirrors", "mirror"),
     "PrewarmReport": ("storage.prewarm", "PrewarmReport"),
     "prewarm": ("storage.prewarm", "prewarm"),
+    "stream": ("pipeline.stream", "stream"),
     "Tensor": ("weights", "Tensor"),
     "Weights": ("weights", "Weights"),
     "open": ("weights", "open_weights"),

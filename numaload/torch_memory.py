@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from numaload.dtypes import ITEMS, NAMES
 from numaload.errors import UnsupportedTypeError, UsageError, warn_once
 from numaload.numa.mapping import map_private
 from numaload.numa.syscalls import HUGE
@@ -20,22 +21,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# {type of GGUF or safetensors: name in torch}, where one element is one number (or two of 4 bits).
-NAMES: dict[str, str] = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu",
-    "F4": "float4_e2m1fn_x2",
-}  # fmt: skip
 INSTALL = "pip install 'numaload[torch]'"
 READ_ONLY = (
     "torch tensors of weights share read-only memory with them: writing to one ends the process;"
     " tensor.clone(), or torch(dtype), gives one that can be written to"
 )
-# What numpy can hand to torch; the others travel as bytes.
-_PACKED = {"float4_e2m1fn_x2": 2}  # elements in one item of torch
 
 
 def import_torch() -> Any:
@@ -47,21 +37,6 @@ def import_torch() -> Any:
             raise
         raise UsageError(f"torch is needed for this and not installed: {INSTALL}") from error
     return torch
-
-
-def dtype_name(dtype: Any) -> str:
-    """What torch calls it: of a name, of torch's dtypes, numpy's or ml_dtypes'."""
-    if isinstance(dtype, str):
-        return dtype.removeprefix("torch.")
-    name = str(dtype)
-    if name.startswith("torch."):
-        return name.removeprefix("torch.")
-    try:
-        return str(np.dtype(dtype).name)
-    except TypeError:
-        raise UsageError(
-            f"dtype {dtype!r}: expected a name, or a dtype of torch or numpy"
-        ) from None
 
 
 def torch_dtype(name: str, what: str) -> Any:
@@ -95,14 +70,9 @@ def view(buffer: memoryview, type_name: str | None, shape: Sequence[int], what: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own word on it, which names no tensor and no way
         tensor = torch.from_numpy(flat)
-    return tensor.view(dtype).reshape(_items(shape, type_name))
-
-
-def _items(shape: Sequence[int], type_name: str | None) -> tuple[int, ...]:
-    per_item = _PACKED.get(NAMES.get(type_name or "", ""), 1)
-    if per_item == 1 or not shape:
-        return tuple(shape)
-    return (*shape[:-1], shape[-1] // per_item)
+    items = ITEMS.get(type_name or "", 1)
+    wanted = (*shape[:-1], shape[-1] // items) if items > 1 and shape else tuple(shape)
+    return tensor.view(dtype).reshape(wanted)
 
 
 def empty(shape: Sequence[int], dtype: Any) -> Any:

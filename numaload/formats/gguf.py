@@ -78,6 +78,11 @@ class TensorInfo(NamedTuple):
         return QuantType(self.type_id) if self.type_id in BLOCKS else None
 
     @property
+    def known(self) -> bool:
+        """Whether its type, and so its size, is."""
+        return self.type_id in BLOCKS
+
+    @property
     def type_name(self) -> str:
         """As ggml has it; of an unknown type whose it is and its id: "ik_llama.cpp:133"."""
         if self.qtype is not None:

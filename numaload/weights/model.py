@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING
 
 from numaload.errors import ClosedError, TensorNotFoundError
 from numaload.formats.gguf import Header
@@ -18,6 +18,10 @@ from numaload.numa.topology import Topology, topology
 from numaload.storage.files import SourceFile
 from numaload.storage.known import Model
 from numaload.weights.tensor import Tensor
+
+if TYPE_CHECKING:
+    from numaload.numa.workers import Workers
+    from numaload.weights.slices import Slices
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Weights(Mapping[str, Tensor]):
     ) -> None:
         self._parts, self.nodes, self._closed = parts, nodes, False
         self._machine: Topology | None = None
+        self.in_files = mappings is None  # rather than in memory that was filled from them
         self._mappings: list[MemoryMapping | None] = [None] * len(parts)
         self._mappings[:] = mappings or self._mappings
         self._lock = RLock()
@@ -79,7 +84,7 @@ class Weights(Mapping[str, Tensor]):
         paths = tuple(os.path.abspath(path) for path in self.paths)
         return Model(paths, tuple(part.file.identity() for part in self._parts))
 
-    def workers(self) -> Any:
+    def workers(self) -> Workers:
         """The threads that work on these weights: on their node, or everywhere."""
         from numaload.numa.workers import pool
 
@@ -97,6 +102,29 @@ class Weights(Mapping[str, Tensor]):
                 file.check_unchanged()
                 mapping = self._mappings[part] = map_file(file.fd, file.size)
             return mapping
+
+    def image(self, part: int = 0) -> memoryview:
+        """All bytes of one file, header included, read-only, zero-copy: as they are in this view."""
+        return self._mapping(part).view()
+
+    def tp(self, part: int, parts: int) -> Slices:
+        """The same with only one tensor-parallel part of every expert, divided as kt-kernel does.
+
+        The experts' inner dimension in units of 256 weights: rows of gate and up, columns of down;
+        the first parts are longer where it does not divide. Zero-copy, strided; ``placed`` makes
+        it contiguous in a node's memory. Raises: UsageError.
+        """
+        from numaload.weights.slices import Slices
+
+        return Slices(self, part, parts)
+
+    def read_into(self, part: int, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from ``offset`` of a file. Raises: ReadError, FileChangedError."""
+        file = self._parts[part].file
+        if self._closed or file.fd < 0:
+            raise ClosedError(f"the weights of {self.paths[0]} were closed")
+        file.check_unchanged()
+        file.read_into(view, offset)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._tensors:

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from numaload.numa.workers import Workers
+    from numaload.storage.files import SourceFile
     from numaload.weights.model import Weights
 
 Rows = slice | range | tuple[int, int]
-# The types without blocks that kernels read, and the dtypes that they write; torch converts others.
-FLOATS = ("F32", "F16", "BF16")
-FLOAT_TYPES = ("float32", "float16", "bfloat16")
+KERNEL_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)  # of those without blocks
 
 
 class Tensor:
@@ -62,6 +62,21 @@ class Tensor:
     def type_name(self) -> str:
         return self._info.type_name
 
+    def check_type(self) -> None:
+        """Raises: UnknownQuantTypeError where the type is unknown, and so where it ends."""
+        if not self._info.known:
+            self.qtype  # noqa: B018
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether it is quantized: its items are blocks, not numbers."""
+        return self._info.qtype is not None and BLOCKS[self._info.qtype][0] > 1
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether kernels turn it to float; integers, float64 and the like are converted others."""
+        return self.in_blocks or self._info.qtype in KERNEL_TYPES
+
     @property
     def path(self) -> str:
         """The file that holds it: the source, also where this view is of a replica."""
@@ -80,14 +95,45 @@ class Tensor:
     @property
     def address(self) -> int:
         """Where the blocks are in this process, valid until the weights are closed."""
-        self.qtype  # noqa: B018 - an unknown type has no known extent
+        self.check_type()
         return self._weights._mapping(self._part).address + self.offset  # type: ignore[no-any-return]  # noqa: SLF001
 
     @property
     def buffer(self) -> memoryview:
         """The blocks as flat read-only bytes, zero-copy."""
-        self.qtype  # noqa: B018
+        self.check_type()
         return self._weights._mapping(self._part).view(self.offset, self.nbytes)  # noqa: SLF001
+
+    @property
+    def is_file(self) -> bool:
+        """Whether ``read_into`` reads a file: not so for replicas and copies, which are memory."""
+        return self._weights.in_files
+
+    @property
+    def file(self) -> SourceFile:
+        """The opened file that holds it."""
+        return self._weights.parts[self._part].file
+
+    @property
+    def place_in_files(self) -> tuple[int, int]:
+        """Sorts tensors as they come in the files of the model."""
+        return self._part, self.offset
+
+    def workers(self) -> Workers:
+        """The threads that work on it: on its node, or everywhere."""
+        return self._weights.workers()
+
+    def read_into(self, view: memoryview, start: int = 0) -> None:
+        """Fill ``view`` with the tensor's bytes from ``start``, read from the file.
+
+        Raises: ReadError, FileChangedError, ClosedError, UsageError for bytes outside the tensor.
+        """
+        self.check_type()
+        if not 0 <= start <= start + view.nbytes <= self.nbytes:
+            raise UsageError(
+                f"tensor {self.name!r}: bytes {start} to {start + view.nbytes} of {self.nbytes}"
+            )
+        self._weights.read_into(self._part, view, self.offset + start)
 
     @property
     def blocks(self) -> NDArray[np.uint8]:
@@ -153,28 +199,30 @@ class Tensor:
         Raises: UsageError where torch is not installed, UnsupportedTypeError.
         """
         from numaload import torch_memory
+        from numaload.dtypes import KERNEL_DTYPES, dtype_name
 
         if dtype is None:
             return self._raw_tensor().to(device)
-        name = torch_memory.dtype_name(dtype)
-        in_blocks = self._info.qtype is not None and BLOCKS[self.qtype][0] > 1
-        if not in_blocks and (self.type_name not in FLOATS or name not in FLOAT_TYPES):
-            return self._raw_tensor().to(device, torch_memory.torch_dtype(name, self.name))
-        made = name if name in FLOAT_TYPES else "float32"
+        name = dtype_name(dtype)
+        wanted = torch_memory.torch_dtype(name, self.name)
+        if not self.has_kernel or (not self.in_blocks and name not in KERNEL_DTYPES):
+            return self._raw_tensor().to(device, wanted)
+        made = name if name in KERNEL_DTYPES else "float32"
         out = torch_memory.empty(self.shape, torch_memory.torch_dtype(made, self.name))
         self.dequantize(made, out=out)
-        return out.to(device, torch_memory.torch_dtype(name, self.name))
+        return out.to(device, wanted)
 
     def _raw_tensor(self) -> Any:
         from numaload import torch_memory
 
-        if self._info.qtype is None or BLOCKS[self.qtype][0] == 1:
-            self._check_byte_order()
+        if not self.in_blocks:
+            self.check_native()
             return torch_memory.view(self.buffer, self.type_name, self.shape, self.name)
         row_bytes = self.nbytes // max(1, self._rows)
         return torch_memory.view(self.buffer, None, (*self.shape[:-1], row_bytes), self.name)
 
-    def _check_byte_order(self) -> None:
+    def check_native(self) -> None:
+        """Raises: UnsupportedTypeError for numbers of a big-endian file."""
         if self.byte_order == "big":
             raise UnsupportedTypeError(
                 f"tensor {self.name!r}: {self.type_name} of a big-endian file, which torch cannot"

@@ -1,0 +1,52 @@
+"""What numpy and torch call the types of GGUF and safetensors that are not made of blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from numaload.errors import UnsupportedTypeError, UsageError
+
+# {type in a file: its name in torch, and in numpy or ml_dtypes}
+NAMES: dict[str, str] = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
+}  # fmt: skip
+# What kernels read without blocks, and what they write. Everything else is converted elementwise.
+KERNEL_TYPES = ("F32", "F16", "BF16")
+KERNEL_DTYPES = ("float32", "float16", "bfloat16")
+ITEMS = {"F4": 2}  # elements in one item of torch
+
+
+def dtype_name(dtype: Any) -> str:
+    """Of a dtype of torch, numpy or ml_dtypes, or of what is a name. Raises: UsageError."""
+    name = str(dtype)
+    if isinstance(dtype, str) or name.startswith("torch."):
+        return name.removeprefix("torch.")
+    try:
+        return str(np.dtype(dtype).name)
+    except TypeError:
+        raise UsageError(f"dtype {dtype!r}: expected a name or a dtype") from None
+
+
+def is_torch(dtype: Any) -> bool:
+    return not isinstance(dtype, str) and str(dtype).startswith("torch.")
+
+
+def is_float(type_name: str) -> bool:
+    return NAMES.get(type_name, "").startswith(("float", "bfloat"))
+
+
+def numpy_dtype(name: str, what: str) -> np.dtype[Any]:
+    """Of a dtype's name. Raises: UnsupportedTypeError where numpy and ml_dtypes have none."""
+    found = getattr(ml_dtypes, name, None) or getattr(np, name + "_" * (name == "bool"), None)
+    try:
+        return np.dtype(found or "?" * 2)
+    except TypeError:
+        raise UnsupportedTypeError(f"{what}: numpy has no dtype {name!r}") from None

@@ -1,0 +1,55 @@
+"""Memory for results that comes back when nobody looks at it any more, and is used again.
+
+New memory costs more than what is written into it: the kernel clears every page first.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from numaload.numa.mapping import Mapping, map_private
+from numaload.numa.syscalls import HUGE, memory_at
+
+WASTE = 2  # times what is needed: larger ranges are left for larger tensors
+
+
+class Buffers:
+    """Gives arrays out; keeps at most ``most`` bytes of those that came back."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._free: deque[Mapping] = deque()  # arrays die in any thread, at any time: no locks
+
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
+        """``nbytes`` of uninitialized memory; it comes back with the last array over it."""
+        if nbytes < HUGE:
+            return np.empty(nbytes, np.uint8)
+        mapping = self._found(nbytes) or map_private(nbytes)
+        lease: Any = memory_at(mapping.address, nbytes)
+        weakref.finalize(lease, self._back, mapping).atexit = False
+        return np.frombuffer(memoryview(lease).cast("B"), np.uint8)
+
+    def _found(self, nbytes: int) -> Mapping | None:
+        for _ in range(len(self._free)):
+            try:
+                mapping = self._free.popleft()
+            except IndexError:
+                break
+            if nbytes <= mapping.length <= WASTE * nbytes:
+                return mapping
+            self._free.append(mapping)
+        return None
+
+    def _back(self, mapping: Mapping) -> None:
+        self._free.append(mapping)
+        while sum(one.length for one in list(self._free)) > self.most:
+            self._free.popleft()  # the oldest: its memory goes with it
+
+    def close(self) -> None:
+        self.most = 0
+        self._free.clear()

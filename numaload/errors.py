@@ -23,6 +23,7 @@
     |- ChecksumError                            .path .chunk: bytes differ from the source
     |- StoreError (OSError)                     the replica store is unsafe or unusable
     |  `- ReplicaNotFoundError                  nothing in the store for this file
+    |- BackendError (ImportError)               a program to work with is missing, or unknown
     |- CancelledError                           .done .total: stopped by the caller
     |- ClosedError (RuntimeError)               used after close()
     `- UsageError (ValueError)                  an argument that cannot mean anything here
@@ -182,6 +183,9 @@ class StoreError(NumaloadError, OSError): ...
 
 
 class ReplicaNotFoundError(StoreError): ...
+
+
+class BackendError(NumaloadError, ImportError): ...
 
 
 class CancelledError(NumaloadError):

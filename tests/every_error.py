@@ -117,4 +117,5 @@ ELSEWHERE: dict[type[errors.NumaloadError], str] = {
     errors.NumaError: "tests/unit/test_syscalls.py",
     errors.NumaUnavailableError: "tests/unit/test_syscalls.py",
     errors.PlacementError: "tests/unit/test_placement.py",
+    errors.BackendError: "tests/unit/test_kt_kernel.py",
 }

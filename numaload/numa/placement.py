@@ -100,7 +100,7 @@ def locate(groups: Sequence[tuple[list[int], Sequence[Mapping]]]) -> list[Placem
         pages = sum(-(-length // PAGE) for _, length in ranges)
         on[ABSENT] = max(0, pages - sum(on.values()))
         huge_pages = sum(next(huge) for _ in ranges)
-        sampled = _sample(ranges)
+        sampled = sample(ranges)
         found = Placement(asked, pages, dict(+on), sampled, huge_pages, ranges=len(ranges))
         placements.append(found)
     return placements
@@ -163,8 +163,11 @@ def parse_numa_maps(lines: Iterable[str]) -> list[Area]:
     return areas
 
 
-def _sample(ranges: Sequence[Range], samples: int = SAMPLES) -> dict[int, int]:
-    """{node: pages} of random pages, by move_pages; empty where the call is refused."""
+def sample(ranges: Sequence[Range], samples: int = SAMPLES) -> dict[int, int]:
+    """{node, or -1: pages} of random pages, by move_pages; empty where the call is refused.
+
+    All pages where there are no more than ``samples``.
+    """
     pages = [-(-length // PAGE) for _, length in ranges]
     total = sum(pages)
     if not total:

@@ -214,7 +214,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_few_pages_are_all_sampled(asked: list[int]) -> None:
-    found = placement._sample([(3 * PAGE, 2 * PAGE), (1 << 30, PAGE + 1)])
+    found = placement.sample([(3 * PAGE, 2 * PAGE), (1 << 30, PAGE + 1)])
     assert asked == [3 * PAGE, 4 * PAGE, 1 << 30, (1 << 30) + PAGE]
     assert found == {ABSENT: 1, 1: 3}
 
@@ -222,7 +222,7 @@ def test_few_pages_are_all_sampled(asked: list[int]) -> None:
 def test_many_pages_are_sampled_at_random_from_all_ranges(asked: list[int]) -> None:
     random.seed(1)
     ranges = [(i << 40, (i + 1) * 1000 * PAGE) for i in range(1, 4)]
-    placement._sample(ranges, samples=900)
+    placement.sample(ranges, samples=900)
     assert len(set(asked)) == len(asked) == 900
     per_range = [sum(a <= one < a + n for one in asked) for a, n in ranges]
     assert sum(per_range) == 900
@@ -239,8 +239,8 @@ def test_a_refused_sample_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(syscalls, "pages_nodes", refused)
     monkeypatch.setattr(errors, "_said", set())
     with pytest.warns(NumaloadWarning, match="verified by numa_maps alone"):
-        assert placement._sample([(0, PAGE)]) == {}
-    assert placement._sample([(0, PAGE)]) == {}
+        assert placement.sample([(0, PAGE)]) == {}
+    assert placement.sample([(0, PAGE)]) == {}
 
 
 def test_kernel_without_page_counts(monkeypatch: pytest.MonkeyPatch) -> None:

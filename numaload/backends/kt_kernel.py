@@ -1,0 +1,313 @@
+"""kt-kernel's CPU experts (ktransformers, sglang) over numaload's replicas.
+
+``install`` before the model is loaded. Then kt-kernel 0.7.2 with one subpool computes straight from
+a replica; with several subpools it copies for itself, from memory that is warm. docs/kt-kernel.md
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from numaload.backends.kt_kernel_copies import find_copies
+from numaload.backends.kt_kernel_hook import MISSING, Hook, find_hook
+from numaload.backends.kt_kernel_loader import Loader, translate_name_to_gguf
+from numaload.backends.kt_kernel_report import Given, Report, pages_by_node
+from numaload.backends.kt_kernel_workers import Worker, check, thread_ids, workers
+from numaload.errors import ClosedError, UsageError, warn_once
+from numaload.mirrors import Mirror, mirror
+from numaload.numa.lists import format_list
+from numaload.numa.topology import topology
+from numaload.storage.parallel import Progress
+from numaload.storage.prewarm import prewarm
+from numaload.weights import Tensor, Weights, open_weights
+
+__all__ = ["Handle", "Loader", "Report", "install", "translate_name_to_gguf"]
+
+Memories = dict[int | None, Sequence[Weights]]  # by node; None: the files themselves
+# Memory whose addresses kt-kernel may still have, by the handle that gave them, until its release.
+_kept: dict[int, list[memoryview]] = {}
+_numbers = count()
+
+
+def install(
+    weight_path: str | os.PathLike[str],
+    nodes: str | int | Sequence[int] | None = None,
+    *,
+    shared: bool = False,
+    hold: bool = False,
+    strict: bool = False,
+    mirrors: Mirror | Sequence[Mirror] | None = None,
+    warm: bool = True,
+    progress: Progress | None = None,
+) -> Handle:
+    """Make kt-kernel take the GGUF weights of this path from here; before the model is loaded.
+
+    weight_path: as kt-kernel gets it: a .gguf file (its split siblings are found) or a folder.
+    nodes: the nodes that get a replica, as for ``mirror``, of which ``shared``, ``hold``,
+    ``strict`` and ``progress`` are options too; None: no replicas, the mapped files themselves.
+    mirrors: what ``numaload.mirror`` or ``numaload.attach`` gave, instead; they stay the caller's.
+    warm: read what is not copied into the page cache now.
+    Raises: BackendError where kt-kernel is missing, broken or of an unknown make; UsageError if
+    there is an open handle for this path; FileNotFoundError; all that ``mirror`` raises.
+    """
+    hook, path = find_hook(), os.fspath(weight_path)
+    _check_free(hook, path)
+    if nodes is not None and mirrors is not None:
+        raise UsageError("nodes and mirrors: the mirrors have their nodes, give one of the two")
+    given = [mirrors] if isinstance(mirrors, Mirror) else list(mirrors or ())
+    own: list[Weights | Mirror] = []
+    try:
+        models = [] if given else list(_models(path, own))
+        if nodes is not None:
+            kind: dict[str, Any] = {"shared": shared, "hold": hold, "strict": strict}
+            for model in models:
+                given.append(mirror(model, nodes, progress=progress, **kind))
+                own.insert(0, given[-1])  # closed before the weights that it is of
+        if warm and models and all(m.report.kind == "mapped" for m in given):
+            prewarm(models, progress=progress)
+        return Handle(hook, path, _memories(models, given), own)
+    except BaseException:
+        _close(own)
+        raise
+
+
+def _check_free(hook: Hook, path: str) -> None:
+    there = hook.get(path)
+    if isinstance(there, _Chosen):
+        raise UsageError(f"{there.handle!r} is in place: close() it first")
+
+
+def _memories(models: Sequence[Weights], mirrors: Sequence[Mirror]) -> Memories:
+    if not mirrors:
+        return {None: models}
+    nodes = set(mirrors[0].nodes).intersection(*(m.nodes for m in mirrors))
+    return {node: [m.view(node) for m in mirrors] for node in sorted(nodes)}
+
+
+def _models(path: str, opened: list[Any]) -> Iterator[Weights]:
+    """Every model in a folder, as kt-kernel merges them, or the one of a file."""
+    names = [path] if os.path.isfile(path) else _gguf_files(path)
+    seen: set[str] = set()
+    for name in names:
+        if os.path.realpath(name) not in seen:
+            model = open_weights(name)
+            opened.append(model)
+            seen.update(map(os.path.realpath, model.paths))
+            yield model
+
+
+def _gguf_files(folder: str) -> list[str]:
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".gguf"))
+    if not names:
+        raise FileNotFoundError(f"{folder}: no .gguf files in this folder")
+    return [os.path.join(folder, name) for name in names]
+
+
+def _close(things: Sequence[Weights | Mirror]) -> None:
+    for thing in things:
+        thing.close()
+
+
+class Handle:
+    """What is installed for one path. ``nodes``: those with a replica; none: the files themselves.
+
+    kt-kernel keeps bare addresses, so whatever it was given stays mapped after ``close()``, and
+    when this object is gone, until ``release()``.
+    """
+
+    def __init__(
+        self, hook: Hook, path: str, memories: Memories, own: Sequence[Weights | Mirror]
+    ) -> None:
+        self.path, self._hook, self._memories, self._own = path, hook, memories, own
+        self.nodes = [node for node in memories if node is not None]
+        self._machine, self._threads = topology(), thread_ids()
+        self._seen, self._notes = self._threads, list[str]()
+        self._pools: dict[int, Any] = {}  # the CPUInfer of each node that ``on`` was used for
+        self._given: dict[int | None, dict[int, Tensor]] = {}  # {node: {address: tensor}}
+        self._number, self._closed = next(_numbers), False
+        self._loaders = {
+            node: Loader(models, partial(self._give, node)) for node, models in memories.items()
+        }
+        self._before, self._chosen = hook.get(path), _Chosen(self)
+        hook.put(path, self._chosen)
+
+    def views(self, node: int | None = None) -> Sequence[Weights]:
+        """The weights in the memory of ``node``; None: of the first, or the files themselves.
+
+        One for each model, of which a folder can have several.
+        Raises: ClosedError, UsageError for a node without replica.
+        """
+        return self._memories[self._key(node)]
+
+    def view(self, node: int | None = None) -> Weights:
+        """The same of the only model. Raises: UsageError where there are several."""
+        views = self.views(node)
+        if len(views) > 1:
+            raise UsageError(f"{self.path} has {len(views)} models: views() has them")
+        return views[0]
+
+    def loader(self, node: int | None = None) -> Loader:
+        """A loader of that memory, for MOEs of one's own making: tensors, addresses, types."""
+        return self._loaders[self._key(node)]
+
+    def _key(self, node: int | None) -> int | None:
+        if self._closed:
+            raise ClosedError(f"{self!r}: what it gives ended with close()")
+        if node is None:
+            return next(iter(self._memories))
+        if node not in self._memories:
+            there = format_list(self.nodes) or "no node, the files themselves are used"
+            raise UsageError(f"no replica on node {node}; there are on {there}")
+        return node
+
+    @contextmanager
+    def on(self, node: int) -> Iterator[Handle]:
+        """Wrappers that are made inside get this node's replica, and workers of their own.
+
+        For several MOEs in one process, each on its node, with threadpool_count=1 and
+        numa_nodes=[node]. Not for several threads at a time. Raises: as ``views``.
+        """
+        before, chosen = self._hook.get(self.path), self.loader(node)
+        self._hook.put(self.path, chosen)
+        try:
+            with self._hook.pool(self._pools.get(node)) as used:
+                yield self
+                self._pools[node] = used()
+        finally:
+            self._hook.put(self.path, before)
+
+    def check(self) -> Report:
+        """The report; workers that may run elsewhere are put on the CPUs of their node."""
+        return self._asked(repair=True)
+
+    @property
+    def report(self) -> Report:
+        """What the kernel says now; changes nothing."""
+        return self._asked(repair=False)
+
+    def _asked(self, *, repair: bool) -> Report:
+        report = Report(self._hook.version, self._hook.name, self.path)
+        for node, tensors in self._given.items():
+            ranges = [(address, tensor.nbytes) for address, tensor in tensors.items()]
+            nodes, nbytes = list(self._memories[node][0].nodes), sum(n for _, n in ranges)
+            report.given.append(Given(nodes, len(ranges), nbytes, pages_by_node(ranges)))
+        self._look_for_copies(report)
+        report.workers = self._checked(repair=repair)
+        report.notes = [*self._notes, *self._without_replica(report.workers)]
+        return report
+
+    def _look_for_copies(self, report: Report) -> None:
+        tensors = {t.name: t for given in self._given.values() for t in given.values()}
+        if self._closed or not tensors:
+            return
+        images = [
+            np.frombuffer(view.image(part), np.uint8)
+            for views in self._memories.values()
+            for view in views
+            for part in range(len(view.parts))
+        ]
+        own = [(image.ctypes.data, image.nbytes) for image in images]
+        report.copies, report.searched = find_copies(tensors.values(), own)
+        for copied in report.copies:
+            copied.pages = pages_by_node([(copied.address, copied.nbytes)])
+
+    def _workers(self) -> list[Worker]:
+        only = self.nodes[0] if len(self.nodes) == 1 else None
+        return workers(self._threads, only)
+
+    def _checked(self, *, repair: bool) -> list[Worker]:
+        found = self._workers()
+        for worker in found:
+            check(worker, self._machine, repair=repair)
+        self._notes += [f"moved: {worker}" for worker in found if worker.repaired]
+        return found
+
+    def _without_replica(self, found: Sequence[Worker]) -> list[str]:
+        others = {w.node for w in found if w.node is not None} - set(self.nodes)
+        if not others or not self.nodes:
+            return []
+        wanted, there = format_list(others), format_list(self.nodes)
+        return [
+            f"kt-kernel has workers for node {wanted}, replicas are on {there}: nodes={wanted!r}"
+        ]
+
+    def _node_of_workers(self) -> int | None:
+        """The node that all of kt-kernel's workers are for, where it has a replica."""
+        nodes = {worker.node for worker in self._workers()}
+        return nodes.pop() if len(nodes) == 1 and nodes <= set(self.nodes) else None
+
+    def _give(self, node: int | None, tensor: Tensor) -> memoryview:
+        """Its blocks; kept, since kt-kernel will have their address after every reference."""
+        self._key(node)
+        buffer, address = tensor.buffer, tensor.address
+        _kept.setdefault(self._number, []).append(buffer)
+        self._given.setdefault(node, {})[address] = tensor
+        now = thread_ids()
+        if now - self._seen:
+            self._seen = now
+            self._repair()
+        return buffer
+
+    def _repair(self) -> None:
+        moved = [worker for worker in self._checked(repair=True) if worker.repaired]
+        if moved:
+            names = ", ".join(worker.name for worker in moved)
+            warn_once(
+                "kt-kernel-workers",
+                f"kt-kernel {self._hook.version} left {len(moved)} of its threads free to run"
+                f" beside other nodes ({names}): they were put on their node's CPUs; the handle's"
+                " report has them",
+            )
+
+    def close(self) -> None:
+        """Take the hook away. What kt-kernel was given stays mapped, see ``release``."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._hook.get(self.path) is self._chosen:
+            self._hook.put(self.path, self._before)
+        self._before = MISSING
+        self._pools.clear()
+        _close(self._own)
+
+    def release(self) -> None:
+        """Let go of what kt-kernel was given: only when its MOEs are gone, or have copied it.
+
+        An MOE that computes from this memory afterwards ends the process.
+        """
+        _kept.pop(self._number, None)
+        self._given.clear()
+
+    @property
+    def kept(self) -> int:
+        """Bytes that stay mapped because kt-kernel may have their addresses."""
+        return sum(t.nbytes for given in self._given.values() for t in given.values())
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = f"nodes {format_list(self.nodes)}" if self.nodes else "the files themselves"
+        return f"<kt-kernel from {self.path}, {where}{', closed' if self._closed else ''}>"
+
+
+class _Chosen(Loader):
+    """What the hook holds: gives from the memory of the node that kt-kernel's workers are for."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+        super().__init__(handle.views(), partial(handle._give, None))  # noqa: SLF001
+
+    def get_undequanted_tensor_and_ggml_type(self, name: str) -> tuple[Any, Any]:
+        node = self.handle._node_of_workers()  # noqa: SLF001
+        return self.handle.loader(node).get_undequanted_tensor_and_ggml_type(name)

@@ -1,0 +1,209 @@
+"""What kt-kernel calls a GGUFLoader, over numaload's weights: parsed in milliseconds, zero-copy.
+
+The contract is ``kt_kernel/utils/loader.py`` of kt-kernel 0.7.0 to 0.7.2: the same members, keys
+and value types. Where it differs, it is because the original fails there: arrays without elements
+(it cannot open such a file), u8 values (it takes them for text), types that it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from numaload import torch_memory
+from numaload.errors import TensorNotFoundError
+from numaload.formats.metadata import CODES, TYPE_NAMES, Metadata, MetadataArray
+from numaload.weights import Tensor, Weights
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Give = Callable[[Tensor], memoryview]  # the blocks, kept alive for whoever gets their address
+
+# Hugging Face's words, and GGUF's. In this order: later lines see what earlier ones made.
+RENAMED = """
+lm_head.                               output.
+model.embed_tokens.                    token_embd.
+model.norm.                            output_norm.
+model.layers.                          blk.
+.input_layernorm                       .attn_norm
+.mlp.down_proj                         .ffn_down
+.mlp.gate_proj                         .ffn_gate
+.mlp.up_proj                           .ffn_up
+.post_attention_layernorm              .ffn_norm
+.self_attn.q_proj                      .attn_q
+.self_attn.k_proj                      .attn_k
+.self_attn.v_proj                      .attn_v
+.self_attn.o_proj                      .attn_output
+.self_attn.qkv_proj                    .attn_qkv
+.self_attn.kv_a_proj_with_mqa          .attn_kv_a_mqa
+.self_attn.kv_a_layernorm              .attn_kv_a_norm
+.self_attn.kv_b_proj                   .attn_kv_b
+.self_attn.q_a_proj                    .attn_q_a
+.self_attn.q_a_layernorm               .attn_q_a_norm
+.self_attn.q_b_proj                    .attn_q_b
+.self_attn.q_norm                      .attn_q_norm
+.self_attn.k_norm                      .attn_k_norm
+.shared_expert.                        .shared_experts.
+.shared_expert_                        .shared_experts_
+.gate_up_proj.                         .up_proj
+.mlp.shared_experts.down_proj          .ffn_down_shexp
+.mlp.gate.e_score_correction_bias      .exp_probs_b.bias
+.mlp.gate                              .ffn_gate_inp
+.mlp.shared_experts.gate_proj          .ffn_gate_shexp
+.mlp.shared_experts.up_proj            .ffn_up_shexp
+.mlp.shared_experts_gate               .ffn_gate_inp_shexp
+.mlp.experts
+.block_sparse_moe.gate.                .ffn_gate_inp.
+.block_sparse_moe.experts
+.feed_forward.experts
+.feed_forward.router                   .ffn_gate_inp
+.feed_forward.shared_experts.down_proj .ffn_down_shexp
+.feed_forward.shared_experts.gate_proj .ffn_gate_shexp
+.feed_forward.shared_experts.up_proj   .ffn_up_shexp
+"""
+RENAMES = [(words[0], "".join(words[1:])) for words in map(str.split, RENAMED.strip().split("\n"))]
+NUMBERS = {TYPE_NAMES[type_id]: code for type_id, code in CODES.items()}  # {"u32": "I", ...}
+GATES = "blk.{}.ffn_gate_exps.weight"  # (experts, inner dimension, hidden size)
+# {what get_model_config tells: (keys of the metadata, the first that is there; axis of GATES)}
+CONFIG: dict[str, tuple[tuple[str, ...], int | None]] = {
+    "num_experts": (
+        ("expert_count", "expert.count", "moe.expert_count", "expert_feed_forward_length"), 0,
+    ),
+    "num_experts_per_tok": (
+        ("expert_used_count", "expert.used_count", "moe.num_experts_per_tok"), None,
+    ),
+    "hidden_size": (("embedding_length", "embed_length", "hidden_size"), 2),
+    "moe_intermediate_size": (
+        ("expert_feed_forward_length", "feed_forward_length", "ffn_length", "intermediate_size"), 1,
+    ),
+}  # fmt: skip
+
+
+def translate_name_to_gguf(name: str) -> str:
+    """A tensor's name in GGUF, from Hugging Face's or GGUF's own."""
+    for theirs, ours in RENAMES:
+        name = name.replace(theirs, ours)
+    return name
+
+
+class Loader:
+    """Tensors and metadata of one or several models, as kt-kernel asks for them.
+
+    ``tensor_info``: {GGUF name: {"shape": numpy order, "dtype": gguf's type, "offset": bytes from
+    the start of the file, "n_elements"}}; ``metadata``: text as str, numbers as arrays of one
+    element, arrays as their first element; ``tensor_file_map``: {GGUF name: path};
+    ``file_data_map``: {path: the whole file, uint8}. Of files that share a name, the last one's.
+    """
+
+    def __init__(self, models: Sequence[Weights], give: Give) -> None:
+        self._tensors = {name: tensor for model in models for name, tensor in model.items()}
+        self._models, self._give = models, give
+        self.tensor_info = {name: _info(tensor) for name, tensor in self._tensors.items()}
+        self.tensor_file_map = {name: tensor.path for name, tensor in self._tensors.items()}
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """Read when first asked for, which kt-kernel does not do itself: vocabularies are long."""
+        return {key: value for model in self._models for key, value in _metadata(model)}
+
+    @property
+    def file_data_map(self) -> dict[str, NDArray[Any]]:
+        import numpy as np
+
+        return {
+            path: np.frombuffer(model.image(part), np.uint8)
+            for model in self._models
+            for part, path in enumerate(model.paths)
+        }
+
+    def has_tensor(self, name: str) -> bool:
+        return translate_name_to_gguf(name) in self._tensors
+
+    def get_ggml_type(self, name: str) -> Any:
+        """Raises: TensorNotFoundError, a KeyError."""
+        return self.tensor_info[self._find(name).name]["dtype"]
+
+    def get_undequanted_tensor_and_ggml_type(self, name: str) -> tuple[Any, Any]:
+        """(the blocks as a flat uint8 torch tensor, its type): zero-copy, read-only.
+
+        The memory stays when the tensor goes, since kt-kernel keeps the address alone: until its
+        Handle is released. Raises: TensorNotFoundError, UnknownQuantTypeError, ClosedError.
+        """
+        tensor = self._find(name)
+        data = torch_memory.view(self._give(tensor), None, (tensor.nbytes,), tensor.name)
+        return data, self.tensor_info[tensor.name]["dtype"]
+
+    def get_model_config(self, layer_idx: int = 0) -> dict[str, int | None]:
+        """Sizes of the experts: of the metadata, else of the layer's gate tensor, else None."""
+        arch = self.metadata.get("general.architecture", "unknown")
+        shape = self.tensor_info.get(GATES.format(layer_idx), {"shape": []})["shape"]
+        return {
+            what: self._number([f"{arch}.{key}" for key in keys], axis, shape)
+            for what, (keys, axis) in CONFIG.items()
+        }
+
+    def _number(self, keys: list[str], axis: int | None, shape: Sequence[int]) -> int | None:
+        found = [self.metadata[key] for key in keys if key in self.metadata]
+        if found:
+            return int(found[0] if isinstance(found[0], str) else found[0][0])
+        return int(shape[axis]) if axis is not None and len(shape) >= 3 else None
+
+    def print_metadata(self, filter_keywords: Sequence[str] | None = None) -> None:
+        """Print the metadata whose key has one of these words in it, or all."""
+        words = [word.lower() for word in filter_keywords or [""]]
+        for key, value in sorted(self.metadata.items()):
+            if any(word in key.lower() for word in words):
+                print(f"  {key}: {value}")  # noqa: T201 - what it is for
+
+    def _find(self, name: str) -> Tensor:
+        translated = translate_name_to_gguf(name)
+        if translated not in self._tensors:
+            raise TensorNotFoundError(translated, self._tensors)
+        return self._tensors[translated]
+
+
+def _info(tensor: Tensor) -> dict[str, Any]:
+    import numpy as np
+
+    return {
+        "shape": [np.uint64(size) for size in tensor.shape],
+        "dtype": _dtype(tensor),
+        "offset": tensor.offset,
+        "n_elements": tensor.size,
+    }
+
+
+def _dtype(tensor: Tensor) -> Any:
+    """gguf's enum, which has a name; the bare id where gguf, of whatever version, has none."""
+    import gguf
+
+    known = gguf.GGMLQuantizationType.__members__
+    return known.get(tensor.type_name, tensor._info.type_id)  # noqa: SLF001
+
+
+def _metadata(model: Weights) -> Iterator[tuple[str, Any]]:
+    """As gguf-py's reader tells it, the counts of the header first; of all files."""
+    import numpy as np
+
+    for part in model.parts:
+        header = part.header
+        yield "GGUF.version", np.array([header.version], np.uint32)
+        yield "GGUF.tensor_count", np.array([len(header.tensors)], np.uint64)
+        yield "GGUF.kv_count", np.array([len(header.metadata)], np.uint64)
+        for key in header.metadata:
+            yield key, _first(header.metadata, key)
+
+
+def _first(metadata: Metadata, key: str) -> Any:
+    """Text as str, a number as an array of one, an array as its first element."""
+    import numpy as np
+
+    value, type_name = metadata[key], metadata.type_name(key)
+    if isinstance(value, MetadataArray):
+        if not len(value):
+            return np.empty(0)
+        value, type_name = value[0], value.type_name
+    code = NUMBERS.get(type_name)
+    return value if code is None else np.array([value], code)

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,12 @@ LOAD, ASIDE, OPENMP, LOADER, NODES, PAIR, SERVE = (
     "A pair of processes that share the work",
     "A thread per node, in one process",
 )
+
+
+def counts(cpus: Collection[int]) -> set[int]:
+    """Of torch's threads: builds with MKL have one per core, others one per CPU."""
+    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    return {len({Path(siblings.format(cpu)).read_text() for cpu in cpus}), len(cpus)}
 
 
 class Recipes:
@@ -169,7 +176,7 @@ print(json.dumps({
     assert found["pool"]
     assert all(thread["cpus"] == loading for thread in found["pool"])
     assert found["main"] == computing
-    assert found["threads"] == len(computing)
+    assert found["threads"] in counts(computing)
     # numpy's threads began where numaload was imported.
     assert all(thread["cpus"] in (computing, loading) for thread in found["torch"])
 
@@ -277,7 +284,7 @@ def test_a_process_per_node(recipes: Recipes, numaload: Numaload) -> None:
         cpus = rank["threads"][0]["cpus"]
         assert all(thread["cpus"] == cpus for thread in rank["threads"])
         assert any(thread["name"] == "numaload" for thread in rank["threads"])
-        assert rank["torch"] == len(cpus)
+        assert rank["torch"] in counts(cpus)
         assert all(len(thread["nodes"]) == 1 for thread in rank["threads"])
 
 
@@ -291,7 +298,7 @@ def test_a_pair_of_processes(recipes: Recipes) -> None:
     assert shares[0] | shares[1] == set(HERE)
     assert not shares[0] & shares[1]
     for rank, share in zip(told, shares, strict=True):
-        assert rank["torch"] == len(share)
+        assert rank["torch"] in counts(share)
         assert all(thread["cpus"] == sorted(share) for thread in rank["threads"])
 
 
@@ -346,7 +353,8 @@ told["outer"] = torch.get_num_threads()
     assert len(told["team"]) >= 2
     assert all(cpus == LAST for cpus in told["team"])
     assert told["me"] == HERE
-    assert (told["inner"], told["later"], told["outer"]) == (3, 3, len(HERE))
+    assert (told["inner"], told["later"]) == (3, 3)
+    assert told["outer"] in counts(HERE)
 
 
 @several

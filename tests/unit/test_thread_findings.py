@@ -12,6 +12,7 @@ import pytest
 
 from machines import EVERY_CPU, MACHINES
 from numaload.cli.threads import print_look
+from numaload.numa.cgroups import cpu_quota
 from numaload.numa.findings import Look, look
 from numaload.numa.lists import parse_list
 from numaload.numa.pools import Pool, overloaded, pools, watch
@@ -189,6 +190,20 @@ def test_cgroups_that_allow_less_time_than_there_are_cpus(
     assert kinds(what) == expected
     assert all("allows 2.5 CPUs' time" in f.text for f in what.findings)
     assert all("torch.set_num_threads(2)" in f.fix for f in what.findings)
+
+
+def test_the_quota_is_that_of_the_process(tmp_path: Path) -> None:
+    for process, group, limit in (
+        ("7", "limited", "150000 100000"),
+        ("self", "free", "max 100000"),
+    ):
+        (tmp_path / f"proc/{process}").mkdir(parents=True)
+        (tmp_path / f"proc/{process}/cgroup").write_text(f"0::/{group}\n")
+        (tmp_path / f"sys/fs/cgroup/{group}").mkdir(parents=True)
+        (tmp_path / f"sys/fs/cgroup/{group}/cpu.max").write_text(f"{limit}\n")
+    roots = (str(tmp_path / "sys"), str(tmp_path / "proc"))
+    assert cpu_quota(*roots, process="7") == 1.5
+    assert cpu_quota(*roots) is None
 
 
 # Where they may run.

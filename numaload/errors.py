@@ -5,6 +5,7 @@
     NumaloadError
     |- FormatError (ValueError)                 .path .offset: the file is not what it says
     |  |- NotGGUFError                          the first bytes are no GGUF magic
+    |  |- NotSafetensorsError                   no length and { of a safetensors header
     |  |- UnsupportedVersionError               a GGUF version that is not read
     |  |- TruncatedError                        the file ends before what it announces
     |  |- MetadataError                         a key, value type, string or array that cannot be
@@ -71,6 +72,9 @@ class FormatError(NumaloadError, ValueError):
 
 
 class NotGGUFError(FormatError): ...
+
+
+class NotSafetensorsError(FormatError): ...
 
 
 class UnsupportedVersionError(FormatError): ...

@@ -1,16 +1,19 @@
-"""Damage GGUF headers on purpose, by the thousand, and watch whether the parser keeps its word.
+"""Damage headers on purpose, by the thousand, and watch whether the parser keeps its word.
 
-    scripts/fuzz-headers [--runs N] [--seconds S] [--plain] [--seed N] [--keep DIR]
+    scripts/fuzz-headers [--format gguf|safetensors] [--runs N] [--seconds S] [--plain] [--seed N]
+        [--keep DIR]
 
 Its word: nothing but FormatErrors, memory within a small multiple of the file, all arrays decode,
 every tensor inside of the file, and no two in the same place. Steered by coverage where atheris is
 installed (pip install 'numaload[fuzz]'), by mutation alone where it is not, or with --plain.
-Either starts from tests/corpus. An input that breaks the word is kept and the exit status is 1.
+Either starts from the format's corpus in tests. An input that breaks the word is kept and the exit
+status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -27,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-CORPUS = ROOT / "tests/corpus"
+CORPORA = {"gguf": ROOT / "tests/corpus", "safetensors": ROOT / "tests/corpus-safetensors"}
 sys.path.insert(0, str(ROOT))
 
 TIMES, SLACK = 32, 1 << 16  # the memory allowed, in multiples of the file, and bytes besides
@@ -41,10 +44,13 @@ class BrokenWordError(Exception):
     """What must never happen."""
 
 
-def check(raw: bytes) -> str:
+def parser_of(kind: str) -> Any:
+    return importlib.import_module(f"numaload.formats.{kind}").parse_header
+
+
+def check(raw: bytes, parse_header: Any) -> str:
     """Parse and touch everything. Returns: "accepted", or what the refusal said."""
     from numaload.errors import FormatError
-    from numaload.formats.gguf import parse_header
 
     def read_at(offset: int, nbytes: int) -> bytes:
         if not 0 <= offset <= offset + nbytes <= len(raw):
@@ -95,7 +101,8 @@ def measure(tensor: Any) -> None:
 class Tally:
     """What was tried and what came of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
+        self.parse_header = parser_of(kind)
         self.outcomes = Counter[str]()
         self.slowest, self.slowest_input = 0.0, b""
         self.begin = time.monotonic()
@@ -106,7 +113,7 @@ class Tally:
 
     def run(self, raw: bytes) -> str:
         start = time.thread_time()  # what else this machine does shall not count
-        outcome = check(raw)
+        outcome = check(raw, self.parse_header)
         took = time.thread_time() - start
         if took > self.slowest:
             self.slowest, self.slowest_input = took, raw
@@ -171,9 +178,18 @@ def splice(data: bytearray, rng: random.Random, other: bytes) -> None:
     data[at : at + rng.choice((0, 40))] = other[start : start + rng.randint(1, 80)]
 
 
+PIECES = (b'"', b"\\", b"{", b"}", b"[", b",", b":", b"-1", b"1e9", b"null", b'"a":', b"\\ud800")
+
+
+def piece(data: bytearray, rng: random.Random, _: bytes) -> None:
+    """What means something in JSON, and noise elsewhere."""
+    at = rng.randrange(len(data))
+    data[at : at + rng.randint(0, 2)] = rng.choice(PIECES)
+
+
 MUTATIONS: tuple[Callable[[bytearray, random.Random, bytes], None], ...] = (
     flip, flip, number32, number64, number64, nudge, nudge, truncate, lengthen, cut_out, repeat,
-    splice,
+    splice, piece,
 )  # fmt: skip
 
 
@@ -189,7 +205,7 @@ def mutated(seeds: list[bytes], pool: list[bytes], rng: random.Random) -> bytes:
 def plain(options: argparse.Namespace, tally: Tally) -> None:
     """Mutations of the corpus, and of whatever made the parser say something new."""
     rng = random.Random(options.seed)
-    seeds = [path.read_bytes() for path in sorted(CORPUS.iterdir())]
+    seeds = [path.read_bytes() for path in sorted(CORPORA[options.format].iterdir())]
     pool = list(seeds)
     seen: set[str] = set()
     tracemalloc.start()
@@ -218,9 +234,7 @@ def child(options: argparse.Namespace) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["numaload"]):
-        import numaload.formats.gguf  # noqa: F401
-
-    tally = Tally()
+        tally = Tally(options.format)
     tracemalloc.start()
 
     def one(raw: bytes) -> None:
@@ -241,10 +255,10 @@ def guided(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
             f"-runs={options.runs}", f"-max_len={MAX_LEN}", f"-seed={options.seed}",
             f"-artifact_prefix={options.keep}/", "-timeout=20", "-rss_limit_mb=2048",
             *([f"-max_total_time={int(options.seconds)}"] if options.seconds < 1e9 else []),
-            grown, str(CORPUS),
+            grown, str(CORPORA[options.format]),
         ]  # fmt: skip
         command = [sys.executable, __file__, "--child", report, "--runs", str(options.runs)]
-        command += ["--keep", options.keep, "--", *arguments]
+        command += ["--format", options.format, "--keep", options.keep, "--", *arguments]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         found = json.loads(Path(report).read_text()) if os.path.exists(report) else {"tried": 0}
     progress = re.findall(r"cov: (\d+) ft: (\d+)", done.stderr)
@@ -276,7 +290,8 @@ def summary(by: str, found: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Fuzz the parser of GGUF headers.")
+    parser = argparse.ArgumentParser(description="Fuzz the parsers of headers.")
+    parser.add_argument("--format", choices=CORPORA, default="gguf")
     parser.add_argument("--runs", type=int, default=100_000, help="headers to try")
     parser.add_argument("--seconds", type=float, default=1e9, help="at most")
     parser.add_argument("--plain", action="store_true", help="mutate without coverage")
@@ -292,7 +307,7 @@ def main() -> int:
     if options.plain or not has_atheris():
         if not options.plain:
             print("atheris is missing (pip install 'numaload[fuzz]'): mutation without coverage")
-        tally = Tally()
+        tally = Tally(options.format)
         plain(options, tally)
         print(summary("mutation", tally.to_dict()))
         return 0

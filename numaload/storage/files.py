@@ -131,3 +131,11 @@ class SourceFile:
     def __del__(self) -> None:
         if getattr(self, "fd", -1) >= 0:
             self.close()
+
+
+def read_whole(path: str, most: int) -> bytes:
+    """All of a regular file of at most ``most`` bytes. Raises: ReadError."""
+    with SourceFile(path) as file:
+        if file.size > most:
+            raise ReadError(f"{file.size} bytes, expected at most {most}", path=path)
+        return file.read_at(0, file.size)

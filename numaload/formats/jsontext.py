@@ -1,0 +1,140 @@
+"""JSON of files that are not trusted, walked and not built: headers and indexes of safetensors.
+
+A JSON parser makes objects of whatever is there before anybody can object: two bytes become a list
+of sixty, and of two members with one name the last one wins. Here only what is expected is made.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import NoReturn
+
+from numaload.errors import FormatError
+
+MAX_TEXT = 100_000_000  # bytes; the safetensors library's own limit for headers
+MAX_NAME = 65535  # characters, since names are printed; as in GGUF
+MAX_SKIPPED = 1 << 20  # characters of a value that nobody asked for
+SHOWN = 60  # characters of what was found
+
+WS = "[ \t\n\r]*"
+PLAIN = re.compile(r'"([^"\\\x00-\x1f]*)"')  # a string without escapes
+PLAIN_MEMBER = re.compile(f"{PLAIN.pattern}{WS}:{WS}")
+MARKS = {marks: re.compile(f"{WS}([{marks}]){WS}") for marks in ("{", ":", ",}", "}")}
+END = re.compile(rf"{WS}\Z")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse)
+
+
+class JsonText:
+    """Walks the text. ``kind`` is the error where it does not go on as it must.
+
+    pos counts characters of ``text``; ``start`` is the byte of the file at which it begins.
+    """
+
+    def __init__(self, raw: bytes, path: str, kind: type[FormatError], start: int = 0) -> None:
+        self.path, self.kind, self.start, self.pos = path, kind, start, 0
+        self.text = ""
+        try:
+            self.text = raw.decode()
+        except UnicodeDecodeError as error:
+            wrong = slice(error.start, error.start + 4)
+        if raw and not self.text:
+            message = f"expected text, found {raw[wrong]!r}, which is not UTF-8"
+            raise kind(message, path=path, offset=start + wrong.start)
+
+    def fail(
+        self, message: str, at: int | None = None, kind: type[FormatError] | None = None
+    ) -> NoReturn:
+        before = self.text[: self.pos if at is None else at]
+        offset = len(before) if before.isascii() else len(before.encode())
+        raise (kind or self.kind)(message, path=self.path, offset=self.start + offset)
+
+    def expected(self, what: str) -> NoReturn:
+        shown = self.text[self.pos : self.pos + SHOWN]
+        more = "..." if self.pos + SHOWN < len(self.text) else ""
+        self.fail(f"expected {what}, found {shown!r}{more}" if shown else f"expected {what}")
+
+    def mark(self, marks: str, what: str) -> str:
+        """Go past one of these characters and the whitespace around it; which it was."""
+        match = MARKS[marks].match(self.text, self.pos)
+        if match is None:
+            self.expected(what)
+        self.pos = match.end()
+        return match[1]
+
+    def string(self, what: str) -> str:
+        """A string, which is text: half of a surrogate pair is none."""
+        match = PLAIN.match(self.text, self.pos)
+        if match is not None:
+            self.pos = match.end()
+            return match[1]
+        value = self._escaped_string()
+        if value is None:
+            self.expected(what)
+        return value
+
+    def _escaped_string(self) -> str | None:
+        if not self.text.startswith('"', self.pos):
+            return None
+        try:
+            value, end = DECODER.raw_decode(self.text, self.pos)
+            value.encode()
+        except ValueError:
+            return None
+        self.pos = end
+        return str(value)
+
+    def members(self, what: str) -> Iterator[str]:
+        """The name of each member of an object; pos is then at its value, to go past."""
+        self.mark("{", f"{{ of {what}")
+        if self.text.startswith("}", self.pos):
+            self.mark("}", "")
+            return
+        mark = ","
+        while mark == ",":
+            name = self._name(what)
+            yield name
+            mark = self.mark(",}", f", or }} in {what}")
+
+    def _name(self, what: str) -> str:
+        at = self.pos
+        match = PLAIN_MEMBER.match(self.text, at)
+        if match is not None:
+            name, self.pos = match[1], match.end()
+        else:
+            name = self.string(f"a name in {what}")
+            self.mark(":", f": after a name in {what}")
+        if len(name) > MAX_NAME:
+            self.fail(f"name of {len(name)} characters in {what}, at most {MAX_NAME} are read", at)
+        return name
+
+    def string_map(self, what: str) -> dict[str, str]:
+        """An object of strings only, each name once."""
+        found: dict[str, str] = {}
+        for name in self.members(what):
+            if name in found:
+                self.fail(f"{name!r} appears twice in {what}")
+            found[name] = self.string(f"a string for {name!r} in {what}")
+        return found
+
+    def skip(self, what: str) -> None:
+        """Go past any value; it is looked at only to know where it ends."""
+        part = self.text[self.pos : self.pos + MAX_SKIPPED]
+        try:
+            _, end = DECODER.raw_decode(part)
+        except (ValueError, RecursionError):
+            end = 0
+        if not end:
+            self.expected(f"a value of {what} of at most {MAX_SKIPPED} characters")
+        self.pos += end
+
+    def end(self, what: str) -> None:
+        if END.match(self.text, self.pos) is None:
+            self.expected(f"nothing after {what}")

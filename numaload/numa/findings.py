@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from numaload.numa import openmp
+from numaload.numa.affinity import BINDING
 from numaload.numa.cgroups import cpu_quota
 from numaload.numa.lists import format_list
 from numaload.numa.pools import Pool, overloaded, pools, watch
@@ -20,6 +21,9 @@ WORKED_S, SHARE = (
     1.0,
     0.1,
 )  # of a thread that counts: so long, and such a part of the busiest's time
+
+# Variables that are shown of a process; what else is in its environment is nobody's business.
+OPENMP = (*BINDING, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
 
 
 class Finding(NamedTuple):
@@ -101,12 +105,6 @@ class Look:
             "openmp": None if told is None else {k: v for k, v in told.items() if k in OPENMP},
             "cpu_quota": self.quota,
         }
-
-
-OPENMP = (
-    "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY",
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY",
-)  # fmt: skip
 
 
 def look(pid: int | None = None) -> Look:

@@ -13,6 +13,7 @@ from numaload.numa import affinity as _affinity  # noqa: F401 - reads the allowe
 
 if TYPE_CHECKING:
     from numaload import errors
+    from numaload.backends.state_dict import load_state_dict
     from numaload.formats.qtypes import QuantType
     from numaload.mirrors import Mirror, MirrorReport, attach, mirror
     from numaload.numa.topology import Topology, topology
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "attach",
     "errors",
+    "load_state_dict",
     "mirror",
     "open",
     "prewarm",
@@ -41,6 +43,7 @@ __all__ = [
 
 _PLACES: dict[str, tuple[str, str | None]] = {
     "errors": ("errors", None),
+    "load_state_dict": ("backends.state_dict", "load_state_dict"),
     "QuantType": ("formats.qtypes", "QuantType"),
     "Topology": ("numa.topology", "Topology"),
     "topology": ("numa.topology", "topology"),

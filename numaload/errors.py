@@ -11,7 +11,8 @@
     |  |- MetadataError                         a key, value type, string or array that cannot be
     |  |- TensorInfoError                       name, dims, offset or overlap of a tensor
     |  |- UnknownQuantTypeError                 a type id removed from ggml, of a fork, or unknown
-    |  `- SplitError                            split files missing, or not of one model
+    |  |- SplitError                            split files missing, or not of one model
+    |  `- AdapterError                          no LoRA adapter, or one that cannot be
     |- UnsupportedTypeError (NotImplementedError)  no way to float
     |- TensorNotFoundError (KeyError)           .name, with close matches
     |- MetadataKeyError (KeyError)              .name
@@ -27,6 +28,7 @@
     |- BackendError (ImportError)               a program to work with is missing, or unknown
     |- CancelledError                           .done .total: stopped by the caller
     |- ClosedError (RuntimeError)               used after close()
+    |- StateDictError (RuntimeError)            .missing .unexpected: not the module's parameters
     `- UsageError (ValueError)                  an argument that cannot mean anything here
 
 Fallbacks are no errors: they are reported once each, as a NumaloadWarning.
@@ -35,7 +37,7 @@ Fallbacks are no errors: they are reported once each, as a NumaloadWarning.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from errno import EMFILE, ENFILE
 from itertools import islice
@@ -93,6 +95,9 @@ class UnknownQuantTypeError(FormatError): ...
 
 
 class SplitError(FormatError): ...
+
+
+class AdapterError(FormatError): ...
 
 
 class UnsupportedTypeError(NumaloadError, NotImplementedError): ...
@@ -199,6 +204,16 @@ class CancelledError(NumaloadError):
 
 
 class ClosedError(NumaloadError, RuntimeError): ...
+
+
+class StateDictError(NumaloadError, RuntimeError):
+    """As torch's load_state_dict has it: ``missing`` module keys, ``unexpected`` tensors."""
+
+    def __init__(
+        self, message: str, *, missing: Iterable[str] = (), unexpected: Iterable[str] = ()
+    ) -> None:
+        super().__init__(message)
+        self.missing, self.unexpected = list(missing), list(unexpected)
 
 
 class UsageError(NumaloadError, ValueError): ...

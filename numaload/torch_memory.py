@@ -6,6 +6,7 @@ torch is an optional dependency: it is imported by whoever asks for a tensor.
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -48,31 +49,46 @@ def torch_dtype(name: str, what: str) -> Any:
     return found
 
 
-def torch_type(type_name: str, what: str) -> Any:
+@lru_cache(maxsize=64)
+def torch_type(type_name: str) -> Any:
     """torch's dtype of a type that is not made of blocks. Raises: UnsupportedTypeError."""
     if type_name not in NAMES:
-        raise UnsupportedTypeError(f"{what}: torch has no type for {type_name}")
-    return torch_dtype(NAMES[type_name], what)
+        raise UnsupportedTypeError(f"torch has no type for {type_name}; buffer has the bytes")
+    return torch_dtype(NAMES[type_name], type_name)
 
 
-def view(buffer: memoryview, type_name: str | None, shape: Sequence[int], what: str) -> Any:
-    """A tensor of ``shape`` over these bytes, zero-copy; uint8 where type_name is None.
+def whole(buffer: memoryview) -> Any:
+    """All of a mapping as one uint8 tensor, for ``view``: cheaper than a new one for each tensor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own word on it, which names no tensor and no way
+        tensor = import_torch().from_numpy(np.frombuffer(buffer, np.uint8))
+    if buffer.readonly:
+        warn_once("torch-read-only", READ_ONLY)
+    return tensor
+
+
+def view(base: Any, start: int, nbytes: int, type_name: str, shape: Sequence[int]) -> Any:
+    """A tensor of ``shape`` over bytes of ``base``, zero-copy.
 
     Where the bytes are not aligned to the type, which torch does not expect, they are copied.
     """
+    dtype = torch_type(type_name)
+    if type_name in ITEMS and shape:
+        shape = (*shape[:-1], shape[-1] // ITEMS[type_name])
+    if not nbytes:
+        return import_torch().empty(tuple(shape), dtype=dtype)
+    flat = base[start : start + nbytes]
+    if start % dtype.itemsize:
+        flat = flat.clone()
+    return flat.view(dtype).view(shape)
+
+
+def of_bytes(flat: NDArray[np.uint8], dtype: Any, shape: Sequence[int]) -> Any:
+    """A tensor over an array of bytes. Of nothing torch makes no view."""
     torch = import_torch()
-    flat = np.frombuffer(buffer, np.uint8)
-    dtype = torch.uint8 if type_name is None else torch_type(type_name, what)
-    if flat.size and flat.__array_interface__["data"][0] % dtype.itemsize:
-        flat = flat.copy()
-    elif not flat.flags.writeable:
-        warn_once("torch-read-only", READ_ONLY)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own word on it, which names no tensor and no way
-        tensor = torch.from_numpy(flat)
-    items = ITEMS.get(type_name or "", 1)
-    wanted = (*shape[:-1], shape[-1] // items) if items > 1 and shape else tuple(shape)
-    return tensor.view(dtype).reshape(wanted)
+    if not flat.size:
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.from_numpy(flat).view(dtype).reshape(tuple(shape))
 
 
 def empty(shape: Sequence[int], dtype: Any) -> Any:
@@ -85,14 +101,18 @@ def empty(shape: Sequence[int], dtype: Any) -> Any:
     if nbytes < HUGE:
         return torch.empty(tuple(shape), dtype=dtype)
     flat = np.frombuffer(map_private(nbytes).view(write=True), np.uint8)
-    return torch.from_numpy(flat).view(dtype).reshape(tuple(shape))
+    return of_bytes(flat, dtype, shape)
 
 
 def array_of(tensor: Any) -> NDArray[Any]:
-    """A CPU tensor as a numpy array over the same memory and strides; bfloat16 as uint16."""
+    """A CPU tensor as a numpy array over the same memory and strides.
+
+    float32 as such, all others as unsigned integers of their size.
+    """
     torch = import_torch()
     plain = tensor.detach()
-    if plain.dtype in (torch.bfloat16, torch.float16):
-        plain = plain.view(torch.int16)
-        return plain.numpy().view(np.uint16)  # type: ignore[no-any-return]
-    return plain.numpy()  # type: ignore[no-any-return]
+    if plain.dtype == torch.float32:
+        return plain.numpy()  # type: ignore[no-any-return]
+    signed = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    size = plain.dtype.itemsize
+    return plain.view(signed[size]).numpy().view(f"u{size}")  # type: ignore[no-any-return]

@@ -40,11 +40,7 @@ def inspect(options: argparse.Namespace) -> int:
             return 0
         for part in weights.parts:
             header, count = part.header, len(part.header.tensors)
-            order = "" if header.byte_order == "little" else f" {header.byte_order}-endian"
-            print(
-                f"{part.file.path}: GGUF v{header.version}{order}, {count} tensors,"
-                f" {size(part.file.size)}"
-            )
+            print(f"{part.file.path}: {header.title}, {count} tensors, {size(part.file.size)}")
         rows = [
             [t.name, t.type_name, "x".join(map(str, t.shape)), t.nbytes] for t in weights.values()
         ]
@@ -74,7 +70,7 @@ def _note_unusable(weights: Any) -> None:
         if tensor.type_name in said:
             continue
         try:
-            tensor.qtype  # noqa: B018
+            tensor.check_type()
         except UnknownQuantTypeError as error:
             note(printable(error))
             said.add(tensor.type_name)
@@ -84,7 +80,8 @@ def _as_dict(weights: Any, *, with_metadata: bool) -> dict[str, Any]:
     data: dict[str, Any] = {
         "files": [
             {
-                "path": p.file.path, "size": p.file.size, "version": p.header.version,
+                "path": p.file.path, "size": p.file.size,
+                "format": p.header.title.split()[0], "version": p.header.version,
                 "byte_order": p.header.byte_order, "alignment": p.header.alignment,
             }
             for p in weights.parts

@@ -83,6 +83,11 @@ class TensorInfo(NamedTuple):
         return self.type_id in BLOCKS
 
     @property
+    def problem(self) -> str:
+        """What there is to say of a type that is unknown."""
+        return f"type {self.type_id} is {foreign_type(self.type_id).why}"
+
+    @property
     def type_name(self) -> str:
         """As ggml has it; of an unknown type whose it is and its id: "ik_llama.cpp:133"."""
         if self.qtype is not None:
@@ -99,6 +104,11 @@ class Header(NamedTuple):
     header_end: int  # byte after the tensor table
     size: int  # bytes of the file
     byte_order: str  # "little" or "big", of the header and of the weights
+
+    @property
+    def title(self) -> str:
+        order = "" if self.byte_order == "little" else f" {self.byte_order}-endian"
+        return f"GGUF v{self.version}{order}"
 
 
 def parse_header(read_at: ReadAt, size: int, path: str = "<buffer>") -> Header:

@@ -91,6 +91,18 @@ class SafeTensorInfo(NamedTuple):
         return QTYPES.get(self.type_name)
 
     @property
+    def type_id(self) -> int:
+        """GGUF's, or -1."""
+        return -1 if self.qtype is None else int(self.qtype)
+
+    @property
+    def problem(self) -> str:
+        """What there is to say of a type that GGUF does not have."""
+        if self.known:
+            return f"type {self.type_name} is none of GGUF's: take torch() or buffer"
+        return f"type {self.type_name} is unknown to this numaload"
+
+    @property
     def known(self) -> bool:
         """Whether its type is; where it lies is known of every tensor."""
         return self.type_name in BITS
@@ -104,6 +116,15 @@ class Header(NamedTuple):
     header_end: int  # byte after the JSON, which may be padded
     size: int  # bytes of the file
     byte_order: str  # "little"
+
+    @property
+    def version(self) -> int | None:
+        """The format has none."""
+        return None
+
+    @property
+    def title(self) -> str:
+        return "safetensors"
 
 
 def looks_like(start: bytes) -> bool:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from numaload.errors import ReadError
 from numaload.storage.files import SourceFile
 
-STEP = 2 << 20  # bytes read at a time
+STEP = 1 << 20  # bytes read at a time
 PROBES = 8  # pages of it that are asked for
 
 

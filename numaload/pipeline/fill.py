@@ -6,14 +6,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from numaload.dequantize import DTYPES, LARGE, Conversion
 from numaload.errors import CancelledError, UsageError
-from numaload.formats.qtypes import BLOCKS
 from numaload.numa.workers import Workers, finish, settle
 from numaload.pipeline.ahead import Ahead, Range
 from numaload.pipeline.pieces import Piece, Target, pieces
@@ -24,7 +22,7 @@ from numaload.weights import Tensor
 WINDOW = 64 << 20  # bytes of files that are read ahead of the workers
 QUEUED = 8  # targets whose work is handed to the threads before the first of them is done
 
-Write = Callable[[Tensor, Piece], int]  # puts a piece into its place; bytes of the file
+Write = Callable[[Piece], None]  # puts it into its place
 
 
 def fill(
@@ -41,11 +39,10 @@ def fill(
     if not targets:
         return
     writers = [writer(target) for target in targets]
-    work = Work([target.tensor for target in targets], progress, ahead)
-    with work:
+    with Work(targets, progress, ahead) as work:
         waiting: deque[list[Future[None]]] = deque()
         for target, (write, cut) in zip(targets, writers, strict=True):
-            waiting.append(work.start(target.tensor, cut, write))
+            waiting.append(work.start(target, cut, write))
             if len(waiting) > QUEUED:
                 finish(waiting.popleft())
         while waiting:
@@ -53,13 +50,16 @@ def fill(
 
 
 class Work:
-    """Tensors in the hands of threads. Leaving it, however, ends with no thread at work."""
+    """Tensors in the hands of threads. Leaving it, however, ends with no thread at work.
 
-    def __init__(self, tensors: Sequence[Tensor], progress: Progress | None, ahead: int) -> None:
-        self.workers: Workers = tensors[0].workers()
-        self.total, self.done, self.progress = sum(t.nbytes for t in tensors), 0, progress
+    todo: what will come, in order.
+    """
+
+    def __init__(self, todo: Sequence[Extent], progress: Progress | None, ahead: int) -> None:
+        self.workers: Workers = todo[0].tensor.workers()
+        self.total, self.done, self.progress = sum(t.nbytes for t in todo), 0, progress
         self.stop, self.lock = threading.Event(), threading.Lock()
-        self.ahead = Ahead(_ranges(tensors), ahead)
+        self.ahead = Ahead(_ranges(todo), ahead)
         self._started: list[Future[None]] = []
 
     def __enter__(self) -> Work:
@@ -73,7 +73,7 @@ class Work:
             settle(self._started, self.stop)
         self.ahead.stop()
 
-    def start(self, tensor: Tensor, cut: Iterable[Piece], write: Write) -> list[Future[None]]:
+    def start(self, target: Target, cut: Iterable[Piece], write: Write) -> list[Future[None]]:
         """Hand the pieces to the threads; they take them in order, and tensors in that of calls."""
         todo = iter(cut)
 
@@ -83,10 +83,11 @@ class Work:
                     piece = next(todo, None)
                 if piece is None:
                     return
-                self._advance(write(tensor, piece))
+                write(piece)
+                self._advance(target.bytes_of(piece.place.size))
 
         self._started = [future for future in self._started if not future.done()]
-        count = min(self.workers.count, -(-tensor.nbytes // MOST_ALONE))
+        count = min(self.workers.count, -(-target.nbytes // MOST_ALONE))
         futures = []
         for _ in range(count):
             futures.append(self.workers.submit(work))
@@ -105,62 +106,76 @@ class Work:
 MOST_ALONE = 256 << 10  # bytes of a tensor that a second thread would not make faster
 
 
-def _ranges(tensors: Sequence[Tensor]) -> list[Range]:
+class Extent(Protocol):
+    """Bytes that will be wanted of a tensor."""
+
+    @property
+    def tensor(self) -> Tensor: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def _ranges(todo: Sequence[Extent]) -> list[Range]:
     """What will be read of files, in order."""
     found, before = [], 0
-    for tensor in tensors:
-        if tensor.is_file and tensor.nbytes:
-            stop = tensor.offset + tensor.nbytes
-            found.append(Range(tensor.file, tensor.offset, stop, before))
-        before += tensor.nbytes
+    for one in todo:
+        if one.tensor.is_file and one.nbytes:
+            start = one.tensor.offset + one.start
+            found.append(Range(one.tensor.file, start, start + one.nbytes, before))
+        before += one.nbytes
     return found
 
 
 def writer(target: Target) -> tuple[Write, Iterable[Piece]]:
     """How pieces of this target are written, and which they are.
 
-    Raises: UnsupportedTypeError, UsageError.
+    Raises: UnsupportedTypeError, UnknownQuantTypeError, UsageError.
     """
-    tensor, place = target.tensor, target.place
+    tensor = target.tensor
+    tensor.check_type()
+    if target.start + target.nbytes > tensor.nbytes:
+        raise UsageError(
+            f"tensor {tensor.name!r}: bytes {target.start} to {target.start + target.nbytes} of"
+            f" {tensor.nbytes} for {target.place.size} places"
+        )
     if target.dtype is None:
-        if place.nbytes != tensor.nbytes:
-            raise UsageError(
-                f"tensor {tensor.name!r}: {place.nbytes} bytes for its {tensor.nbytes}"
-            )
-        return _write_raw, pieces(place, 1)
-    if place.size != tensor.size:
-        raise UsageError(f"tensor {tensor.name!r}: {place.size} places for {tensor.size} weights")
-    convert = Conversion(
-        tensor.qtype, DTYPES[target.dtype], name=tensor.name, byte_order=tensor.byte_order
-    )
-    return _Converting(convert, tensor, place), pieces(place, convert.step)
+        return _Raw(target), pieces(target.place, 1, target.first)
+    writing = _Converting(target)
+    return writing, pieces(target.place, writing.convert.step, target.first)
 
 
 class _Converting:
-    def __init__(self, convert: Conversion, tensor: Tensor, place: NDArray[Any]) -> None:
-        self.convert, self.past_caches = convert, place.nbytes >= LARGE
-        self.block_size, self.type_size = BLOCKS[tensor.qtype]
+    def __init__(self, target: Target) -> None:
+        self.target, self.past_caches = target, target.place.nbytes >= LARGE
+        tensor, dtype = target.tensor, DTYPES[target.dtype or ""]
+        self.convert = Conversion(
+            tensor.qtype, dtype, name=tensor.name, byte_order=tensor.byte_order
+        )
 
-    def __call__(self, tensor: Tensor, piece: Piece) -> int:
-        start = piece.first // self.block_size * self.type_size
-        nbytes = piece.place.size // self.block_size * self.type_size
-        blocks, place = fetch(tensor, start, nbytes), piece.place
+    def __call__(self, piece: Piece) -> None:
+        target, place = self.target, piece.place
+        start, nbytes = target.bytes_of(piece.first), target.bytes_of(place.size)
+        blocks = fetch(target.tensor, start, nbytes)
         if place.flags.c_contiguous:
             self.convert(blocks, place.reshape(-1), self.past_caches)
         else:
             made = scratch("floats", place.nbytes).view(place.dtype)
             self.convert(blocks, made, False)
             place[...] = made.reshape(place.shape)
-        return nbytes
 
 
-def _write_raw(tensor: Tensor, piece: Piece) -> int:
-    place = piece.place
-    start, nbytes = piece.first * place.itemsize, place.nbytes
-    if not place.flags.c_contiguous:
-        place[...] = fetch(tensor, start, nbytes).view(place.dtype).reshape(place.shape)
-    elif tensor.is_file:
-        tensor.read_into(place.reshape(-1).view(np.uint8).data, start)
-    else:
-        place.reshape(-1).view(np.uint8)[:] = fetch(tensor, start, nbytes)
-    return nbytes
+class _Raw:
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def __call__(self, piece: Piece) -> None:
+        tensor, place = self.target.tensor, piece.place
+        start, nbytes = self.target.bytes_of(piece.first), place.nbytes
+        if not place.flags.c_contiguous:
+            place[...] = fetch(tensor, start, nbytes).view(place.dtype).reshape(place.shape)
+        elif tensor.is_file:
+            tensor.read_into(place.reshape(-1).view(np.uint8).data, start)
+        else:
+            place.reshape(-1).view(np.uint8)[:] = fetch(tensor, start, nbytes)

@@ -78,7 +78,7 @@ def _stream(
         return
     buffers, todo = Buffers(ahead), deque(tensors)
     ready: deque[_Result] = deque()
-    with Work(tensors, progress, ahead) as work:
+    with Work([Whole(tensor) for tensor in tensors], progress, ahead) as work:
         try:
             while todo or ready:
                 while todo and (not ready or _bytes(ready, todo[0], wanted) <= ahead):
@@ -95,6 +95,17 @@ def _bytes(ready: Iterable[_Result], more: Tensor, wanted: Wanted) -> int:
 def _taken(result: _Result) -> tuple[str, Any]:
     """Without a reference to it in the generator: what the caller drops is free at once."""
     return result.tensor.name, result.value()
+
+
+class Whole(NamedTuple):
+    """All bytes of a tensor."""
+
+    tensor: Tensor
+    start: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.tensor.nbytes)
 
 
 class Layout(NamedTuple):
@@ -131,12 +142,13 @@ class _Result:
             self.error = error
 
     def _start(self, buffers: Buffers, work: Work) -> None:
-        self.tensor.check_type()
+        self.tensor.check_type()  # before it is sized
         self.flat = buffers.take(self.nbytes)
         dtype = self.layout.dtype
         place: NDArray[Any] = self.flat.view(DTYPES[dtype]) if dtype else self.flat
-        write, cut = writer(Target(self.tensor, place, dtype))
-        self.futures = work.start(self.tensor, cut, write)
+        target = Target(self.tensor, place, dtype)
+        write, cut = writer(target)
+        self.futures = work.start(target, cut, write)
 
     def value(self) -> Any:
         """Waits for it. Raises: what went wrong with it."""
@@ -161,10 +173,9 @@ class _Result:
         items = ITEMS.get(self.tensor.type_name, 1) if self.layout.dtype is None else 1
         *outer, last = self.layout.shape or (1,)
         shape = (*outer, last // items) if items > 1 else self.layout.shape
-        from numaload.torch_memory import import_torch
+        from numaload.torch_memory import of_bytes
 
-        flat = import_torch().from_numpy(self.flat)
-        return flat.view(_torch_dtype(self.layout.item)).reshape(shape)
+        return of_bytes(self.flat, _torch_dtype(self.layout.item), shape)
 
 
 def _torch_dtype(name: str) -> Any:

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from numaload.errors import ClosedError, TensorNotFoundError
-from numaload.formats.gguf import Header
+from numaload.formats import gguf, safetensors
 from numaload.formats.metadata import Metadata
 from numaload.numa.lists import Group, format_list
 from numaload.numa.mapping import Mapping as MemoryMapping
@@ -24,12 +24,15 @@ if TYPE_CHECKING:
     from numaload.weights.slices import Slices
 
 
+AnyHeader = gguf.Header | safetensors.Header
+
+
 @dataclass(frozen=True)
 class Part:
     """One file of a model, opened, with its parsed header."""
 
     file: SourceFile
-    header: Header
+    header: AnyHeader
 
 
 class Weights(Mapping[str, Tensor]):
@@ -49,6 +52,7 @@ class Weights(Mapping[str, Tensor]):
         self.in_files = mappings is None  # rather than in memory that was filled from them
         self._mappings: list[MemoryMapping | None] = [None] * len(parts)
         self._mappings[:] = mappings or self._mappings
+        self._bases: dict[int, Any] = {}
         self._lock = RLock()
         self._tensors = {
             info.name: Tensor(info, self, index)
@@ -104,7 +108,7 @@ class Weights(Mapping[str, Tensor]):
             return mapping
 
     def image(self, part: int = 0) -> memoryview:
-        """All bytes of one file, header included, read-only, zero-copy: as they are in this view."""
+        """All bytes of one file of this view, header included, read-only, zero-copy."""
         return self._mapping(part).view()
 
     def tp(self, part: int, parts: int) -> Slices:
@@ -117,6 +121,17 @@ class Weights(Mapping[str, Tensor]):
         from numaload.weights.slices import Slices
 
         return Slices(self, part, parts)
+
+    def torch_bytes(self, part: int) -> Any:
+        """All bytes of one file as a read-only torch tensor (uint8), zero-copy."""
+        with self._lock:
+            mapping = self._mapping(part)
+            base = self._bases.get(part)
+            if base is None:
+                from numaload.torch_memory import whole
+
+                base = self._bases[part] = whole(mapping.view())
+            return base
 
     def read_into(self, part: int, view: memoryview, offset: int) -> None:
         """Fill ``view`` from ``offset`` of a file. Raises: ReadError, FileChangedError."""
@@ -143,6 +158,7 @@ class Weights(Mapping[str, Tensor]):
     def close(self) -> None:
         with self._lock:
             self._closed = True
+            self._bases.clear()
             for mapping in self._mappings:
                 if mapping is not None:
                     mapping.close()

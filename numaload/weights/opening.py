@@ -4,57 +4,92 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from numaload.errors import ClosedError, SplitError
-from numaload.formats.gguf import parse_header
+from numaload.formats import gguf, safetensors
+from numaload.formats.metadata import ReadAt
+from numaload.formats.shards import SUFFIX, check_shards, find_shards, is_layout
 from numaload.formats.splits import check_splits, sibling_paths, split_count, split_link
 from numaload.numa.mapping import Mapping as MemoryMapping
-from numaload.storage.files import SourceFile
+from numaload.storage.files import SourceFile, read_whole
 from numaload.storage.parallel import Progress
-from numaload.weights.model import Part, Weights
+from numaload.weights.model import AnyHeader, Part, Weights
+
+HEAD = 9  # bytes that tell one format from the other
+
+
+Parse = Callable[[ReadAt, int, str], AnyHeader]
+H = TypeVar("H", gguf.Header, safetensors.Header)
 
 
 def open_weights(
     path: str | os.PathLike[str], *, copy: bool = False, progress: Progress | None = None
 ) -> Weights:
-    """Open a GGUF model by any one of its files: headers only, milliseconds.
+    """Open a model by any one of its files: headers only, milliseconds.
 
+    path: a GGUF or safetensors file, of several any one; of safetensors also their index, or the
+    folder that a model or a repository of the hub's cache is in.
     copy: read all of it into memory of this process now, in parallel, instead of mapping the files
     when tensors are looked at: then nobody who truncates, rewrites or replaces them can hurt.
     It takes the files' size in memory that no other process shares.
     progress(bytes done, bytes in all): of that reading; returning False cancels.
-    Raises: ReadError, and the FormatErrors of a header or of splits that do not fit together; with
+    Raises: ReadError, and the FormatErrors of a header or of files that do not fit together; with
     copy also NodeMemoryError if it does not fit, FileChangedError, CancelledError: then nothing is
     left of it.
     """
-    given = split_link(os.fsdecode(path))
-    parts = {given: _open_part(given)}
+    given = os.fsdecode(path)
+    opened: list[SourceFile] = []
     try:
-        count = split_count(parts[given].header, given)
-        paths = sibling_paths(given) if count > 1 else [given]
-        if len(paths) != count:
-            raise SplitError(
-                f"named as one of {len(paths)} files, split.count is {count}", path=given
-            )
-        for other in paths:
-            if other != given:
-                parts[other] = _open_part(other)
-        check_splits(paths, [parts[p].header for p in paths])
-        opened = [parts[p] for p in paths]
-        return _copied(opened, progress) if copy else Weights(opened)
+        if is_layout(given) or _is_safetensors(given):
+            parse: Parse = safetensors.parse_header
+            parts = _shards(given, opened)
+        else:
+            parse = gguf.parse_header
+            parts = _splits(split_link(given), opened)
+        return _copied(parts, parse, progress) if copy else Weights(parts)
     except BaseException:
-        for part in parts.values():
-            part.file.close()
+        for file in opened:
+            file.close()
         raise
 
 
-def _copied(parts: Sequence[Part], progress: Progress | None) -> Weights:
+def _is_safetensors(path: str) -> bool:
+    """By its first bytes; where they say nothing, by its name."""
+    with SourceFile(path) as file:
+        start = file.read_at(0, min(HEAD, file.size))
+    if start.startswith(gguf.MAGIC):
+        return False
+    return path.endswith(SUFFIX) or safetensors.looks_like(start)
+
+
+def _splits(given: str, opened: list[SourceFile]) -> list[Part]:
+    files = {given: _open_file(given, gguf.parse_header, opened)}
+    count = split_count(files[given][1], given)
+    paths = sibling_paths(given) if count > 1 else [given]
+    if len(paths) != count:
+        raise SplitError(f"named as one of {len(paths)} files, split.count is {count}", path=given)
+    for path in paths:
+        if path != given:
+            files[path] = _open_file(path, gguf.parse_header, opened)
+    check_splits(paths, [files[path][1] for path in paths])
+    return [Part(*files[path]) for path in paths]
+
+
+def _shards(given: str, opened: list[SourceFile]) -> list[Part]:
+    shards = find_shards(given, read_whole)
+    files = [_open_file(path, safetensors.parse_header, opened) for path in shards.paths]
+    check_shards(shards, [header for _, header in files])
+    return [Part(*file) for file in files]
+
+
+def _copied(parts: Sequence[Part], parse: Parse, progress: Progress | None) -> Weights:
     """Weights in memory of this process, metadata included."""
     from numaload.storage.copy import copy_files
 
     copies = copy_files([part.file for part in parts], progress)
     inside = [
-        Part(part.file, parse_header(_reader(copied), copied.length, part.file.path))
+        Part(part.file, parse(_reader(copied), copied.length, part.file.path))
         for part, copied in zip(parts, copies, strict=True)
     ]
     return Weights(inside, copies)
@@ -64,8 +99,11 @@ def _reader(mapping: MemoryMapping) -> Callable[[int, int], bytes]:
     return lambda offset, nbytes: bytes(mapping.view(offset, nbytes))
 
 
-def _open_part(path: str) -> Part:
+def _open_file(
+    path: str, parse: Callable[[ReadAt, int, str], H], opened: list[SourceFile]
+) -> tuple[SourceFile, H]:
     file = SourceFile(path)
+    opened.append(file)
 
     def read_at(offset: int, nbytes: int) -> bytes:
         """Arrays of the metadata are read when they are asked for: perhaps long after opening."""
@@ -74,8 +112,4 @@ def _open_part(path: str) -> Part:
         file.check_unchanged()
         return file.read_at(offset, nbytes)
 
-    try:
-        return Part(file, parse_header(read_at, file.size, path))
-    except BaseException:
-        file.close()
-        raise
+    return file, parse(read_at, file.size, path)

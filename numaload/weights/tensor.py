@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from numaload.errors import UnknownQuantTypeError, UnsupportedTypeError, UsageError
 from numaload.formats.gguf import TensorInfo
-from numaload.formats.qtypes import BLOCKS, QuantType, foreign_type
+from numaload.formats.qtypes import BLOCKS, QuantType
+from numaload.formats.safetensors import SafeTensorInfo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +29,7 @@ class Tensor:
     dims are in GGUF order (fastest first), shape in numpy order; nbytes and offset are bytes.
     """
 
-    def __init__(self, info: TensorInfo, weights: Weights, part: int) -> None:
+    def __init__(self, info: TensorInfo | SafeTensorInfo, weights: Weights, part: int) -> None:
         self._info, self._weights, self._part = info, weights, part
 
     name = property(lambda self: self._info.name)
@@ -50,10 +51,9 @@ class Tensor:
         """Raises: UnknownQuantTypeError; ``type_name`` names those too."""
         found = self._info.qtype
         if found is None:
-            type_id = self._info.type_id
             raise UnknownQuantTypeError(
-                f"tensor {self.name!r} cannot be used, the rest of the file can: type {type_id} is"
-                f" {foreign_type(type_id).why}",
+                f"tensor {self.name!r} cannot be used, the rest of the file can:"
+                f" {self._info.problem}",
                 path=self.path,
             )
         return found
@@ -198,11 +198,12 @@ class Tensor:
         device: other than "cpu" it is copied there.
         Raises: UsageError where torch is not installed, UnsupportedTypeError.
         """
+        if dtype is None:
+            found = self._raw_tensor()
+            return found if device == "cpu" else found.to(device)
         from numaload import torch_memory
         from numaload.dtypes import KERNEL_DTYPES, dtype_name
 
-        if dtype is None:
-            return self._raw_tensor().to(device)
         name = dtype_name(dtype)
         wanted = torch_memory.torch_dtype(name, self.name)
         if not self.has_kernel or (not self.in_blocks and name not in KERNEL_DTYPES):
@@ -213,13 +214,17 @@ class Tensor:
         return out.to(device, wanted)
 
     def _raw_tensor(self) -> Any:
-        from numaload import torch_memory
+        """Models have hundreds of thousands of tensors: a call here is worth counting."""
+        from numaload.torch_memory import view
 
-        if not self.in_blocks:
-            self.check_native()
-            return torch_memory.view(self.buffer, self.type_name, self.shape, self.name)
-        row_bytes = self.nbytes // max(1, self._rows)
-        return torch_memory.view(self.buffer, None, (*self.shape[:-1], row_bytes), self.name)
+        info, shape = self._info, self.shape
+        self.check_type()
+        base = self._weights.torch_bytes(self._part)
+        if self.in_blocks:
+            shape = (*shape[:-1], info.nbytes // max(1, self._rows))
+            return view(base, info.offset, info.nbytes, "U8", shape)
+        self.check_native()
+        return view(base, info.offset, info.nbytes, info.type_name, shape)
 
     def check_native(self) -> None:
         """Raises: UnsupportedTypeError for numbers of a big-endian file."""

@@ -118,5 +118,5 @@ ELSEWHERE: dict[type[errors.NumaloadError], str] = {
     errors.NumaUnavailableError: "tests/unit/test_syscalls.py",
     errors.PlacementError: "tests/unit/test_placement.py",
     errors.NotSafetensorsError: "tests/unit/test_safetensors_lies.py",
-    errors.BackendError: "tests/unit/test_kt_kernel.py",
+    errors.BackendError: "tests/unit/test_kt_kernel_parts.py",
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +93,7 @@ class Experts:
     cpu: Any
     shape: Shape
     inner: int
-    addresses: tuple[int, int, int]
+    addresses: Sequence[int]  # of gate, up and down
     hidden_type: int = BFLOAT16
 
     def __post_init__(self) -> None:

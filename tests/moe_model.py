@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from numaload.formats.qtypes import QuantType
+from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.samples import random_blocks
 
 MIXED = (QuantType.Q4_K, QuantType.Q4_K, QuantType.Q6_K)  # gate, up, down
@@ -26,6 +26,13 @@ class Shape:
     inner: int = 1280
     layers: int = 1
     types: tuple[QuantType, QuantType, QuantType] = MIXED
+    first: int = 0  # layer
+
+    def nbytes(self) -> int:
+        """Of all experts of one layer."""
+        sizes = (BLOCKS[qtype] for qtype in self.types)
+        weights = self.experts * self.hidden * self.inner
+        return sum(weights // block_size * type_size for block_size, type_size in sizes)
 
     def tensor_shapes(self) -> dict[str, tuple[int, int, int]]:
         rows = (self.experts, self.inner, self.hidden)
@@ -37,6 +44,9 @@ SHAPES = {
     "mixed-5": Shape(experts=5, used=3),
     "plain-8": Shape(used=3, types=PLAIN),
     "plain-5": Shape(experts=5, types=PLAIN),
+    "mixed-thirds": Shape(
+        hidden=512, inner=1536
+    ),  # kt-kernel wants it to be a multiple of the parts
 }
 
 
@@ -49,7 +59,7 @@ def write_moe(path: Path, shape: Shape, seed: int = 0) -> str:
     writer.add_expert_used_count(shape.used)
     writer.add_expert_feed_forward_length(shape.inner)
     writer.add_array("tokenizer.ggml.tokens", ["<s>", "</s>", "a"])
-    for layer in range(shape.layers):
+    for layer in range(shape.first, shape.first + shape.layers):
         for which, (name, (experts, rows, columns)) in enumerate(shape.tensor_shapes().items()):
             qtype = shape.types[which]
             blocks = random_blocks(qtype, experts * rows, columns, rng)

@@ -18,7 +18,7 @@ import numpy as np
 from numaload.backends.kt_kernel_copies import find_copies
 from numaload.backends.kt_kernel_hook import MISSING, Hook, find_hook
 from numaload.backends.kt_kernel_loader import Loader, translate_name_to_gguf
-from numaload.backends.kt_kernel_report import Given, Report, pages_by_node
+from numaload.backends.kt_kernel_report import Given, Report, locate_copies, pages_by_node
 from numaload.backends.kt_kernel_workers import Worker, check, thread_ids, workers
 from numaload.errors import ClosedError, UsageError, warn_once
 from numaload.mirrors import Mirror, mirror
@@ -208,15 +208,16 @@ class Handle:
         if self._closed or not tensors:
             return
         images = [
-            np.frombuffer(view.image(part), np.uint8)
+            view.image(part)
             for views in self._memories.values()
             for view in views
             for part in range(len(view.parts))
         ]
-        own = [(image.ctypes.data, image.nbytes) for image in images]
+        buffers = [*images, *(buffer for kept in list(_kept.values()) for buffer in kept)]
+        arrays = [np.frombuffer(buffer, np.uint8) for buffer in buffers if buffer.nbytes]
+        own = [(array.ctypes.data, array.nbytes) for array in arrays]
         report.copies, report.searched = find_copies(tensors.values(), own)
-        for copied in report.copies:
-            copied.pages = pages_by_node([(copied.address, copied.nbytes)])
+        locate_copies(report.copies)
 
     def _workers(self) -> list[Worker]:
         only = self.nodes[0] if len(self.nodes) == 1 else None

@@ -120,7 +120,7 @@ class Memory:
 def find_copies(tensors: Iterable[Tensor], without: Sequence[Range]) -> tuple[list[Copy], bool]:
     """Copies of experts' parts in anonymous memory, and whether all of that was searched.
 
-    without: ranges that are not kt-kernel's: replicas.
+    without: ranges that are not kt-kernel's: replicas, and what is kept of earlier ones.
     """
     known: dict[bytes, list[tuple[Source, int]]] = {}
     for tensor in tensors:
@@ -135,7 +135,8 @@ def find_copies(tensors: Iterable[Tensor], without: Sequence[Range]) -> tuple[li
             for start, stop in _anonymous(without)
             for address in _candidates(memory, start, stop, known)
             for source, first in known[memory.peek(address, BEGINNING)]
-            if (copied := source.copy_at(memory, address, first)) is not None
+            if not any(a <= address < a + nbytes for a, nbytes in without)
+            and (copied := source.copy_at(memory, address, first)) is not None
         ]
         return found, memory.left > 0
     finally:

@@ -7,6 +7,7 @@ and value types. Where it differs, it is because the original fails there: array
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -132,7 +133,7 @@ class Loader:
         Handle is released. Raises: TensorNotFoundError, UnknownQuantTypeError, ClosedError.
         """
         tensor = self._find(name)
-        data = torch_memory.view(self._give(tensor), None, (tensor.nbytes,), tensor.name)
+        data = _flat(self._give(tensor))
         return data, self.tensor_info[tensor.name]["dtype"]
 
     def get_model_config(self, layer_idx: int = 0) -> dict[str, int | None]:
@@ -164,6 +165,16 @@ class Loader:
         return self._tensors[translated]
 
 
+def _flat(buffer: memoryview) -> Any:
+    """Without a word on read-only memory: kt-kernel only takes the address."""
+    import numpy as np
+
+    torch = torch_memory.import_torch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(np.frombuffer(buffer, np.uint8))
+
+
 def _info(tensor: Tensor) -> dict[str, Any]:
     import numpy as np
 
@@ -180,7 +191,8 @@ def _dtype(tensor: Tensor) -> Any:
     import gguf
 
     known = gguf.GGMLQuantizationType.__members__
-    return known.get(tensor.type_name, tensor._info.type_id)  # noqa: SLF001
+    type_id = getattr(tensor._info, "type_id", None)  # noqa: SLF001
+    return known.get(tensor.type_name, type_id)
 
 
 def _metadata(model: Weights) -> Iterator[tuple[str, Any]]:

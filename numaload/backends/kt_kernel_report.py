@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 from numaload.backends.kt_kernel_copies import Copy
 from numaload.backends.kt_kernel_workers import Worker
 from numaload.numa.lists import format_list
-from numaload.numa.placement import ABSENT, Range, sample
+from numaload.numa.placement import ABSENT, PROC, Area, Range, parse_numa_maps, sample
 from numaload.numa.syscalls import PAGE
 
 MIB = 1 << 20
@@ -107,6 +108,33 @@ def _pages(pages: dict[int, int]) -> str:
     words = {node: f"on node {node}" for node in pages} | {ABSENT: "not mapped yet"}
     found = (f"{pages[node]} {words[node]}" for node in sorted(pages))
     return ", ".join(found) or "not asked"
+
+
+def locate_copies(copies: Iterable[Copy]) -> None:
+    """Fill in where their pages are: by move_pages, and by numa_maps what that does not see.
+
+    From 6.1 on, for some versions, move_pages takes pages for absent that NUMA balancing watches
+    (mm/gup.c, gup_can_follow_protnone). numa_maps counts them, for the mapped range around a copy.
+    """
+    areas = _areas()
+    starts = [area.start for area in areas]
+    for copied in copies:
+        copied.pages = pages_by_node([(copied.address, copied.nbytes)])
+        hidden = copied.pages.get(ABSENT, 0)
+        around = areas[max(0, bisect_right(starts, copied.address) - 1)].counts if areas else {}
+        if hidden and around:
+            del copied.pages[ABSENT]
+            for node, pages in around.items():
+                share = -(-hidden * pages // sum(around.values()))
+                copied.pages[node] = copied.pages.get(node, 0) + share
+
+
+def _areas() -> list[Area]:
+    try:
+        with open(f"{PROC}/numa_maps", encoding="utf-8", errors="replace") as file:
+            return parse_numa_maps(file)
+    except OSError:  # a kernel without NUMA
+        return []
 
 
 def pages_by_node(ranges: Iterable[Range]) -> dict[int, int]:

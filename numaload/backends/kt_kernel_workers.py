@@ -41,14 +41,21 @@ class Worker:
         """Whether it runs only beside its node, now."""
         return self.repaired or not self.problem
 
+    @property
+    def far_memory(self) -> bool:
+        """Whether what it allocates is bound to another node than its own: nobody can change it."""
+        return bool(self.memory) and self.node not in self.memory
+
     def __str__(self) -> str:
         state = "moved" if self.repaired else "WRONG" if self.problem else "right"
         memory = f", memory of node {format_list(self.memory)}" if self.memory else ""
+        if self.far_memory:
+            memory += ", which is not its own (kt-kernel's doing)"
         why = f": {self.problem}" if self.problem else ""
         return f"thread {self.tid} {self.name}: CPUs {format_list(self.cpus)}{memory}: {state}{why}"
 
     def to_dict(self) -> dict[str, Any]:
-        return vars(self) | {"right": self.right}
+        return vars(self) | {"right": self.right, "far_memory": self.far_memory}
 
 
 def thread_ids() -> frozenset[int]:

@@ -1,0 +1,302 @@
+"""Fields as gguf-py's reader has them, made when somebody looks at them.
+
+A field there is its bytes in the file, cut into *parts*: an array for every length, every type id,
+and every single number or text of an array; *data* are the indexes of those parts that are values.
+A vocabulary of 150,000 tokens has a million of them. Here a part is made when it is asked for; at
+once is known only where a field begins and of which types it is.
+
+Parts are views of the file's memory: where that can be written to, writing to them does.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
+
+import numpy as np
+from gguf.constants import GGUFValueType
+from gguf.gguf_reader import ReaderField
+
+from numaload.errors import MetadataError
+from numaload.formats.metadata import (
+    ARRAY,
+    BIG,
+    CODES,
+    LITTLE,
+    MAX_NESTING,
+    SMALLEST,
+    STRING,
+    ByteOrder,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+U32, U64 = 4, 10
+DTYPES = {
+    order.name: {type_id: np.dtype(order.sign + code) for type_id, code in CODES.items()}
+    for order in (LITTLE, BIG)
+}
+BYTES = np.dtype(np.uint8)
+ARRAY_HEAD = 12  # bytes: the type of the elements, how many
+
+
+class Span(NamedTuple):
+    """One part: so many items from byte ``offset`` on."""
+
+    offset: int
+    dtype: np.dtype[Any]
+    items: int
+
+
+class Image(NamedTuple):
+    """All bytes of a file, how it packs numbers, and its name for errors."""
+
+    data: NDArray[np.uint8]
+    order: ByteOrder
+    path: str
+
+    def dtype(self, type_id: int) -> np.dtype[Any]:
+        return DTYPES[self.order.name][type_id]
+
+    def view(self, span: Span) -> NDArray[Any]:
+        offset, dtype, items = span
+        return self.data[offset : offset + items * dtype.itemsize].view(dtype)
+
+    def array_head(self, offset: int) -> tuple[int, int]:
+        """(type of the elements, how many) of an array that begins there."""
+        try:
+            type_id, count = self.order.type_and_count.unpack_from(self.data.data, offset)
+        except struct.error:
+            raise self.changed(offset) from None
+        return type_id, count
+
+    def changed(self, offset: int) -> MetadataError:
+        message = "the lengths here are others than when the header was read"
+        return MetadataError(message, path=self.path, offset=offset)
+
+
+class Body(Protocol):
+    """The parts of a value, and which of them are data, both counted from its first part."""
+
+    def __len__(self) -> int: ...
+    def span(self, index: int) -> Span: ...
+    def data(self) -> Sequence[int]: ...
+    def values(self, wanted: slice) -> list[Any] | None:
+        """Them as Python values, faster than by parts; None where it is not."""
+
+
+class Numbers:
+    """Numbers one after another: a part each."""
+
+    def __init__(self, image: Image, offset: int, type_id: int, count: int) -> None:
+        self._every = Span(offset, image.dtype(type_id), count)
+        self._image = image
+
+    def __len__(self) -> int:
+        return self._every.items
+
+    def span(self, index: int) -> Span:
+        offset, dtype, _ = self._every
+        return Span(offset + index * dtype.itemsize, dtype, 1)
+
+    def data(self) -> Sequence[int]:
+        return range(len(self))
+
+    def values(self, wanted: slice) -> list[Any] | None:
+        found: list[Any] = self._image.view(self._every)[wanted].tolist()
+        return found
+
+
+class Strings:
+    """Texts one after another: two parts each, length and bytes."""
+
+    def __init__(self, image: Image, offset: int, nbytes: int, count: int) -> None:
+        self._image, self._offset, self._nbytes, self._count = image, offset, nbytes, count
+        self._length = image.dtype(U64)
+
+    def __len__(self) -> int:
+        return 2 * self._count
+
+    @cached_property
+    def _starts(self) -> array[int]:
+        """Where each begins, and where the last one ends, counted from the first one's begin."""
+        raw = self._image.data[self._offset : self._offset + self._nbytes].data
+        unpack, at = self._image.order.u64.unpack_from, 0
+        starts = array("q", [0])
+        try:
+            for _ in range(self._count):
+                at += 8 + unpack(raw, at)[0]
+                starts.append(at)
+        except (struct.error, OverflowError):
+            at = -1
+        if at != self._nbytes:
+            raise self._image.changed(self._offset)
+        return starts
+
+    def span(self, index: int) -> Span:
+        number, is_text = divmod(index, 2)
+        start = self._starts[number]
+        if not is_text:
+            return Span(self._offset + start, self._length, 1)
+        return Span(self._offset + start + 8, BYTES, self._starts[number + 1] - start - 8)
+
+    def data(self) -> Sequence[int]:
+        return range(1, len(self), 2)
+
+    def values(self, wanted: slice) -> list[Any] | None:
+        raw = self._image.data[self._offset : self._offset + self._nbytes].tobytes()
+        starts = self._starts
+        return [
+            str(raw[starts[number] + 8 : starts[number + 1]], "utf-8")
+            for number in range(self._count)[wanted]
+        ]
+
+
+class Nested:
+    """Arrays in an array: the parts of all of them in a row, as gguf-py has it."""
+
+    def __init__(self, image: Image, offset: int, count: int) -> None:
+        self._image, self._offset, self._count = image, offset, count
+
+    @cached_property
+    def _flat(self) -> tuple[list[Span], list[int]]:
+        spans: list[Span] = []
+        data: list[int] = []
+        at = self._offset
+        for _ in range(self._count):
+            at = self._add(at, spans, data, 1)
+        return spans, data
+
+    def _add(self, at: int, spans: list[Span], data: list[int], depth: int) -> int:
+        """The parts of the array at this byte; the byte after it."""
+        type_id, count = self._image.array_head(at)
+        known = type_id in SMALLEST and depth <= MAX_NESTING
+        if not known or at + count * SMALLEST[type_id] > self._image.data.size:
+            raise self._image.changed(at)
+        spans += array_head_spans(self._image, at)
+        at += ARRAY_HEAD
+        if type_id == ARRAY:
+            for _ in range(count):
+                at = self._add(at, spans, data, depth + 1)
+            return at
+        nbytes = self._strings_nbytes(at, count) if type_id == STRING else count * SMALLEST[type_id]
+        body = body_of(self._image, type_id, at, nbytes, count)
+        data += [len(spans) + index for index in body.data()]
+        spans += map(body.span, range(len(body)))
+        return at + nbytes
+
+    def _strings_nbytes(self, start: int, count: int) -> int:
+        at = start
+        try:
+            for _ in range(count):
+                at += 8 + self._image.order.u64.unpack_from(self._image.data.data, at)[0]
+        except (struct.error, OverflowError):
+            raise self._image.changed(start) from None
+        return at - start
+
+    def __len__(self) -> int:
+        return len(self._flat[0])
+
+    def span(self, index: int) -> Span:
+        return self._flat[0][index]
+
+    def data(self) -> Sequence[int]:
+        return self._flat[1]
+
+    def values(self, wanted: slice) -> list[Any] | None: ...
+
+
+def body_of(image: Image, type_id: int, offset: int, nbytes: int, count: int = 1) -> Body:
+    if type_id == STRING:
+        return Strings(image, offset, nbytes, count)
+    if type_id == ARRAY:
+        return Nested(image, offset, count)
+    return Numbers(image, offset, type_id, count)
+
+
+def array_head_spans(image: Image, offset: int) -> list[Span]:
+    return [Span(offset, image.dtype(U32), 1), Span(offset + 4, image.dtype(U64), 1)]
+
+
+def array_types(image: Image, offset: int) -> list[GGUFValueType]:
+    """Of an array, its first element, that one's first element and so on, as far as there are."""
+    types = [GGUFValueType.ARRAY]
+    type_id, count = image.array_head(offset)
+    while count and type_id == ARRAY and len(types) <= MAX_NESTING:
+        types.append(GGUFValueType.ARRAY)
+        offset += ARRAY_HEAD
+        type_id, count = image.array_head(offset)
+    return [*types, GGUFValueType(type_id)] if count else types
+
+
+class Parts(Sequence[Any]):
+    """The parts of a field: a list that makes its elements when they are asked for."""
+
+    def __init__(self, image: Image, head: Sequence[Span], body: Body | None = None) -> None:
+        self._image, self._head, self.body = image, head, body
+
+    def __len__(self) -> int:
+        return len(self._head) + (0 if self.body is None else len(self.body))
+
+    @overload
+    def __getitem__(self, index: int) -> NDArray[Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[NDArray[Any]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        wanted = range(len(self))[index]
+        return self._part(wanted) if isinstance(wanted, int) else [*map(self._part, wanted)]
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        return map(self._part, range(len(self)))
+
+    def _part(self, index: int) -> NDArray[Any]:
+        first = len(self._head)
+        if index < first or self.body is None:
+            return self._image.view(self._head[index])
+        return self._image.view(self.body.span(index - first))
+
+
+class Indexes(Sequence[int]):
+    """Which parts of an array are its values: a list as well."""
+
+    def __init__(self, first: int, body: Body) -> None:
+        self._first, self._body = first, body
+
+    def __len__(self) -> int:
+        return len(self._body.data())
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        found = self._body.data()[index]
+        return found + self._first if isinstance(found, int) else [i + self._first for i in found]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self[:])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
+class Field(ReaderField):  # type: ignore[misc] # gguf-py's types are not looked at
+    """gguf-py's ReaderField; ``parts`` and, of arrays, ``data`` are made when asked for."""
+
+    def contents(self, index_or_slice: int | slice = slice(None)) -> Any:
+        """Plain Python values, of an array a list, as gguf-py has it."""
+        body = getattr(self.parts, "body", None)
+        if self.types[:1] == [GGUFValueType.ARRAY] and isinstance(index_or_slice, slice) and body:
+            found = body.values(index_or_slice)
+            if found is not None:
+                return found
+        return super().contents(index_or_slice)

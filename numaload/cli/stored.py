@@ -45,15 +45,15 @@ def _chosen(files: list[str]) -> tuple[list[Any], list[str]]:
 
     They are found by path, through links too: the file may have changed or gone.
     """
-    from numaload.formats.splits import sibling_paths
     from numaload.replicas import store
+    from numaload.storage.files import model_paths
 
     store.sweep()
     entries = store.entries()
     if not files:
         return entries, []
     names = [_names(entry.model.paths) for entry in entries]
-    wanted = {file: _names([file, *_siblings(sibling_paths, file)]) for file in files}
+    wanted = {file: _names([file, *_siblings(model_paths, file)]) for file in files}
     every = set().union(*wanted.values())
     chosen = [entry for entry, its in zip(entries, names, strict=True) if its & every]
     return chosen, [file for file in files if not any(its & wanted[file] for its in names)]
@@ -71,23 +71,23 @@ def _complain_none(missing: list[str]) -> None:
 
 
 def _siblings(find: Any, path: str) -> list[str]:
-    from numaload.errors import SplitError
+    from numaload.errors import ReadError, SplitError
 
     try:
         return list(find(path))
-    except SplitError:
+    except (ReadError, SplitError):
         return [path]
 
 
 def status(options: argparse.Namespace) -> int:
     if options.threads is not None:
         return threads.show(options)
-    from numaload.formats.splits import sibling_paths
     from numaload.storage import known
+    from numaload.storage.files import model_paths
 
     chosen, _ = _chosen(options.files)
     used = {p for m in known.recall() for p in m.paths}
-    given = dict.fromkeys(p for f in options.files for p in _siblings(sibling_paths, f))
+    given = dict.fromkeys(p for f in options.files for p in _siblings(model_paths, f))
     stored = [row for row in map(_entry_status, chosen) if row]
     cached = [row for row in map(_file_status, given or sorted(used)) if row]
     stored_all = all("error" not in row for row in stored)

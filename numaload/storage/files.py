@@ -8,6 +8,8 @@ import stat
 from typing import NamedTuple
 
 from numaload.errors import FileChangedError, ReadError, reason
+from numaload.formats.shards import SUFFIX, find_shards, is_layout
+from numaload.formats.splits import sibling_paths
 
 HEAD_BYTES = 1 << 20  # of the file's start, which holds the header, go into the identity
 
@@ -139,3 +141,13 @@ def read_whole(path: str, most: int) -> bytes:
         if file.size > most:
             raise ReadError(f"{file.size} bytes, expected at most {most}", path=path)
         return file.read_at(0, file.size)
+
+
+def model_paths(path: str) -> list[str]:
+    """All files of the model that this is a file of: GGUF splits, or safetensors shards.
+
+    path: of these also their index, or the folder that they are in. Raises: SplitError, ReadError.
+    """
+    if is_layout(path) or path.endswith(SUFFIX):
+        return find_shards(path, read_whole).paths
+    return sibling_paths(path)

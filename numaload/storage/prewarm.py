@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any, Protocol
 
 from numaload.errors import NodeMemoryError, NumaUnavailableError, ReadError, UsageError, warn_once
-from numaload.formats.splits import sibling_paths
+from numaload.formats.shards import SUFFIX
 from numaload.numa import memory, syscalls
 from numaload.numa.affinity import pin
 from numaload.numa.lists import format_list
 from numaload.numa.topology import Topology, topology
 from numaload.storage import known
-from numaload.storage.files import SourceFile
+from numaload.storage.files import SourceFile, model_paths
 from numaload.storage.parallel import CHUNK, Job, Progress, pieces
 from numaload.storage.residency import Residency, cached_on, residency
 
@@ -78,7 +78,7 @@ def prewarm(
 ) -> PrewarmReport:
     """Read what is not yet in RAM of these files, weights, and their split siblings.
 
-    what: a path, opened weights, or several of them.
+    what: a path (of safetensors also an index or a folder), opened weights, or several of them.
     nodes, policy: where the page cache is to land ("bind" to these nodes, or "interleave" over
     them); what was resident before stays where it is and is counted.
     force: read even what does not fit into available memory.
@@ -92,7 +92,7 @@ def prewarm(
     selected = machine.select("all" if nodes is None else nodes) if machine else []
     policy = (policy or "bind") if machine else None
     # A file that was given twice, or through a link too, is one file.
-    whole = {_real(p): p for path in _paths(what) for p in sibling_paths(path)}
+    whole = {_real(p): p for path in _paths(what) for p in model_paths(path)}
     files = [SourceFile(path) for path in whole.values()]
     try:
         return _prewarm(files, machine, selected, policy, threads, force, progress)
@@ -238,9 +238,9 @@ def _remember(files: list[SourceFile]) -> None:
     """Models only: a bare ``mirror`` shall not pick up any file that was ever warmed."""
     opened = {os.path.realpath(file.path): file for file in files}
     groups = {
-        tuple(sibling_paths(file.path))
+        tuple(model_paths(file.path))
         for file in files
-        if file.size >= 4 and file.read_at(0, 4) == b"GGUF"
+        if file.path.endswith(SUFFIX) or (file.size >= 4 and file.read_at(0, 4) == b"GGUF")
     }
     for paths in groups:
         # Of the files that were read, not of what has these names by now.

@@ -15,6 +15,7 @@ import gguf_builder as gb
 import numaload as api
 from commands import evict, sparse_model
 from numaload import errors
+from numaload.backends.lora import open_adapter
 from numaload.formats.qtypes import QuantType
 
 Provoke = Callable[[Path], Any]  # given an empty folder; the store is this test's own
@@ -33,6 +34,12 @@ def good(folder: Path, type_id: int = QuantType.F32) -> api.Weights:
     path = folder / "m.gguf"
     path.write_bytes(gb.build([gb.u32("answer", 42)], [gb.tensor("t", (256,), type_id)]))
     return api.open(path)
+
+
+def no_safetensors(folder: Path) -> None:
+    path = folder / "m.safetensors"
+    path.write_bytes(b"PK\3\4" * 100)
+    api.open(path)
 
 
 def a_missing_split(folder: Path) -> None:
@@ -93,12 +100,14 @@ TYPES_TWICE = [gb.entry("k", gb.U8, b"\1")] * 2
 PROVOKED: dict[type[errors.NumaloadError], Provoke] = {
     errors.FormatError: opening(gb.build(n_tensors=1 << 20, data=bytes(32 << 20))),
     errors.NotGGUFError: opening(b"PK\3\4" * 100),
+    errors.NotSafetensorsError: no_safetensors,
     errors.UnsupportedVersionError: opening(gb.build(version=1)),
     errors.TruncatedError: opening(gb.build([], [gb.tensor("t")], b"")),
     errors.MetadataError: opening(gb.build(TYPES_TWICE)),
     errors.TensorInfoError: opening(gb.build([], [gb.tensor("a"), gb.tensor("b")])),
     errors.UnknownQuantTypeError: lambda folder: good(folder, 133)["t"].blocks,
     errors.SplitError: a_missing_split,
+    errors.AdapterError: lambda folder: open_adapter(good(folder).paths[0]),
     errors.UnsupportedTypeError: lambda folder: good(folder, QuantType.Q8_K)["t"].dequantize(),
     errors.TensorNotFoundError: lambda folder: good(folder)["tt"],
     errors.MetadataKeyError: lambda folder: good(folder).metadata["answers"],
@@ -117,6 +126,5 @@ ELSEWHERE: dict[type[errors.NumaloadError], str] = {
     errors.NumaError: "tests/unit/test_syscalls.py",
     errors.NumaUnavailableError: "tests/unit/test_syscalls.py",
     errors.PlacementError: "tests/unit/test_placement.py",
-    errors.NotSafetensorsError: "tests/unit/test_safetensors_lies.py",
     errors.BackendError: "tests/unit/test_kt_kernel_parts.py",
 }

@@ -1,0 +1,151 @@
+"""Many small tensors at once: one piece of memory in huge pages, read by all threads.
+
+An adapter has hundreds of tensors of some hundred KiB. Each by itself costs more in allocations,
+page faults and tasks than in bytes, so those that stay as they are in the file are read as one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from numaload.dtypes import ITEMS, KERNEL_DTYPES, NAMES, dtype_name
+from numaload.errors import UnsupportedTypeError
+from numaload.formats.safetensors import SafeTensorInfo
+from numaload.pipeline import Target, fill
+from numaload.storage.parallel import Progress
+from numaload.torch_memory import array_of, empty, import_torch, torch_dtype
+from numaload.weights import Tensor, Weights
+
+ALIGNMENT = 64  # bytes, as torch's own
+MOST_BETWEEN = 4096  # bytes that are read for nothing rather than begin anew
+
+
+class Load(NamedTuple):
+    """A tensor of the result.
+
+    shape: of the result, if it is not the tensor's. view: of the result, its elements in the order
+    of the file's, if they are not in the same.
+    """
+
+    name: str
+    tensor: Tensor
+    shape: tuple[int, ...] | None = None
+    view: Callable[[Any], Any] | None = None
+
+
+class Plan(NamedTuple):
+    """How a Load is made. dtype: the result's, before torch may convert it."""
+
+    load: Load
+    dtype: str
+    raw: bool  # whether it has that in the file
+    itemsize: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.load.tensor.size * self.itemsize
+
+    @property
+    def straight(self) -> bool:
+        """Whether its bytes in the file are its bytes in memory."""
+        return self.raw and self.load.view is None and self.load.tensor.offset % self.itemsize == 0
+
+
+def load_all(
+    weights: Weights, loads: Sequence[Load], dtype: Any, progress: Progress | None
+) -> dict[str, Any]:
+    """{name: torch tensor} of memory that they share, and of nobody else.
+
+    dtype: torch's, or None for the file's, which is float32 for quantized blocks.
+    Raises: UnsupportedTypeError before anything is read; as ``fill``.
+    """
+    plans = sorted((_plan(load, dtype) for load in loads), key=_order)
+    runs = list(_runs([plan for plan in plans if plan.straight]))
+    alone = [plan for plan in plans if not plan.straight]
+    placed, total = _placed(runs, alone)
+    memory = empty((total,), import_torch().uint8).numpy()
+    made = {plan.load.name: _result(plan, memory, at) for plan, at in placed}
+    targets = [_run_target(weights, run, memory, placed) for run in runs]
+    targets += [_target(plan, made[plan.load.name]) for plan in alone]
+    fill(sorted(targets, key=lambda target: target.order), progress=progress)
+    return {load.name: _converted(made[load.name], dtype) for load in loads}
+
+
+def _order(plan: Plan) -> tuple[int, int]:
+    return plan.load.tensor.place_in_files
+
+
+def _plan(load: Load, dtype: Any) -> Plan:
+    tensor = load.tensor
+    tensor.check_type()
+    own = NAMES.get(tensor.type_name, "float32")
+    made = own if dtype is None else dtype_name(dtype)
+    if not tensor.has_kernel:
+        tensor.check_native()
+        made = own
+    elif made not in KERNEL_DTYPES:
+        made = "float32"
+    if tensor.type_name in ITEMS:
+        raise UnsupportedTypeError(f"tensor {tensor.name!r}: {tensor.type_name} in an adapter")
+    raw = not tensor.in_blocks and own == made and tensor.byte_order == "little"
+    return Plan(load, made, raw, torch_dtype(made, tensor.name).itemsize)
+
+
+def _runs(plans: Iterable[Plan]) -> Iterator[list[Plan]]:
+    """Of plans in the order of the files: those that lie together."""
+    run: list[Plan] = []
+    for plan in plans:
+        if run and not 0 <= _gap(run[-1], plan) <= MOST_BETWEEN:
+            yield run
+            run = []
+        run.append(plan)
+    if run:
+        yield run
+
+
+def _gap(before: Plan, after: Plan) -> int:
+    (part, start), (other, offset) = _order(before), _order(after)
+    return offset - start - before.nbytes if part == other else -1
+
+
+def _placed(
+    runs: Sequence[Sequence[Plan]], alone: Sequence[Plan]
+) -> tuple[list[tuple[Plan, int]], int]:
+    """Where each begins in memory, and the bytes of it all."""
+    placed, end = [], 0
+    for run in [*runs, *([plan] for plan in alone)]:
+        first = run[0].load.tensor.offset
+        # As far from a multiple of the alignment as in the file, whose writers align for a reason.
+        start = -(-end // ALIGNMENT) * ALIGNMENT + first % ALIGNMENT * run[0].straight
+        placed += [(plan, start + (plan.load.tensor.offset - first)) for plan in run]
+        end = placed[-1][1] + run[-1].nbytes
+    return placed, end
+
+
+def _result(plan: Plan, memory: Any, at: int) -> Any:
+    """Of a storage of its own, so that saving one does not save all."""
+    torch, load = import_torch(), plan.load
+    flat = torch.from_numpy(memory[at : at + plan.nbytes])
+    return flat.view(torch_dtype(plan.dtype, load.name)).reshape(load.shape or load.tensor.shape)
+
+
+def _run_target(
+    weights: Weights, run: Sequence[Plan], memory: Any, placed: Sequence[tuple[Plan, int]]
+) -> Target:
+    """Several tensors as one of bytes."""
+    part, first = _order(run[0])
+    nbytes = _order(run[-1])[1] + run[-1].nbytes - first
+    start = next(at for plan, at in placed if plan is run[0])
+    info = SafeTensorInfo(f"{run[0].load.tensor.name} and more", (nbytes,), "U8", first, nbytes)
+    return Target(Tensor(info, weights, part), memory[start : start + nbytes], None)
+
+
+def _target(plan: Plan, result: Any) -> Target:
+    view = plan.load.view
+    place = array_of(result if view is None else view(result))
+    return Target(plan.load.tensor, place, None if plan.raw else plan.dtype)
+
+
+def _converted(result: Any, dtype: Any) -> Any:
+    return result if dtype is None else result.to(dtype)

@@ -22,7 +22,7 @@ from numaload.backends.lora_fill import Load, load_all
 from numaload.backends.lora_names import GGUF, PEFT, PREFIX, Modules, NameMap
 from numaload.backends.lora_pairs import Pair, Pairs, some
 from numaload.dtypes import dtype_name
-from numaload.errors import UnsupportedTypeError, UsageError, warn_once
+from numaload.errors import AdapterError, UnsupportedTypeError, UsageError, warn_once
 from numaload.formats import gguf
 from numaload.storage.parallel import Progress
 from numaload.torch_memory import torch_dtype
@@ -102,11 +102,15 @@ class Adapter:
         heads: attention heads of queries and of keys, where llama.cpp permuted their rows; by
         default what the model's config says.
         progress(bytes of the file done, in all): returning False cancels.
-        Raises: UsageError where one of these is needed, UnsupportedTypeError; as reading does.
+        Raises: UsageError where one of these is needed, AdapterError, UnsupportedTypeError,
+        NodeMemoryError before anything is read; ReadError, FileChangedError, CancelledError.
         """
         wanted = None if dtype is None else torch_dtype(dtype_name(dtype), self.path)
         modules = self._modules(model, name_map)
         loads = list(self._loads(modules, heads or _heads(model)))
+        if len({load.name for load in loads}) != len(loads):
+            twice = Counter(load.name for load in loads).most_common(1)[0][0]
+            raise AdapterError(f"two tensors would be {twice!r}", path=self.path)
         return load_all(self.weights, loads, wanted, progress)
 
     def _modules(self, model: Any, name_map: NameMap | None) -> dict[str, str]:

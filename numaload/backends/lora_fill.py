@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from numaload.dtypes import ITEMS, KERNEL_DTYPES, NAMES, dtype_name
-from numaload.errors import UnsupportedTypeError
+from numaload.errors import NodeMemoryError, UnsupportedTypeError
 from numaload.formats.safetensors import SafeTensorInfo
+from numaload.numa import memory
 from numaload.pipeline import Target, fill
 from numaload.storage.parallel import Progress
 from numaload.torch_memory import array_of, empty, import_torch, torch_dtype
 from numaload.weights import Tensor, Weights
 
 ALIGNMENT = 64  # bytes, as torch's own
+LEAST_FREE = 64 << 20  # bytes that stay free beside the result
 MOST_BETWEEN = 4096  # bytes that are read for nothing rather than begin anew
 
 
@@ -58,18 +60,31 @@ def load_all(
     """{name: torch tensor} of memory that they share, and of nobody else.
 
     dtype: torch's, or None for the file's, which is float32 for quantized blocks.
-    Raises: UnsupportedTypeError before anything is read; as ``fill``.
+    Raises: UnsupportedTypeError, NodeMemoryError before anything is read; as ``fill``.
     """
     plans = sorted((_plan(load, dtype) for load in loads), key=_order)
     runs = list(_runs([plan for plan in plans if plan.straight]))
     alone = [plan for plan in plans if not plan.straight]
     placed, total = _placed(runs, alone)
-    memory = empty((total,), import_torch().uint8).numpy()
-    made = {plan.load.name: _result(plan, memory, at) for plan, at in placed}
-    targets = [_run_target(weights, run, memory, placed) for run in runs]
+    _check_room(total, weights.paths[0])
+    flat = empty((total,), import_torch().uint8).numpy()
+    made = {plan.load.name: _result(plan, flat, placed[plan.load.name]) for plan in plans}
+    targets = [_run_target(weights, run, flat, placed[run[0].load.name]) for run in runs]
     targets += [_target(plan, made[plan.load.name]) for plan in alone]
     fill(sorted(targets, key=lambda target: target.order), progress=progress)
     return {load.name: _converted(made[load.name], dtype) for load in loads}
+
+
+def _check_room(nbytes: int, path: str) -> None:
+    """Raises: NodeMemoryError rather than have the kernel kill someone later."""
+    room = memory.available()
+    if nbytes + LEAST_FREE > room.free:
+        raise NodeMemoryError(
+            f"{path}: its tensors take {nbytes} bytes, {room.name} has room for {room.free};"
+            " nothing was loaded",
+            needed=nbytes,
+            free=room.free,
+        )
 
 
 def _order(plan: Plan) -> tuple[int, int]:
@@ -109,36 +124,32 @@ def _gap(before: Plan, after: Plan) -> int:
     return offset - start - before.nbytes if part == other else -1
 
 
-def _placed(
-    runs: Sequence[Sequence[Plan]], alone: Sequence[Plan]
-) -> tuple[list[tuple[Plan, int]], int]:
-    """Where each begins in memory, and the bytes of it all."""
-    placed, end = [], 0
+def _placed(runs: Sequence[Sequence[Plan]], alone: Sequence[Plan]) -> tuple[dict[str, int], int]:
+    """Where each begins in memory, by name, and the bytes of it all."""
+    placed: dict[str, int] = {}
+    end = 0
     for run in [*runs, *([plan] for plan in alone)]:
         first = run[0].load.tensor.offset
         # As far from a multiple of the alignment as in the file, whose writers align for a reason.
         start = -(-end // ALIGNMENT) * ALIGNMENT + first % ALIGNMENT * run[0].straight
-        placed += [(plan, start + (plan.load.tensor.offset - first)) for plan in run]
-        end = placed[-1][1] + run[-1].nbytes
+        placed |= {plan.load.name: start + plan.load.tensor.offset - first for plan in run}
+        end = placed[run[-1].load.name] + run[-1].nbytes
     return placed, end
 
 
-def _result(plan: Plan, memory: Any, at: int) -> Any:
+def _result(plan: Plan, flat: Any, at: int) -> Any:
     """Of a storage of its own, so that saving one does not save all."""
     torch, load = import_torch(), plan.load
-    flat = torch.from_numpy(memory[at : at + plan.nbytes])
-    return flat.view(torch_dtype(plan.dtype, load.name)).reshape(load.shape or load.tensor.shape)
+    own = torch.from_numpy(flat[at : at + plan.nbytes])
+    return own.view(torch_dtype(plan.dtype, load.name)).reshape(load.shape or load.tensor.shape)
 
 
-def _run_target(
-    weights: Weights, run: Sequence[Plan], memory: Any, placed: Sequence[tuple[Plan, int]]
-) -> Target:
+def _run_target(weights: Weights, run: Sequence[Plan], flat: Any, start: int) -> Target:
     """Several tensors as one of bytes."""
     part, first = _order(run[0])
     nbytes = _order(run[-1])[1] + run[-1].nbytes - first
-    start = next(at for plan, at in placed if plan is run[0])
     info = SafeTensorInfo(f"{run[0].load.tensor.name} and more", (nbytes,), "U8", first, nbytes)
-    return Target(Tensor(info, weights, part), memory[start : start + nbytes], None)
+    return Target(Tensor(info, weights, part), flat[start : start + nbytes], None)
 
 
 def _target(plan: Plan, result: Any) -> Target:

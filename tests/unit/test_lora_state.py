@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 import lora_files as lf
+import safetensors_builder as sb
 from numaload import errors
 from numaload.backends.lora import Adapter, open_adapter
+from numaload.dtypes import NAMES
 from numaload.errors import UnsupportedTypeError, UsageError
 
 
@@ -239,3 +242,58 @@ def test_progress_and_cancelling(tmp_path: Path) -> None:
         assert seen[-1][0] == seen[-1][1] == 4 * (lf.WIDTH + lf.ROWS) * lf.RANK * len(lf.MODULES)
         with pytest.raises(errors.CancelledError):
             adapter.state_dict(progress=lambda *_: False)
+
+
+def test_two_tensors_that_would_have_one_name(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    ones = np.ones((2, 2), np.float32)
+    others = {"norm.weight": ones, "base_model.model.norm.weight": ones}
+    arrays = lf.halves(["base_model.model.m"], lf.PEFT_ENDS) | others
+    words = r"would be 'base_model\.model\.norm\.weight'"
+    folder = lf.write_peft(tmp_path / "a", arrays)
+    with open_adapter(folder) as adapter, pytest.raises(errors.AdapterError, match=words):
+        adapter.state_dict()
+    arrays = lf.halves(["a.m", "b.m"], lf.KOHYA_ENDS)
+    path = lf.write_safetensors(tmp_path / "k.safetensors", arrays)
+    words = "two modules of the adapter would be 'c'"
+    with open_adapter(path) as adapter, pytest.raises(UsageError, match=words):
+        adapter.state_dict(name_map=lambda _: "c")
+
+
+def test_more_than_the_memory_is_refused_with_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    path, rows = tmp_path / "x.safetensors", 1 << 36
+    table = sb.table({"m.lora_A.weight": ("F32", (4, 8)), "m.lora_B.weight": ("F32", (rows, 4))})
+    raw = sb.build(table, b"")
+    path.write_bytes(raw)
+    os.truncate(path, len(raw) + 4 * 4 * (8 + rows))
+    with open_adapter(path) as adapter, pytest.raises(errors.NodeMemoryError) as caught:
+        adapter.state_dict()
+    assert caught.value.needed > 16 << 36
+    assert "nothing was loaded" in str(caught.value)
+
+
+def test_tensors_that_are_not_aligned_or_lie_apart(tmp_path: Path) -> None:
+    """In one file floats at any byte, types between them, and gaps of other tensors."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(3)
+    rows: dict[str, sb.Row] = {"pad": ("U8", (3,))}
+    for number, dtype in enumerate(["F32", "F16", "BF16", "F64"]):
+        rows[f"m{number}.lora_A.weight"] = (dtype, (2, 5))
+        rows[f"gap{number}"] = ("U8", (1 + 9000 * (number % 2),))
+        rows[f"m{number}.lora_B.weight"] = (dtype, (3, 2))
+    data = rng.integers(0, 60, sum(sb.size_of(*row) for row in rows.values()), np.uint8).tobytes()
+    raw = sb.build(sb.table(rows), data)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw)
+    with open_adapter(path) as adapter:
+        for wanted in (None, torch.float32, torch.bfloat16):
+            found = adapter.state_dict(wanted)
+            for name, tensor in found.items():
+                info = adapter.weights[name.removeprefix("base_model.model.")]
+                numbers = getattr(torch, NAMES[info.type_name])
+                part = bytearray(raw[info.offset : info.offset + info.nbytes])
+                expected = torch.frombuffer(part, dtype=numbers).reshape(info.shape)
+                assert torch.equal(tensor, expected if wanted is None else expected.to(wanted)), (
+                    name
+                )

@@ -15,6 +15,7 @@ import gguf_builder as gb
 import numaload as api
 from commands import evict, sparse_model
 from numaload import errors
+from numaload.backends.gguf_reader import GGUFReader
 from numaload.backends.lora import open_adapter
 from numaload.formats.qtypes import QuantType
 
@@ -113,6 +114,7 @@ PROVOKED: dict[type[errors.NumaloadError], Provoke] = {
     errors.MetadataKeyError: lambda folder: good(folder).metadata["answers"],
     errors.ReadError: lambda folder: api.open(folder / "absent.gguf"),
     errors.FileChangedError: a_rewritten_file,
+    errors.ModelNotFoundError: lambda folder: GGUFReader(folder / "absent.gguf"),
     errors.NodeMemoryError: a_file_larger_than_memory,
     errors.ChecksumError: a_flipped_bit,
     errors.StoreError: a_store_of_somebody_else,
@@ -126,5 +128,6 @@ ELSEWHERE: dict[type[errors.NumaloadError], str] = {
     errors.NumaError: "tests/unit/test_syscalls.py",
     errors.NumaUnavailableError: "tests/unit/test_syscalls.py",
     errors.PlacementError: "tests/unit/test_placement.py",
+    errors.StateDictError: "tests/acceptance/test_load_state_dict.py",
     errors.BackendError: "tests/unit/test_kt_kernel_parts.py",
 }

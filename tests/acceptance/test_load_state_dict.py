@@ -1,0 +1,378 @@
+"""``load_state_dict``: modules filled from files as torch's own would, in parallel, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+import gguf_builder as gb
+import hf_models
+import numaload as api
+from commands import Numaload
+from numaload.errors import (
+    CancelledError,
+    FileChangedError,
+    ReadError,
+    StateDictError,
+    UsageError,
+)
+from numaload.formats.qtypes import QuantType
+
+torch = pytest.importorskip("torch")
+
+from torch_modules import module_of  # noqa: E402 - needs torch
+
+DTYPES = ["float32", "float16", "bfloat16"]
+
+
+def like(expected: Mapping[str, Any], **options: Any) -> Any:
+    return module_of({key: array.shape for key, array in expected.items()}, **options)
+
+
+def check(module: Any, expected: Mapping[str, Any], dtype: Any) -> None:
+    found = module.state_dict()
+    assert found.keys() == expected.keys()
+    for key, array in expected.items():
+        wanted = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+        assert found[key].dtype == dtype, key
+        assert torch.equal(found[key], wanted), key
+
+
+def tensors_file(path: Path, **arrays: Any) -> Any:
+    """A GGUF file of float32, float16 and integer tensors, opened."""
+    writer = gguf.GGUFWriter(str(path), "test")
+    for name, array in arrays.items():
+        writer.add_tensor(name.replace("__", "."), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return api.open(path)
+
+
+def values(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+CASES = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen2moe": ("qwen2moe", {}),
+    "qwen2moe-expert-by-expert": ("qwen2moe", {"fused": False}),
+    "qwen3": ("qwen3", {}),
+    "qwen3moe": ("qwen3moe", {}),
+    "deepseek2": ("deepseek2", {}),
+    "deepseek2-old-kv_b": ("deepseek2", {"old_kv_b": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_architectures(tmp_path: Path, case: str, device: str) -> None:
+    """gguf-py's names and llama.cpp's layouts become those of transformers' modules."""
+    architecture, options = CASES[case]
+    made = hf_models.write(tmp_path / "m.gguf", architecture, **options)
+    module = like(made.expected, device=device)
+    with api.open(made.path) as weights:
+        result = api.load_state_dict(module, weights)
+    assert str(result) == "<All keys matched successfully>"
+    check(module, made.expected, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("given", ["in place", "by name", "torch's"])
+def test_dtypes(tmp_path: Path, dtype: str, given: str) -> None:
+    made = hf_models.write(tmp_path / "m.gguf", "llama")
+    wanted = getattr(torch, dtype)
+    module = like(made.expected, dtype=wanted if given == "in place" else torch.float64)
+    argument = {"in place": None, "by name": dtype, "torch's": wanted}[given]
+    with api.open(made.path) as weights:
+        api.load_state_dict(module, weights, dtype=argument)
+    check(module, made.expected, wanted)
+
+
+def test_from_a_replica_and_a_copy(tmp_path: Path, store: Path) -> None:
+    made = hf_models.write(tmp_path / "m.gguf", "llama")
+    with api.mirror(made.path, shared=True) as mirror:
+        module = like(made.expected, device="meta")
+        api.load_state_dict(module, mirror.view(mirror.nodes[0]), dtype="bfloat16")
+        check(module, made.expected, torch.bfloat16)
+    with api.open(made.path, copy=True) as weights:
+        module = like(made.expected)
+        api.load_state_dict(module, weights)
+        check(module, made.expected, torch.float32)
+
+
+def test_same_parameters_in_place_new_ones_elsewhere(tmp_path: Path) -> None:
+    """In place: the memory, the object, requires_grad. On meta: a new Parameter, the same rest."""
+    weights = tensors_file(tmp_path / "m.gguf", a=values(600, 2048), b=values(3), c=values(5))
+    module = module_of({"a": (600, 2048), "b": (3,), "c": (5,)}, buffers=("c",))
+    module.b.requires_grad_(requires_grad=False)
+    before = {name: (id(t), t.data_ptr()) for name, t in module.state_dict(keep_vars=True).items()}
+    api.load_state_dict(module, weights)
+    after = {name: (id(t), t.data_ptr()) for name, t in module.state_dict(keep_vars=True).items()}
+    assert before == after
+    module = module_of({"a": (600, 2048), "b": (3,), "c": (5,)}, device="meta", buffers=("c",))
+    module.b.requires_grad_(requires_grad=False)
+    api.load_state_dict(module, weights, dtype="float16")
+    assert isinstance(module.a, torch.nn.Parameter)
+    assert (module.a.requires_grad, module.b.requires_grad) == (True, False)
+    assert "c" in dict(module.named_buffers())
+    assert {t.dtype for t in module.state_dict().values()} == {torch.float16}
+    module.a.detach().add_(1)  # memory that can be written to
+    assert module.a[3, 4].item() == pytest.approx(weights["a"].dequantize()[3, 4] + 1, abs=2e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tied_parameters_stay_tied_and_need_one_name(tmp_path: Path, device: str) -> None:
+    made = hf_models.write(tmp_path / "m.gguf", "qwen2", tied=True)
+    module = like(made.expected, device=device)
+    module.lm_head.weight = module.model.embed_tokens.weight
+    with api.open(made.path) as weights:
+        result = api.load_state_dict(module, weights)
+    assert result.missing_keys == []
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+    check(module, made.expected, torch.float32)
+
+
+def both_say(module: Callable[[], Any], weights: Any, **options: Any) -> tuple[str, str]:
+    """The error of torch's own, given the same tensors, and ours, from the second line on."""
+    tensors = {name: tensor.torch("float32") for name, tensor in weights.items()}
+    with pytest.raises(RuntimeError) as theirs:
+        module().load_state_dict(tensors, **options)
+    with pytest.raises(StateDictError) as ours:
+        api.load_state_dict(module(), weights, **options)
+    return str(theirs.value).partition(":")[2].strip(), str(ours.value).partition(":\n")[2].strip()
+
+
+def test_missing_and_unexpected_are_torchs(tmp_path: Path) -> None:
+    weights = tensors_file(tmp_path / "m.gguf", a=values(4, 8), more=values(3), b=values(2, 2))
+
+    def module() -> Any:
+        return module_of({"a": (4, 8), "b": (2, 2), "x.y": (3,), "x.z": (4,)})
+
+    theirs, ours = both_say(module, weights)
+    assert ours == theirs
+    loose = module()
+    result = api.load_state_dict(loose, weights, strict=False)
+    assert result.missing_keys == ["x.y", "x.z"]
+    assert result.unexpected_keys == ["more"]
+    assert torch.equal(loose.a, weights["a"].torch("float32"))
+    assert type(result) is type(module().load_state_dict({}, strict=False))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_wrong_sizes_are_refused_before_anything_is_touched(
+    tmp_path: Path, device: str, *, strict: bool
+) -> None:
+    weights = tensors_file(tmp_path / "m.gguf", a=values(4, 8), b=values(2, 2))
+
+    def module() -> Any:
+        return module_of({"a": (4, 8), "b": (2, 3)}, device=device)
+
+    mine = module()
+    with pytest.raises(StateDictError, match=r"size mismatch for b: .*\[2, 2\].*\[2, 3\]"):
+        api.load_state_dict(mine, weights, strict=strict)
+    assert mine.a.device.type == device
+    if device == "cpu":
+        assert not mine.a.any()
+
+
+def test_a_transposed_shape_is_no_match(tmp_path: Path) -> None:
+    weights = tensors_file(tmp_path / "m.gguf", a=values(2, 4, 8))
+    with pytest.raises(StateDictError, match="size mismatch for a"):
+        api.load_state_dict(module_of({"a": (4, 2, 8)}), weights)
+
+
+def test_attention_heads_that_do_not_divide(tmp_path: Path) -> None:
+    made = hf_models.write(tmp_path / "m.gguf", "llama")
+    shapes = {key: array.shape for key, array in made.expected.items()}
+    shapes["model.layers.0.self_attn.q_proj.weight"] = (6, hf_models.HIDDEN)
+    with api.open(made.path) as weights, pytest.raises(StateDictError, match="cannot be made of"):
+        api.load_state_dict(module_of(shapes), weights)
+
+
+@pytest.mark.parametrize("kind", ["dict", "function"])
+def test_name_map(tmp_path: Path, kind: str) -> None:
+    weights = tensors_file(tmp_path / "m.gguf", a=values(4, 8), b=values(2))
+    names = {"first": "a", "second": "b"}
+    module = module_of({"first": (4, 8), "second": (2,), "third": (1,)})
+    name_map: Any = names if kind == "dict" else names.get
+    result = api.load_state_dict(module, weights, name_map=name_map, strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == (["third"], [])
+    assert torch.equal(module.first, weights["a"].torch("float32"))
+
+
+def test_an_architecture_whose_layout_is_not_known(tmp_path: Path) -> None:
+    """Loading it as if it were like others would give wrong weights and no error."""
+    path = tmp_path / "m.gguf"
+    (path,) = map(Path, gb.write_good(path, {"t": (QuantType.F32, values(1, 4).view(np.uint8))}))
+    raw = path.read_bytes().replace(b"llama", b"gemma")
+    path.write_bytes(raw)
+    with api.open(path) as weights, pytest.raises(UsageError, match=r"'gemma'.*name_map"):
+        api.load_state_dict(module_of({"model.norm.weight": (4,)}), weights)
+
+
+def test_metadata_that_is_missing_or_odd(tmp_path: Path) -> None:
+    writer = hf_models.Writer(tmp_path / "m.gguf", "llama")
+    writer.add("output_norm.weight", (8,))
+    writer.close()
+    module = module_of({"model.norm.weight": (8,)})
+    with api.open(tmp_path / "m.gguf") as weights, pytest.raises(UsageError, match="block_count"):
+        api.load_state_dict(module, weights)
+
+
+def test_other_types_are_converted_as_torch_does(tmp_path: Path) -> None:
+    ints, doubles = np.arange(6, dtype=np.int32).reshape(2, 3), values(3).astype(np.float64)
+    weights = tensors_file(tmp_path / "m.gguf", i=ints, d=doubles, f=values(4), l=ints)
+    module = module_of({"i": (2, 3), "d": (3,), "f": (4,), "l": (2, 3)}, dtype=torch.float32)
+    module.l = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.int64), requires_grad=False)
+    api.load_state_dict(module, weights, dtype=torch.bfloat16)
+    assert torch.equal(module.i, torch.from_numpy(ints).to(torch.bfloat16))
+    assert torch.equal(module.d, torch.from_numpy(doubles).to(torch.bfloat16))
+    assert torch.equal(module.l, torch.from_numpy(ints).to(torch.int64))
+    with pytest.raises(UsageError, match="floating-point"):
+        api.load_state_dict(module, weights, dtype=torch.int8)
+
+
+def test_float64_parameters(tmp_path: Path) -> None:
+    made = hf_models.write(tmp_path / "m.gguf", "qwen3")
+    module = like(made.expected, dtype=torch.float64)
+    with api.open(made.path) as weights:
+        api.load_state_dict(module, weights)
+    check(module, made.expected, torch.float64)
+
+
+def test_parameters_that_are_not_contiguous(tmp_path: Path) -> None:
+    weights = tensors_file(tmp_path / "m.gguf", a=values(300, 500))
+    module = module_of({"a": (300, 500)})
+    module.a = torch.nn.Parameter(torch.zeros(500, 300).t())
+    address = module.a.data_ptr()
+    api.load_state_dict(module, weights)
+    assert module.a.data_ptr() == address
+    assert torch.equal(module.a, weights["a"].torch("float32"))
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    """Its own names; experts one by one in the file, fused in the module."""
+    from safetensors.torch import save_file
+
+    made = hf_models.write(tmp_path / "m.gguf", "qwen3moe", fused=False)
+    arrays = {k: torch.from_numpy(a.copy()).to(torch.bfloat16) for k, a in made.expected.items()}
+    save_file(arrays, str(tmp_path / "model.safetensors"))
+    fused = hf_models.write(tmp_path / "m2.gguf", "qwen3moe").expected
+    for expected in (made.expected, fused):
+        module = like(expected, device="meta")
+        with api.open(tmp_path / "model.safetensors") as weights:
+            api.load_state_dict(module, weights, dtype=torch.bfloat16)
+        check(module, expected, torch.bfloat16)
+        assert module.model.norm.weight.dtype == torch.bfloat16
+
+
+def test_a_big_endian_file(tmp_path: Path) -> None:
+    expected = values(3, 5)
+    with gb.big_endian():
+        raw = gb.build([], [gb.tensor("a", (5, 3))], expected.astype(">f4").tobytes())
+    (tmp_path / "m.gguf").write_bytes(raw)
+    module = module_of({"a": (3, 5)})
+    with api.open(tmp_path / "m.gguf") as weights:
+        api.load_state_dict(module, weights)
+    assert torch.equal(module.a.detach(), torch.from_numpy(expected))
+
+
+def test_progress_and_cancelling(tmp_path: Path) -> None:
+    weights = tensors_file(tmp_path / "m.gguf", a=values(2000, 2048), b=values(3))
+    module = module_of({"a": (2000, 2048), "b": (3,)})
+    seen: list[tuple[int, int]] = []
+    api.load_state_dict(module, weights, progress=lambda *now: seen.append(now))
+    total = sum(t.nbytes for t in weights.values())
+    assert seen[0] == (0, total)
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    module = module_of({"a": (2000, 2048), "b": (3,)}, device="meta")
+    with pytest.raises(CancelledError):
+        api.load_state_dict(module, weights, progress=lambda done, _: done == 0)
+    assert module.a.device.type == "meta"
+
+
+def test_a_file_that_ends_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    weights = tensors_file(path, a=values(2000, 2048), b=values(2000, 2048))
+    module = module_of({"a": (2000, 2048), "b": (2000, 2048)}, device="meta")
+
+    def cut(done: int, _: int) -> None:
+        if done:
+            with path.open("r+b") as file:
+                file.truncate(1 << 20)
+
+    with pytest.raises((ReadError, FileChangedError)):
+        api.load_state_dict(module, weights, progress=cut)
+    assert module.a.device.type == "meta"
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from numaload.errors import NodeMemoryError
+    from numaload.numa import memory
+
+    weights = tensors_file(tmp_path / "m.gguf", a=values(4, 8))
+    monkeypatch.setattr(memory, "available", lambda: memory.Limit("this machine", 1 << 20))
+    module = module_of({"a": (4, 8)}, device="meta")
+    with pytest.raises(NodeMemoryError, match="this machine has room for 1048576"):
+        api.load_state_dict(module, weights)
+    api.load_state_dict(module_of({"a": (4, 8)}), weights)  # in place needs none
+
+
+def test_buffers_that_nobody_can_compute_are_named(tmp_path: Path) -> None:
+    weights = tensors_file(tmp_path / "m.gguf", a=values(4, 8))
+    module = module_of({"a": (4, 8)}, device="meta")
+    module.register_buffer("angles", torch.zeros(3, device="meta"), persistent=False)
+    with pytest.warns(api.errors.NumaloadWarning, match="without values: angles"):
+        api.load_state_dict(module, weights)
+
+
+PROGRAM = """
+import json, resource, sys, torch
+import numaload
+sys.path.insert(0, sys.argv[2])
+from torch_modules import module_of
+
+MORE = 64 << 20
+weights = numaload.open(sys.argv[1])
+shapes = {name: tensor.shape for name, tensor in weights.items()}
+
+def load(names):
+    module = module_of({name: shapes[name] for name in names}, device="meta")
+    numaload.load_state_dict(module, weights, dtype=torch.bfloat16, strict=False)
+    return module
+
+small = [name for name in shapes if name.split(".")[1] in "0123456"]
+load(small)  # kernels and threads are there
+result = 2 * sum(tensor.size for tensor in weights.values())
+with open("/proc/self/status") as file:
+    data = next(int(line.split()[1]) << 10 for line in file if line.startswith("VmData"))
+limit = data + result + MORE
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+module = load(shapes)
+try:
+    torch.zeros(MORE + (8 << 20), dtype=torch.uint8)
+    refused = False
+except RuntimeError:
+    refused = True
+print(json.dumps({"result": result, "refused": refused}))
+"""
+
+
+def test_at_most_64_mib_beyond_the_result(numaload: Numaload, tmp_path: Path) -> None:
+    """Enforced by the kernel: more private memory than that is refused."""
+    from numaload.demo import write_model
+
+    (path,) = write_model(str(tmp_path / "model.gguf"), 200 << 20)
+    found = numaload.python(PROGRAM, path, str(Path(__file__).parents[1]))
+    assert found["result"] > 300 << 20
+    assert found["refused"], "the limit was none: the test says nothing"

@@ -128,7 +128,8 @@ class Handle:
         self.path, self._hook, self._memories, self._own = path, hook, memories, own
         self.nodes = [node for node in memories if node is not None]
         self._machine, self._threads = topology(), thread_ids()
-        self._seen, self._notes = self._threads, list[str]()
+        self._seen, self._notes = frozenset[int](), list[str]()
+        self._for_node: int | None = None  # that all workers are for, when last looked at
         self._pools: dict[int, Any] = {}  # the CPUInfer of each node that ``on`` was used for
         self._given: dict[int | None, dict[int, Tensor]] = {}  # {node: {address: tensor}}
         self._number, self._closed = next(_numbers), False
@@ -241,8 +242,8 @@ class Handle:
 
     def _node_of_workers(self) -> int | None:
         """The node that all of kt-kernel's workers are for, where it has a replica."""
-        nodes = {worker.node for worker in self._workers()}
-        return nodes.pop() if len(nodes) == 1 and nodes <= set(self.nodes) else None
+        self._look_at_threads()
+        return self._for_node
 
     def _give(self, node: int | None, tensor: Tensor) -> memoryview:
         """Its blocks; kept, since kt-kernel will have their address after every reference."""
@@ -250,14 +251,19 @@ class Handle:
         buffer, address = tensor.buffer, tensor.address
         _kept.setdefault(self._number, []).append(buffer)
         self._given.setdefault(node, {})[address] = tensor
-        now = thread_ids()
-        if now - self._seen:
-            self._seen = now
-            self._repair()
+        self._look_at_threads()
         return buffer
 
-    def _repair(self) -> None:
-        moved = [worker for worker in self._checked(repair=True) if worker.repaired]
+    def _look_at_threads(self) -> None:
+        """Once for each time that there are new ones: a model has hundreds of tensors."""
+        now = thread_ids()
+        if now <= self._seen:
+            return
+        self._seen = now
+        found = self._checked(repair=True)
+        nodes = {worker.node for worker in found}
+        self._for_node = nodes.pop() if len(nodes) == 1 and nodes <= set(self.nodes) else None
+        moved = [worker for worker in found if worker.repaired]
         if moved:
             names = ", ".join(worker.name for worker in moved)
             warn_once(

@@ -120,7 +120,8 @@ class Memory:
 def find_copies(tensors: Iterable[Tensor], without: Sequence[Range]) -> tuple[list[Copy], bool]:
     """Copies of experts' parts in anonymous memory, and whether all of that was searched.
 
-    without: ranges that are not kt-kernel's: replicas, and what is kept of earlier ones.
+    without: ranges that are not kt-kernel's: replicas, and what is kept of earlier ones. Not
+    searched either where this process may not read itself.
     """
     known: dict[bytes, list[tuple[Source, int]]] = {}
     for tensor in tensors:
@@ -128,7 +129,10 @@ def find_copies(tensors: Iterable[Tensor], without: Sequence[Range]) -> tuple[li
             source = Source(tensor)
             for begins, first in source.beginnings():
                 known.setdefault(begins, []).append((source, first))
-    memory = Memory()
+    try:
+        memory = Memory()
+    except OSError:
+        return [], False
     try:
         found = [
             copied

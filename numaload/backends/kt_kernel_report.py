@@ -91,7 +91,7 @@ def _copies_lines(copies: Iterable[Copy]) -> list[str]:
     for copied in copies:
         parts.setdefault((copied.first, copied.count), []).append(copied)
     return [
-        f"kt-kernel copied weights {first} to {first + count} of the inner dimension:"
+        f"copies of weights {first} to {first + count} of the inner dimension:"
         f" {len(group)} tensors, {sum(c.nbytes for c in group) / MIB:.1f} MiB;"
         f" pages: {_pages(sum((Counter(c.pages) for c in group), Counter()))}"
         for (first, count), group in sorted(parts.items())

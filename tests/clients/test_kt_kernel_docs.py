@@ -21,7 +21,7 @@ SERVE = "# serve.py"
 SAYS = {
     "nodes=0)": "no copies: kt-kernel computes from these pages",
     "handle.on(node)": "no copies: kt-kernel computes from these pages",
-    "threadpool_count=2": "kt-kernel copied weights 768 to 1280 of the inner dimension: 3 tensors",
+    "threadpool_count=2": "copies of weights 768 to 1280 of the inner dimension: 3 tensors",
     "weights.tp": "range(0, 768)",
 }
 # sglang needs CUDA. What matters of it: it spawns processes, and these make the layers.

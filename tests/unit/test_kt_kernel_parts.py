@@ -21,6 +21,7 @@ from numaload.backends import kt_kernel, kt_kernel_copies, kt_kernel_workers
 from numaload.backends.kt_kernel_hook import MISSING, hook_of
 from numaload.backends.kt_kernel_loader import Loader
 from numaload.errors import BackendError, TensorNotFoundError
+from numaload.numa import syscalls
 from numaload.numa.lists import format_list
 from numaload.numa.threads import name_thread
 from numaload.numa.topology import Node, Topology, topology
@@ -125,15 +126,16 @@ def test_config_from_shapes_where_metadata_has_none(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def named() -> Iterator[Callable[[str], int]]:
-    """Starts a thread that has this name for the kernel; its id."""
+def named() -> Iterator[Callable[..., int]]:
+    """Starts a thread that has this name for the kernel and does this first; its id."""
     stop, started = threading.Event(), []
 
-    def start(name: str) -> int:
+    def start(name: str, first: Callable[[], object] = lambda: None) -> int:
         ready = threading.Event()
 
         def run() -> None:
             name_thread(name)
+            first()
             ready.set()
             stop.wait()
 
@@ -158,6 +160,24 @@ def test_workers_are_known_by_name(named: Callable[[str], int]) -> None:
     assert ours[2] not in found
     assert found[ours[0]].cpus == sorted(os.sched_getaffinity(ours[0]))
     assert found[ours[0]].memory == []
+
+
+def test_a_worker_without_a_name_is_known_by_its_memory(named: Callable[..., int]) -> None:
+    """Where the number is too long for a name, and so pthread_setname_np refuses."""
+    node, own = topology().all[0], Path("/proc/self/comm").read_text().strip()
+    before = kt_kernel_workers.thread_ids()
+    bound = named(own, lambda: syscalls.set_mempolicy(syscalls.MPOL_BIND, [node]))
+    free_one = named(own)
+    found = {worker.tid: worker for worker in kt_kernel_workers.workers(before, node)}
+    assert found[bound].node == node
+    assert found[bound].memory == [node]
+    assert not found[bound].far_memory
+    assert free_one not in found
+    assert bound not in {worker.tid for worker in kt_kernel_workers.workers({bound}, node)}
+    (lost,) = (w for w in kt_kernel_workers.workers(before) if w.tid == bound)
+    kt_kernel_workers.check(lost, topology(), repair=True)
+    assert not lost.right
+    assert "no name" in lost.problem
 
 
 def two_halves() -> Topology:

@@ -133,6 +133,7 @@ def only_workers_of(handle: kt_kernel.Handle, others: set[int]) -> Any:
     patch = pytest.MonkeyPatch()
     found: Callable[[], Any] = handle._workers
     patch.setattr(handle, "_workers", lambda: [w for w in found() if w.tid not in others])
+    patch.setattr(handle, "_seen", frozenset())
     return patch.context()
 
 

@@ -17,7 +17,8 @@
     |- TensorNotFoundError (KeyError)           .name, with close matches
     |- MetadataKeyError (KeyError)              .name
     |- ReadError (OSError)                      .path .offset: the storage failed or ended early
-    |  `- FileChangedError                      the file is not the one that was opened
+    |  |- FileChangedError                      the file is not the one that was opened
+    |  `- ModelNotFoundError (FileNotFoundError)  no weight files where they were said to be
     |- NumaError (OSError)                      .call .node: the kernel refused
     |  |- NumaUnavailableError                  no memory policy calls here
     |  `- PlacementError                        .placements: pages are not where they were asked for
@@ -146,6 +147,9 @@ class ReadError(NumaloadError, OSError):
 
 
 class FileChangedError(ReadError): ...
+
+
+class ModelNotFoundError(ReadError, FileNotFoundError): ...
 
 
 class NumaError(NumaloadError, OSError):

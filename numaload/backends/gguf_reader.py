@@ -43,6 +43,7 @@ from numaload.backends.gguf_fields import (
 from numaload.errors import (
     FileChangedError,
     MetadataError,
+    ModelNotFoundError,
     ReadError,
     UnknownQuantTypeError,
     UsageError,
@@ -72,11 +73,14 @@ class GGUFReader(THEIRS):  # type: ignore[misc] # an instance of theirs, whoever
     def __init__(self, path: os.PathLike[str] | str, mode: Literal["r", "r+", "c"] = "r") -> None:
         """mode: as of numpy.memmap: read only, write to the file, or write to memory alone.
 
-        Raises: ReadError (an OSError), the FormatErrors of a header, UsageError.
+        Raises: ModelNotFoundError (a FileNotFoundError), ReadError (an OSError), the FormatErrors
+        of a header (ValueErrors), UsageError.
         """
         if mode not in MODES:
             raise UsageError(f"mode {mode!r}: expected one of {', '.join(MODES)}")
         name = os.fsdecode(path)
+        if not os.path.exists(name):
+            raise ModelNotFoundError("no such file", path=name)
         with SourceFile(name) as file:
             header = parse_header(file.read_at, file.size, name)
             self._take(header, _mapped(file, mode), name)

@@ -13,18 +13,24 @@ from typing import Any
 class Replaced:
     """What was put where. ``undo()``, or the end of a with block, puts back what was there."""
 
-    before: list[tuple[ModuleType, str, Any, Any]] = field(default_factory=list)
+    before: list[tuple[Any, str, Any, Any]] = field(default_factory=list)
 
     @property
     def places(self) -> list[str]:
         """Each as module.NAME."""
-        return sorted(f"{module.__name__}.{name}" for module, name, *_ in self.before)
+        modules = [row for row in self.before if isinstance(row[0], ModuleType)]
+        return sorted(f"{module.__name__}.{name}" for module, name, *_ in modules)
+
+    def set(self, owner: Any, name: str, ours: Any) -> None:
+        """Give a module or class an attribute instead of the one that it has."""
+        self.before.append((owner, name, vars(owner)[name], ours))
+        setattr(owner, name, ours)
 
     def undo(self) -> None:
         """What somebody else put there meanwhile stays."""
-        for module, name, theirs, ours in self.before:
-            if vars(module).get(name) is ours:
-                setattr(module, name, theirs)
+        for owner, name, theirs, ours in reversed(self.before):
+            if vars(owner).get(name) is ours:
+                setattr(owner, name, theirs)
         self.before.clear()
 
     def __enter__(self) -> Replaced:
@@ -44,6 +50,5 @@ def replace(classes: Mapping[str, tuple[Any, Any]]) -> Replaced:
         members = getattr(module, "__dict__", {})
         for name, (theirs, ours) in classes.items():
             if members.get(name) is theirs and isinstance(module, ModuleType):
-                setattr(module, name, ours)
-                done.before.append((module, name, theirs, ours))
+                done.set(module, name, ours)
     return done

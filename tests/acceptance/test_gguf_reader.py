@@ -377,10 +377,12 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
 
 
 def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.gguf", tmp_path):
-        with pytest.raises(OSError, match=str(path)) as caught:
-            Ours(path)
-        assert isinstance(caught.value, errors.ReadError)
+    with pytest.raises(errors.ReadError, match="expected a file, found a directory"):
+        Ours(tmp_path)
+    absent = tmp_path / "absent.gguf"
+    with pytest.raises(FileNotFoundError, match=str(absent)) as caught:
+        Ours(absent)
+    assert isinstance(caught.value, errors.ModelNotFoundError)
 
 
 def test_a_file_that_changes_under_the_reader(tmp_path: Path) -> None:

@@ -1,0 +1,233 @@
+"""What classic ktransformers calls a SafeTensorLoader, over numaload's weights.
+
+The contract is the class of that name in ``ktransformers/util/custom_loader.py``. Where it differs:
+a damaged file is an error, not a line of print and keys that are missing later; of two files of one
+name the second counts too; scaled FP8 becomes float on the CPU as well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from numaload import torch_memory
+from numaload.backends.ktransformers_files import Replica, folder_of, open_below
+from numaload.backends.ktransformers_names import translate_name_to_gguf
+from numaload.dtypes import NAMES, numpy_dtype
+from numaload.errors import (
+    ModelNotFoundError,
+    TensorInfoError,
+    TensorNotFoundError,
+    UnsupportedTypeError,
+)
+from numaload.formats.qtypes import QuantType
+from numaload.formats.safetensors import parse_header
+from numaload.storage.files import SourceFile
+from numaload.weights import Tensor, Weights
+from numaload.weights.model import Part
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SCALE = ".weight_scale_inv"
+SCALED = 128  # rows and columns that have a scale, as in DeepSeek's files
+GRAIN = 1 << 22  # bytes; less is not worth another thread
+PROJECTIONS = ("up", "gate", "down")
+GATE = ("weight", "e_score_correction_bias")
+
+
+class SafeTensorLoader:
+    """Every safetensors file below a folder.
+
+    ``tensor_file_map``: {name: file}; ``file_handle_map``: {file: its Weights}, a file by its name,
+    or by its path below the folder if another one has that name.
+    """
+
+    replica: Replica = None  # for loaders that other programs make: see install()
+    safetensor_loader = None  # some of its operators look for one here as well
+
+    def __init__(self, file_path: str | os.PathLike[str], *, replica: Replica = None) -> None:
+        """file_path: the folder, or a file in it. replica: as of GGUFLoader.
+
+        Raises: ModelNotFoundError (a FileNotFoundError), the FormatErrors of a header, UsageError.
+        A folder without such files is none: ``tensor_file_map`` is empty.
+        """
+        self._folder = folder_of(file_path)
+        self.tensor_file_map: dict[str, str] = {}
+        self.tensor_type_map: dict[str, Any] = {}  # empty in the original, too
+        self.tensor_device_map: dict[str, Any] = {}  # written by ktransformers
+        self.file_handle_map: dict[str, Weights] = {}
+        self._opened: list[Weights] = []
+        given = self.replica if replica is None else replica
+        for weights, is_ours in open_below(self._folder, ".safetensors", given, _open_alone):
+            self._opened += [weights] if is_ours else []
+            self._add(weights)
+
+    def _add(self, weights: Weights) -> None:
+        files = [self._file(path) for path in weights.paths]
+        self.file_handle_map.update(dict.fromkeys(files, weights))
+        for name, tensor in weights.items():
+            self.tensor_file_map[name] = files[tensor.place_in_files[0]]
+
+    def _file(self, path: str) -> str:
+        name = os.path.basename(path)
+        return os.path.relpath(path, self._folder) if name in self.file_handle_map else name
+
+    def has_tensor(self, name: str) -> bool:
+        return self._key(name) is not None
+
+    def load_tensor(self, key: str, device: str = "cpu") -> Any:
+        """In the type that it has, in memory of its own.
+
+        Raises: TensorNotFoundError (a KeyError), ModelNotFoundError after ``close_all_handles``.
+        """
+        return _copied([self._find(key)], ()).to(device)
+
+    def load_dequantized_tensor(self, key: str, device: str = "cpu") -> Any:
+        """The same; weights with a scale for 128 by 128 of them as torch's default float type.
+
+        Raises: TensorInfoError where the scales are not as many as that.
+        """
+        tensor = self._find(key)
+        scale = tensor.name.removesuffix(".weight") + SCALE
+        if not tensor.name.endswith(".weight") or scale not in self.tensor_file_map:
+            return self.load_tensor(tensor.name, device)
+        scales = self._find(scale)
+        wanted = tuple(-(-size // SCALED) for size in tensor.shape)
+        if len(wanted) != 2 or scales.shape != wanted:
+            raise TensorInfoError(
+                f"tensor {scale!r}: shape {scales.shape}, expected {wanted} for weights of"
+                f" {tensor.shape}, two dims",
+                path=scales.path,
+            )
+        weights, factors = (_copied([one], ()).to(device) for one in (tensor, scales))
+        return _scaled(weights, factors)
+
+    def load_experts(self, key: str, device: str = "cpu") -> dict[str, Any]:  # noqa: ARG002
+        """{"up", "gate", "down": numpy, and "up_type" and so on: the type's id in GGML}.
+
+        key: of files that ktransformers' merge scripts wrote, the layer: blocks, zero-copy; else
+        the experts, "model.layers.3.mlp.experts": floats of 16 bits as uint16, (experts, ...).
+        Both in CPU memory, whatever the device. Raises: ModelNotFoundError, TensorNotFoundError,
+        UnsupportedTypeError.
+        """
+        layer = translate_name_to_gguf(key)
+        if self.has_tensor(f"{layer}.ffn_gate_exps.weight"):
+            return self._merged(layer)
+        short = self.has_tensor(f"{key}.0.up.weight")
+        pattern = f"{key}.{{}}.{{}}.weight" if short else f"{key}.{{}}.{{}}_proj.weight"
+        count = 0
+        while self.has_tensor(pattern.format(count, "up")):
+            count += 1
+        if not count:
+            message = f"no experts {key!r} in the files below"
+            raise ModelNotFoundError(message, path=self._folder)
+        found: dict[str, Any] = {}
+        for name in PROJECTIONS:
+            names = [pattern.format(number, name) for number in range(count)]
+            found[name], found[f"{name}_type"] = self._stacked(names)
+        return found
+
+    def _merged(self, layer: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name in PROJECTIONS:
+            stem = f"{layer}.ffn_{name}_exps"
+            found[name] = _array(self._find(f"{stem}.weight"))
+            found[f"{name}_type"] = _array(self._find(f"{stem}.ggml_type")).item()
+        return found
+
+    def _stacked(self, names: list[str]) -> tuple[NDArray[np.uint16], QuantType]:
+        first = self._find(names[0])
+        if first.type_name not in {"F32", "F16", "BF16"}:
+            raise UnsupportedTypeError(f"{first.name}: {first.type_name} experts have no GGML type")
+        tensors = [self._find(name) for name in names]
+        for tensor in tensors:
+            if (tensor.shape, tensor.type_name) != (first.shape, first.type_name):
+                raise TensorInfoError(
+                    f"tensor {tensor.name!r}: {tensor.type_name} {tensor.shape}, expected as"
+                    f" {first.name!r}: {first.type_name} {first.shape}",
+                    path=tensor.path,
+                )
+        torch = torch_memory.import_torch()
+        stacked = _copied(tensors, (len(tensors),)).view(torch.uint16)
+        return stacked.numpy(), first.qtype
+
+    def load_gate(self, key: str, device: str = "cpu") -> dict[str, Any]:
+        """{"weight", "e_score_correction_bias": tensor, or None where there is none}."""
+        names = {what: f"{key}.{what}" for what in GATE}
+        return {
+            what: self.load_tensor(name, device) if self.has_tensor(name) else None
+            for what, name in names.items()
+        }
+
+    def close_all_handles(self) -> None:
+        """Let go of the files. Arrays stay valid; replicas are the caller's."""
+        for weights in self._opened:
+            weights.close()
+        self.file_handle_map.clear()
+
+    def _key(self, name: str) -> str | None:
+        names = (translate_name_to_gguf(name), name)
+        return next((one for one in names if one in self.tensor_file_map), None)
+
+    def _find(self, name: str) -> Tensor:
+        key = self._key(name)
+        if key is None:
+            raise TensorNotFoundError(name, self.tensor_file_map)
+        file = self.tensor_file_map[key]
+        if file not in self.file_handle_map:
+            raise ModelNotFoundError(f"{file} was closed", path=self._folder)
+        return self.file_handle_map[file][key]
+
+
+def _open_alone(path: str) -> Weights:
+    """One file, whatever its name and index say of others: merge scripts count them from 0."""
+    file = SourceFile(path)
+    try:
+        return Weights([Part(file, parse_header(file.read_at, file.size, path))])
+    except BaseException:
+        file.close()
+        raise
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """Zero-copy, read-only."""
+    dtype = numpy_dtype(NAMES[tensor.type_name], tensor.name)
+    return np.frombuffer(tensor.buffer, dtype).reshape(tensor.shape)
+
+
+def _copied(tensors: Sequence[Tensor], count: tuple[int, ...]) -> Any:
+    """Tensors that are alike as one of shape (*count, *shape), copied by the threads of their node.
+
+    What a program is given to keep is its own to write to: the file's memory is not.
+    """
+    first = tensors[0]
+    first.check_type()
+    out = torch_memory.empty((first.nbytes * len(tensors),), torch_memory.torch_type("U8"))
+    rows = out.numpy().reshape(len(tensors), -1)
+    for row, tensor in zip(rows, tensors, strict=True):
+        source = np.frombuffer(tensor.buffer, np.uint8)
+        copy = partial(_copy, row, source)
+        tensor.workers().ranges(copy, source.size, GRAIN)
+    shape = (*count, *first.shape)
+    return torch_memory.view(out, 0, out.numel(), first.type_name, shape)
+
+
+def _copy(out: NDArray[np.uint8], source: NDArray[np.uint8], start: int, stop: int) -> None:
+    out[start:stop] = source[start:stop]
+
+
+def _scaled(weights: Any, scales: Any) -> Any:
+    """A band of 128 rows at a time: their floats before scaling need room as well."""
+    torch = torch_memory.import_torch()
+    rows, columns = weights.shape
+    out = torch.empty(rows, columns, dtype=torch.get_default_dtype(), device=weights.device)
+    for band, scale in enumerate(scales.to(torch.float32)):
+        some = slice(band * SCALED, (band + 1) * SCALED)
+        factors = scale.repeat_interleave(SCALED)[:columns]
+        out[some] = weights[some].to(torch.float32) * factors
+    return out

@@ -51,7 +51,7 @@ class Ahead:
             self._thread.join()
 
     def _run(self) -> None:
-        buffer = memoryview(bytearray(STEP))
+        buffer = memoryview(b"")  # what is in RAM needs none
         for one in self.ranges:
             for start in range(one.start, one.stop, STEP):
                 nbytes = min(STEP, one.stop - start)
@@ -59,6 +59,7 @@ class Ahead:
                     return
                 try:
                     if not resident(one.file.fd, start, nbytes):
+                        buffer = buffer or memoryview(bytearray(STEP))
                         one.file.read_into(buffer[:nbytes], start)
                 except (OSError, ReadError):
                     return

@@ -6,9 +6,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from numaload.dequantize import DTYPES, LARGE, Conversion
 from numaload.errors import CancelledError, UsageError
@@ -20,6 +21,7 @@ from numaload.storage.parallel import Progress
 from numaload.weights import Tensor
 
 WINDOW = 64 << 20  # bytes of files that are read ahead of the workers
+AT_ONCE = 1 << 18  # weights whose blocks are read at a time
 QUEUED = 8  # targets whose work is handed to the threads before the first of them is done
 
 Write = Callable[[Piece], None]  # puts it into its place
@@ -155,15 +157,23 @@ class _Converting:
         )
 
     def __call__(self, piece: Piece) -> None:
-        target, place = self.target, piece.place
-        start, nbytes = target.bytes_of(piece.first), target.bytes_of(place.size)
-        blocks = fetch(target.tensor, start, nbytes)
+        place = piece.place
         if place.flags.c_contiguous:
-            self.convert(blocks, place.reshape(-1), self.past_caches)
+            self._put(piece.first, place.reshape(-1), past_caches=self.past_caches)
         else:
             made = scratch("floats", place.nbytes).view(place.dtype)
-            self.convert(blocks, made, False)
+            self._put(piece.first, made, past_caches=False)
             place[...] = made.reshape(place.shape)
+
+    def _put(self, first: int, flat: NDArray[Any], *, past_caches: bool) -> None:
+        """Not all at once: blocks that were just read shall still be in the second-level cache."""
+        target, step = self.target, max(1, AT_ONCE // self.convert.step) * self.convert.step
+        for start in range(0, flat.size, step):
+            part = flat[start : start + step]
+            blocks = fetch(
+                target.tensor, target.bytes_of(first + start), target.bytes_of(part.size)
+            )
+            self.convert(blocks, part, past_caches)
 
 
 class _Raw:

@@ -20,6 +20,7 @@ from numaload.samples import random_blocks
 
 Q = QuantType
 HIDDEN, INNER, VOCABULARY, LAYERS, HEADS, KV_HEADS = 256, 512, 96, 3, 4, 2
+MOE = ("qwen2moe", "qwen3moe")
 EXPERTS, EXPERT_INNER, SHARED_INNER = 4, 256, 256
 KV_LORA, NOPE, ROPE, VALUE, Q_LORA = 256, 64, 32, 64, 256
 KV_A = "kv_a_proj_with_mqa.weight"
@@ -83,15 +84,21 @@ def permuted_back(array: Any, heads: int) -> Any:
 
 
 def write(
-    path: Path, architecture: str, *, tied: bool = False, fused: bool = True, old_kv_b: bool = False
+    path: Path,
+    architecture: str,
+    *,
+    tied: bool = False,
+    fused: bool = True,
+    old_kv_b: bool = False,
+    experts: bool = False,
 ) -> Made:
     """One of the architectures that load_state_dict knows.
 
     fused: experts are expected as transformers 5 has them, else one by one. old_kv_b: as files of
-    before llama.cpp split kv_b_proj.
+    before llama.cpp split kv_b_proj. experts: also where the architecture needs none (Mixtral).
     """
     made, out = Made(path), Writer(path, architecture)
-    deepseek, moe = architecture == "deepseek2", architecture in ("qwen2moe", "qwen3moe")
+    deepseek, moe = architecture == "deepseek2", experts or architecture in MOE
     common_metadata(out.writer, kv_heads=HEADS if deepseek else KV_HEADS)
     expected = made.expected
     expected["model.embed_tokens.weight"] = out.add("token_embd.weight", (VOCABULARY, HIDDEN))

@@ -61,6 +61,7 @@ def values(*shape: int, seed: int = 0) -> Any:
 
 CASES = {
     "llama": ("llama", {}),
+    "mixtral": ("llama", {"experts": True}),
     "qwen2": ("qwen2", {}),
     "qwen2moe": ("qwen2moe", {}),
     "qwen2moe-expert-by-expert": ("qwen2moe", {"fused": False}),

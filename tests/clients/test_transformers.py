@@ -13,6 +13,8 @@ from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
     LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -41,9 +43,14 @@ MLA = {
     "moe_intermediate_size": hf.EXPERT_INNER, "first_k_dense_replace": 1, "n_group": 2,
     "topk_group": 1,
 }  # fmt: skip
+MIXTRAL = {
+    "num_local_experts": hf.EXPERTS, "num_experts_per_tok": 2, "intermediate_size": hf.EXPERT_INNER,
+}  # fmt: skip
 HEAD = {"head_dim": hf.HIDDEN // hf.HEADS}
 CONFIGS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "llama": ("llama", LlamaConfig, {}),
+    "mistral": ("llama", MistralConfig, {}),
+    "mixtral": ("llama", MixtralConfig, MIXTRAL),
     "qwen2": ("qwen2", Qwen2Config, {}),
     "qwen2moe": (
         "qwen2moe", Qwen2MoeConfig, MOE | {"shared_expert_intermediate_size": hf.SHARED_INNER},
@@ -67,6 +74,10 @@ def model_of(case: str, device: str, dtype: Any = torch.float32, **options: Any)
         return AutoModelForCausalLM.from_config(config_of(case, **options), dtype=dtype)
 
 
+def write(folder: Path, case: str) -> hf.Made:
+    return hf.write(folder / "m.gguf", CONFIGS[case][0], experts=case == "mixtral")
+
+
 def expected_of(case: str, made: hf.Made) -> dict[str, Any]:
     """DeepSeek V2 has no correction of the router's scores."""
     if case != "deepseek2-v2":
@@ -77,7 +88,7 @@ def expected_of(case: str, made: hf.Made) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CONFIGS)
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_every_parameter(tmp_path: Path, case: str, device: str) -> None:
-    made = hf.write(tmp_path / "m.gguf", CONFIGS[case][0])
+    made = write(tmp_path, case)
     model = model_of(case, device)
     strict = case != "deepseek2-v2"
     with api.open(made.path) as weights:
@@ -93,7 +104,7 @@ def test_every_parameter(tmp_path: Path, case: str, device: str) -> None:
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_model_made_on_meta_runs(tmp_path: Path, case: str) -> None:
     """Its outputs are those of the same model made in memory: rotary embeddings are there too."""
-    made = hf.write(tmp_path / "m.gguf", CONFIGS[case][0])
+    made = write(tmp_path, case)
     tokens = torch.arange(12).reshape(2, 6)
     outputs = []
     for device in ("meta", "cpu"):
@@ -112,7 +123,7 @@ def test_a_model_made_on_meta_runs(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize("case", THEIRS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_as_transformers_own_loading(tmp_path: Path, case: str, dtype: Any) -> None:
-    hf.write(tmp_path / "m.gguf", CONFIGS[case][0])
+    write(tmp_path, case)
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path,
         gguf_file="m.gguf",

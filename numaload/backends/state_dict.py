@@ -9,6 +9,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from numaload.backends.state_names import COMPUTED, NameMap, Share, shares_of, whole
+from numaload.dequantize import DTYPES, Conversion
 from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name
 from numaload.errors import NodeMemoryError, StateDictError, UsageError, warn_once
 from numaload.numa import memory
@@ -77,14 +78,17 @@ def load_state_dict(
     of a file are read in its order, and nothing is held twice.
     strict, missing and unexpected keys, sizes: as in ``torch.nn.Module.load_state_dict``; of tied
     parameters one name is enough. progress(bytes of the files done, in all): False cancels.
-    Raises: StateDictError (a RuntimeError), NodeMemoryError, UsageError, UnsupportedTypeError
-    before anything is touched; ReadError, FileChangedError, CancelledError: then parameters that
-    are filled in place may be partly new, and no others have changed.
+    Raises: StateDictError (a RuntimeError), NodeMemoryError, UsageError, UnsupportedTypeError,
+    UnknownQuantTypeError before anything is touched; ReadError, FileChangedError, CancelledError:
+    then parameters that are filled in place may be partly new, and no others have changed.
     """
     torch = import_torch()
     plan = _Plan(module, weights, name_map)
     plan.check(strict=strict)
     parameters = [one for one in plan.parameters(dtype, device) if one.found]
+    for parameter in parameters:
+        for found in parameter.found:
+            _check_type(found.tensor, dtype_name(parameter.dtype))
     _check_room(parameters)
     with torch.no_grad():
         _Filling(parameters, progress).run()
@@ -204,6 +208,17 @@ def _mismatch(found: Found, parameter: Any) -> str:
 
 def _squeezed(shape: Any) -> list[int]:
     return [dim for dim in shape if dim != 1]
+
+
+def _check_type(tensor: Tensor, dtype: str) -> None:
+    """Raises: UnknownQuantTypeError, UnsupportedTypeError for what cannot be converted."""
+    tensor.check_type()
+    if tensor.has_kernel:
+        wanted = DTYPES[dtype if dtype in KERNEL_DTYPES else "float32"]
+        Conversion(tensor.qtype, wanted, name=tensor.name, byte_order=tensor.byte_order)
+    else:
+        tensor.check_native()
+        torch_type(tensor.type_name)
 
 
 def _check_room(parameters: list[Parameter]) -> None:

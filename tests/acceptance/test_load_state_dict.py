@@ -19,6 +19,8 @@ from numaload.errors import (
     FileChangedError,
     ReadError,
     StateDictError,
+    UnknownQuantTypeError,
+    UnsupportedTypeError,
     UsageError,
 )
 from numaload.formats.qtypes import QuantType
@@ -240,6 +242,19 @@ def test_other_types_are_converted_as_torch_does(tmp_path: Path) -> None:
     assert torch.equal(module.l, torch.from_numpy(ints).to(torch.int64))
     with pytest.raises(UsageError, match="floating-point"):
         api.load_state_dict(module, weights, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("type_id", [QuantType.Q8_K, 133], ids=["no kernel", "unknown"])
+def test_types_that_cannot_be_converted_are_refused_first(tmp_path: Path, type_id: int) -> None:
+    rows = [gb.tensor("a", (8,)), gb.tensor("odd", (256,), type_id, 32)]
+    (tmp_path / "m.gguf").write_bytes(gb.build([], rows, values(8).tobytes() + bytes(1024)))
+    module = module_of({"a": (8,), "odd": (256,)})
+    with (
+        api.open(tmp_path / "m.gguf") as weights,
+        pytest.raises((UnsupportedTypeError, UnknownQuantTypeError), match="odd"),
+    ):
+        api.load_state_dict(module, weights)
+    assert not module.a.any()
 
 
 def test_float64_parameters(tmp_path: Path) -> None:

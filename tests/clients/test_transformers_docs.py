@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_transformers import config_of
 from transformers import LlamaForCausalLM
 
 import hf_models
 from commands import LIMIT_S
+from hf_configs import config_of
 
 PAGE = (Path(__file__).parents[2] / "docs/transformers.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -344,6 +344,16 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     api.load_state_dict(module_of({"a": (4, 8)}), weights)  # in place needs none
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu(tmp_path: Path) -> None:
+    made = hf_models.write(tmp_path / "m.gguf", "qwen3moe")
+    module = like(made.expected, device="meta")
+    with api.open(made.path) as weights:
+        api.load_state_dict(module, weights, dtype=torch.bfloat16, device="cuda")
+    assert {tensor.device.type for tensor in module.state_dict().values()} == {"cuda"}
+    check(module.cpu(), made.expected, torch.bfloat16)
+
+
 def test_buffers_that_nobody_can_compute_are_named(tmp_path: Path) -> None:
     weights = tensors_file(tmp_path / "m.gguf", a=values(4, 8))
     module = module_of({"a": (4, 8)}, device="meta")

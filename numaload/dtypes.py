@@ -24,6 +24,19 @@ KERNEL_DTYPES = ("float32", "float16", "bfloat16")
 ITEMS = {"F4": 2}  # elements in one item of torch
 
 
+def item_shape(type_name: str, shape: tuple[int, ...], what: str) -> tuple[int, ...]:
+    """Of torch's items, where the file counts elements. Raises: UnsupportedTypeError."""
+    each = ITEMS.get(type_name, 1)
+    if each == 1 or not shape:
+        return shape
+    if shape[-1] % each:
+        raise UnsupportedTypeError(
+            f"tensor {what!r}: {type_name} in rows of {shape[-1]}, which torch has in {each}s:"
+            " buffer has the bytes"
+        )
+    return (*shape[:-1], shape[-1] // each)
+
+
 def dtype_name(dtype: Any) -> str:
     """Of a dtype of torch, numpy or ml_dtypes, or of what is a name. Raises: UsageError."""
     name = str(dtype)

@@ -5,17 +5,16 @@ torch is an optional dependency: it is imported by whoever asks for a tensor.
 
 from __future__ import annotations
 
-import warnings
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numaload.dtypes import ITEMS, NAMES
+from numaload.dtypes import ITEMS, NAMES, item_shape
 from numaload.errors import UnsupportedTypeError, UsageError, warn_once
 from numaload.numa.mapping import map_private
-from numaload.numa.syscalls import HUGE
+from numaload.numa.syscalls import HUGE, memory_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,29 +57,45 @@ def torch_type(type_name: str) -> Any:
 
 
 def whole(buffer: memoryview) -> Any:
-    """All of a mapping as one uint8 tensor, for ``view``: cheaper than a new one for each tensor."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own word on it, which names no tensor and no way
-        tensor = import_torch().from_numpy(np.frombuffer(buffer, np.uint8))
+    """All of a mapping as one uint8 tensor, for ``view``: cheaper than one for each tensor."""
+    torch = import_torch()
     if buffer.readonly:
         warn_once("torch-read-only", READ_ONLY)
-    return tensor
+    # By its address: of read-only arrays torch warns, once, of no tensor and with no way out.
+    memory: Any = memory_at(np.frombuffer(buffer, np.uint8).ctypes.data, buffer.nbytes)
+    memory.owner = buffer
+    return torch.from_numpy(np.frombuffer(memory, np.uint8))
 
 
-def view(base: Any, start: int, nbytes: int, type_name: str, shape: Sequence[int]) -> Any:
+def view(
+    base: Any, start: int, nbytes: int, type_name: str, shape: tuple[int, ...], what: str = ""
+) -> Any:
     """A tensor of ``shape`` over bytes of ``base``, zero-copy.
 
     Where the bytes are not aligned to the type, which torch does not expect, they are copied.
     """
+    if type_name not in NAMES:
+        message = f"tensor {what!r}: torch has no type for {type_name}; buffer has the bytes"
+        raise UnsupportedTypeError(message)
     dtype = torch_type(type_name)
-    if type_name in ITEMS and shape:
-        shape = (*shape[:-1], shape[-1] // ITEMS[type_name])
+    if type_name in ITEMS:
+        shape = item_shape(type_name, shape, what)
     if not nbytes:
-        return import_torch().empty(tuple(shape), dtype=dtype)
+        return import_torch().empty(shape, dtype=dtype)
     flat = base[start : start + nbytes]
     if start % dtype.itemsize:
         flat = flat.clone()
     return flat.view(dtype).view(shape)
+
+
+def converted(tensor: Any, device: Any, dtype: Any, what: str, *, copy: bool = True) -> Any:
+    """``tensor`` as another. Raises: UnsupportedTypeError where torch has no way to it."""
+    try:
+        return tensor.to(device, dtype, copy=copy)
+    except NotImplementedError as error:
+        raise UnsupportedTypeError(
+            f"tensor {what!r}: torch cannot turn {tensor.dtype} into {dtype}: {error}"
+        ) from error
 
 
 def of_bytes(flat: NDArray[np.uint8], dtype: Any, shape: Sequence[int]) -> Any:

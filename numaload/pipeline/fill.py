@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from numaload.dequantize import DTYPES, LARGE, Conversion
 from numaload.errors import CancelledError, UsageError
-from numaload.numa.workers import Workers, finish, settle
+from numaload.numa.workers import Workers, finish
 from numaload.pipeline.ahead import Ahead, Range
 from numaload.pipeline.pieces import Piece, Target, pieces
 from numaload.pipeline.source import fetch, scratch
@@ -60,9 +60,9 @@ class Work:
     def __init__(self, todo: Sequence[Extent], progress: Progress | None, ahead: int) -> None:
         self.workers: Workers = todo[0].tensor.workers()
         self.total, self.done, self.progress = sum(t.nbytes for t in todo), 0, progress
-        self.stop, self.lock = threading.Event(), threading.Lock()
+        self.lock, self.stopped, self.running = threading.Lock(), False, 0
+        self.idle = threading.Condition(self.lock)
         self.ahead = Ahead(_ranges(todo), ahead)
-        self._started: list[Future[None]] = []
 
     def __enter__(self) -> Work:
         if self.progress:
@@ -72,36 +72,59 @@ class Work:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            settle(self._started, self.stop)
+            self._settle()
         self.ahead.stop()
+
+    def _settle(self) -> None:
+        """Until none works, whatever signals come. What has not begun will find that it is over.
+
+        Counted by the threads themselves: a signal may come before their future is kept.
+        """
+        while True:
+            try:
+                with self.idle:
+                    self.stopped = True
+                    self.idle.wait_for(lambda: not self.running)
+            except KeyboardInterrupt:
+                continue
+            return
 
     def start(self, target: Target, cut: Iterable[Piece], write: Write) -> list[Future[None]]:
         """Hand the pieces to the threads; they take them in order, and tensors in that of calls."""
         todo = iter(cut)
 
         def work() -> None:
-            while not self.stop.is_set():
-                with self.lock:
-                    piece = next(todo, None)
-                if piece is None:
-                    return
-                write(piece)
-                self._advance(target.bytes_of(piece.place.size))
+            while (piece := self._next(todo)) is not None:
+                try:
+                    write(piece)
+                    self._advance(target.bytes_of(piece.place.size))
+                finally:
+                    self._pause()
 
-        self._started = [future for future in self._started if not future.done()]
         count = min(self.workers.count, -(-target.nbytes // MOST_ALONE))
-        futures = []
-        for _ in range(count):
-            futures.append(self.workers.submit(work))
-            self._started.append(futures[-1])
-        return futures
+        return [self.workers.submit(work) for _ in range(count)]
+
+    def _next(self, todo: Iterator[Piece]) -> Piece | None:
+        """Raises: CancelledError for a piece that nobody will write."""
+        with self.lock:
+            piece = next(todo, None)
+            if piece is not None and self.stopped:
+                raise CancelledError("cancelled", done=self.done, total=self.total)
+            self.running += piece is not None
+            return piece
+
+    def _pause(self) -> None:
+        with self.idle:
+            self.running -= 1
+            if not self.running:
+                self.idle.notify_all()
 
     def _advance(self, nbytes: int) -> None:
         self.ahead.took(nbytes)
         with self.lock:
             self.done += nbytes
             if self.progress and self.progress(self.done, self.total) is False:
-                self.stop.set()
+                self.stopped = True
                 raise CancelledError("cancelled", done=self.done, total=self.total)
 
 

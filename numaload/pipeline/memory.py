@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,9 @@ class Buffers:
 
     def _back(self, mapping: Mapping) -> None:
         self._free.append(mapping)
-        while sum(one.length for one in list(self._free)) > self.most:
-            self._free.popleft()  # the oldest: its memory goes with it
+        while self._free and sum(one.length for one in list(self._free)) > self.most:
+            with suppress(IndexError):  # another thread was faster
+                self._free.popleft()  # the oldest: its memory goes with it
 
     def close(self) -> None:
         self.most = 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from numaload.dequantize import DTYPES
@@ -17,9 +17,10 @@ from numaload.dtypes import (
     dtype_name,
     is_float,
     is_torch,
+    item_shape,
     numpy_dtype,
 )
-from numaload.errors import NumaloadError, UsageError
+from numaload.errors import NumaloadError, UnsupportedTypeError, UsageError
 from numaload.numa.workers import finish
 from numaload.pipeline.fill import Work, writer
 from numaload.pipeline.memory import Buffers
@@ -28,6 +29,7 @@ from numaload.storage.parallel import Progress
 from numaload.weights import Tensor, Weights
 
 AHEAD = 256 << 20
+MOST = 1000  # tensors that are ready: each has a price, however small it is
 
 
 def stream(
@@ -41,10 +43,12 @@ def stream(
     """(name, array) of each tensor in the order of the files, while threads prepare the next ones.
 
     dtype: "float32", "float16" or "bfloat16" give numpy arrays, torch's dtypes torch tensors, of
-    the tensor's shape; integers and bools keep their type. None, or "torch": the bytes as in the
-    file, numpy arrays or torch tensors of the type that they have there, blocks as uint8.
-    ahead: bytes of results that may be ready or under way at a time (one tensor always is), and
-    that may be read ahead of the files. What is not held any more is used for later tensors.
+    the tensor's shape; integers, bools and complex numbers keep their type. None, or "torch":
+    numpy arrays or torch tensors of the type that they have in the file; uint8, (..., bytes per
+    row), for blocks, and in numpy for F4 and F6. They are the caller's own: written to as any.
+    ahead: bytes of results that may be ready or under way at a time (one tensor always is), that
+    may be read ahead of the files, and of memory that is kept for later tensors once nothing holds
+    it any more.
     names: only these. progress(bytes of the files done, in all): returning False cancels.
     Raises: TensorNotFoundError, UsageError at once; at the tensor that has it, after those before:
     UnsupportedTypeError, UnknownQuantTypeError, ReadError, FileChangedError, CancelledError.
@@ -63,8 +67,13 @@ class Wanted(NamedTuple):
 
 
 def _wanted(dtype: Any) -> Wanted:
-    if dtype is None or dtype == "torch":
-        return Wanted(None, torch=dtype == "torch")
+    if dtype is None:
+        return Wanted(None, torch=False)
+    if isinstance(dtype, str) and dtype == "torch":
+        from numaload.torch_memory import import_torch
+
+        import_torch()
+        return Wanted(None, torch=True)
     name = dtype_name(dtype)
     if name not in KERNEL_DTYPES:
         raise UsageError(f"dtype {dtype}: expected {', '.join(KERNEL_DTYPES)}, None or 'torch'")
@@ -78,18 +87,21 @@ def _stream(
         return
     buffers, todo = Buffers(ahead), deque(tensors)
     ready: deque[_Result] = deque()
+    nbytes = 0  # of those that are ready or under way
     with Work([Whole(tensor) for tensor in tensors], progress, ahead) as work:
         try:
             while todo or ready:
-                while todo and (not ready or _bytes(ready, todo[0], wanted) <= ahead):
+                while todo and _fits(len(ready), nbytes + _nbytes(todo[0], wanted), ahead):
                     ready.append(_Result(todo.popleft(), wanted, buffers, work))
+                    nbytes += ready[-1].nbytes
+                nbytes -= ready[0].nbytes
                 yield _taken(ready.popleft())
         finally:
             buffers.close()
 
 
-def _bytes(ready: Iterable[_Result], more: Tensor, wanted: Wanted) -> int:
-    return sum(one.nbytes for one in ready) + _layout(more, wanted).nbytes
+def _fits(count: int, nbytes: int, ahead: int) -> bool:
+    return not count or (count < MOST and nbytes <= ahead)
 
 
 def _taken(result: _Result) -> tuple[str, Any]:
@@ -108,77 +120,82 @@ class Whole(NamedTuple):
         return int(self.tensor.nbytes)
 
 
-class Layout(NamedTuple):
-    """How the result looks: made by a kernel to ``dtype``, or as in the file."""
-
-    dtype: str | None  # of a kernel
-    item: str  # dtype of the array
-    shape: tuple[int, ...]
-    nbytes: int
+def _kernel(tensor: Tensor, wanted: Wanted) -> str | None:
+    """Dtype that a kernel makes of it; None where it stays as it is in the file, at first."""
+    return wanted.dtype if tensor.has_kernel else None
 
 
-def _layout(tensor: Tensor, wanted: Wanted) -> Layout:
-    if wanted.dtype is not None and tensor.has_kernel:
-        size = DTYPES[wanted.dtype].itemsize
-        return Layout(wanted.dtype, wanted.dtype, tensor.shape, tensor.size * size)
-    if tensor.in_blocks or tensor.type_name not in NAMES:
-        *outer, columns = tensor.shape or (1,)
-        row_bytes = tensor.nbytes // max(1, tensor.size // max(1, columns))
-        return Layout(None, "uint8", (*outer, row_bytes), tensor.nbytes)
-    return Layout(None, NAMES[tensor.type_name], tensor.shape, tensor.nbytes)
+def _nbytes(tensor: Tensor, wanted: Wanted) -> int:
+    kernel = _kernel(tensor, wanted)
+    return int(tensor.nbytes if kernel is None else tensor.size * DTYPES[kernel].itemsize)
+
+
+def _as_in_file(tensor: Tensor, wanted: Wanted) -> tuple[str, tuple[int, ...]]:
+    """Name of the dtype, and shape. Raises: UnsupportedTypeError.
+
+    What several numbers share a byte of, numpy has no dtype for, and torch for one of them.
+    """
+    name = tensor.type_name
+    packed = name in ITEMS or not (tensor.in_blocks or name in NAMES)
+    if packed and wanted.dtype is not None:
+        message = f"tensor {tensor.name!r}: {name} is not turned to float: dtype=None has its bytes"
+        raise UnsupportedTypeError(message)
+    if tensor.in_blocks or (packed and not wanted.torch):
+        return "uint8", tensor.byte_shape
+    if name not in NAMES:
+        message = f"tensor {tensor.name!r}: torch has no type for {name}: dtype=None has its bytes"
+        raise UnsupportedTypeError(message)
+    return NAMES[name], item_shape(name, tensor.shape, tensor.name)
 
 
 class _Result:
     """One tensor under way."""
 
     def __init__(self, tensor: Tensor, wanted: Wanted, buffers: Buffers, work: Work) -> None:
-        self.tensor, self.wanted, self.layout = tensor, wanted, _layout(tensor, wanted)
-        self.nbytes = self.layout.nbytes
+        self.tensor, self.wanted, self.nbytes = tensor, wanted, _nbytes(tensor, wanted)
+        self.kernel = _kernel(tensor, wanted)
         self.error: NumaloadError | None = None
-        self.futures: list[Future[None]] = []
         try:
             self._start(buffers, work)
         except NumaloadError as error:  # comes when its turn has come
             self.error = error
 
     def _start(self, buffers: Buffers, work: Work) -> None:
-        self.tensor.check_type()  # before it is sized
+        tensor, kernel = self.tensor, self.kernel
+        tensor.check_type()
+        item, self.shape = (kernel, tensor.shape) if kernel else _as_in_file(tensor, self.wanted)
+        self.dtype = self._find(item)
         self.flat = buffers.take(self.nbytes)
-        dtype = self.layout.dtype
-        place: NDArray[Any] = self.flat.view(DTYPES[dtype]) if dtype else self.flat
-        target = Target(self.tensor, place, dtype)
+        place: NDArray[Any] = self.flat.view(DTYPES[kernel]) if kernel else self.flat
+        target = Target(tensor, place, kernel)
         write, cut = writer(target)
         self.futures = work.start(target, cut, write)
+
+    def _find(self, dtype: str) -> Any:
+        """Of torch or numpy. Raises: UnsupportedTypeError."""
+        if not self.wanted.torch:
+            return numpy_dtype(dtype, self.tensor.name)
+        from numaload.torch_memory import torch_dtype
+
+        return torch_dtype(dtype, self.tensor.name)
 
     def value(self) -> Any:
         """Waits for it. Raises: what went wrong with it."""
         if self.error is not None:
             raise self.error
         finish(self.futures)
-        made = self._torch() if self.wanted.torch else self._numpy()
-        wanted = self.wanted.dtype
-        if wanted is None or self.layout.dtype is not None or not is_float(self.tensor.type_name):
+        if self.kernel is None and self.tensor.byte_order == "big":
+            self.flat.view(f"u{self.dtype.itemsize}").byteswap(inplace=True)
+        made = self._torch() if self.wanted.torch else self.flat.view(self.dtype)
+        made = made.reshape(self.shape)
+        if self.wanted.dtype is None or self.kernel or not is_float(self.tensor.type_name):
             return made
-        return made.to(_torch_dtype(wanted)) if self.wanted.torch else made.astype(DTYPES[wanted])
-
-    def _numpy(self) -> Any:
-        dtype = numpy_dtype(self.layout.item, self.tensor.name)
-        if self.layout.dtype is None and self.tensor.byte_order == "big":
-            dtype = dtype.newbyteorder(">")
-        return self.flat.view(dtype).reshape(self.layout.shape)
+        if self.wanted.torch:
+            return made.to(self._find(self.wanted.dtype))
+        with np.errstate(all="ignore"):  # what is too large is infinite, as kernels have it
+            return made.astype(DTYPES[self.wanted.dtype])
 
     def _torch(self) -> Any:
-        if self.layout.dtype is None and not self.tensor.in_blocks:
-            self.tensor.check_native()
-        items = ITEMS.get(self.tensor.type_name, 1) if self.layout.dtype is None else 1
-        *outer, last = self.layout.shape or (1,)
-        shape = (*outer, last // items) if items > 1 else self.layout.shape
         from numaload.torch_memory import of_bytes
 
-        return of_bytes(self.flat, _torch_dtype(self.layout.item), shape)
-
-
-def _torch_dtype(name: str) -> Any:
-    from numaload.torch_memory import torch_dtype
-
-    return torch_dtype(name, "stream")
+        return of_bytes(self.flat, self.dtype, self.shape)

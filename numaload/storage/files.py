@@ -120,9 +120,9 @@ class SourceFile:
         os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1  # before it is free for others
+        if fd >= 0:
+            os.close(fd)
 
     def __enter__(self) -> SourceFile:
         return self

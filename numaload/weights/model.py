@@ -134,12 +134,21 @@ class Weights(Mapping[str, Tensor]):
             return base
 
     def read_into(self, part: int, view: memoryview, offset: int) -> None:
-        """Fill ``view`` from ``offset`` of a file. Raises: ReadError, FileChangedError."""
+        """Fill ``view`` from ``offset`` of a file.
+
+        Raises: ReadError, FileChangedError, ClosedError.
+        """
         file = self._parts[part].file
+        self._check_open(file)
+        try:
+            file.read_into(view, offset)
+            file.check_unchanged()  # not before: what is written while it is read counts
+        finally:
+            self._check_open(file)  # once it is closed, its descriptor may be another file's
+
+    def _check_open(self, file: SourceFile) -> None:
         if self._closed or file.fd < 0:
             raise ClosedError(f"the weights of {self.paths[0]} were closed")
-        file.check_unchanged()
-        file.read_into(view, offset)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._tensors:

@@ -148,6 +148,12 @@ class Tensor:
         return np.frombuffer(self.buffer, np.uint8).reshape(self._rows, row_bytes)
 
     @property
+    def byte_shape(self) -> tuple[int, ...]:
+        """``shape`` with bytes instead of elements in its last dim; flat where rows share bytes."""
+        row_bytes, rest = divmod(self.nbytes, max(1, self._rows))
+        return (self.nbytes,) if rest else (*self.shape[:-1], row_bytes)
+
+    @property
     def _columns(self) -> int:
         return self.dims[0] if self.dims else 1
 
@@ -194,9 +200,9 @@ class Tensor:
 
         dtype None: the type that they have in the file, in ``shape``; blocks of quantized types as
         uint8, (..., bytes per row). Read-only memory: writing to it ends the process.
-        dtype: a name, torch's or numpy's; dequantized in parallel into memory of its own.
+        dtype: a name, torch's or numpy's; converted in parallel into memory of its own.
         device: other than "cpu" it is copied there.
-        Raises: UsageError where torch is not installed, UnsupportedTypeError.
+        Raises: UsageError without torch, UnsupportedTypeError, UnknownQuantTypeError.
         """
         if dtype is None:
             found = self._raw_tensor()
@@ -206,25 +212,43 @@ class Tensor:
 
         name = dtype_name(dtype)
         wanted = torch_memory.torch_dtype(name, self.name)
-        if not self.has_kernel or (not self.in_blocks and name not in KERNEL_DTYPES):
-            return self._raw_tensor().to(device, wanted)
+        if not self._has_kernel_to(name):
+            return torch_memory.converted(self._own_order(), device, wanted, self.name)
         made = name if name in KERNEL_DTYPES else "float32"
         out = torch_memory.empty(self.shape, torch_memory.torch_dtype(made, self.name))
         self.dequantize(made, out=out)
-        return out.to(device, wanted)
+        return torch_memory.converted(out, device, wanted, self.name, copy=False)
+
+    def _has_kernel_to(self, dtype: str) -> bool:
+        """float32 does not lie between a float and another dtype, which may hold more than it."""
+        from numaload.dtypes import KERNEL_DTYPES
+
+        return self.in_blocks or (self.has_kernel and dtype in KERNEL_DTYPES)
+
+    def _own_order(self) -> Any:
+        """The numbers as they are, in this machine's byte order."""
+        if self.byte_order != "big":
+            return self._raw_tensor()
+        import numpy as np
+
+        from numaload.torch_memory import of_bytes, torch_type
+
+        dtype = torch_type(self.type_name)
+        numbers = np.frombuffer(self.buffer, f"u{dtype.itemsize}").byteswap()
+        return of_bytes(numbers.view(np.uint8), dtype, self.shape)
 
     def _raw_tensor(self) -> Any:
         """Models have hundreds of thousands of tensors: a call here is worth counting."""
         from numaload.torch_memory import view
 
-        info, shape = self._info, self.shape
+        info = self._info
         self.check_type()
-        base = self._weights.torch_bytes(self._part)
         if self.in_blocks:
-            shape = (*shape[:-1], info.nbytes // max(1, self._rows))
-            return view(base, info.offset, info.nbytes, "U8", shape)
+            base = self._weights.torch_bytes(self._part)
+            return view(base, info.offset, info.nbytes, "U8", self.byte_shape)
         self.check_native()
-        return view(base, info.offset, info.nbytes, info.type_name, shape)
+        base = self._weights.torch_bytes(self._part)
+        return view(base, info.offset, info.nbytes, info.type_name, self.shape, info.name)
 
     def check_native(self) -> None:
         """Raises: UnsupportedTypeError for numbers of a big-endian file."""

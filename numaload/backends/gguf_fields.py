@@ -2,8 +2,8 @@
 
 A field there is its bytes in the file, cut into *parts*: an array for every length, every type id,
 and every single number or text of an array; *data* are the indexes of those parts that are values.
-A vocabulary of 150,000 tokens has 900,000 of them, with scores, types and merges. Here a part is made when it is asked for; at
-once is known only where a field begins and of which types it is.
+A vocabulary of 150,000 tokens has 900,000 of them, with scores, types and merges. Here a part is
+made when it is asked for; at once is known only where a field begins and of which types it is.
 
 Parts are views of the file's memory: where that can be written to, writing to them does.
 """

@@ -7,10 +7,11 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from numaload.errors import ReadError
+from numaload.errors import ReadError, warn_once
 from numaload.storage.files import SourceFile
 
 STEP = 1 << 20  # bytes read at a time
+NO_THREAD = "raise ulimit -u, or the cgroup's pids.max"
 PROBES = 8  # pages of it that are asked for
 
 
@@ -36,7 +37,10 @@ class Ahead:
 
     def start(self) -> None:
         if self.window and self.ranges:
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as error:  # of threading, which keeps no errno
+                warn_once("ahead", f"files are not read ahead: {error}: {NO_THREAD}")
 
     def took(self, nbytes: int) -> None:
         with self._moved:

@@ -67,7 +67,11 @@ class Work:
     def __enter__(self) -> Work:
         if self.progress:
             self.progress(0, self.total)
-        self.ahead.start()
+        try:
+            self.ahead.start()
+        except BaseException:  # Ctrl-C: it may have begun
+            self.ahead.stop()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

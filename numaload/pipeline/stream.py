@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ def stream(
     ahead: int = AHEAD,
     names: Iterable[str] | None = None,
     progress: Progress | None = None,
-) -> Iterator[tuple[str, Any]]:
+) -> Generator[tuple[str, Any], None, None]:
     """(name, array) of each tensor in the order of the files, while threads prepare the next ones.
 
     dtype: "float32", "float16" or "bfloat16" give numpy arrays, torch's dtypes torch tensors, of
@@ -82,7 +82,7 @@ def _wanted(dtype: Any) -> Wanted:
 
 def _stream(
     tensors: list[Tensor], wanted: Wanted, ahead: int, progress: Progress | None
-) -> Iterator[tuple[str, Any]]:
+) -> Generator[tuple[str, Any], None, None]:
     if not tensors:
         return
     buffers, todo = Buffers(ahead), deque(tensors)

@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peft
@@ -65,13 +66,13 @@ class Contest:
     def peft_tensors(self) -> float:
         return read(peft.load_peft_weights(self.folder, device="cpu").values())
 
-    def our_tensors(self) -> float:
+    def our_tensors(self, *, copy: bool) -> float:
         with open_adapter(self.folder) as adapter:
-            return read(adapter.state_dict().values())
+            return read(adapter.state_dict(copy=copy).values())
 
     def peft_half(self) -> float:
         found = peft.load_peft_weights(self.folder, device="cpu")
-        return read(tensor.to(torch.bfloat16) for tensor in found.values())
+        return read([tensor.to(torch.bfloat16) for tensor in found.values()])
 
     def our_half(self) -> float:
         with open_adapter(self.folder) as adapter:
@@ -81,11 +82,11 @@ class Contest:
         model = peft.PeftModel.from_pretrained(self.base, self.folder, **options)
         return self._done(model)
 
-    def our_model(self, **options: Any) -> float:
+    def our_model(self, *, copy: bool, **options: Any) -> float:
         with open_adapter(self.folder) as adapter:
             config = peft.LoraConfig(**adapter.lora_config())
             model = peft.get_peft_model(self.base, config, **options)
-            peft.set_peft_model_state_dict(model, adapter.state_dict(), **options)
+            peft.set_peft_model_state_dict(model, adapter.state_dict(copy=copy), **options)
         return self._done(model)
 
     def _done(self, model: Any) -> float:
@@ -101,11 +102,29 @@ def seconds(work: Callable[[], float]) -> tuple[float, float]:
     return time.perf_counter() - start, total
 
 
-def measure(name: str, theirs: Callable[[], float], ours: Callable[[], float], rounds: int) -> None:
+def nothing() -> None:
+    """Before a measurement."""
+
+
+def evict(path: str) -> None:
+    """Out of the page cache."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(
+    name: str,
+    theirs: Callable[[], float],
+    ours: Callable[[], float],
+    rounds: int,
+    before: Callable[[], None] = nothing,
+) -> None:
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(rounds + 1):  # the first is for imports and the page cache
         totals = []
         for one, work in zip(times, (theirs, ours), strict=True):
+            before()
             took, total = seconds(work)
             totals.append(total)
             if turn:
@@ -126,18 +145,22 @@ def main() -> None:
     base = base_model(options.layers)
     with tempfile.TemporaryDirectory() as folder:
         write(folder, base, options.rank)
-        size = os.path.getsize(os.path.join(folder, "adapter_model.safetensors"))
+        path = os.path.join(folder, "adapter_model.safetensors")
+        size = os.path.getsize(path)
         print(f"{size >> 20} MiB, rank {options.rank}, {options.layers} layers")
         contest, rounds = Contest(base, folder), options.rounds
-        measure("tensors", contest.peft_tensors, contest.our_tensors, rounds)
+        for copy in (False, True):
+            how = "copied" if copy else "mapped"
+            ours = partial(contest.our_tensors, copy=copy)
+            measure(f"tensors, {how}", contest.peft_tensors, ours, rounds)
+        ours = partial(contest.our_tensors, copy=True)
+        measure("tensors, copied, cold", contest.peft_tensors, ours, rounds, partial(evict, path))
         measure("tensors as bfloat16", contest.peft_half, contest.our_half, rounds)
-        measure("model", contest.peft_model, contest.our_model, rounds)
-        measure(
-            "model, low_cpu_mem_usage",
-            lambda: contest.peft_model(**CHEAP),
-            lambda: contest.our_model(**CHEAP),
-            rounds,
-        )
+        measure("model", contest.peft_model, partial(contest.our_model, copy=False), rounds)
+        for copy in (False, True):
+            name = f"model, low_cpu_mem_usage, {'copied' if copy else 'mapped'}"
+            theirs = partial(contest.peft_model, **CHEAP)
+            measure(name, theirs, partial(contest.our_model, copy=copy, **CHEAP), rounds)
 
 
 if __name__ == "__main__":

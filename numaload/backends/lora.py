@@ -91,6 +91,7 @@ class Adapter:
         model: Any = None,
         name_map: NameMap | None = None,
         heads: tuple[int, int] | None = None,
+        copy: bool = True,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
         """All tensors, loaded in parallel into memory of their own, under PEFT's names.
@@ -101,6 +102,8 @@ class Adapter:
         without: {module of the file: module of the model}, or a function.
         heads: attention heads of queries and of keys, where llama.cpp permuted their rows; by
         default what the model's config says.
+        copy False: what is wanted as it is in the file is mapped from there, not loaded: read-only,
+        and writing to it ends the process.
         progress(bytes of the file done, in all): returning False cancels.
         Raises: UsageError where one of these is needed, AdapterError, UnsupportedTypeError,
         NodeMemoryError before anything is read; ReadError, FileChangedError, CancelledError.
@@ -111,7 +114,7 @@ class Adapter:
         if len({load.name for load in loads}) != len(loads):
             twice = Counter(load.name for load in loads).most_common(1)[0][0]
             raise AdapterError(f"two tensors would be {twice!r}", path=self.path)
-        return load_all(self.weights, loads, wanted, progress)
+        return load_all(self.weights, loads, wanted, progress, copy=copy)
 
     def _modules(self, model: Any, name_map: NameMap | None) -> dict[str, str]:
         modules = Modules(self.kind, self.architecture, model, name_map)

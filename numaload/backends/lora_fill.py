@@ -55,20 +55,24 @@ class Plan(NamedTuple):
 
 
 def load_all(
-    weights: Weights, loads: Sequence[Load], dtype: Any, progress: Progress | None
+    weights: Weights, loads: Sequence[Load], dtype: Any, progress: Progress | None, *, copy: bool
 ) -> dict[str, Any]:
     """{name: torch tensor} of memory that they share, and of nobody else.
 
     dtype: torch's, or None for the file's, which is float32 for quantized blocks.
+    copy False: what stays as it is in the file is mapped from there instead, read-only.
     Raises: UnsupportedTypeError, NodeMemoryError before anything is read; as ``fill``.
     """
     plans = sorted((_plan(load, dtype) for load in loads), key=_order)
+    mapped = [] if copy else [plan for plan in plans if plan.raw and plan.load.view is None]
+    made = {plan.load.name: plan.load.tensor.torch() for plan in mapped}
+    plans = [plan for plan in plans if plan.load.name not in made]
     runs = list(_runs([plan for plan in plans if plan.straight]))
     alone = [plan for plan in plans if not plan.straight]
     placed, total = _placed(runs, alone)
     _check_room(total, weights.paths[0])
     flat = empty((total,), import_torch().uint8).numpy()
-    made = {plan.load.name: _result(plan, flat, placed[plan.load.name]) for plan in plans}
+    made |= {plan.load.name: _result(plan, flat, placed[plan.load.name]) for plan in plans}
     targets = [_run_target(weights, run, flat, placed[run[0].load.name]) for run in runs]
     targets += [_target(plan, made[plan.load.name]) for plan in alone]
     fill(sorted(targets, key=lambda target: target.order), progress=progress)

@@ -64,6 +64,20 @@ def test_tensors_outlive_the_adapter_and_can_be_written_to(tmp_path: Path) -> No
         adapter.state_dict()
 
 
+@pytest.mark.filterwarnings("ignore:torch tensors of weights share read-only memory")
+@pytest.mark.parametrize("kind", ["peft_folder", "gguf_file"])
+def test_without_copying_they_are_where_the_file_is_mapped(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("torch")
+    with open_adapter(getattr(lf, kind)(tmp_path)) as adapter:
+        mapped, copied = adapter.state_dict(copy=False), adapter.state_dict()
+        halves = [half for pair in adapter.pairs.values() for half in (pair.a, pair.b)]
+        for half, (name, tensor) in zip(halves, mapped.items(), strict=True):
+            assert tensor.data_ptr() == half.address != copied[name].data_ptr()
+            assert tensor.equal(copied[name])
+        converted = adapter.state_dict("float16", copy=False)
+        assert all(tensor.equal(copied[name].half()) for name, tensor in converted.items())
+
+
 def test_what_peft_saves_besides_pairs_is_handed_on(tmp_path: Path) -> None:
     names = [f"base_model.model.{module}" for module in lf.MODULES]
     norm = {"base_model.model.lm_head.weight": np.ones((3, 5), np.float32)}

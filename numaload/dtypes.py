@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import ml_dtypes
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from numaload.errors import UnsupportedTypeError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # {type in a file: its name in torch, and in numpy or ml_dtypes}
 NAMES: dict[str, str] = {
@@ -42,6 +42,8 @@ def dtype_name(dtype: Any) -> str:
     name = str(dtype)
     if isinstance(dtype, str) or name.startswith("torch."):
         return name.removeprefix("torch.")
+    import numpy as np
+
     try:
         return str(np.dtype(dtype).name)
     except TypeError:
@@ -58,6 +60,9 @@ def is_float(type_name: str) -> bool:
 
 def numpy_dtype(name: str, what: str) -> np.dtype[Any]:
     """Of a dtype's name. Raises: UnsupportedTypeError where numpy and ml_dtypes have none."""
+    import ml_dtypes
+    import numpy as np
+
     found = getattr(ml_dtypes, name, None) or getattr(np, name + "_" * (name == "bool"), None)
     try:
         return np.dtype(found or "?" * 2)

@@ -57,7 +57,7 @@ def torch_type(type_name: str) -> Any:
 
 
 def whole(buffer: memoryview) -> Any:
-    """All of a mapping as one uint8 tensor, for ``view``: cheaper than one for each tensor."""
+    """All of a mapping as one uint8 tensor."""
     torch = import_torch()
     if buffer.readonly:
         warn_once("torch-read-only", READ_ONLY)
@@ -67,25 +67,40 @@ def whole(buffer: memoryview) -> Any:
     return torch.from_numpy(np.frombuffer(memory, np.uint8))
 
 
-def view(
-    base: Any, start: int, nbytes: int, type_name: str, shape: tuple[int, ...], what: str = ""
-) -> Any:
-    """A tensor of ``shape`` over bytes of ``base``, zero-copy.
+class Numbers:
+    """Bytes, a uint8 tensor that is aligned, as numbers of one type, to cut tensors from.
 
-    Where the bytes are not aligned to the type, which torch does not expect, they are copied.
+    Models have hundreds of thousands of these: a call of torch more is worth counting.
+    Raises: UnsupportedTypeError.
     """
-    if type_name not in NAMES:
-        message = f"tensor {what!r}: torch has no type for {type_name}; buffer has the bytes"
-        raise UnsupportedTypeError(message)
-    dtype = torch_type(type_name)
-    if type_name in ITEMS:
-        shape = item_shape(type_name, shape, what)
-    if not nbytes:
-        return import_torch().empty(shape, dtype=dtype)
-    flat = base[start : start + nbytes]
-    if start % dtype.itemsize:
-        flat = flat.clone()
-    return flat.view(dtype).view(shape)
+
+    def __init__(self, base: Any, type_name: str) -> None:
+        self.base, self.type_name = base, type_name
+        self.dtype, self.each = torch_type(type_name), ITEMS.get(type_name, 1)
+        self.size: int = self.dtype.itemsize
+        self.flat = base[: len(base) // self.size * self.size].view(self.dtype)
+
+    def cut(self, start: int, nbytes: int, dims: tuple[int, ...], what: str = "") -> Any:
+        """A tensor over ``nbytes`` from byte ``start``, zero-copy. dims: fastest first.
+
+        Where they are not aligned to the type, which torch does not expect, they are copied.
+        """
+        if self.each > 1:
+            dims = item_shape(self.type_name, dims[::-1], what)[::-1]
+        if start % self.size or not nbytes:
+            copied = self.base[start : start + nbytes].clone()
+            return copied.view(self.dtype).view(dims[::-1])
+        strides, step = [], 1
+        for dim in dims:
+            strides.append(step)
+            step *= dim
+        strides.reverse()
+        return self.flat.as_strided(dims[::-1], strides, start // self.size)
+
+
+def view(base: Any, start: int, nbytes: int, type_name: str, shape: tuple[int, ...]) -> Any:
+    """One tensor of ``shape`` over bytes of ``base``, see ``Numbers``."""
+    return Numbers(base, type_name).cut(start, nbytes, shape[::-1])
 
 
 def converted(tensor: Any, device: Any, dtype: Any, what: str, *, copy: bool = True) -> Any:

@@ -21,6 +21,7 @@ from numaload.weights.tensor import Tensor
 
 if TYPE_CHECKING:
     from numaload.numa.workers import Workers
+    from numaload.torch_memory import Numbers
     from numaload.weights.slices import Slices
 
 
@@ -53,6 +54,7 @@ class Weights(Mapping[str, Tensor]):
         self._mappings: list[MemoryMapping | None] = [None] * len(parts)
         self._mappings[:] = mappings or self._mappings
         self._bases: dict[int, Any] = {}
+        self._numbers: dict[tuple[int, str], Numbers] = {}
         self._lock = RLock()
         self._tensors = {
             info.name: Tensor(info, self, index)
@@ -133,6 +135,17 @@ class Weights(Mapping[str, Tensor]):
                 base = self._bases[part] = whole(mapping.view())
             return base
 
+    def torch_numbers(self, part: int, type_name: str) -> Numbers:
+        """The same as numbers of one type, at any place. Raises: UnsupportedTypeError."""
+        found = self._numbers.get((part, type_name))  # of closed weights there are none
+        if found is None:
+            from numaload.torch_memory import Numbers
+
+            with self._lock:
+                found = Numbers(self.torch_bytes(part), type_name)
+                self._numbers[part, type_name] = found
+        return found
+
     def read_into(self, part: int, view: memoryview, offset: int) -> None:
         """Fill ``view`` from ``offset`` of a file.
 
@@ -168,6 +181,7 @@ class Weights(Mapping[str, Tensor]):
         with self._lock:
             self._closed = True
             self._bases.clear()
+            self._numbers.clear()
             for mapping in self._mappings:
                 if mapping is not None:
                     mapping.close()

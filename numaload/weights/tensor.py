@@ -6,6 +6,7 @@ from math import prod
 from operator import index
 from typing import TYPE_CHECKING, Any
 
+from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name
 from numaload.errors import UnknownQuantTypeError, UnsupportedTypeError, UsageError
 from numaload.formats.gguf import TensorInfo
 from numaload.formats.qtypes import BLOCKS, QuantType
@@ -208,7 +209,6 @@ class Tensor:
             found = self._raw_tensor()
             return found if device == "cpu" else found.to(device)
         from numaload import torch_memory
-        from numaload.dtypes import KERNEL_DTYPES, dtype_name
 
         name = dtype_name(dtype)
         wanted = torch_memory.torch_dtype(name, self.name)
@@ -221,8 +221,6 @@ class Tensor:
 
     def _has_kernel_to(self, dtype: str) -> bool:
         """float32 does not lie between a float and another dtype, which may hold more than it."""
-        from numaload.dtypes import KERNEL_DTYPES
-
         return self.in_blocks or (self.has_kernel and dtype in KERNEL_DTYPES)
 
     def _own_order(self) -> Any:
@@ -238,17 +236,19 @@ class Tensor:
         return of_bytes(numbers.view(np.uint8), dtype, self.shape)
 
     def _raw_tensor(self) -> Any:
-        """Models have hundreds of thousands of tensors: a call here is worth counting."""
-        from numaload.torch_memory import view
-
-        info = self._info
-        self.check_type()
-        if self.in_blocks:
-            base = self._weights.torch_bytes(self._part)
-            return view(base, info.offset, info.nbytes, "U8", self.byte_shape)
-        self.check_native()
-        base = self._weights.torch_bytes(self._part)
-        return view(base, info.offset, info.nbytes, info.type_name, self.shape, info.name)
+        info, weights = self._info, self._weights
+        type_name, dims = info.type_name, info.dims
+        if type_name not in NAMES:
+            self.check_type()
+            if not self.in_blocks:
+                message = f"tensor {info.name!r}: torch has no type for {type_name}"
+                raise UnsupportedTypeError(f"{message}; buffer has the bytes")
+            type_name, dims = "U8", self.byte_shape[::-1]
+        elif weights.parts[self._part].header.byte_order == "big":
+            self.check_native()
+        return weights.torch_numbers(self._part, type_name).cut(
+            info.offset, info.nbytes, dims, info.name
+        )
 
     def check_native(self) -> None:
         """Raises: UnsupportedTypeError for numbers of a big-endian file."""

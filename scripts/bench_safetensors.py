@@ -33,7 +33,7 @@ PAGE = 4096
 
 def write(path: str, count: int, nbytes: int) -> None:
     """``count`` tensors of ``nbytes`` in all, as models have them: matrices and norms."""
-    rows = max(1, nbytes // count // 2 // 512)
+    rows = max(1, nbytes // (count * 3 // 4) // 2 // 512)
     shapes = [(rows, 512) if index % 4 else (512,) for index in range(count)]
     tensors = {
         f"model.layers.{index // 9}.part_{index % 9}.weight": torch.randn(shape).bfloat16()

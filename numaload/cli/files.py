@@ -14,7 +14,11 @@ WIDTH = 100
 
 def add_verbs(verbs: Any) -> None:
     parser = verbs.add_parser("inspect", help="tensors, types, split files and bytes of a model")
-    parser.add_argument("file", metavar="FILE", help="any one of the model's GGUF files")
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        help="any one of the model's files, GGUF or safetensors; of these also index or folder",
+    )
     parser.add_argument("--metadata", action="store_true", help="print the metadata too")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(run=inspect)

@@ -53,7 +53,7 @@ def _models(files: list[str]) -> list[Any]:
     """The models given, or those used since boot that are still what they were."""
     from numaload.errors import NumaloadError
     from numaload.storage import known
-    from numaload.weights import open_weights
+    from numaload.weights import open_weights, reopen
 
     if files:  # of which several may belong to one model: model-*.gguf
         return list({opened.model().key: opened for opened in map(open_weights, files)}.values())
@@ -63,7 +63,7 @@ def _models(files: list[str]) -> list[Any]:
             note(f"{model.paths[0]} changed or went away since it was used; left out")
             continue
         try:
-            found.append(open_weights(model.paths[0]))
+            found.append(reopen(model.paths))
         except NumaloadError as error:
             note(f"{error}; left out")
     return found

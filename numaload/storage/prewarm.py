@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -92,10 +92,13 @@ def prewarm(
     selected = machine.select("all" if nodes is None else nodes) if machine else []
     policy = (policy or "bind") if machine else None
     # A file that was given twice, or through a link too, is one file.
-    whole = {_real(p): p for path in _paths(what) for p in model_paths(path)}
+    models = _models(what)
+    whole = {_real(path): path for paths in models for path in paths}
     files = [SourceFile(path) for path in whole.values()]
     try:
-        return _prewarm(files, machine, selected, policy, threads, force, progress)
+        report = _prewarm(files, machine, selected, policy, threads, force, progress)
+        _remember(dict(zip(whole, files, strict=True)), models)
+        return report
     finally:
         for file in files:
             file.close()
@@ -108,12 +111,13 @@ def _real(path: str) -> str:
         raise ReadError(str(error), path=path) from error
 
 
-def _paths(what: Source | Sequence[Source]) -> list[str]:
+def _models(what: Source | Sequence[Source]) -> list[list[str]]:
+    """The files of each."""
     if isinstance(what, (str, os.PathLike)):
-        return [os.fspath(what)]
+        return [model_paths(os.fspath(what))]
     if isinstance(what, Sequence):
-        return [path for one in what for path in _paths(one)]
-    return what.paths
+        return [paths for one in what for paths in _models(one)]
+    return [what.paths]
 
 
 def _prewarm(
@@ -156,7 +160,6 @@ def _prewarm(
     if nodes:
         report.on_nodes = _locate(files, after)
     report.seconds = time.perf_counter() - begin
-    _remember(files)
     return report
 
 
@@ -234,15 +237,16 @@ def _locate(files: list[SourceFile], found: list[Residency]) -> dict[int, int]:
     return dict(sorted(on.items()))
 
 
-def _remember(files: list[SourceFile]) -> None:
-    """Models only: a bare ``mirror`` shall not pick up any file that was ever warmed."""
-    opened = {os.path.realpath(file.path): file for file in files}
-    groups = {
-        tuple(model_paths(file.path))
-        for file in files
-        if file.path.endswith(SUFFIX) or (file.size >= 4 and file.read_at(0, 4) == b"GGUF")
-    }
-    for paths in groups:
-        # Of the files that were read, not of what has these names by now.
-        identities = tuple(opened[os.path.realpath(path)].identity() for path in paths)
-        known.remember(known.Model(tuple(map(os.path.abspath, paths)), identities))
+def _remember(files: Mapping[str, SourceFile], models: Sequence[Sequence[str]]) -> None:
+    """Models only: a bare ``mirror`` shall not pick up any file that was ever warmed.
+
+    files: {real path: file}, those that were read, whatever has these names by now.
+    """
+    for paths in {tuple(map(os.path.abspath, paths)) for paths in models}:
+        its = [files[_real(path)] for path in paths]
+        if _is_model(its[0]):
+            known.remember(known.Model(paths, tuple(file.identity() for file in its)))
+
+
+def _is_model(file: SourceFile) -> bool:
+    return file.path.endswith(SUFFIX) or file.read_at(0, min(4, file.size)) == b"GGUF"

@@ -9,7 +9,7 @@ from typing import TypeVar
 from numaload.errors import ClosedError, SplitError
 from numaload.formats import gguf, safetensors
 from numaload.formats.metadata import ReadAt
-from numaload.formats.shards import SUFFIX, check_shards, find_shards, is_layout
+from numaload.formats.shards import SUFFIX, Shards, check_shards, find_shards, is_layout
 from numaload.formats.splits import check_splits, sibling_paths, split_count, split_link
 from numaload.numa.mapping import Mapping as MemoryMapping
 from numaload.storage.files import SourceFile, read_whole
@@ -54,6 +54,22 @@ def open_weights(
         raise
 
 
+def reopen(paths: Sequence[str]) -> Weights:
+    """The model of these files, all of them: of some only an index says that they are one.
+
+    Raises: as ``open_weights``.
+    """
+    if len(paths) == 1 or not _is_safetensors(paths[0]):
+        return open_weights(paths[0])
+    opened: list[SourceFile] = []
+    try:
+        return Weights(_checked(Shards(list(paths), None, {}), opened))
+    except BaseException:
+        for file in opened:
+            file.close()
+        raise
+
+
 def _is_safetensors(path: str) -> bool:
     """By its first bytes; where they say nothing, by its name."""
     with SourceFile(path) as file:
@@ -77,7 +93,10 @@ def _splits(given: str, opened: list[SourceFile]) -> list[Part]:
 
 
 def _shards(given: str, opened: list[SourceFile]) -> list[Part]:
-    shards = find_shards(given, read_whole)
+    return _checked(find_shards(given, read_whole), opened)
+
+
+def _checked(shards: Shards, opened: list[SourceFile]) -> list[Part]:
     files = [_open_file(path, safetensors.parse_header, opened) for path in shards.paths]
     check_shards(shards, [header for _, header in files])
     return [Part(*file) for file in files]

@@ -10,8 +10,16 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from numaload.errors import NodeMemoryError, NumaUnavailableError, ReadError, UsageError, warn_once
+from numaload.errors import (
+    NodeMemoryError,
+    NumaUnavailableError,
+    ReadError,
+    SplitError,
+    UsageError,
+    warn_once,
+)
 from numaload.formats.shards import SUFFIX
+from numaload.formats.splits import is_there
 from numaload.numa import memory, syscalls
 from numaload.numa.affinity import pin
 from numaload.numa.lists import format_list
@@ -93,11 +101,13 @@ def prewarm(
     policy = (policy or "bind") if machine else None
     # A file that was given twice, or through a link too, is one file.
     models = _models(what)
-    whole = {_real(path): path for paths in models for path in paths}
+    real = {path: _real(path) for paths in models for path in paths}
+    whole = {real[path]: path for path in real}
     files = [SourceFile(path) for path in whole.values()]
     try:
         report = _prewarm(files, machine, selected, policy, threads, force, progress)
-        _remember(dict(zip(whole, files, strict=True)), models)
+        opened = dict(zip(whole, files, strict=True))
+        _remember({path: opened[real[path]] for path in real}, models)
         return report
     finally:
         for file in files:
@@ -240,12 +250,18 @@ def _locate(files: list[SourceFile], found: list[Residency]) -> dict[int, int]:
 def _remember(files: Mapping[str, SourceFile], models: Sequence[Sequence[str]]) -> None:
     """Models only: a bare ``mirror`` shall not pick up any file that was ever warmed.
 
-    files: {real path: file}, those that were read, whatever has these names by now.
+    files: {path: file}, those that were read, whatever has these names by now.
+    Raises: SplitError for a model of which a file is gone.
     """
-    for paths in {tuple(map(os.path.abspath, paths)) for paths in models}:
-        its = [files[_real(path)] for path in paths]
+    for paths in set(map(tuple, models)):
+        gone = [path for path in paths if not is_there(path)]
+        if gone and len(paths) > 1:
+            message = f"went away while {len(paths)} files of one model were read"
+            raise SplitError(message, path=gone[0])
+        its = [files[path] for path in paths]
         if _is_model(its[0]):
-            known.remember(known.Model(paths, tuple(file.identity() for file in its)))
+            identities = tuple(file.identity() for file in its)
+            known.remember(known.Model(tuple(map(os.path.abspath, paths)), identities))
 
 
 def _is_model(file: SourceFile) -> bool:

@@ -195,6 +195,7 @@ INTERRUPTED = """
 import json, os, signal, sys, threading, time
 import numaload
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
 where = sys.argv[2]
 weights = numaload.open(sys.argv[1])
 names = list(weights)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numaload.errors import UnsupportedTypeError, UsageError, warn_once
-from numaload.formats.qtypes import BLOCKS, QuantType
+from numaload.formats.qtypes import BLOCKS, FLOATS, QuantType
 from numaload.kernels import registry
 from numaload.numa.syscalls import memory_at
 from numaload.numa.workers import Workers
@@ -19,7 +19,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-FLOATS = (QuantType.F32, QuantType.F16, QuantType.BF16)  # without blocks, in either byte order
 GRAIN = 1 << 17  # weights; less is not worth another thread
 PIECE = 1 << 16  # weights of a big-endian file that a worker turns round at a time
 # Bytes of output: from here on it goes past the caches. It would push out what is in them, and be

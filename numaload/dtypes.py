@@ -18,8 +18,7 @@ NAMES: dict[str, str] = {
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu",
     "F4": "float4_e2m1fn_x2",
 }  # fmt: skip
-# What kernels read without blocks, and what they write. Everything else is converted elementwise.
-KERNEL_TYPES = ("F32", "F16", "BF16")
+# What kernels write. To everything else it is converted elementwise.
 KERNEL_DTYPES = ("float32", "float16", "bfloat16")
 ITEMS = {"F4": 2}  # elements in one item of torch
 
@@ -48,6 +47,11 @@ def dtype_name(dtype: Any) -> str:
         return str(np.dtype(dtype).name)
     except TypeError:
         raise UsageError(f"dtype {dtype!r}: expected a name or a dtype") from None
+
+
+def kernel_dtype(name: str) -> str:
+    """What a kernel makes on the way to that dtype: itself where it can, else float32."""
+    return name if name in KERNEL_DTYPES else "float32"
 
 
 def is_torch(dtype: Any) -> bool:

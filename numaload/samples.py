@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from numaload.formats.qtypes import BLOCKS, QuantType
+from numaload.formats.qtypes import BLOCKS, FLOATS, QuantType
 
 # Where a block has its float16 scales: random bytes there would be inf or NaN.
 SCALES: dict[str, tuple[int, ...]] = {
@@ -26,7 +26,7 @@ def random_blocks(qtype: QuantType, rows: int, columns: int, rng: Any) -> Any:
     import numpy as np
 
     block_size, type_size = BLOCKS[qtype]
-    if qtype in (QuantType.F32, QuantType.F16, QuantType.BF16):
+    if qtype in FLOATS:
         return _floats(qtype, (rng.standard_normal((rows, columns)) * 0.02).astype(np.float32))
     blocks = rng.integers(0, 256, (rows * (columns // block_size), type_size), dtype=np.uint8)
     for at in SCALES.get(qtype.name, ()):

@@ -57,10 +57,15 @@ def torch_type(type_name: str) -> Any:
 
 
 def whole(buffer: memoryview) -> Any:
-    """All of a mapping as one uint8 tensor."""
-    torch = import_torch()
+    """All of a mapping as one uint8 tensor, for users: they are told of read-only memory."""
     if buffer.readonly:
         warn_once("torch-read-only", READ_ONLY)
+    return over(buffer)
+
+
+def over(buffer: memoryview) -> Any:
+    """The same for those who only take the address."""
+    torch = import_torch()
     # By its address: of read-only arrays torch warns, once, of no tensor and with no way out.
     memory: Any = memory_at(np.frombuffer(buffer, np.uint8).ctypes.data, buffer.nbytes)
     memory.owner = buffer

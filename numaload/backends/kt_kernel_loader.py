@@ -7,7 +7,6 @@ and value types. Where it differs, it is because the original fails there: array
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -133,7 +132,7 @@ class Loader:
         Handle is released. Raises: TensorNotFoundError, UnknownQuantTypeError, ClosedError.
         """
         tensor = self._find(name)
-        data = _flat(self._give(tensor))
+        data = torch_memory.over(self._give(tensor))
         return data, self.tensor_info[tensor.name]["dtype"]
 
     def get_model_config(self, layer_idx: int = 0) -> dict[str, int | None]:
@@ -163,16 +162,6 @@ class Loader:
         if translated not in self._tensors:
             raise TensorNotFoundError(translated, self._tensors)
         return self._tensors[translated]
-
-
-def _flat(buffer: memoryview) -> Any:
-    """Without a word on read-only memory: kt-kernel only takes the address."""
-    import numpy as np
-
-    torch = torch_memory.import_torch()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.from_numpy(np.frombuffer(buffer, np.uint8))
 
 
 def _info(tensor: Tensor) -> dict[str, Any]:

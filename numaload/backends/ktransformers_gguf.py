@@ -20,7 +20,7 @@ from numaload import torch_memory
 from numaload.backends.ktransformers_files import Replica, folder_of, open_below
 from numaload.backends.ktransformers_names import translate_name_to_gguf
 from numaload.dequantize import as_output, dequantize_blocks, dtype_of
-from numaload.dtypes import KERNEL_DTYPES, dtype_name
+from numaload.dtypes import dtype_name, kernel_dtype
 from numaload.errors import (
     MetadataError,
     MetadataKeyError,
@@ -147,7 +147,7 @@ class GGUFLoader:
         shape, qtype = tensor.shape[1:], tensor.qtype
         blocks = _expert(tensor, data, expert_id, elements_per_expert)
         wanted = torch_memory.torch_dtype(_dtype_name(target_dtype), name)
-        made = dtype_name(wanted) if dtype_name(wanted) in KERNEL_DTYPES else "float32"
+        made = kernel_dtype(dtype_name(wanted))
         out = torch_memory.empty(shape, torch_memory.torch_dtype(made, name))
         flat = as_output(out, dtype_of(made), prod(shape))
         dequantize_blocks(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from numaload.dtypes import ITEMS, KERNEL_DTYPES, NAMES, dtype_name
+from numaload.dtypes import ITEMS, NAMES, dtype_name, kernel_dtype
 from numaload.errors import NodeMemoryError, UnsupportedTypeError
 from numaload.formats.safetensors import SafeTensorInfo
 from numaload.numa import memory
@@ -103,8 +103,8 @@ def _plan(load: Load, dtype: Any) -> Plan:
     if not tensor.has_kernel:
         tensor.check_native()
         made = own
-    elif made not in KERNEL_DTYPES:
-        made = "float32"
+    else:
+        made = kernel_dtype(made)
     if tensor.type_name in ITEMS:
         raise UnsupportedTypeError(f"tensor {tensor.name!r}: {tensor.type_name} in an adapter")
     raw = not tensor.in_blocks and own == made and tensor.byte_order == "little"

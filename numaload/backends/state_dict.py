@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from numaload.backends.state_names import COMPUTED, NameMap, Share, shares_of, whole
 from numaload.dequantize import DTYPES, Conversion
-from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name
+from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, kernel_dtype
 from numaload.errors import NodeMemoryError, StateDictError, UsageError, warn_once
 from numaload.numa import memory
 from numaload.pipeline import Target, fill
@@ -214,7 +214,7 @@ def _check_type(tensor: Tensor, dtype: str) -> None:
     """Raises: UnknownQuantTypeError, UnsupportedTypeError for what cannot be converted."""
     tensor.check_type()
     if tensor.has_kernel:
-        wanted = DTYPES[dtype if dtype in KERNEL_DTYPES else "float32"]
+        wanted = DTYPES[kernel_dtype(dtype)]
         Conversion(tensor.qtype, wanted, name=tensor.name, byte_order=tensor.byte_order)
     else:
         tensor.check_native()
@@ -272,8 +272,7 @@ class _Filling:
         """A CPU tensor of the share, by kernels where they can, else as in the file."""
         tensor = found.tensor
         if tensor.has_kernel:
-            floats = wanted if wanted in KERNEL_DTYPES else "float32"
-            made = empty(found.shape, torch_dtype(floats, tensor.name))
+            made = empty(found.shape, torch_dtype(kernel_dtype(wanted), tensor.name))
         else:
             tensor.check_native()
             made = empty(found.shape, torch_type(tensor.type_name))

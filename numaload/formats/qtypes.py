@@ -89,6 +89,10 @@ BLOCKS: dict[QuantType, tuple[int, int]] = {
 }
 
 
+# Floats without blocks: what kernels read in either byte order.
+FLOATS = (QuantType.F32, QuantType.F16, QuantType.BF16)
+
+
 class ForeignType(NamedTuple):
     """Type ids that are no QuantType: their blocks have a size and a meaning unknown here."""
 

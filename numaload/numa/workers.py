@@ -65,7 +65,7 @@ class Workers:
         try:
             finish(futures, stop)
         except BaseException:
-            settle(futures, stop)
+            _settle(futures, stop)
             raise
 
     def submit_ranges(
@@ -94,7 +94,7 @@ class Workers:
             for _ in range(min(self.count, -(-total // step))):
                 futures.append(self.submit(work))  # noqa: PERF401 - some are there if one fails
         except BaseException:
-            settle(futures, stop)
+            _settle(futures, stop)
             raise
         return futures
 
@@ -119,7 +119,7 @@ def finish(futures: list[Future[T]], stop: threading.Event | None = None) -> lis
         raise
 
 
-def settle(futures: list[Future[None]], stop: threading.Event) -> None:
+def _settle(futures: list[Future[None]], stop: threading.Event) -> None:
     """Until none runs any more, whatever signals come: they write to memory of their caller's."""
     while True:
         try:

@@ -6,10 +6,10 @@ from math import prod
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name
+from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, kernel_dtype
 from numaload.errors import UnknownQuantTypeError, UnsupportedTypeError, UsageError
 from numaload.formats.gguf import TensorInfo
-from numaload.formats.qtypes import BLOCKS, QuantType
+from numaload.formats.qtypes import BLOCKS, FLOATS, QuantType
 from numaload.formats.safetensors import SafeTensorInfo
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from numaload.weights.model import Weights
 
 Rows = slice | range | tuple[int, int]
-KERNEL_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)  # of those without blocks
 
 
 class Tensor:
@@ -75,8 +74,8 @@ class Tensor:
 
     @property
     def has_kernel(self) -> bool:
-        """Whether kernels turn it to float; integers, float64 and the like are converted others."""
-        return self.in_blocks or self._info.qtype in KERNEL_TYPES
+        """Whether kernels turn it to float; integers, float64 and the like are not its business."""
+        return self.in_blocks or self._info.qtype in FLOATS
 
     @property
     def path(self) -> str:
@@ -214,7 +213,7 @@ class Tensor:
         wanted = torch_memory.torch_dtype(name, self.name)
         if not self._has_kernel_to(name):
             return torch_memory.converted(self._own_order(), device, wanted, self.name)
-        made = name if name in KERNEL_DTYPES else "float32"
+        made = kernel_dtype(name)
         out = torch_memory.empty(self.shape, torch_memory.torch_dtype(made, self.name))
         self.dequantize(made, out=out)
         return torch_memory.converted(out, device, wanted, self.name, copy=False)

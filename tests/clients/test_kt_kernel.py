@@ -239,6 +239,8 @@ def test_files(both: Any) -> None:
         assert not found.flags.writeable
 
 
+# Of kt-kernel's own loader; torch says it once in a process.
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 def test_data_and_types(both: Any) -> None:
     own, ours = both
     for name in own.tensor_info:

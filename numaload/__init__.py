@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numaload.mirrors import Mirror, MirrorReport, attach, mirror
     from numaload.numa.topology import Topology, topology
     from numaload.pipeline.stream import stream
-    from numaload.storage.prewarm import PrewarmReport, prewarm
+    from numaload.pagecache.prewarm import PrewarmReport, prewarm
     from numaload.weights import Tensor, Weights
     from numaload.weights import open_weights as open  # noqa: A004 - numaload.open, as files have
 
@@ -51,8 +51,8 @@ _PLACES: dict[str, tuple[str, str | None]] = {
     "MirrorReport": ("mirrors", "MirrorReport"),
     "attach": ("mirrors", "attach"),
     "mirror": ("mirrors", "mirror"),
-    "PrewarmReport": ("storage.prewarm", "PrewarmReport"),
-    "prewarm": ("storage.prewarm", "prewarm"),
+    "PrewarmReport": ("pagecache.prewarm", "PrewarmReport"),
+    "prewarm": ("pagecache.prewarm", "prewarm"),
     "stream": ("pipeline.stream", "stream"),
     "Tensor": ("weights", "Tensor"),
     "Weights": ("weights", "Weights"),

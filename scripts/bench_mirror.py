@@ -21,7 +21,7 @@ from numaload.replicas.arena import private_memory, store_memory
 from numaload.replicas.build import CHUNK, Allocate, build
 from numaload.storage import userdir
 from numaload.storage.files import SourceFile
-from numaload.storage.prewarm import prewarm
+from numaload.pagecache.prewarm import prewarm
 
 
 def touch(nbytes: int) -> None:

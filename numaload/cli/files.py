@@ -115,7 +115,7 @@ def _short(value: Any) -> str:
 
 
 def prewarm(options: argparse.Namespace) -> int:
-    from numaload.storage.prewarm import prewarm as warm
+    from numaload.pagecache.prewarm import prewarm as warm
 
     with progress_bar("prewarm", quiet=options.json) as progress:
         report = warm(

@@ -144,7 +144,7 @@ def test_a_name_with_a_nul_in_it(use: Callable[[str], Any], store: Path) -> None
 AS_SOMEBODY_ELSE = """
 import os, sys
 sys.path[:] = eval(sys.argv[1])
-import numaload, numaload.storage.prewarm, numaload.weights, numaload.errors
+import numaload, numaload.pagecache.prewarm, numaload.weights, numaload.errors
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 for use in (numaload.open, numaload.prewarm):

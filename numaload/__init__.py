@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from numaload.formats.qtypes import QuantType
     from numaload.mirrors import Mirror, MirrorReport, attach, mirror
     from numaload.numa.topology import Topology, topology
-    from numaload.pipeline.stream import stream
     from numaload.pagecache.prewarm import PrewarmReport, prewarm
+    from numaload.pipeline.stream import stream
     from numaload.weights import Tensor, Weights
     from numaload.weights import open_weights as open  # noqa: A004 - numaload.open, as files have
 

@@ -19,7 +19,8 @@ from commands import KEPT, evict
 from numaload.cli.files import _tell
 from numaload.cli.output import print_json
 from numaload.numa import syscalls
-from numaload.storage import known, prewarm
+from numaload.pagecache import prewarm
+from numaload.storage import known
 from numaload.storage.files import SourceFile
 from numaload.storage.residency import residency
 

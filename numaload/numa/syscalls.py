@@ -38,6 +38,7 @@ MADV_HUGEPAGE, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_COLLAPSE = 14, 22, 
 
 PAGE = mmap.PAGESIZE
 HUGE = 2 << 20
+STATFS_BYTES = 256  # struct statfs has 120; f_type comes first
 MASK_BITS = 1024  # the kernel's MAX_NUMNODES at most
 WORD_BITS = 64
 
@@ -45,6 +46,7 @@ NUMBERS: dict[str, dict[str, int]] = {
     "x86_64": {"mbind": 237, "set_mempolicy": 238, "get_mempolicy": 239, "move_pages": 279},
     "aarch64": {"mbind": 235, "get_mempolicy": 236, "set_mempolicy": 237, "move_pages": 239},
 }
+CACHESTAT = 451  # the same on both, since Linux 6.5
 
 _void_p, _int, _long, _ulong = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_ulong
 _Mask = _ulong * (MASK_BITS // WORD_BITS)
@@ -106,6 +108,7 @@ def _libc() -> ctypes.CDLL:
     library.munmap.argtypes = [_void_p, ctypes.c_size_t]
     library.madvise.argtypes = [_void_p, ctypes.c_size_t, _int]
     library.mincore.argtypes = [_void_p, ctypes.c_size_t, _void_p]
+    library.fstatfs.argtypes = [_int, _void_p]
     return library
 
 
@@ -190,6 +193,54 @@ def mincore(address: int, length: int) -> bytes:
 
 
 _LOWEST_BIT = bytes(i & 1 for i in range(256))
+
+
+class CacheStat(NamedTuple):
+    """Pages of a range, as struct cachestat of linux/mman.h counts them."""
+
+    cached: int
+    dirty: int
+    writeback: int
+    evicted: int
+    recently_evicted: int
+
+
+_Pair, _Five = ctypes.c_uint64 * 2, ctypes.c_uint64 * 5
+NO_CACHESTAT = {errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP}
+
+
+@cache
+def _cachestat() -> Callable[..., int] | None:
+    if platform.machine() not in NUMBERS:
+        return None
+    function = ctypes.CDLL(None, use_errno=True)["syscall"]
+    function.argtypes = [_long, _int, _void_p, _void_p, ctypes.c_uint]
+    function.restype = _long
+    return partial(function, CACHESTAT)
+
+
+def cachestat(fd: int, offset: int, length: int) -> CacheStat | None:
+    """Page cache of ``length`` bytes from ``offset``, 0 for all that follow. Maps nothing.
+
+    None where the kernel does not tell: before Linux 6.5, in a sandbox that does not know the
+    call, on hugetlbfs, and on later kernels to those who neither own nor may write the file.
+    Raises: NumaError for anything else.
+    """
+    call, counts = _cachestat(), _Five()
+    if call is None:
+        return None
+    if call(fd, _Pair(offset, length), counts, 0) == 0:
+        return CacheStat(*counts)
+    if ctypes.get_errno() in NO_CACHESTAT:
+        return None
+    raise _failed("cachestat", f"{length} bytes from {offset}")
+
+
+def file_system(fd: int) -> int:
+    """The kernel's number of the file system that a file is on, of linux/magic.h; 0: unknown."""
+    status = ctypes.create_string_buffer(STATFS_BYTES)
+    failed = _libc().fstatfs(fd, status) != 0
+    return 0 if failed else ctypes.c_long.from_buffer(status).value & 0xFFFFFFFF
 
 
 def memory_at(address: int, nbytes: int) -> ctypes.Array[ctypes.c_ubyte]:

@@ -1,4 +1,9 @@
-"""Which parts of a file are in the page cache, and on which nodes."""
+"""Which parts of a file are in the page cache, and on which nodes.
+
+Two calls tell. cachestat(2) counts the pages of a range at once and maps nothing; mincore(2) has a
+byte for each page, and costs as much for what is not there. So the first is asked about larger
+ranges and the second about those where something is and something is not.
+"""
 
 from __future__ import annotations
 
@@ -15,54 +20,136 @@ from numaload.numa.syscalls import PAGE
 from numaload.storage.files import SourceFile
 
 STEP = 1 << 30  # bytes asked about at a time: 256 KiB of answer
+MIXED = 64 << 20  # bytes of which the pages are looked at one by one, if they differ
+PARTS = 16  # into which a larger range is divided, if its pages differ
 LOOK = 64 << 20  # bytes whose pages are mapped between two looks at what is in RAM
 ABSENT_RUN = re.compile(rb"\0+")
 PRESENT_RUN = re.compile(rb"[^\0]+")
+# File systems of which a file's pages are those of another file: cachestat finds none.
+# overlayfs, FUSE (where it passes through), aufs, shiftfs: linux/magic.h and their sources.
+STACKED = {0x794C7630, 0x65735546, 0x61756673, 0x6A656A62}
+
+Run = tuple[int, int]  # (start, stop) in bytes of a file
 
 
 @dataclass(frozen=True)
 class Residency:
     """``absent``: (start, stop) byte ranges that are not in RAM, in order."""
 
-    size: int
-    absent: tuple[tuple[int, int], ...]
+    size: int  # bytes asked about
+    absent: tuple[Run, ...]
     known: bool = True  # False where the kernel does not tell: then all counts as absent
+    start: int = 0  # the first of them
 
     @property
     def resident(self) -> int:
         return self.size - sum(stop - start for start, stop in self.absent)
 
 
-def residency(file: SourceFile) -> Residency:
-    """Ask mincore(2) about the whole file.
+def cached_bytes(file: SourceFile, start: int = 0, nbytes: int = 0) -> int | None:
+    """How many of these bytes are on pages in RAM, by cachestat(2); nbytes 0: all that follow.
 
-    Since Linux 5.2 it answers truthfully only to the file's owner and those who may write it, and
-    says "resident" for everything to others: for them nothing is known.
+    None where it does not tell: ask ``residency`` then. One system call where all or none are
+    there; otherwise one more for an edge that is not a page's.
     """
-    if not _may_ask(file):
-        return Residency(file.size, ((0, file.size),) if file.size else (), known=False)
-    with map_file(file.fd, file.size) as mapping:
-        return Residency(file.size, tuple(_absent(mapping)))
+    stop = min(start + nbytes, file.size) if nbytes else file.size
+    if syscalls.file_system(file.fd) in STACKED:
+        return None
+    return _count(file.fd, start, stop) if start < stop else 0
+
+
+def _count(fd: int, start: int, stop: int) -> int | None:
+    found = syscalls.cachestat(fd, start, stop - start)
+    if found is None:
+        return None
+    if not found.cached or found.cached >= _pages(start, stop):
+        return stop - start if found.cached else 0
+    edges = ((start - start % PAGE, start), (stop, stop + -stop % PAGE))
+    outside = sum(b - a for a, b in edges if a < b and _is_cached(fd, a, b))
+    return max(0, found.cached * PAGE - outside)
+
+
+def _is_cached(fd: int, start: int, stop: int) -> bool:
+    found = syscalls.cachestat(fd, start, stop - start)
+    return found is not None and found.cached > 0
+
+
+def _pages(start: int, stop: int) -> int:
+    return -(-stop // PAGE) - start // PAGE
+
+
+def residency(file: SourceFile, start: int = 0, stop: int | None = None) -> Residency:
+    """Which of these bytes are in RAM: exactly, page by page; the last page ends with the file.
+
+    Since Linux 5.2 mincore(2) answers truthfully only to the file's owner and those who may write
+    it, and says "resident" for everything to others; later kernels refuse cachestat(2) to them.
+    For them nothing is known then.
+    """
+    stop = file.size if stop is None else min(stop, file.size)
+    start = min(start, stop)
+    with _Search(file) as search:
+        if not search.possible:
+            return Residency(stop - start, ((start, stop),) * (start < stop), False, start)
+        return Residency(stop - start, tuple(_joined(search.absent(start, stop))), True, start)
+
+
+class _Search:
+    """For what is absent, in ever smaller ranges. Maps the file only where mincore is asked."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self.file, self._mapping = file, Mapping(0, 0, (0, 0))
+        self.may_map = _may_ask(file)
+        self.counts = cached_bytes(file, 0, 1) is not None
+        self.possible = self.may_map or self.counts
+
+    def absent(self, start: int, stop: int) -> Iterator[Run]:
+        """Runs of absent bytes; those that touch are not joined yet."""
+        found = _count(self.file.fd, start, stop) if self.counts else None
+        if found is not None and found in (0, stop - start):
+            if not found:
+                yield start, stop
+        elif self.may_map and (found is None or stop - start <= MIXED):
+            yield from self._one_by_one(start, stop)
+        else:
+            part = -(-_pages(start, stop) // PARTS) * PAGE
+            for edge in range(start - start % PAGE, stop, part):
+                yield from self.absent(max(start, edge), min(stop, edge + part))
+
+    def _one_by_one(self, start: int, stop: int) -> Iterator[Run]:
+        for edge in range(start - start % PAGE, stop, STEP):
+            length = min(STEP, stop - edge)
+            vector = syscalls.mincore(self._mapped().address + edge, length)
+            for match in ABSENT_RUN.finditer(vector):
+                first, last = (edge + border * PAGE for border in match.span())
+                yield max(start, first), min(stop, last)
+
+    def _mapped(self) -> Mapping:
+        if not self._mapping.length:
+            self._mapping = map_file(self.file.fd, self.file.size)
+        return self._mapping
+
+    def __enter__(self) -> _Search:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._mapping.close()
+
+
+def _joined(runs: Iterator[Run]) -> Iterator[Run]:
+    begin = end = -1
+    for start, stop in runs:
+        if start != end:
+            if begin >= 0:
+                yield begin, end
+            begin = start
+        end = stop
+    if begin >= 0:
+        yield begin, end
 
 
 def _may_ask(file: SourceFile) -> bool:
     owner = os.fstat(file.fd).st_uid
     return os.geteuid() in (0, owner) or os.access(f"/proc/self/fd/{file.fd}", os.W_OK)
-
-
-def _absent(mapping: Mapping) -> Iterator[tuple[int, int]]:
-    """Runs of absent pages, in bytes, cut at the file's end."""
-    runs: list[list[int]] = []
-    for offset in range(0, mapping.length, STEP):
-        length = min(STEP, mapping.length - offset)
-        vector = syscalls.mincore(mapping.address + offset, length)
-        for match in ABSENT_RUN.finditer(vector):
-            start, stop = (offset + edge * PAGE for edge in match.span())
-            if runs and runs[-1][1] == start:
-                runs[-1][1] = stop
-            else:
-                runs.append([start, stop])
-    return ((start, min(stop, mapping.length)) for start, stop in runs)
 
 
 def cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
@@ -90,8 +177,8 @@ def _map_present(mapping: Mapping, start: int, stop: int) -> None:
 
 def present(found: Residency) -> Iterator[tuple[int, int]]:
     """The complement of ``absent``: (start, stop) byte ranges that are in RAM."""
-    begin = 0
-    for start, stop in (*found.absent, (found.size, found.size)):
+    begin, end = found.start, found.start + found.size
+    for start, stop in (*found.absent, (end, end)):
         if start > begin:
             yield begin, start
         begin = stop

@@ -76,6 +76,7 @@ def test_where_residency_is_unknown_placement_is_counted_all_the_same(
     cold: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("numaload.storage.residency._may_ask", lambda _: False)
+    monkeypatch.setattr("numaload.numa.syscalls.cachestat", lambda *_: None)
     report = api.prewarm(cold, nodes=NODE)
     assert not report.residency_known
     assert report.on_nodes == {NODE: report.size}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from numaload.errors import FileChangedError, ReadError, reason
 from numaload.formats.shards import SUFFIX, find_shards, is_layout
 from numaload.formats.splits import sibling_paths
+from numaload.numa.netmounts import network_of
 
 HEAD_BYTES = 1 << 20  # of the file's start, which holds the header, go into the identity
 
@@ -57,10 +58,14 @@ def _open(path: str) -> int:
 
 
 class SourceFile:
-    """A regular file open for reading. Raises: ReadError for anything else."""
+    """A regular file open for reading. Raises: ReadError for anything else.
+
+    ``network``: the network file system it is on, None for one of this machine.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.network = network_of(path)
         try:
             found = os.stat(path)
             # Some devices do something when they are opened: a watchdog starts, a tape rewinds.
@@ -76,6 +81,11 @@ class SourceFile:
             raise ReadError(f"expected a file, found {kind}", path=path)
         os.set_blocking(self.fd, True)  # or some file systems may answer EAGAIN
         self.size, self._opened = status.st_size, Identity.of(status)
+
+    @property
+    def is_network(self) -> bool:
+        """Whether reading waits for another machine, or for a FUSE server."""
+        return self.network is not None
 
     def identity(self) -> Identity:
         head = self.read_at(0, min(HEAD_BYTES, self.size))

@@ -25,7 +25,7 @@ from numaload.mirrors import Mirror, mirror
 from numaload.numa.lists import format_list
 from numaload.numa.topology import topology
 from numaload.pagecache.prewarm import prewarm
-from numaload.storage.parallel import Progress
+from numaload.storage.reader import Progress
 from numaload.weights import Tensor, Weights, open_weights
 
 __all__ = ["Handle", "Loader", "Report", "install", "translate_name_to_gguf"]

@@ -24,7 +24,7 @@ from numaload.backends.lora_pairs import Pair, Pairs, some
 from numaload.dtypes import dtype_name
 from numaload.errors import AdapterError, UnsupportedTypeError, UsageError, warn_once
 from numaload.formats import gguf
-from numaload.storage.parallel import Progress
+from numaload.storage.reader import Progress
 from numaload.torch_memory import torch_dtype
 from numaload.weights import Weights, open_weights
 

@@ -14,7 +14,7 @@ from numaload.errors import NodeMemoryError, UnsupportedTypeError
 from numaload.formats.safetensors import SafeTensorInfo
 from numaload.numa import memory
 from numaload.pipeline import Target, fill
-from numaload.storage.parallel import Progress
+from numaload.storage.reader import Progress
 from numaload.torch_memory import array_of, empty, import_torch, torch_dtype
 from numaload.weights import Tensor, Weights
 

@@ -14,7 +14,7 @@ from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, kernel_dtype
 from numaload.errors import NodeMemoryError, StateDictError, UsageError, warn_once
 from numaload.numa import memory
 from numaload.pipeline import Target, fill
-from numaload.storage.parallel import Progress
+from numaload.storage.reader import Progress
 from numaload.torch_memory import array_of, empty, import_torch, torch_dtype, torch_type
 from numaload.weights import Tensor, Weights
 

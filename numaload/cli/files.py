@@ -4,12 +4,39 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
-from numaload.cli.output import note, print_json, print_table, printable, progress_bar, rate, size
+from numaload.cli.output import (
+    byte_count,
+    note,
+    print_json,
+    print_table,
+    printable,
+    progress_bar,
+    rate,
+    size,
+)
 
 SHOWN = 8  # elements of an array that inspect prints
 WIDTH = 100
+
+PREWARM_OPTIONS: dict[str, dict[str, Any]] = {
+    "--nodes": {"metavar": "LIST", "help": "nodes that the page cache is to land on"},
+    "--policy": {"choices": ["bind", "interleave"], "help": "bind unless given"},
+    "--move": {"action": "store_true", "help": "move there what is in RAM on other nodes"},
+    "--tensors": {"metavar": "REGEX", "help": "only tensors in whose names this is found"},
+    "--layers": {"metavar": "LIST", "help": "only these layers, as 0-9,12"},
+    "--way": {"choices": ["mapped", "buffered"], "help": "how to read, instead of the plan's way"},
+    "--threads": {"type": int, "metavar": "N", "help": "reading threads, instead of the plan's"},
+    "--chunk": {"type": byte_count, "metavar": "SIZE", "help": "bytes a read, as 8M"},
+    "--order": {"choices": ["file", "stripes"], "help": "stripes: a part for each thread"},
+    "--max-rate": {"type": byte_count, "metavar": "SIZE", "help": "bytes a second, as 200M"},
+    "--force": {
+        "action": "store_true",
+        "help": "begin what does not fit in memory; it stops before it pushes itself out",
+    },
+}
 
 
 def add_verbs(verbs: Any) -> None:
@@ -25,12 +52,8 @@ def add_verbs(verbs: Any) -> None:
 
     parser = verbs.add_parser("prewarm", help="read files into the page cache, in parallel")
     parser.add_argument("files", metavar="FILE", nargs="+")
-    parser.add_argument("--nodes", metavar="LIST", help="nodes that the page cache is to land on")
-    parser.add_argument("--policy", choices=["bind", "interleave"], help="bind unless given")
-    parser.add_argument("--threads", type=int, metavar="N", help="reading threads")
-    parser.add_argument(
-        "--force", action="store_true", help="read even what does not fit in memory"
-    )
+    for option, settings in PREWARM_OPTIONS.items():
+        parser.add_argument(option, **settings)
     parser.add_argument("--json", action="store_true", help="print the API's report")
     parser.set_defaults(run=prewarm)
 
@@ -117,11 +140,10 @@ def _short(value: Any) -> str:
 def prewarm(options: argparse.Namespace) -> int:
     from numaload.pagecache.prewarm import prewarm as warm
 
+    names = [option.removeprefix("--").replace("-", "_") for option in PREWARM_OPTIONS]
+    given = {name: getattr(options, name) for name in names}
     with progress_bar("prewarm", quiet=options.json) as progress:
-        report = warm(
-            options.files, nodes=options.nodes, policy=options.policy,
-            threads=options.threads, force=options.force, progress=progress,
-        )  # fmt: skip
+        report = warm(options.files, **given, progress=progress, announce=_announce)
     if options.json:
         print_json(report.to_dict())
     else:
@@ -129,25 +151,44 @@ def prewarm(options: argparse.Namespace) -> int:
     return 0 if report.done else 1
 
 
+def _announce(plan: Any) -> None:
+    note(f"plan: {plan}")
+
+
 def _tell(report: Any) -> None:
     from numaload.numa.lists import format_list
 
     known = "" if report.residency_known else " (the kernel tells only owners what is resident)"
     had = f"{size(report.resident_before)} were resident{known}"
-    speed = f"{rate(report.read, report.seconds)}, threads: {report.threads}"
-    got = f"{size(report.read)} read in {report.seconds:.2f} s ({speed})" if report.read else "done"
-    print(f"{len(report.paths)} files, {size(report.size)}: {had}, {got}")
+    got = "done"
+    if report.read:
+        speed = f"{rate(report.read, report.seconds)}, threads: {report.threads}"
+        got = f"{size(report.read)} read in {report.seconds:.2f} s ({speed})"
+    of = "" if report.tensors is None else f"{report.tensors} tensors of "
+    print(f"{of}{len(report.paths)} files, {size(report.size)}: {had}, {got}")
+    if report.plan and report.plan.tried:
+        print(f"read: {report.plan}")
     if report.nodes:
         where = ", ".join(f"node {n}: {size(b)}" for n, b in report.on_nodes.items())
         print(
             f"asked for node {format_list(report.nodes)} ({report.policy}); the kernel says {where}"
         )
+    for line in _lacks(report):
+        note(line)
+
+
+def _lacks(report: Any) -> Iterator[str]:
+    if report.moved:
+        yield f"{size(report.moved)} were moved between nodes"
+    for why, nbytes in report.unmoved.items():
+        yield f"{size(nbytes)} cannot be moved: {why} (others map it, or that node is full)"
     if report.elsewhere:
-        note(
+        yield (
             f"{size(report.elsewhere)} are on other nodes: page cache stays where it was first"
-            " read; to drop it, then prewarm again: dd if=FILE iflag=nocache count=0"
+            " read: --move moves it, or numaload evict FILE and prewarm again"
         )
-    if report.resident < report.size and report.residency_known:
-        note(
-            f"only {size(report.resident)} of {size(report.size)} are resident now: memory is short"
-        )
+    if report.stopped:
+        yield f"stopped at {size(report.resident)} of {size(report.size)}: {report.stopped}"
+    elif report.resident < report.size and report.residency_known:
+        of = f"{size(report.resident)} of {size(report.size)}"
+        yield f"only {of} are resident now: memory is short"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)([kKmMgGtT]?)(?:i?[bB])?")
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 WIDEST = 200  # characters to which a column is padded; a longer cell goes over
 WORTH_A_BAR = 64 << 20  # bytes; less is over before a bar is drawn
@@ -40,6 +42,16 @@ def size(nbytes: float) -> str:
             break
         nbytes /= 1024
     return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+
+
+def byte_count(text: str) -> int:
+    """An option's value: "8M" is 8 MiB. Raises: ArgumentTypeError."""
+    match = SIZE.fullmatch(text)
+    if match is None:
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(f"{text!r}: expected bytes, as 8M or 1.5G")
+    return int(float(match[1]) * 1024 ** "BKMGT".index(match[2].upper() or "B"))
 
 
 def rate(nbytes: int, seconds: float) -> str:

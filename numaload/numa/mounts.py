@@ -17,6 +17,9 @@ class Mount(NamedTuple):
     point: str
     kind: str  # of file system
     options: str
+    source: str = (
+        ""  # /dev/sda1, server:/export; what it is means something to the file system only
+    )
 
 
 def mount_of(path: str, proc_root: str = "/proc", device: str | None = None) -> Mount | None:
@@ -46,5 +49,8 @@ def _mounts(proc_root: str) -> Iterator[Mount]:
         left, _, right = line.partition(" - ")
         words, rest = left.split(" "), right.split(" ")
         if len(words) >= 6 and len(rest) >= 3:
-            point = OCTAL.sub(lambda match: chr(int(match[1], 8)), words[4])
-            yield Mount(words[2], point, rest[0], rest[2])
+            yield Mount(words[2], _plain(words[4]), rest[0], rest[2], _plain(rest[1]))
+
+
+def _plain(name: str) -> str:
+    return OCTAL.sub(lambda match: chr(int(match[1], 8)), name)

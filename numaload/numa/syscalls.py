@@ -32,9 +32,12 @@ HINTS = {
 
 # mempolicy.h
 MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE = 0, 1, 2, 3
+MPOL_MF_MOVE = 2
 # mman.h; Python 3.10 to 3.12 lack these
 PROT_NONE, MAP_FIXED, MAP_NORESERVE = 0, 0x10, 0x4000
 MADV_HUGEPAGE, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_COLLAPSE = 14, 22, 23, 25
+
+MLOCK_ONFAULT = 1
 
 PAGE = mmap.PAGESIZE
 HUGE = 2 << 20
@@ -166,6 +169,19 @@ def pages_nodes(addresses: Sequence[int]) -> list[int]:
     return list(status)
 
 
+def move_pages(addresses: Sequence[int], nodes: Sequence[int]) -> list[int]:
+    """Move the page at each address to a node; where each is now, or -errno where it stayed.
+
+    Only pages that this process alone maps. Raises: NumaError.
+    """
+    count = len(addresses)
+    status = (_int * count)()
+    pages, wanted = (_void_p * count)(*addresses), (_int * count)(*nodes)
+    if binding().calls["move_pages"](0, count, pages, wanted, status, MPOL_MF_MOVE) < 0:
+        raise _refused("move_pages", f"{count} pages", set(nodes))
+    return list(status)
+
+
 def mmap_at(address: int, length: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
     """mmap(2); the address it gave. Raises: NumaError."""
     result = _libc().mmap(address, length, prot, flags, fd, offset)
@@ -182,6 +198,16 @@ def munmap(address: int, length: int) -> None:
 def madvise(address: int, length: int, advice: int) -> int:
     """madvise(2) as it answers: 0, or an errno that the caller decides about."""
     return ctypes.get_errno() if _libc().madvise(address, length, advice) != 0 else 0
+
+
+def mlock_on_fault(address: int, length: int) -> int:
+    """mlock2(2): pages stay in RAM from when they are mapped on. 0, or an errno as it answers."""
+    try:
+        call = _libc().mlock2
+    except AttributeError:  # a C library before 2018
+        return errno.ENOSYS
+    call.argtypes = [_void_p, ctypes.c_size_t, ctypes.c_uint]
+    return ctypes.get_errno() if call(address, length, MLOCK_ONFAULT) != 0 else 0
 
 
 def mincore(address: int, length: int) -> bytes:

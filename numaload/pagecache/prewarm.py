@@ -1,78 +1,32 @@
-"""Prewarming: bring whole files into the page cache with large parallel reads."""
+"""Prewarming: bring models into the page cache, the way that is fastest on their storage."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
 
-from numaload.errors import (
-    NodeMemoryError,
-    NumaUnavailableError,
-    ReadError,
-    SplitError,
-    UsageError,
-    warn_once,
-)
+from numaload.errors import SplitError, UsageError
 from numaload.formats.shards import SUFFIX
 from numaload.formats.splits import is_there
-from numaload.numa import memory, syscalls
-from numaload.numa.affinity import pin
-from numaload.numa.lists import format_list
-from numaload.numa.topology import Topology, topology
+from numaload.numa.topology import topology
+from numaload.pagecache.choice import Runs, Source, choose, models_of, real
+from numaload.pagecache.reading import POLICIES, Placing, Room, read_into_cache
+from numaload.pagecache.report import PrewarmReport
 from numaload.storage import known
-from numaload.storage.files import SourceFile, model_paths
-from numaload.storage.parallel import CHUNK, Job, Progress, pieces
+from numaload.storage.device import device_of
+from numaload.storage.files import SourceFile
+from numaload.storage.plan import CACHE, Forced, ReadPlan, make_plan
+from numaload.storage.reader import Progress
 from numaload.storage.residency import Residency, cached_on, residency
 
+__all__ = ["PrewarmReport", "Source", "prewarm"]
+
 LITTLE = 16  # a share of the bytes that may be read once more
-POLICIES = {"bind": syscalls.MPOL_BIND, "interleave": syscalls.MPOL_INTERLEAVE}
 
-
-@dataclass
-class PrewarmReport:
-    """Bytes throughout. ``on_nodes`` is the kernel's word, where nodes were asked for."""
-
-    paths: list[str]
-    size: int
-    resident_before: int
-    read: int
-    resident: int
-    seconds: float
-    threads: int = 0
-    nodes: list[int] = field(default_factory=list)
-    policy: str | None = None
-    on_nodes: dict[int, int] = field(default_factory=dict)
-    residency_known: bool = True
-
-    @property
-    def elsewhere(self) -> int:
-        """Bytes in RAM on nodes that were not asked for."""
-        return sum(n for node, n in self.on_nodes.items() if node not in self.nodes)
-
-    @property
-    def done(self) -> bool:
-        """Whether all of it is in RAM, and on the nodes asked for if any were."""
-        whole = self.resident == self.size or not self.residency_known
-        counted = sum(self.on_nodes.values()) >= self.size
-        return whole and (not self.nodes or (counted and self.elsewhere == 0))
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"elsewhere": self.elsewhere, "done": self.done}
-
-
-class HasPaths(Protocol):
-    """Opened weights, as far as prewarming needs to know them."""
-
-    @property
-    def paths(self) -> list[str]: ...
-
-
-Source = str | os.PathLike[str] | HasPaths
+Announce = Callable[[ReadPlan], None]
 
 
 def prewarm(
@@ -80,170 +34,187 @@ def prewarm(
     *,
     nodes: str | int | Sequence[int] | None = None,
     policy: str | None = None,
+    move: bool = False,
+    tensors: str | None = None,
+    layers: str | int | None = None,
+    way: str | None = None,
     threads: int | None = None,
+    chunk: int | None = None,
+    order: str | None = None,
+    max_rate: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    announce: Announce | None = None,
 ) -> PrewarmReport:
     """Read what is not yet in RAM of these files, weights, and their split siblings.
 
     what: a path (of safetensors also an index or a folder), opened weights, or several of them.
     nodes, policy: where the page cache is to land ("bind" to these nodes, or "interleave" over
-    them); what was resident before stays where it is and is counted.
-    force: read even what does not fit into available memory.
-    Raises: ReadError, SplitError, NodeMemoryError, CancelledError, UsageError, NumaError.
+    them); what was resident before stays where it is and is counted; move: it is moved there.
+    tensors, layers: only the tensors in whose names this regular expression is found, and of these
+    layers ("0-9"), and the headers.
+    way ("mapped" or "buffered"), threads, chunk (bytes a read), order ("file" or "stripes"): as
+    the plan chooses unless given. max_rate: bytes a second.
+    force: begin also what does not fit into available memory; it stops when its own beginning
+    would be pushed out. announce: called with the plan, if there is something to read.
+    Raises: ReadError, SplitError, NodeMemoryError, CancelledError, UsageError, NumaError,
+    TensorNotFoundError.
     """
-    if policy is not None and policy not in POLICIES:
-        raise UsageError(f"policy {policy!r}: expected {' or '.join(POLICIES)}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads: {threads}, expected at least 1")
-    machine = topology() if nodes is not None or policy is not None else None
-    selected = machine.select("all" if nodes is None else nodes) if machine else []
-    policy = (policy or "bind") if machine else None
+    forced = Forced(way, threads, chunk, order)
+    forced.check(CACHE)
+    placing = _placing(nodes, policy, move=move)
+    if max_rate is not None and max_rate < 1:
+        raise UsageError(f"max_rate: {max_rate} bytes a second, expected at least 1")
     # A file that was given twice, or through a link too, is one file.
-    models = _models(what)
-    real = {path: _real(path) for paths in models for path in paths}
-    whole = {real[path]: path for path in real}
+    models = models_of(what)
+    names = {path: real(path) for paths in models for path in paths}
+    whole = {names[path]: path for path in names}
+    chosen = choose(models, tensors, layers)
     files = [SourceFile(path) for path in whole.values()]
     try:
-        report = _prewarm(files, machine, selected, policy, threads, force, progress)
+        runs = [
+            _runs(file, name, chosen.runs if chosen else {})
+            for name, file in zip(whole, files, strict=True)
+        ]
+        job = _Prewarming(files, runs, placing, forced, max_rate)
+        report = job.run(progress, announce, force=force)
+        report.tensors = chosen.tensors if chosen else None
         opened = dict(zip(whole, files, strict=True))
-        _remember({path: opened[real[path]] for path in real}, models)
+        _remember({path: opened[names[path]] for path in names}, models)
         return report
     finally:
         for file in files:
             file.close()
 
 
-def _real(path: str) -> str:
-    try:
-        return os.path.realpath(path)
-    except ValueError as error:  # a NUL in it
-        raise ReadError(str(error), path=path) from error
+def _placing(
+    nodes: str | int | Sequence[int] | None, policy: str | None, *, move: bool
+) -> Placing | None:
+    if policy is not None and policy not in POLICIES:
+        raise UsageError(f"policy {policy!r}: expected {' or '.join(POLICIES)}")
+    if nodes is None and policy is None:
+        if move:
+            raise UsageError("move: where to? give nodes, as in nodes='0'")
+        return None
+    machine = topology()
+    selected = machine.select("all" if nodes is None else nodes)
+    return Placing(machine, selected, policy or "bind", move=move)
 
 
-def _models(what: Source | Sequence[Source]) -> list[list[str]]:
-    """The files of each."""
-    if isinstance(what, (str, os.PathLike)):
-        return [model_paths(os.fspath(what))]
-    if isinstance(what, Sequence):
-        return [paths for one in what for paths in _models(one)]
-    return [what.paths]
+def _runs(file: SourceFile, name: str, chosen: Mapping[str, Runs]) -> Runs:
+    return chosen.get(name, ((0, file.size),) if file.size else ())
 
 
-def _prewarm(
-    files: list[SourceFile],
-    machine: Topology | None,
-    nodes: list[int],
-    policy: str | None,
-    threads: int | None,
-    force: bool,
-    progress: Progress | None,
-) -> PrewarmReport:
-    begin = time.perf_counter()
-    after = before = [residency(file) for file in files]
-    absent = _absent(before)
-    report = PrewarmReport(
-        paths=[file.path for file in files],
-        size=sum(file.size for file in files),
-        resident_before=sum(found.resident for found in before),
-        read=absent,
-        resident=0,
-        seconds=0.0,
-        nodes=nodes,
-        policy=policy,
-        residency_known=all(found.known for found in before),
-    )
-    if absent:
-        if not force:
-            # All nodes together are the machine, whose own estimate is better than a sum.
-            _check_room(absent, nodes if machine and nodes != machine.usable else [])
-        machine = machine or topology()
-        job = _Prewarming(files, before, absent, progress)
-        report.threads = job.read(machine, nodes, policy, threads)
-        after = [residency(file) for file in files]
-        if report.residency_known and 0 < (lost := _absent(after)) <= report.size // LITTLE:
-            # Some machines page out what is idle at any time: this is not what lacks memory.
-            _Prewarming(files, after, lost, None).read(machine, nodes, policy, threads)
-            report.read += lost
-            after = [residency(file) for file in files]
-    report.resident = sum(found.resident for found in after)
-    if nodes:
-        report.on_nodes = _locate(files, after)
-    report.seconds = time.perf_counter() - begin
-    return report
+@dataclass
+class _Seen:
+    """What of the chosen ranges is in RAM: ``absent`` ranges for each file."""
+
+    absent: list[Runs]
+    known: bool
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stop - start for its in self.absent for start, stop in its)
 
 
-def _absent(found: list[Residency]) -> int:
-    return sum(one.size - one.resident for one in found)
+@dataclass
+class _Prewarming:
+    files: Sequence[SourceFile]
+    runs: Sequence[Runs]
+    placing: Placing | None
+    forced: Forced
+    max_rate: int | None
 
-
-def _check_room(absent: int, nodes: list[int]) -> None:
-    """Refuse, with numbers, to push out other programs' memory or this file's own beginning."""
-    limits = [memory.available()]
-    if nodes:
-        free = sum(memory.node_free(node) for node in nodes)
-        limits.append(memory.Limit(f"node {format_list(nodes)}", free))
-    tightest = min(limits, key=lambda limit: limit.free)
-    if absent > tightest.free:
-        raise NodeMemoryError(
-            f"{absent} bytes ({absent / 2**30:.1f} GiB) are to be read, {tightest.name} has room"
-            f" for {tightest.free} ({tightest.free / 2**30:.1f} GiB); --force reads anyway",
-            needed=absent,
-            free=tightest.free,
+    def run(
+        self, progress: Progress | None, announce: Announce | None, *, force: bool
+    ) -> PrewarmReport:
+        begin = time.perf_counter()
+        seen = self._look()
+        size = sum(stop - start for its in self.runs for start, stop in its)
+        report = PrewarmReport(
+            paths=[file.path for file in self.files],
+            size=size,
+            resident_before=size - seen.nbytes,
+            nodes=self.placing.nodes if self.placing else [],
+            policy=self.placing.policy if self.placing else None,
+            residency_known=seen.known,
         )
+        if seen.nbytes:
+            seen = self._read(report, seen, progress, announce, force=force)
+        report.resident = size - seen.nbytes
+        if self.placing:
+            self._place(report, seen)
+        report.seconds = time.perf_counter() - begin
+        return report
 
+    def _look(self) -> _Seen:
+        absent: list[Runs] = []
+        known = True
+        for file, runs in zip(self.files, self.runs, strict=True):
+            found = [residency(file, *run) for run in runs]
+            absent.append(tuple(gap for one in found for gap in one.absent))
+            known &= all(one.known for one in found)
+        return _Seen(absent, known)
 
-class _Prewarming(Job):
-    """Reading what is absent, into buffers that are thrown away."""
-
-    def __init__(
+    def _read(
         self,
-        files: list[SourceFile],
-        before: list[Residency],
-        total: int,
+        report: PrewarmReport,
+        seen: _Seen,
         progress: Progress | None,
-    ) -> None:
-        super().__init__(pieces(found.absent for found in before), total, progress)
-        self.files = files
+        announce: Announce | None,
+        *,
+        force: bool,
+    ) -> _Seen:
+        room = Room(self.files, seen.absent, report.resident_before, self.placing)
+        if not force:
+            room.check()
+        biggest = max(range(len(self.files)), key=lambda i: _length(seen.absent[i]))
+        file = self.files[biggest]
+        device = device_of(file.path, network=file.is_network)
+        plan = make_plan(CACHE, device, seen.nbytes, forced=self.forced, seen=seen.known)
+        if announce:
+            announce(plan)
+        read = partial(read_into_cache, self.files, placing=self.placing, rate=self.max_rate)
+        done, report.plan = read(seen.absent, plan, room, progress)
+        report.read, report.stopped = done, room.stopped
+        report.threads = report.plan.way.threads
+        after = self._look() if seen.known else _Seen([() for _ in self.files], known=False)
+        lost = after.nbytes
+        if not room.stopped and 0 < lost <= report.size // LITTLE:
+            # Some machines page out what is idle at any time: this is not what lacks memory.
+            report.read += read(after.absent, report.plan, room, None)[0]
+            after = self._look()
+        return after
 
-    def read(
-        self, machine: Topology, nodes: list[int], policy: str | None, threads: int | None
-    ) -> int:
-        """Read everything; how many threads did."""
-        cpus = machine.cpus
-        if nodes:
-            cpus = machine.cpus_of(nodes)
-        count = self.threads(cpus, threads)
-        # Threads of this job alone: the memory policy ends with them.
-        places = [machine.cpus_of([node]) for node in nodes]
-        self.run(partial(self._read, nodes, policy, places), cpus, count, "numaload-prewarm")
-        return count
+    def _place(self, report: PrewarmReport, seen: _Seen) -> None:
+        if self.placing is None:
+            return
+        resident = [
+            _resident(f, r, a) for f, r, a in zip(self.files, self.runs, seen.absent, strict=True)
+        ]
+        report.on_nodes = _locate(self.files, resident)
+        if self.placing.move and report.elsewhere:
+            from numaload.pagecache.move import move_pages
 
-    def _read(self, nodes: list[int], policy: str | None, places: list[frozenset[int]]) -> None:
-        bound = policy is None or _set_policy(policy, nodes)
-        buffer = memoryview(bytearray(CHUNK))
-        for piece in self:
-            if not bound:
-                pin(places[piece.offset // CHUNK % len(places)])
-            self.files[piece.which].read_into(buffer[: piece.nbytes], piece.offset)
-            self.advance(piece.nbytes)
+            report.moved, report.unmoved = move_pages(self.files, resident, self.placing)
+            report.on_nodes = _locate(self.files, resident)
 
 
-def _set_policy(policy: str, nodes: list[int]) -> bool:
-    """False where that is refused, as in a container: then page cache lands where it is read."""
-    try:
-        syscalls.set_mempolicy(POLICIES[policy], nodes)
-    except NumaUnavailableError as error:
-        warn_once("set_mempolicy", f"{error}; read by threads on these nodes and counted after")
-        return False
-    return True
+def _length(runs: Runs) -> int:
+    return sum(stop - start for start, stop in runs)
 
 
-def _locate(files: list[SourceFile], found: list[Residency]) -> dict[int, int]:
+def _resident(file: SourceFile, runs: Runs, absent: Runs) -> Residency:
+    """What is in RAM of the chosen ranges; all others count as absent."""
+    edges = [0, *(edge for run in runs for edge in run), file.size]
+    outside = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+    return Residency(file.size, tuple(sorted((*outside, *absent))))
+
+
+def _locate(files: Sequence[SourceFile], found: Sequence[Residency]) -> dict[int, int]:
     on: Counter[int] = Counter()
     for file, resident in zip(files, found, strict=True):
-        # Where the kernel does not tell what is resident, all of it was read just now.
-        on.update(cached_on(file, resident if resident.known else Residency(file.size, ())))
+        on.update(cached_on(file, resident))
     return dict(sorted(on.items()))
 
 
@@ -261,7 +232,13 @@ def _remember(files: Mapping[str, SourceFile], models: Sequence[Sequence[str]]) 
         its = [files[path] for path in paths]
         if _is_model(its[0]):
             identities = tuple(file.identity() for file in its)
-            known.remember(known.Model(tuple(map(os.path.abspath, paths)), identities))
+            known.remember(known.Model(tuple(map(_absolute, paths)), identities))
+
+
+def _absolute(path: str) -> str:
+    import os
+
+    return os.path.abspath(path)
 
 
 def _is_model(file: SourceFile) -> bool:

@@ -17,7 +17,7 @@ from numaload.numa.workers import Workers, finish
 from numaload.pipeline.ahead import Ahead, Range
 from numaload.pipeline.pieces import Piece, Target, pieces
 from numaload.pipeline.source import fetch, scratch
-from numaload.storage.parallel import Progress
+from numaload.storage.reader import Progress
 from numaload.weights import Tensor
 
 WINDOW = 64 << 20  # bytes of files that are read ahead of the workers

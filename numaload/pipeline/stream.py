@@ -25,7 +25,7 @@ from numaload.numa.workers import finish
 from numaload.pipeline.fill import Work, writer
 from numaload.pipeline.memory import Buffers
 from numaload.pipeline.pieces import Target
-from numaload.storage.parallel import Progress
+from numaload.storage.reader import Progress
 from numaload.weights import Tensor, Weights
 
 AHEAD = 256 << 20

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from itertools import chain
+from contextlib import ExitStack
 
 from numaload.errors import NodeMemoryError
 from numaload.numa import memory
 from numaload.numa.mapping import Mapping, map_private
 from numaload.numa.syscalls import PAGE
 from numaload.numa.topology import topology
+from numaload.storage.device import device_of
 from numaload.storage.files import SourceFile
-from numaload.storage.parallel import Job, Progress, pieces
-from numaload.storage.residency import present, residency
+from numaload.storage.plan import BUFFERED, DIRECT, MEMORY, ReadPlan, Way, make_plan
+from numaload.storage.reader import Piece, Progress, Reading
+from numaload.storage.residency import Residency, present, residency
+from numaload.storage.ways import IntoMemory
 
 PAGE_TABLES, LEAST_FREE = 512, 32 << 20  # a byte for so many copied; bytes that stay free
 LOOK_EVERY = 256 << 20  # bytes copied between two looks at what memory is left
+MOST_THREADS = 8  # that copy what is in RAM: memory is busy with fewer
 
 
 def copy_files(files: Sequence[SourceFile], progress: Progress | None = None) -> list[Mapping]:
     """The bytes of these files, read into private memory, in huge pages where there are some.
 
+    What is in RAM is copied from there; the rest is read past the page cache where that can be.
     It takes the files' size in whole pages and no more: page cache that reading brings in is
     given back, what was there before stays.
     Raises: NodeMemoryError with numbers before a page is touched, or when others took the memory
@@ -52,6 +58,14 @@ def _check_room(nbytes: int, state: str) -> None:
         )
 
 
+def plan_for(files: Sequence[SourceFile], before: Sequence[Residency]) -> ReadPlan:
+    """How what is not in RAM of these files is read into memory."""
+    absent = [sum(stop - start for start, stop in found.absent) for found in before]
+    file = files[absent.index(max(absent))]
+    device = device_of(file.path, network=file.is_network)
+    return make_plan(MEMORY, device, sum(absent))
+
+
 class _Copying:
     """The state that the threads of one copying share."""
 
@@ -60,37 +74,47 @@ class _Copying:
     ) -> None:
         self.files, self.copies = files, copies
         self.before = [residency(file) for file in files]
-        # What is in RAM first, before reading the rest can push it out.
-        there = pieces((present(found) for found in self.before), absent=False)
-        absent = pieces(found.absent for found in self.before)
-        self.job = Job(chain(there, absent), sum(file.size for file in files), progress)
-        self.next_look = LOOK_EVERY
+        self.reading = Reading(sum(file.size for file in files), progress)
+        self.next_look, self.lock = LOOK_EVERY, threading.Lock()
 
     def run(self) -> None:
-        cpus = topology().cpus
-        self.job.run(self._read, cpus, self.job.threads(cpus), "numaload-copy")
-        for which, found in enumerate(self.before):
-            for start, stop in found.absent:  # read-ahead reached beyond pieces
-                self._give_back(which, start, stop - start)
+        if not self.files:
+            return
+        cpus, plan = topology().cpus, plan_for(self.files, self.before)
+        # What is in RAM first, before reading the rest can push it out.
+        there = plan.forced_to([Way(BUFFERED, min(MOST_THREADS, len(cpus)))])
+        run = self.reading.run
+        with ExitStack() as opened:
+            sources = [IntoMemory(file, direct=plan.uses(DIRECT)) for file in self.files]
+            for source in sources:
+                opened.callback(source.close)
+            for planned, absent in ((there, False), (plan, True)):
+                runs = [found.absent if absent else present(found) for found in self.before]
+                run(runs, planned, _Work(self, sources, absent=absent).read, cpus, "numaload-copy")
+        for file, found in zip(self.files, self.before, strict=True):
+            for start, stop in found.absent if found.known else ():  # read-ahead reached beyond
+                file.drop_cache(start, stop - start)
 
-    def _read(self) -> None:
-        for piece in self.job:
-            self._look()
-            # Released at once: a view in the traceback of an error would keep the whole copy.
-            with self.copies[piece.which].view(piece.offset, piece.nbytes, write=True) as view:
-                self.files[piece.which].read_into(view, piece.offset)
-            if piece.absent:
-                self._give_back(piece.which, piece.offset, piece.nbytes)
-            self.job.advance(piece.nbytes)
-
-    def _give_back(self, which: int, start: int, nbytes: int) -> None:
-        if self.before[which].known:  # or else it may be what others had read
-            self.files[which].drop_cache(start, nbytes)
-
-    def _look(self) -> None:
+    def look(self) -> None:
         """Others may take the memory meanwhile, and the kernel would kill rather than fail."""
-        with self.job.lock:
-            due = self.job.done >= self.next_look
+        with self.lock:
+            due = self.reading.done >= self.next_look
             self.next_look += due * LOOK_EVERY
         if due:
-            _check_room(self.job.total - self.job.done, "all that was copied is given back")
+            _check_room(self.reading.total - self.reading.done, "all that was copied is given back")
+
+
+class _Work:
+    """What is done with each piece."""
+
+    def __init__(self, job: _Copying, sources: Sequence[IntoMemory], *, absent: bool) -> None:
+        self.job, self.sources, self.absent = job, sources, absent
+
+    def read(self, piece: Piece, way: Way) -> None:
+        job = self.job
+        job.look()
+        # Released at once: a view in the traceback of an error would keep the whole copy.
+        with job.copies[piece.which].view(piece.offset, piece.nbytes, write=True) as view:
+            self.sources[piece.which].read(view, piece.offset, way.name)
+        if self.absent and job.before[piece.which].known:  # or it may be what others had read
+            job.files[piece.which].drop_cache(piece.offset, piece.nbytes)

@@ -7,6 +7,7 @@ ranges and the second about those where something is and something is not.
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 from collections import Counter
@@ -76,6 +77,13 @@ def _is_cached(fd: int, start: int, stop: int) -> bool:
 
 def _pages(start: int, stop: int) -> int:
     return -(-stop // PAGE) - start // PAGE
+
+
+def asked_by(file: SourceFile) -> str | None:
+    """Which call tells about this file: "cachestat", "mincore", or None where none does."""
+    if cached_bytes(file, 0, 1) is not None:
+        return "cachestat"
+    return "mincore" if _may_ask(file) else None
 
 
 def residency(file: SourceFile, start: int = 0, stop: int | None = None) -> Residency:
@@ -159,20 +167,31 @@ def cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
     tries for ever where it cannot be read: so the kernel is asked just before, once more.
     """
     on: Counter[int] = Counter()
-    with map_file(file.fd, file.size) as mapping:
+    with map_quietly(file) as mapping:
         for start, stop in present(found):
             for offset in range(start, stop, LOOK):
-                _map_present(mapping, offset, min(offset + LOOK, stop))
+                map_present(mapping, offset, min(offset + LOOK, stop))
         for counts in count_pages([mapping.range]):
             on.update(counts)
     return {node: pages * PAGE for node, pages in sorted(on.items())}
 
 
-def _map_present(mapping: Mapping, start: int, stop: int) -> None:
+def map_quietly(file: SourceFile) -> Mapping:
+    """The whole file, for looking at what is resident: without reading ahead of what is mapped."""
+    mapping = map_file(file.fd, file.size)
+    if mapping.length:
+        # A page that readers left as a mark to read on from would start that, resident or not.
+        syscalls.madvise(mapping.address, mapping.length, mmap.MADV_RANDOM)
+    return mapping
+
+
+def map_present(mapping: Mapping, start: int, stop: int) -> bytes:
+    """Map what is in RAM of these bytes; a byte per page, 1 where it is. start: of a page."""
     vector = syscalls.mincore(mapping.address + start, stop - start)
     for match in PRESENT_RUN.finditer(vector):
         first, last = (start + edge * PAGE for edge in match.span())
         populate_read(mapping, first, min(last, stop))
+    return vector
 
 
 def present(found: Residency) -> Iterator[tuple[int, int]]:

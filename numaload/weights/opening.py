@@ -13,7 +13,7 @@ from numaload.formats.shards import SUFFIX, Shards, check_shards, find_shards, i
 from numaload.formats.splits import check_splits, sibling_paths, split_count, split_link
 from numaload.numa.mapping import Mapping as MemoryMapping
 from numaload.storage.files import SourceFile, read_whole
-from numaload.storage.parallel import Progress
+from numaload.storage.reader import Progress
 from numaload.weights.model import AnyHeader, Part, Weights
 
 HEAD = 9  # bytes that tell one format from the other

@@ -24,7 +24,8 @@ from numaload import errors
 from numaload.demo import write_model
 from numaload.mirrors import mirror
 from numaload.replicas import store
-import numaload.storage.copy, numaload.pagecache.prewarm, numaload.numa.workers, numaload.numa.opinion
+import numaload.storage.copy, numaload.pagecache.prewarm, numaload.numa.workers
+import numaload.numa.opinion
 
 path, call = sys.argv[1:]
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

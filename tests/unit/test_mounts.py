@@ -35,7 +35,7 @@ def test_by_device_and_nearest_above(tmp_path: Path) -> None:
         tmp_path / "root",
         (device, "/", "ext4"), (device, folder, "tmpfs"), ("0:999", f"{folder}/x", "nfs"),
     )  # fmt: skip
-    assert mount_of(str(tmp_path), root) == Mount(device, folder, "tmpfs", "rw,size=64k")
+    assert mount_of(str(tmp_path), root) == Mount(device, folder, "tmpfs", "rw,size=64k", "source")
 
 
 def test_a_device_that_is_listed_nowhere(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,9 +126,10 @@ def test_the_advice_for_the_wrong_node_works(cold: str, capsys: pytest.CaptureFi
         on_nodes={0: len(before)},
     )  # fmt: skip
     _tell(report)
-    advice = re.search(r"dd .*", capsys.readouterr().err)
+    advice = re.search(r"numaload (evict FILE)", capsys.readouterr().err)
     assert advice
-    subprocess.run(advice[0].replace("FILE", cold).split(), check=True, capture_output=True)
+    words = advice[1].replace("FILE", cold).split()
+    subprocess.run([sys.executable, "-m", "numaload", *words], check=True, capture_output=True)
     assert resident(cold) == 0
     assert Path(cold).read_bytes() == before
 

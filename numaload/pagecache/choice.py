@@ -1,0 +1,131 @@
+"""Which bytes of a model's files are meant: all, or those of some tensors."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from numaload.errors import ReadError, TensorNotFoundError, UsageError
+from numaload.numa.lists import parse_list
+from numaload.numa.syscalls import PAGE
+from numaload.storage.files import model_paths
+
+if TYPE_CHECKING:
+    from numaload.weights import Tensor, Weights
+
+LAYER = re.compile(r"(?:^|\.)(?:blk|layers|h|block|blocks)\.(\d+)\.")
+
+Runs = tuple[tuple[int, int], ...]  # (start, stop) byte ranges of a file, in order
+
+
+class HasPaths(Protocol):
+    """Opened weights, as far as their files are concerned."""
+
+    @property
+    def paths(self) -> list[str]: ...
+
+
+Source = str | os.PathLike[str] | HasPaths
+
+
+class Chosen(NamedTuple):
+    """``runs``: {real path: the ranges of it that are meant}. A path that is missing: all of it."""
+
+    tensors: int
+    runs: dict[str, Runs]
+
+
+def models_of(what: Source | Sequence[Source]) -> list[list[str]]:
+    """The files of each. Raises: SplitError, ReadError."""
+    if isinstance(what, (str, os.PathLike)):
+        return [model_paths(os.fspath(what))]
+    if isinstance(what, Sequence):
+        return [paths for one in what for paths in models_of(one)]
+    return [what.paths]
+
+
+def real(path: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except ValueError as error:  # a NUL in it
+        raise ReadError(str(error), path=path) from error
+
+
+def choose(
+    models: Iterable[Sequence[str]], tensors: str | None, layers: str | int | None
+) -> Chosen | None:
+    """Bytes of the tensors whose names ``tensors`` (a regular expression) is found in, and which
+    are of these layers ("0-9,12", by the number in their names); the headers always.
+
+    None: whole files. Raises: UsageError, TensorNotFoundError where there are none, FormatError.
+    """
+    if tensors is None and layers is None:
+        return None
+    from numaload.weights import open_weights
+
+    wanted = _Wanted(tensors, layers)
+    count = 0
+    runs: dict[str, Runs] = {}
+    for paths in models:
+        with open_weights(paths[0]) as weights:
+            count += _choose(weights, wanted, runs)
+    if not count:
+        raise TensorNotFoundError(str(wanted))
+    return Chosen(count, runs)
+
+
+class _Wanted:
+    def __init__(self, tensors: str | None, layers: str | int | None) -> None:
+        self.tensors, self.layers = tensors, layers
+        try:
+            self.pattern = re.compile(tensors or "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise UsageError(f"tensors {tensors!r}: no regular expression: {error}") from error
+        try:
+            self.numbers = None if layers is None else frozenset(parse_list(str(layers)))
+        except ValueError as error:
+            raise UsageError(f"layers {layers!r}: expected a list as 0-9,12") from error
+
+    def __str__(self) -> str:
+        given = (("matching", self.tensors), ("of layers", self.layers))
+        return " ".join(f"{word} {value}" for word, value in given if value is not None)
+
+    def has(self, name: str) -> bool:
+        layer = LAYER.search(name)
+        of_layer = self.numbers is None or (layer and int(layer[1]) in self.numbers)
+        return bool(of_layer and self.pattern.search(name))
+
+
+def _choose(weights: Weights, wanted: _Wanted, runs: dict[str, Runs]) -> int:
+    count = 0
+    parts: list[list[Tensor]] = [[] for _ in weights.parts]
+    for tensor in weights.values():
+        parts[tensor.place_in_files[0]].append(tensor)
+    for part, its in zip(weights.parts, parts, strict=True):
+        chosen = [tensor for tensor in its if wanted.has(tensor.name)]
+        header = min((tensor.offset for tensor in its), default=part.file.size)
+        ranges = [(0, header), *((t.offset, t.offset + t.nbytes) for t in chosen)]
+        runs[real(part.file.path)] = tuple(merged(_pages(*r, part.file.size) for r in ranges))
+        count += len(chosen)
+    return count
+
+
+def _pages(start: int, stop: int, size: int) -> tuple[int, int]:
+    """Whole pages: these come and go as one."""
+    return start // PAGE * PAGE, min(-(-stop // PAGE) * PAGE, size)
+
+
+def merged(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """In order, without overlaps and empty ones."""
+    last: tuple[int, int] | None = None
+    for start, stop in sorted(r for r in ranges if r[0] < r[1]):
+        if last is not None and start <= last[1]:
+            last = last[0], max(last[1], stop)
+            continue
+        if last is not None:
+            yield last
+        last = start, stop
+    if last is not None:
+        yield last

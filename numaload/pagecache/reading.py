@@ -1,0 +1,163 @@
+"""Reading into the page cache: where its pages land, and how much of it memory has room for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from numaload.errors import NodeMemoryError, NumaUnavailableError, warn_once
+from numaload.numa import memory, syscalls
+from numaload.numa.affinity import pin
+from numaload.numa.lists import format_list
+from numaload.numa.topology import Topology, topology
+from numaload.pagecache.choice import Runs
+from numaload.storage.files import SourceFile
+from numaload.storage.plan import CHUNK, ReadPlan, Way
+from numaload.storage.reader import Piece, Progress, Reading
+from numaload.storage.residency import residency
+from numaload.storage.ways import IntoCache
+
+POLICIES = {"bind": syscalls.MPOL_BIND, "interleave": syscalls.MPOL_INTERLEAVE}
+LOOK_EVERY = 128 << 20  # bytes read between two looks at what memory is left
+HEAD = 8 << 20  # bytes of what was read first: if they go, memory is full
+
+
+@dataclass(frozen=True)
+class Placing:
+    """Nodes that the page cache shall be on. move: what is elsewhere is moved there."""
+
+    machine: Topology
+    nodes: list[int]
+    policy: str
+    move: bool = False
+
+    @property
+    def everywhere(self) -> bool:
+        return self.nodes == self.machine.usable
+
+
+class Room:
+    """What memory takes of these bytes without giving up those that were there before them.
+
+    All page cache counts as free for the kernel, also that which is brought in here: so it must
+    have room for all of it, not only for what is still to be read.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[SourceFile],
+        absent: Sequence[Runs],
+        resident: int,
+        placing: Placing | None,
+    ) -> None:
+        self.files, self.resident = files, resident
+        self.absent = sum(stop - start for runs in absent for start, stop in runs)
+        # All nodes together are the machine, whose own estimate is better than a sum.
+        self.nodes = placing.nodes if placing and not placing.everywhere else []
+        self.head: Piece | None = None
+        self.next_look, self.stopped = LOOK_EVERY, ""
+
+    def check(self) -> None:
+        """Raises: NodeMemoryError, with numbers."""
+        tightest = self._tightest()
+        if self.absent + self.resident > tightest.free:
+            gib = self.absent / 2**30
+            raise NodeMemoryError(
+                f"{self.absent} bytes ({gib:.1f} GiB) are to be read"
+                + (f", {self.resident} more of them are in RAM" if self.resident else "")
+                + f"; {tightest.name} has room for {tightest.free}"
+                f" ({tightest.free / 2**30:.1f} GiB); --force reads what fits",
+                needed=self.absent,
+                free=tightest.free,
+            )
+
+    def _tightest(self) -> memory.Limit:
+        limits = [memory.available()]
+        if self.nodes:
+            free = sum(memory.node_free(node) for node in self.nodes)
+            limits.append(memory.Limit(f"node {format_list(self.nodes)}", free))
+        return min(limits, key=lambda limit: limit.free)
+
+    def look(self, done: int, piece: Piece) -> bool:
+        """After ``piece``: whether there is room for more. ``done``: bytes read so far."""
+        self.head = self.head or piece
+        if self.stopped or done < self.next_look or done >= self.absent:
+            return not self.stopped
+        self.next_look = done + LOOK_EVERY
+        tightest = self._tightest()
+        more = min(LOOK_EVERY, self.absent - done)
+        if tightest.free < self.resident + done + more:
+            self.stopped = (
+                f"{tightest.name} has room for {tightest.free} bytes, of which this file has"
+                f" {self.resident + done}"
+            )
+        elif self._head_is_going():
+            self.stopped = "the kernel gives up what was read first"
+        return not self.stopped
+
+    def _head_is_going(self) -> bool:
+        if self.head is None:
+            return False
+        stop = min(self.head.stop, self.head.offset + HEAD)
+        found = residency(self.files[self.head.which], self.head.offset, stop)
+        left = stop - self.head.offset - sum(last - first for first, last in found.absent)
+        return found.known and left < (stop - self.head.offset) // 2
+
+
+def read_into_cache(
+    files: Sequence[SourceFile],
+    absent: Sequence[Runs],
+    plan: ReadPlan,
+    room: Room,
+    progress: Progress | None,
+    *,
+    placing: Placing | None,
+    rate: int | None,
+) -> tuple[int, ReadPlan]:
+    """(bytes read, the plan as it was carried out). It stops where ``room`` says so."""
+    total = sum(stop - start for runs in absent for start, stop in runs)
+    reading = Reading(total, progress, rate=rate)
+    threads = _Threads(files, reading, room, placing)
+    machine = placing.machine if placing else topology()
+    cpus = machine.cpus_of(placing.nodes) if placing else machine.cpus
+    plan = reading.run(absent, plan, threads.read, cpus, "numaload-prewarm")
+    return reading.done, plan
+
+
+class _Threads:
+    """What each thread of one reading has: a memory policy, which ends with the thread."""
+
+    def __init__(
+        self,
+        files: Sequence[SourceFile],
+        reading: Reading,
+        room: Room,
+        placing: Placing | None,
+    ) -> None:
+        self.files, self.reading, self.room, self.placing = files, reading, room, placing
+        self.own = threading.local()
+
+    def read(self, piece: Piece, way: Way) -> None:
+        if not hasattr(self.own, "into"):
+            self.own.bound = self._bind()
+            self.own.into = IntoCache()
+        if self.placing and not self.own.bound:
+            node = self.placing.nodes[piece.offset // CHUNK % len(self.placing.nodes)]
+            pin(self.placing.machine.cpus_of([node]))
+        self.own.into.read(self.files[piece.which], piece.offset, piece.stop, way.name)
+        with self.reading.lock:
+            more = self.room.look(self.reading.done + piece.nbytes, piece)
+        if not more:
+            self.reading.stop.set()
+
+    def _bind(self) -> bool:
+        """False where that is refused, as in a container: then pages land where they are read."""
+        if self.placing is None:
+            return True
+        try:
+            syscalls.set_mempolicy(POLICIES[self.placing.policy], self.placing.nodes)
+        except NumaUnavailableError as error:
+            warn_once("set_mempolicy", f"{error}; read by threads on these nodes and counted after")
+            return False
+        return True

@@ -1,0 +1,50 @@
+"""What prewarming did, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from numaload.storage.plan import ReadPlan
+
+
+@dataclass
+class PrewarmReport:
+    """Bytes throughout. ``on_nodes`` is the kernel's word, where nodes were asked for.
+
+    size: of what was to be in RAM: whole files, or the tensors that were chosen of them.
+    read: what was absent and was read. stopped: why not all of it, or empty.
+    """
+
+    paths: list[str]
+    size: int
+    resident_before: int
+    read: int = 0
+    resident: int = 0
+    seconds: float = 0.0
+    threads: int = 0
+    nodes: list[int] = field(default_factory=list)
+    policy: str | None = None
+    on_nodes: dict[int, int] = field(default_factory=dict)
+    residency_known: bool = True
+    tensors: int | None = None  # that were chosen; None: whole files
+    moved: int = 0  # between nodes
+    unmoved: dict[str, int] = field(default_factory=dict)  # {why: bytes that stayed}
+    stopped: str = ""
+    plan: ReadPlan | None = None  # as it was carried out; None where nothing was read
+
+    @property
+    def elsewhere(self) -> int:
+        """Bytes in RAM on nodes that were not asked for."""
+        return sum(n for node, n in self.on_nodes.items() if node not in self.nodes)
+
+    @property
+    def done(self) -> bool:
+        """Whether all of it is in RAM, and on the nodes asked for if any were."""
+        whole = self.resident == self.size or not self.residency_known
+        counted = sum(self.on_nodes.values()) >= self.size
+        return not self.stopped and whole and (not self.nodes or (counted and not self.elsewhere))
+
+    def to_dict(self) -> dict[str, Any]:
+        told = asdict(self) | {"elsewhere": self.elsewhere, "done": self.done}
+        return told | {"plan": self.plan.to_dict() if self.plan else None}

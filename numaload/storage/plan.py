@@ -1,0 +1,228 @@
+"""Which way a file is read: chosen from what it lies on, then tried on the file itself.
+
+Every number here is a starting point of ``Reading``, which times the first bytes of each candidate
+and goes on with the fastest. docs/storage.md says what was measured and what was not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from numaload.errors import UsageError
+from numaload.numa.syscalls import PAGE
+from numaload.storage.device import Device
+
+MAPPED, BUFFERED, DIRECT = "mapped", "buffered", "direct"
+WAYS = {
+    MAPPED: "page cache in huge pages, by touching a mapping",
+    BUFFERED: "pread through the page cache",
+    DIRECT: "O_DIRECT, past the page cache",
+}
+CACHE, MEMORY = "page cache", "memory"  # where the bytes go
+FITTING = {CACHE: (MAPPED, BUFFERED), MEMORY: (DIRECT, BUFFERED)}
+FILE_ORDER, STRIPES = "file", "stripes"  # stripes: each thread has a part of the files to itself
+ORDERS = (FILE_ORDER, STRIPES)
+CHUNK = 8 << 20  # bytes a read; 1 MiB and 32 MiB were no faster
+MOST_CHUNK, MOST_THREADS = 1 << 30, 256
+CLEARLY = 1.1  # times as fast
+MADV_HUGEPAGE_READS = (5, 18)  # the first Linux that reads huge folios for an advised mapping
+
+
+class Way(NamedTuple):
+    """How bytes are read: ``threads`` that read ``chunk`` bytes each at a time."""
+
+    name: str
+    threads: int
+    chunk: int = CHUNK
+
+    def __str__(self) -> str:
+        count = f"{self.threads} threads" if self.threads > 1 else "1 thread"
+        return f"{self.name}, {count}, {self.chunk / 2**20:g} MiB a read"
+
+
+# By kind of storage and where the bytes go: the first is used unless another proves faster.
+# A hard disk is not tried: two streams make it seek. Into fresh memory many threads are at work,
+# since the kernel clears each one's pages while the others wait for the disk.
+CANDIDATES: dict[str, dict[str, tuple[Way, ...]]] = {
+    "nvme": {
+        CACHE: (Way(MAPPED, 4), Way(MAPPED, 1), Way(MAPPED, 8), Way(BUFFERED, 4)),
+        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4), Way(BUFFERED, 4)),
+    },
+    "ssd": {
+        CACHE: (Way(MAPPED, 2), Way(MAPPED, 1), Way(BUFFERED, 2)),
+        MEMORY: (Way(DIRECT, 8), Way(DIRECT, 2), Way(BUFFERED, 2)),
+    },
+    "hdd": {
+        CACHE: (Way(MAPPED, 1),),
+        MEMORY: (Way(DIRECT, 1),),
+    },
+    "virtual": {
+        CACHE: (Way(MAPPED, 1), Way(MAPPED, 4), Way(BUFFERED, 2)),
+        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4), Way(BUFFERED, 2)),
+    },
+    "raid": {
+        CACHE: (Way(MAPPED, 4), Way(MAPPED, 1), Way(MAPPED, 16), Way(BUFFERED, 4)),
+        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4), Way(BUFFERED, 4)),
+    },
+    "remote": {
+        CACHE: (Way(MAPPED, 8), Way(MAPPED, 2), Way(BUFFERED, 8)),
+        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4), Way(BUFFERED, 8)),
+    },
+    "network": {
+        CACHE: (Way(BUFFERED, 8), Way(BUFFERED, 2)),
+        MEMORY: (Way(BUFFERED, 8), Way(BUFFERED, 2)),
+    },
+    "share": {
+        CACHE: (Way(BUFFERED, 4), Way(BUFFERED, 1)),
+        MEMORY: (Way(BUFFERED, 4), Way(BUFFERED, 1)),
+    },
+    "memory": {
+        CACHE: (Way(BUFFERED, 2),),
+        MEMORY: (Way(BUFFERED, 8),),
+    },
+    "unknown": {
+        CACHE: (Way(MAPPED, 2), Way(BUFFERED, 2), Way(BUFFERED, 8)),
+        MEMORY: (Way(BUFFERED, 2), Way(DIRECT, 8), Way(BUFFERED, 8)),
+    },
+}
+
+
+class Tried(NamedTuple):
+    """``rate``: bytes a second of the first bytes read this way."""
+
+    way: Way
+    rate: float
+
+
+@dataclass(frozen=True)
+class Forced:
+    """What the caller insists on; None leaves it to the plan. chunk: bytes a read."""
+
+    way: str | None = None
+    threads: int | None = None
+    chunk: int | None = None
+    order: str | None = None
+
+    def check(self, sink: str) -> None:
+        """Raises: UsageError."""
+        fitting = FITTING[sink]
+        if self.way is not None and self.way not in fitting:
+            raise UsageError(
+                f"way {self.way!r}: expected {' or '.join(fitting)} to read into {sink}"
+            )
+        if self.order is not None and self.order not in ORDERS:
+            raise UsageError(f"order {self.order!r}: expected {' or '.join(ORDERS)}")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads: {self.threads}, expected at least 1")
+        if self.chunk is not None and (self.chunk % PAGE or not PAGE <= self.chunk <= MOST_CHUNK):
+            raise UsageError(
+                f"chunk: {self.chunk} bytes, expected a multiple of {PAGE} up to {MOST_CHUNK}"
+            )
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """``way`` of ``candidates``, and why. ``tried``: candidates that read the first bytes."""
+
+    sink: str
+    device: Device
+    candidates: tuple[Way, ...]
+    why: str
+    order: str = FILE_ORDER
+    tried: tuple[Tried, ...] = field(default=())
+
+    @property
+    def way(self) -> Way:
+        return self.candidates[0]
+
+    def uses(self, name: str) -> bool:
+        return any(way.name == name for way in self.candidates)
+
+    def with_tried(self, tried: Sequence[Tried]) -> ReadPlan:
+        """Led by the fastest; another than the first must be clearly faster: timings are short."""
+        first = tried[0]
+        best = max(tried, key=lambda one: one.rate)
+        if best.rate < CLEARLY * first.rate:
+            best = first
+        figures = ", ".join(f"{one.way}: {one.rate / 1e9:.2f} GB/s" for one in tried)
+        why = f"{self.why}; tried on this file: {figures}"
+        others = tuple(way for way in self.candidates if way != best.way)
+        return replace(self, candidates=(best.way, *others), why=why, tried=tuple(tried))
+
+    def forced_to(self, candidates: Sequence[Way]) -> ReadPlan:
+        return replace(self, candidates=tuple(candidates))
+
+    def __str__(self) -> str:
+        order = "" if self.order == FILE_ORDER else ", a stripe of the files for each thread"
+        return f"{self.way}{order} ({self.why})"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "sink": self.sink,
+            "way": self.way.name,
+            "threads": self.way.threads,
+            "chunk": self.way.chunk,
+            "order": self.order,
+            "why": self.why,
+            "device": self.device.to_dict(),
+            "candidates": [way._asdict() for way in self.candidates],
+            "tried": [one.way._asdict() | {"rate": one.rate} for one in self.tried],
+        }
+
+
+def make_plan(
+    sink: str, device: Device, total: int, *, forced: Forced | None = None, seen: bool = True
+) -> ReadPlan:
+    """For ``total`` bytes that are not in RAM. seen: whether the kernel tells what is in RAM.
+
+    Raises: UsageError.
+    """
+    forced = forced or Forced()
+    forced.check(sink)
+    candidates: Sequence[Way] = CANDIDATES[device.kind][sink]
+    why = [str(device)]
+    for usable, reason in _limits(sink, seen=seen):
+        left = [way for way in candidates if usable(way)]
+        if len(left) < len(candidates):
+            why.append(reason)
+            candidates = left or [Way(BUFFERED, candidates[0].threads)]
+    if forced != Forced():
+        why.append("as asked for")
+        candidates = _forced(candidates, forced)
+    fitting = tuple(dict.fromkeys(_no_more_than(way, total) for way in candidates))
+    return ReadPlan(sink, device, fitting, "; ".join(why), forced.order or FILE_ORDER)
+
+
+def _limits(sink: str, *, seen: bool) -> Sequence[tuple[Any, str]]:
+    """(what may be used, why the rest may not)."""
+    limits: list[tuple[Any, str]] = []
+    if not huge_reads():
+        limits.append((lambda way: way.name != MAPPED, "Linux before 5.18 has no huge reads"))
+    if sink == CACHE and not seen:
+        # What a touched mapping did not bring in could not be found afterwards.
+        limits.append((lambda way: way.name != MAPPED, "the kernel tells only owners what is read"))
+    return limits
+
+
+def huge_reads() -> bool:
+    """Whether this kernel reads huge folios where an advised mapping is touched."""
+    numbers = os.uname().release.split(".")[:2]
+    version = tuple(int("".join(filter(str.isdigit, n)) or 0) for n in numbers)
+    return version >= MADV_HUGEPAGE_READS and os.path.isdir("/sys/kernel/mm/transparent_hugepage")
+
+
+def _forced(candidates: Sequence[Way], forced: Forced) -> Sequence[Way]:
+    """One way, or those of one name where only that was asked for."""
+    named = [way for way in candidates if forced.way in (None, way.name)]
+    named = named or [Way(forced.way or BUFFERED, candidates[0].threads)]
+    return [
+        Way(way.name, forced.threads or way.threads, forced.chunk or way.chunk) for way in named
+    ]
+
+
+def _no_more_than(way: Way, total: int) -> Way:
+    """No more threads than chunks."""
+    return way._replace(threads=max(1, min(way.threads, MOST_THREADS, -(-total // way.chunk))))

@@ -1,0 +1,177 @@
+"""One reading of many ranges: threads take pieces in turn, the way is tried on the first of them.
+
+What is done with a piece is the caller's: into the page cache, into replicas, into memory.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+from numaload.errors import CancelledError
+from numaload.numa.syscalls import PAGE
+from numaload.storage.plan import CHUNK, STRIPES, ReadPlan, Tried, Way
+
+TRY_BYTES = 96 << 20  # read by each candidate: 25 ms of a fast disk
+TRY_SHARE = 6  # trying takes no more than one part in so many of all bytes
+RATE_STEPS = 8  # reads a second, at least, where the rate is limited
+
+Progress = Callable[[int, int], Any]  # (bytes done, bytes in all); returning False cancels
+
+
+class Piece(NamedTuple):
+    """``nbytes`` from ``offset`` of the file that is number ``which`` among those read."""
+
+    which: int
+    offset: int
+    nbytes: int
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.nbytes
+
+
+Work = Callable[[Piece, Way], None]
+
+
+class Reading:
+    """The state that the threads of one reading share.
+
+    The reading ends where nothing is left, at the first error of any thread, at Ctrl-C.
+    rate: at most so many bytes a second.
+    """
+
+    def __init__(
+        self, total: int, progress: Progress | None = None, *, rate: int | None = None
+    ) -> None:
+        self.total, self.progress, self.rate = total, progress, rate
+        self.done = self.taken = 0
+        self.begin = time.monotonic()
+        self.lock, self.stop = threading.Lock(), threading.Event()
+
+    def run(
+        self,
+        runs: Sequence[Iterable[tuple[int, int]]],
+        plan: ReadPlan,
+        work: Work,
+        cpus: frozenset[int],
+        name: str,
+    ) -> ReadPlan:
+        """Read the (start, stop) byte ranges of each file; the plan as it was carried out.
+
+        work: called in threads of this reading's own, on these CPUs, with each piece.
+        Raises: what ``work`` raises first; CancelledError after Ctrl-C.
+        """
+        if self.progress and not self.done:
+            self.progress(0, self.total)
+        if self.rate:
+            most = max(PAGE, self.rate // RATE_STEPS // PAGE * PAGE)
+            slower = [w._replace(chunk=min(w.chunk, most), threads=1) for w in plan.candidates]
+            plan = plan.forced_to(slower[:1])
+        absent = Ranges(runs)
+        nbytes = absent.left
+        trials = plan.candidates if TRY_SHARE * TRY_BYTES * len(plan.candidates) <= nbytes else ()
+        tried = []
+        for way in trials if len(trials) > 1 else ():
+            begin = time.perf_counter()
+            self._read(absent.first(TRY_BYTES, way.chunk), way, work, cpus, name)
+            tried.append(Tried(way, TRY_BYTES / max(time.perf_counter() - begin, 1e-9)))
+        if tried:
+            plan = plan.with_tried(tried)
+        way = plan.way
+        pieces = absent.first(absent.left, way.chunk)
+        if plan.order == STRIPES:
+            pieces = in_stripes(list(pieces), way.threads)
+        self._read(pieces, way, work, cpus, name)
+        return plan
+
+    def _read(
+        self, pieces: Iterator[Piece], way: Way, work: Work, cpus: frozenset[int], name: str
+    ) -> None:
+        from numaload.numa.workers import Workers, finish  # a resident file needs no threads
+
+        def reading() -> None:
+            while not self.stop.is_set():
+                with self.lock:
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
+                self._pace(piece.nbytes)
+                work(piece, way)
+                self.advance(piece.nbytes)
+
+        workers = Workers(cpus, way.threads, name)
+        try:
+            finish([workers.submit(reading) for _ in range(way.threads)], self.stop)
+            workers.close()
+        except BaseException as error:
+            self.stop.set()  # Ctrl-C may come while threads are still being started
+            workers.close()
+            if isinstance(error, KeyboardInterrupt):
+                raise self.cancelled("interrupted") from None
+            raise
+
+    def _pace(self, nbytes: int) -> None:
+        """Wait until ``nbytes`` more are due."""
+        if not self.rate:
+            return
+        with self.lock:
+            due = self.begin + self.taken / self.rate
+            self.taken += nbytes
+        self.stop.wait(max(0.0, due - time.monotonic()))
+
+    def advance(self, nbytes: int) -> None:
+        """Raises: CancelledError where the callback says so."""
+        with self.lock:
+            self.done += nbytes
+            if self.progress and self.progress(self.done, self.total) is False:
+                self.stop.set()
+                raise self.cancelled("cancelled")
+
+    def cancelled(self, why: str) -> CancelledError:
+        return CancelledError(why, done=self.done, total=self.total)
+
+
+class Ranges:
+    """(start, stop) byte ranges of each file, given out in pieces, in order."""
+
+    def __init__(self, runs: Sequence[Iterable[tuple[int, int]]]) -> None:
+        self._todo = [(which, start, stop) for which, its in enumerate(runs) for start, stop in its]
+        self._todo.reverse()
+        self.left = sum(stop - start for _, start, stop in self._todo)
+
+    def first(self, nbytes: int, chunk: int = CHUNK) -> Iterator[Piece]:
+        """The next ``nbytes``, in pieces of at most ``chunk``, cut where chunks begin in files.
+
+        They are taken from the rest at once, whoever iterates over them, and when.
+        """
+        taken = []
+        while nbytes > 0 and self._todo:
+            which, start, stop = self._todo.pop()
+            end = min(stop, start + nbytes)
+            if end < stop:
+                self._todo.append((which, end, stop))
+            taken.append((which, start, end))
+            nbytes -= end - start
+            self.left -= end - start
+        return chain.from_iterable(_cut(*one, chunk) for one in taken)
+
+
+def _cut(which: int, start: int, stop: int, chunk: int) -> Iterator[Piece]:
+    while start < stop:
+        end = min(stop, (start // chunk + 1) * chunk)
+        yield Piece(which, start, end - start)
+        start = end
+
+
+def in_stripes(pieces: Sequence[Piece], threads: int) -> Iterator[Piece]:
+    """Pieces so that ``threads`` which take one after another each go through a part of their own.
+
+    Only nearly: a thread that is faster takes of its neighbour's.
+    """
+    each = -(-len(pieces) // threads)
+    for i in range(each):
+        yield from pieces[i::each]

@@ -1,0 +1,129 @@
+"""The ways to read a range of a file: into the page cache, or into memory of this process.
+
+All of them give every byte or raise: ReadError, FileChangedError.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from contextlib import suppress
+from errno import EINVAL, EOPNOTSUPP
+
+from numaload.errors import warn_once
+from numaload.numa.syscalls import HUGE, PAGE
+from numaload.storage.files import SourceFile
+from numaload.storage.plan import DIRECT, MAPPED
+from numaload.storage.residency import residency
+
+STEP = 1 << 20  # bytes that a throw-away buffer takes: they stay in a core's cache
+NOT_DIRECT = (EINVAL, EOPNOTSUPP)
+
+
+class IntoCache:
+    """Brings ranges into the page cache, for one thread."""
+
+    def __init__(self) -> None:
+        self._buffer = memoryview(b"")
+        self._pipe: tuple[int, int] | None = None
+
+    def read(self, file: SourceFile, start: int, stop: int, way: str) -> None:
+        if way == MAPPED and not file.is_network:
+            self._touch(file, start, stop)
+            left = residency(file, start, stop).absent
+        else:
+            left = ((start, stop),)
+        for first, last in left:
+            self._read(file, first, last)
+
+    def _touch(self, file: SourceFile, start: int, stop: int) -> None:
+        """A byte of every 2 MiB of a mapping that wants huge pages.
+
+        The kernel reads 4 MiB for each, into huge folios where the file system can, without
+        copying, and whatever the device's read-ahead is set to. The byte goes into a pipe: where
+        it cannot be read that call fails, while touching it would kill this process.
+        """
+        first = start // PAGE * PAGE
+        reader, writer = self._pipe = self._pipe or os.pipe2(os.O_CLOEXEC)
+        try:
+            area = mmap.mmap(file.fd, stop - first, mmap.MAP_SHARED, mmap.PROT_READ, offset=first)
+        except (OSError, ValueError):  # cut short, or cannot be mapped: reading it tells
+            return
+        with area, memoryview(area) as view, suppress(OSError):
+            area.madvise(mmap.MADV_HUGEPAGE)
+            for at in range(0, len(view), HUGE):
+                with view[at : at + 1] as byte:
+                    os.write(writer, byte)
+                os.read(reader, 1)
+
+    def _read(self, file: SourceFile, start: int, stop: int) -> None:
+        self._buffer = self._buffer or memoryview(bytearray(STEP))
+        for at in range(start, stop, STEP):
+            file.read_into(self._buffer[: min(STEP, stop - at)], at)
+
+    def close(self) -> None:
+        pipe, self._pipe = self._pipe, None
+        for fd in pipe or ():
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class IntoMemory:
+    """Reads ranges of one file into memory that begins on a page, as every mapping does.
+
+    Threads may share it.
+    """
+
+    def __init__(self, file: SourceFile, *, direct: bool) -> None:
+        self.file, self._fd, self._direct = file, -1, False
+        if direct and file.size >= PAGE and not file.is_network:
+            self._open()
+
+    def _open(self) -> None:
+        """A second descriptor: the flag belongs to a descriptor, and others use the file's own."""
+        try:
+            flags = os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC
+            self._fd = os.open(f"/proc/self/fd/{self.file.fd}", flags)
+            self._direct = True
+        except OSError as error:
+            self._refuse(error)
+
+    def _refuse(self, error: OSError) -> None:
+        self._direct = False  # the descriptor stays: other threads may be reading from it
+        warn_once(
+            "direct",
+            f"{self.file.path}: no direct reads here ({error.strerror}): it is read through the"
+            " page cache, which costs a copy",
+        )
+
+    def read(self, view: memoryview, offset: int, way: str) -> None:
+        """Fill ``view`` from ``offset``. Past the page cache only whole pages are read."""
+        direct = way == DIRECT and self._direct and offset % PAGE == 0
+        done = self._read_direct(view[: len(view) // PAGE * PAGE], offset) if direct else 0
+        if done < len(view):
+            self.file.read_into(view[done:], offset + done)
+
+    def _read_direct(self, view: memoryview, offset: int) -> int:
+        """Bytes that were read. The rest is read the other way, which names what is wrong."""
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._fd, [view[done:]], offset + done)
+            except OSError as error:
+                if error.errno in NOT_DIRECT:
+                    self._refuse(error)
+                return done
+            done += count // PAGE * PAGE
+            if count == 0 or count % PAGE:
+                return done
+        return done
+
+    def close(self) -> None:
+        fd, self._fd, self._direct = self._fd, -1, False
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()

@@ -15,7 +15,7 @@ from numaload.numa.topology import topology
 from numaload.pagecache.choice import Runs, Source, choose, models_of, real
 from numaload.pagecache.reading import POLICIES, Placing, Room, read_into_cache
 from numaload.pagecache.report import PrewarmReport
-from numaload.storage import known
+from numaload.storage import following, known
 from numaload.storage.device import device_of
 from numaload.storage.files import SourceFile
 from numaload.storage.plan import CACHE, Forced, ReadPlan, make_plan
@@ -140,7 +140,7 @@ class _Prewarming:
             residency_known=seen.known,
         )
         if seen.nbytes:
-            seen = self._read(report, seen, progress, announce, force=force)
+            seen = self._in_turn(report, seen, progress, announce, force=force)
         report.resident = size - seen.nbytes
         if self.placing:
             self._place(report, seen)
@@ -156,6 +156,26 @@ class _Prewarming:
             known &= all(one.known for one in found)
         return _Seen(absent, known)
 
+    def _in_turn(
+        self,
+        report: PrewarmReport,
+        seen: _Seen,
+        progress: Progress | None,
+        announce: Announce | None,
+        *,
+        force: bool,
+    ) -> _Seen:
+        """Read what no other process of this user reads meanwhile."""
+        with following.turn(self.files, progress) as turn:
+            now = self._look()
+            report.followed = turn.followed
+            if turn.followed is not None:
+                less = max(0, seen.nbytes - now.nbytes)
+                report.read_by_others = less if seen.known else turn.by_others
+            if not now.nbytes:
+                return now
+            return self._read(report, now, turn.tell, announce, force=force)
+
     def _read(
         self,
         report: PrewarmReport,
@@ -165,7 +185,7 @@ class _Prewarming:
         *,
         force: bool,
     ) -> _Seen:
-        room = Room(self.files, seen.absent, report.resident_before, self.placing)
+        room = Room(self.files, seen.absent, report.size - seen.nbytes, self.placing)
         if not force:
             room.check()
         biggest = max(range(len(self.files)), key=lambda i: _length(seen.absent[i]))

@@ -31,6 +31,8 @@ class PrewarmReport:
     moved: int = 0  # between nodes
     unmoved: dict[str, int] = field(default_factory=dict)  # {why: bytes that stayed}
     stopped: str = ""
+    followed: int | None = None  # the process that was waited for, since it read the same files
+    read_by_others: int = 0  # meanwhile
     plan: ReadPlan | None = None  # as it was carried out; None where nothing was read
 
     @property

@@ -67,6 +67,32 @@ def folder(name: str, parent: int | None) -> Iterator[int]:
         os.close(fd)
 
 
+@contextmanager
+def within(name: str, *, create: bool = True) -> Iterator[int | None]:
+    """A descriptor of this folder of the user's; None where it is not there and not to be made.
+
+    Raises: StoreError, also for what is in its place.
+    """
+    with opened(create=create) as store:
+        if store is None:
+            yield None
+            return
+        try:
+            if create:
+                with suppress(FileExistsError):
+                    os.mkdir(name, 0o700, dir_fd=store)
+            fd = os.open(name, DIRECTORY, dir_fd=store)
+        except FileNotFoundError:
+            fd = -1
+        except OSError as error:
+            raise StoreError(f"{path()}/{name}: {reason(error)}") from error
+        try:
+            yield None if fd < 0 else fd
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+
 def check_spare(fd: int) -> None:
     """Raises: StoreError if this process may not open the files that work in the store needs.
 

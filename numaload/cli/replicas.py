@@ -39,6 +39,11 @@ def add_verbs(verbs: Any) -> None:
             help="refuse where memory cannot be bound, instead of placing it by first touch",
         )
         parser.add_argument(
+            "--drop-source",
+            action="store_true",
+            help="give back all page cache of the files, not only what reading them brought in",
+        )
+        parser.add_argument(
             "--policy", choices=["mirror"], default="mirror", help="a replica per node"
         )
 
@@ -81,7 +86,9 @@ def _plan(options: argparse.Namespace) -> tuple[list[Any], Any, Any]:
             note(line)
         if machine.copies_note and options.per == "node":
             note(machine.copies_note)
-    wanted = Wanted(machine.groups(nodes, options.per), hold=options.hold, strict=options.strict)
+    wanted = Wanted(
+        machine.groups(nodes, options.per), options.hold, options.strict, options.drop_source
+    )
     return _models(options.files), machine, wanted
 
 
@@ -150,6 +157,8 @@ def _tell(report: Any) -> None:
         print(
             f"{report.paths[0]}: {size(report.copied)} in {report.seconds:.2f} s ({speed}), {how}"
         )
+        if report.plan:
+            print(f"read: {report.plan}")
     else:
         print(f"{report.paths[0]}: replicas were there already")
     for nodes, placement in by_replica(report.placements):

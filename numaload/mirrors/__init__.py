@@ -14,7 +14,7 @@ from numaload.mirrors.shared import attach_shared, mirror_shared
 from numaload.mirrors.views import Mirror, MirrorReport
 from numaload.mirrors.wanted import Wanted
 from numaload.numa.topology import topology
-from numaload.replicas.build import Progress
+from numaload.storage.reader import Progress
 from numaload.weights import Weights, open_weights
 
 __all__ = ["Mirror", "MirrorReport", "attach", "mirror"]
@@ -31,6 +31,7 @@ def mirror(
     shared: bool = False,
     hold: bool = False,
     strict: bool = False,
+    drop_source: bool = False,
     progress: Progress | None = None,
 ) -> Mirror:
     """Put a verified replica of the model into each of these nodes' own memory.
@@ -43,6 +44,7 @@ def mirror(
     hold: shared, by a holder process: not limited by the tmpfs, not emptied at logout.
     strict: refuse where memory cannot be bound. Otherwise threads on the nodes touch it first, and
     if the kernel then counts every page where it was asked for, ``report.unbound`` names the nodes.
+    drop_source: give back all page cache of the files, not only what reading them brought in.
     progress(bytes done, bytes in all): returning False cancels.
     Raises: NodeMemoryError before anything is touched if it does not fit; NumaUnavailableError,
     PlacementError, ChecksumError, ReadError, FileChangedError, CancelledError, StoreError: then
@@ -54,7 +56,7 @@ def mirror(
         raise UsageError("hold: only shared replicas have a holder (shared=True)")
     machine = topology()
     groups = machine.groups(machine.select(nodes), per)
-    wanted = Wanted(groups, hold=hold, strict=strict)
+    wanted = Wanted(groups, hold=hold, strict=strict, drop_source=drop_source)
 
     def make(model: Weights) -> Mirror:
         if shared:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from numaload.mirrors.views import Mirror, report_of
-from numaload.mirrors.wanted import Wanted, can_bind
+from numaload.mirrors.wanted import Wanted, can_bind, with_room
 from numaload.numa.lists import Group
 from numaload.numa.topology import Topology
 from numaload.replicas.arena import private_memory
-from numaload.replicas.build import Progress, build
+from numaload.replicas.build import build
 from numaload.replicas.plan import PRIVATE, plan
+from numaload.storage.reader import Progress
 from numaload.weights import Weights
 
 
@@ -19,10 +20,14 @@ def private(
 ) -> Mirror:
     groups = wanted.groups
     bound = can_bind(wanted, machine)
-    plan([(weights.model(), groups)], machine, kept=PRIVATE, bound=bound).check()
+    builds = [(weights.model(), groups)]
+    with_room(
+        lambda: plan(builds, machine, kept=PRIVATE, bound=bound), [weights], bound=bound
+    ).check()
     files = [part.file for part in weights.parts]
     memory = private_memory(bound=bound)
-    built = build(files, groups, memory, machine, progress, bound=bound)
+    drop = wanted.drop_source
+    built = build(files, groups, memory, machine, progress, bound=bound, drop_source=drop)
     report = report_of(weights, machine, groups, "private", built)
     replicas = {group: [arena.mapping for arena in row] for group, row in built.arenas.items()}
     return Mirror(weights, replicas, report, machine, dict.fromkeys(groups, built.checksums))

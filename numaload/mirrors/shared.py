@@ -8,17 +8,18 @@ from contextlib import ExitStack
 
 from numaload.errors import NumaloadError, ReplicaNotFoundError, StoreError, reason
 from numaload.mirrors.views import Mirror, report_of
-from numaload.mirrors.wanted import Wanted, can_bind
+from numaload.mirrors.wanted import Wanted, can_bind, with_room
 from numaload.numa.lists import Group, format_list
 from numaload.numa.topology import Topology
 from numaload.replicas import store
 from numaload.replicas.arena import held_memory, store_memory
-from numaload.replicas.build import Built, Progress, build
+from numaload.replicas.build import Built, build
 from numaload.replicas.entry import Entry
 from numaload.replicas.lease import Lease
 from numaload.replicas.plan import HELD, STORED, Plan, nodes_of, plan
 from numaload.replicas.verify import Verified, by_node, placements_of, verify
 from numaload.storage import known
+from numaload.storage.reader import Progress
 from numaload.weights import Weights
 
 
@@ -66,7 +67,9 @@ def mirror_shared(
     """
     with store.building() as folder:
         bound = can_bind(wanted, machine)
-        todo = plan_shared(models, machine, wanted, bound=bound)
+        todo = with_room(
+            lambda: plan_shared(models, machine, wanted, bound=bound), models, bound=bound
+        )
         if announce:
             announce(todo)
         todo.check()
@@ -77,7 +80,10 @@ def mirror_shared(
                 built = None
                 if missing:
                     files = [part.file for part in weights.parts]
-                    built = build(files, missing, memory, machine, progress, bound=bound)
+                    drop = wanted.drop_source
+                    built = build(
+                        files, missing, memory, machine, progress, bound=bound, drop_source=drop
+                    )
                     _publish(model, built, folder, hold=wanted.hold)
                 known.remember(model)
                 done.append(_attach(weights, machine, list(wanted.groups), built))

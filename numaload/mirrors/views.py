@@ -19,6 +19,7 @@ from numaload.replicas.build import Built
 from numaload.replicas.lease import Lease
 from numaload.replicas.plan import nodes_of
 from numaload.replicas.verify import Verified, by_node, verify
+from numaload.storage.plan import ReadPlan
 from numaload.weights import Weights
 
 
@@ -40,6 +41,7 @@ class MirrorReport:
     seconds: float = 0.0
     left_out: dict[int, str] = field(default_factory=dict)
     given_back: int = 0  # bytes of source page cache dropped again
+    plan: ReadPlan | None = None  # how the source was read; None where nothing was built
     binding: str = ""
     unbound: list[int] = field(default_factory=list)  # placed by first touch, not bound
     holders: list[int] = field(default_factory=list)  # processes that keep the memory
@@ -152,6 +154,7 @@ def report_of(
     if built is not None:
         report.placements, report.seconds = by_node(built.placements), built.seconds
         report.built, report.given_back = nodes_of(list(built.arenas)), built.given_back
+        report.plan = built.plan
         report.copied = weights.nbytes * len(built.arenas)
         report.unbound = [] if built.bound else report.built
     return report

@@ -6,28 +6,29 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate
 
 import xxhash
 
-from numaload.errors import CancelledError, ChecksumError, NodeMemoryError
+from numaload.errors import ChecksumError
+from numaload.numa.affinity import pin
 from numaload.numa.lists import Group, format_list
-from numaload.numa.memory import Limit, cgroup_limits
 from numaload.numa.placement import Placement, locate
 from numaload.numa.topology import Topology
 from numaload.numa.workers import Workers, finish
 from numaload.replicas.arena import Allocate, Arena
-from numaload.replicas.plan import LEAST_FREE, free_on
+from numaload.replicas.room import Room
+from numaload.storage.copy import plan_for
 from numaload.storage.files import SourceFile
+from numaload.storage.plan import BUFFERED, DIRECT, ReadPlan, Way
+from numaload.storage.reader import Piece, Progress, Reading
 from numaload.storage.residency import Residency, residency
+from numaload.storage.ways import IntoMemory
 
 CHUNK = 16 << 20  # bytes filled and checksummed at a time; a multiple of a huge page
-MAX_THREADS = 8  # per node; a memory controller is busy with fewer
-PIECE = 1 << 20  # bytes of the source hashed at a time: they stay in a core's cache
-TRUSTED = 256 << 20  # bytes filled, at most, between two looks at a node's free memory
-
-Progress = Callable[[int, int], object]
+MAX_THREADS = 8  # per node, that copy; a memory controller is busy with fewer
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Built:
     seconds: float
     bound: bool = True
     given_back: int = 0  # bytes of source page cache that this brought in and dropped again
+    plan: ReadPlan | None = None  # how what was not in RAM was read
 
     def close(self) -> None:
         for arenas in self.arenas.values():
@@ -55,16 +57,18 @@ def build(
     progress: Progress | None = None,
     *,
     bound: bool = True,
+    drop_source: bool = False,
 ) -> Built:
     """Fill one replica per group of nodes and prove it: same bytes, right nodes. All or none.
 
     bound: whether ``allocate`` binds; if not, pages are where the threads of their nodes touched
     them first, and free memory alone counts as room.
+    drop_source: give back all page cache of the files, not only what this brought in.
     Raises: NodeMemoryError, ReadError, FileChangedError, ChecksumError, PlacementError,
     CancelledError; whatever was filled is freed then.
     """
     begin = time.perf_counter()
-    job = _Build(files, groups, machine, progress, bound=bound)
+    job = _Build(files, groups, machine, progress, bound=bound, drop_source=drop_source)
     try:
         for group in groups:
             for file in files:
@@ -82,7 +86,7 @@ def build(
                 arena.close()
         raise
     seconds = time.perf_counter() - begin
-    return Built(job.arenas, job.sums, placements, seconds, bound, job.given_back)
+    return Built(job.arenas, job.sums, placements, seconds, bound, job.given_back, plan=job.plan)
 
 
 def prove(arenas: dict[Group, list[Arena]]) -> dict[Group, Placement]:
@@ -95,7 +99,11 @@ def prove(arenas: dict[Group, list[Arena]]) -> dict[Group, Placement]:
 
 
 class _Build:
-    """The state that the threads of one build share."""
+    """The state that the threads of one build share.
+
+    Every chunk is read once, into the replica of one group (its leader, in turn), and copied from
+    there to the others: by threads of the node that it is filled on.
+    """
 
     def __init__(
         self,
@@ -105,151 +113,167 @@ class _Build:
         progress: Progress | None,
         *,
         bound: bool,
+        drop_source: bool = False,
     ) -> None:
-        self.files, self.groups, self.machine, self.progress = files, groups, machine, progress
-        self.bound = bound
+        self.files, self.groups, self.machine = files, groups, machine
+        self.drop_source = drop_source
         self.arenas: dict[Group, list[Arena]] = {group: [] for group in groups}
         self.sums = [[0] * -(-file.size // CHUNK) for file in files]
+        self.starts = list(accumulate(map(len, self.sums), initial=0))
         self.before = [residency(file) for file in files]
-        self.waiting = [[len(groups)] * len(row) for row in self.sums]
-        self.known: dict[tuple[int, int], int] = {}
-        # Bytes that may be filled on a node before looking again.
-        self.room = dict.fromkeys((node for group in groups for node in group), 0)
-        self.done, self.total = 0, sum(file.size for file in files) * len(groups)
+        self.room = Room(machine, groups, bound=bound)
+        self.reading = Reading(sum(file.size for file in files) * len(groups), progress)
+        self.copies: list[Future[None]] = []
+        self.pools: dict[int, Workers] = {}
+        self.sources: list[IntoMemory] = []
+        self.plan: ReadPlan | None = None
         self.given_back = 0
-        self.lock, self.stop = threading.Lock(), threading.Event()
-        self.scratch = threading.local()
+        self.lock = self.reading.lock
+        self.own = threading.local()
 
     def run(self) -> None:
-        if self.progress:
-            self.progress(0, self.total)
-        places = [(group, i) for group in self.groups for i in range(len(group))]
-        pools = {place: self._workers(*place) for place in places}
+        if not self.files:
+            return
+        self.plan = plan = self._plan()
+        self.sources = [IntoMemory(file, direct=plan.uses(DIRECT)) for file in self.files]
+        cpus = self.machine.cpus_of(sorted({self._seat(n) for g in self.groups for n in g}))
+        runs = [((0, file.size),) if file.size else () for file in self.files]
         try:
-            finish(
-                [
-                    workers.submit(self._work, group, todo)
-                    for (group, i), workers in pools.items()
-                    for todo in [islice(self._chunks(), i, None, len(group))]
-                    for _ in range(workers.count)
-                ],
-                self.stop,
-            )
+            if len(self.groups) > 1:
+                self.pools = {n: self._copiers(n) for group in self.groups for n in group}
+            self.reading.run(runs, plan, self._lead, cpus, "numaload-build")
+            finish(self.copies, self.reading.stop)
         except KeyboardInterrupt:
-            raise CancelledError("interrupted", done=self.done, total=self.total) from None
+            raise self.reading.cancelled("interrupted") from None
         finally:
-            self.stop.set()  # Ctrl-C may come while threads are still being started
-            for workers in pools.values():
+            self.reading.stop.set()
+            for workers in self.pools.values():
                 workers.close()
+            for source in self.sources:
+                source.close()
             for i, file in enumerate(self.files):
                 # Read-ahead reached beyond chunks, and a failed build ended within some.
                 self._give_back(file, self.before[i], 0, file.size)
 
-    def _workers(self, group: Group, i: int) -> Workers:
-        """Threads of one node of a group: they fill every n-th chunk."""
-        node = group[i]
-        cpus = self.machine.nodes[self.machine.threads_node(node)].usable_cpus
-        chunks = -(-sum(map(len, self.sums)) // len(group))
-        return Workers(cpus, max(1, min(MAX_THREADS, len(cpus), chunks)), f"numaload-build-{node}")
+    def _plan(self) -> ReadPlan:
+        """Whole chunks at a time. What is in RAM is copied, which takes a thread for each CPU."""
+        plan = plan_for(self.files, self.before)
+        absent = sum(found.size - found.resident for found in self.before)
+        chunks = sum(map(len, self.sums))
+        cpus = len(self.machine.cpus_of(sorted({self._seat(n) for g in self.groups for n in g})))
+        copying = min(MAX_THREADS * len(self.groups), cpus)
+        ways = [w for w in plan.candidates if w.name == DIRECT] or list(plan.candidates)
+        threads = max(copying, ways[0].threads if absent else 0)
+        way = ways[0] if absent else Way(BUFFERED, threads)
+        return plan.forced_to([way._replace(threads=max(1, min(threads, chunks)), chunk=CHUNK)])
 
-    def _chunks(self) -> Iterator[tuple[int, int]]:
-        """(file, chunk) in order; the threads of a node share what they take of it."""
-        for i, row in enumerate(self.sums):
-            for chunk in range(len(row)):
-                yield i, chunk
+    def _seat(self, node: int) -> int:
+        """The node whose CPUs work for it."""
+        return self.machine.threads_node(node)
 
-    def _work(self, group: Group, todo: Iterator[tuple[int, int]]) -> None:
-        while not self.stop.is_set():
-            with self.lock:
-                task = next(todo, None)
-            if task is None:
-                return
-            self._fill(group, *task)
+    def _copiers(self, node: int) -> Workers:
+        cpus = self.machine.nodes[self._seat(node)].usable_cpus
+        count = max(1, min(MAX_THREADS, len(cpus), sum(map(len, self.sums))))
+        return Workers(cpus, count, f"numaload-build-{node}")
 
-    def _fill(self, group: Group, i: int, chunk: int) -> None:
-        file, arena = self.files[i], self.arenas[group][i]
-        start = chunk * CHUNK
-        stop = min(start + CHUNK, file.size)
-        for node in group:
-            self._check_room(node, -(-(stop - start) // len(group)))
+    def _node(self, group: Group, which: int, chunk: int) -> int:
+        """Which node of a group fills it: each one every n-th chunk."""
+        return group[(self.starts[which] + chunk) % len(group)]
+
+    def _lead(self, piece: Piece, way: Way) -> None:
+        which, chunk = piece.which, piece.offset // CHUNK
+        leader = self.groups[(self.starts[which] + chunk) // len(self.groups[0]) % len(self.groups)]
+        self._sit(self._node(leader, which, chunk))
+
+        def read(view: memoryview) -> None:
+            for start, stop, absent in self._segments(piece):
+                part = view[start - piece.offset : stop - piece.offset]
+                with part:
+                    name = way.name if absent else BUFFERED
+                    self.sources[which].read(part, start, name)
+
+        self.sums[which][chunk] = self._fill(leader, piece, read)
+        dropped = self._give_back(self.files[which], self.before[which], piece.offset, piece.stop)
+        with self.lock:
+            self.given_back += dropped
+        for group in self.groups:
+            if group != leader:
+                pool = self.pools[self._node(group, which, chunk)]
+                self.copies.append(pool.submit(self._copy, leader, group, piece))
+
+    def _sit(self, node: int) -> None:
+        """Have this thread on the node that it fills."""
+        cpus = self.machine.nodes[self._seat(node)].usable_cpus
+        if getattr(self.own, "cpus", None) != cpus:
+            pin(cpus)
+            self.own.cpus = cpus
+
+    def _segments(self, piece: Piece) -> Iterator[tuple[int, int, bool]]:
+        """(start, stop, absent from RAM) of a piece, on pages' borders."""
+        found, at = self.before[piece.which], piece.offset
+        for start, stop in _overlaps(found.absent, piece.offset, piece.stop):
+            if at < start:
+                yield at, start, False
+            yield start, stop, True
+            at = stop
+        if at < piece.stop:
+            yield at, piece.stop, False
+
+    def _fill(self, group: Group, piece: Piece, write: Callable[[memoryview], None]) -> int:
+        """XXH3-64 of what is in the arena then."""
+        arena = self.arenas[group][piece.which]
         # Released at once: a view in the traceback of an error would keep the whole arena.
-        with arena.mapping.view(start, stop - start, write=True) as view:
-            arena.prepare(start, stop)
-            file.read_into(view, start)
-            self._compare(file, i, chunk, view, group)
-        self._finished(file, i, chunk, stop - start)
+        with (
+            self.room.taken(group, piece.nbytes),
+            arena.mapping.view(piece.offset, piece.nbytes, write=True) as view,
+        ):
+            arena.prepare(piece.offset, piece.stop)
+            write(view)
+            return xxhash.xxh3_64_intdigest(view)
 
-    def _check_room(self, node: int, nbytes: int) -> None:
-        """Someone else may fill the node meanwhile, and the kernel would kill rather than fail.
+    def _copy(self, leader: Group, group: Group, piece: Piece) -> None:
+        if self.reading.stop.is_set():
+            return
+        try:
+            self._copied(leader, group, piece)
+        except BaseException:
+            self.reading.stop.set()  # nobody waits for copies while there is something to read
+            raise
 
-        Looking takes longer than it takes eight threads to fill a chunk, so while there is plenty
-        a look is good for several chunks.
-        """
-        with self.lock:
-            self.room[node] -= nbytes
-            if self.room[node] >= 0:
-                return
-        limits = [Limit(f"node {node}", free_on(node, self.machine, bound=self.bound))]
-        name, free = min([*limits, *cgroup_limits()], key=lambda limit: limit.free)
-        if free < nbytes + LEAST_FREE:
-            raise NodeMemoryError(
-                f"{name} ran out while node {node} was filled: needs {nbytes + LEAST_FREE} bytes"
-                f" for the next chunk, has {free}; all of it is given back: free memory there, or"
-                " leave this node out (--nodes)",
-                node=node,
-                needed=nbytes + LEAST_FREE,
-                free=free,
-            )
-        with self.lock:
-            self.room[node] = min(TRUSTED, (free - LEAST_FREE) // 8)
+    def _copied(self, leader: Group, group: Group, piece: Piece) -> None:
+        import numpy as np
 
-    def _compare(
-        self, file: SourceFile, i: int, chunk: int, view: memoryview, group: Group
-    ) -> None:
-        """The first to have a chunk reads the source once more, into a buffer of its own."""
-        found = xxhash.xxh3_64_intdigest(view)
-        with self.lock:
-            first = (i, chunk) not in self.known
-            expected = self.known.setdefault((i, chunk), found)
-        if first:
-            expected = self._source(file, chunk * CHUNK, len(view))
-            self.sums[i][chunk] = found
+        source = self.arenas[leader][piece.which].mapping
+
+        def write(view: memoryview) -> None:
+            with source.view(piece.offset, piece.nbytes) as read:
+                # Of its ways to copy this is the one that lets other threads of Python run.
+                np.copyto(np.frombuffer(view, np.uint8), np.frombuffer(read, np.uint8))
+
+        found = self._fill(group, piece, write)
+        self._compare(group, piece, found)
+        self.reading.advance(piece.nbytes)
+
+    def _compare(self, group: Group, piece: Piece, found: int) -> None:
+        file, chunk = self.files[piece.which], piece.offset // CHUNK
+        expected = self.sums[piece.which][chunk]
         if found != expected:
             raise ChecksumError(
-                f"{file.path}: chunk {chunk} (byte {chunk * CHUNK}) on node {format_list(group)}"
-                f" has checksum {found:016x}, expected {expected:016x}: the file changed, or memory"
-                " is faulty",
+                f"{file.path}: chunk {chunk} (byte {piece.offset}) on node {format_list(group)}"
+                f" has checksum {found:016x}, expected {expected:016x}: memory is faulty",
                 path=file.path,
                 chunk=chunk,
             )
 
-    def _source(self, file: SourceFile, start: int, nbytes: int) -> int:
-        if not hasattr(self.scratch, "buffer"):
-            self.scratch.buffer = bytearray(PIECE)
-        digest = xxhash.xxh3_64()
-        for offset in range(start, start + nbytes, PIECE):
-            view = memoryview(self.scratch.buffer)[: min(PIECE, start + nbytes - offset)]
-            file.read_into(view, offset)
-            digest.update(view)
-        return digest.intdigest()
+    def _give_back(self, file: SourceFile, before: Residency, start: int, stop: int) -> int:
+        """Drop the page cache that this build brought in; what was there before stays.
 
-    def _finished(self, file: SourceFile, i: int, chunk: int, nbytes: int) -> None:
-        with self.lock:
-            self.waiting[i][chunk] -= 1
-            last = self.waiting[i][chunk] == 0
-            self.done += nbytes
-            if self.progress and self.progress(self.done, self.total) is False:
-                self.stop.set()
-                raise CancelledError("cancelled", done=self.done, total=self.total)
-        if last:
-            start = chunk * CHUNK
-            dropped = self._give_back(file, self.before[i], start, start + nbytes)
-            with self.lock:
-                self.given_back += dropped
-
-    @staticmethod
-    def _give_back(file: SourceFile, before: Residency, start: int, stop: int) -> int:
-        """Drop the page cache that this build brought in; what was there before stays."""
+        Unless the source is not wanted any more. Its pages are counted as given back, where the
+        kernel does not tell which were there, only then.
+        """
+        if self.drop_source:
+            file.drop_cache(start, stop - start)
+            return stop - start
         dropped = 0
         for first, last in _overlaps(before.absent, start, stop) if before.known else ():
             file.drop_cache(first, last - first)

@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 import numaload as api
 from commands import evict
 from numaload.errors import CancelledError, NodeMemoryError
-from numaload.numa import syscalls
+from numaload.numa import syscalls, workers
 from numaload.numa.lists import Group
 from numaload.numa.workers import Workers
 from numaload.replicas import build as builds
+from numaload.replicas import room as rooms
 from numaload.replicas.arena import Arena, private_memory, store_memory
-from numaload.replicas.build import CHUNK, TRUSTED, build
+from numaload.replicas.build import CHUNK, build
 from numaload.replicas.plan import LEAST_FREE
+from numaload.replicas.room import TRUSTED
 from numaload.storage import userdir
 from numaload.storage.files import SourceFile
 from numaload.storage.residency import residency
@@ -127,7 +129,7 @@ def test_no_more_threads_than_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyP
             counts.append(count)
             super().__init__(cpus, count, name)
 
-    monkeypatch.setattr(builds, "Workers", Watched)
+    monkeypatch.setattr(workers, "Workers", Watched)
     (tmp_path / "x").write_bytes(b"tiny")
     with SourceFile(str(tmp_path / "x")) as file:
         run(file).close()
@@ -149,8 +151,8 @@ class Room:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
         self.free, self.looks = free, 0
-        monkeypatch.setattr(builds, "free_on", self.look)
-        self.job = builds._Build([], [(NODE,)], api.topology(), None, bound=True)
+        monkeypatch.setattr(rooms, "free_on", self.look)
+        self.room = rooms.Room(api.topology(), [(NODE,)], bound=True)
 
     def look(self, *_: object, bound: bool) -> int:
         assert bound
@@ -159,8 +161,8 @@ class Room:
 
     def fill(self, chunks: int) -> None:
         for _ in range(chunks):
-            self.job._check_room(NODE, CHUNK)
-            self.free -= CHUNK
+            with self.room.taken((NODE,), CHUNK):
+                self.free -= CHUNK
 
 
 def test_with_plenty_of_room_a_look_is_good_for_several_chunks(

@@ -1,0 +1,67 @@
+"""Free memory of the nodes that are being filled, looked at all along."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from numaload.errors import NodeMemoryError
+from numaload.numa.lists import Group
+from numaload.numa.memory import Limit, cgroup_limits
+from numaload.numa.topology import Topology
+from numaload.replicas.plan import LEAST_FREE, free_on
+
+TRUSTED = 256 << 20  # bytes filled, at most, between two looks at a node's free memory
+
+
+class Room:
+    """What may be filled on each node. Others may fill it meanwhile, and the kernel would kill
+    rather than fail. bound: see ``build``.
+    """
+
+    def __init__(self, machine: Topology, groups: Sequence[Group], *, bound: bool) -> None:
+        self.machine, self.bound = machine, bound
+        nodes = {node for group in groups for node in group}
+        self.trusted = dict.fromkeys(nodes, 0)  # bytes that may be filled before looking again
+        self.pending = dict.fromkeys(nodes, 0)  # bytes that threads are filling just now
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def taken(self, group: Group, nbytes: int) -> Iterator[None]:
+        """Room for a chunk, shared by the nodes of the group. Raises: NodeMemoryError."""
+        each = -(-nbytes // len(group))
+        with ExitStack() as taken:
+            for node in group:
+                self.check(node, each)
+                taken.callback(self._finished, node, each)
+            yield
+
+    def _finished(self, node: int, nbytes: int) -> None:
+        with self.lock:
+            self.pending[node] -= nbytes
+
+    def check(self, node: int, nbytes: int) -> None:
+        """Looking takes longer than it takes eight threads to fill a chunk, so while there is
+        plenty a look is good for several chunks.
+        """
+        with self.lock:
+            self.trusted[node] -= nbytes
+            self.pending[node] += nbytes
+            if self.trusted[node] >= 0:
+                return
+            needed = self.pending[node] + LEAST_FREE
+        limits = [Limit(f"node {node}", free_on(node, self.machine, bound=self.bound))]
+        name, free = min([*limits, *cgroup_limits()], key=lambda limit: limit.free)
+        if free < needed:
+            self._finished(node, nbytes)
+            raise NodeMemoryError(
+                f"{name} ran out while node {node} was filled: needs {needed} bytes"
+                f" for the next chunks, has {free}; all of it is given back: free memory there, or"
+                " leave this node out (--nodes)",
+                node=node,
+                needed=needed,
+                free=free,
+            )
+        with self.lock:
+            self.trusted[node] = min(TRUSTED, (free - LEAST_FREE) // 8)

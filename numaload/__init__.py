@@ -17,26 +17,32 @@ if TYPE_CHECKING:
     from numaload.formats.qtypes import QuantType
     from numaload.mirrors import Mirror, MirrorReport, attach, mirror
     from numaload.numa.topology import Topology, topology
+    from numaload.pagecache.evict import EvictReport, evict
     from numaload.pagecache.prewarm import PrewarmReport, prewarm
+    from numaload.pagecache.residency import ResidencyReport, residency
     from numaload.pipeline.stream import stream
     from numaload.weights import Tensor, Weights
     from numaload.weights import open_weights as open  # noqa: A004 - numaload.open, as files have
 
 __all__ = [
+    "EvictReport",
     "Mirror",
     "MirrorReport",
     "PrewarmReport",
     "QuantType",
+    "ResidencyReport",
     "Tensor",
     "Topology",
     "Weights",
     "__version__",
     "attach",
     "errors",
+    "evict",
     "load_state_dict",
     "mirror",
     "open",
     "prewarm",
+    "residency",
     "stream",
     "topology",
 ]
@@ -51,6 +57,10 @@ _PLACES: dict[str, tuple[str, str | None]] = {
     "MirrorReport": ("mirrors", "MirrorReport"),
     "attach": ("mirrors", "attach"),
     "mirror": ("mirrors", "mirror"),
+    "EvictReport": ("pagecache.evict", "EvictReport"),
+    "evict": ("pagecache.evict", "evict"),
+    "ResidencyReport": ("pagecache.residency", "ResidencyReport"),
+    "residency": ("pagecache.residency", "residency"),
     "PrewarmReport": ("pagecache.prewarm", "PrewarmReport"),
     "prewarm": ("pagecache.prewarm", "prewarm"),
     "stream": ("pipeline.stream", "stream"),

@@ -76,7 +76,7 @@ def _drop_output() -> None:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     import argparse
 
-    from numaload.cli import bench, files, machine, replicas, stored
+    from numaload.cli import bench, files, machine, pagecache, replicas, stored
 
     parser = argparse.ArgumentParser(
         prog="numaload",
@@ -85,6 +85,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("-V", "--version", action="version", version=f"numaload {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for group in (files, machine, replicas, stored, bench):
+    for group in (files, pagecache, machine, replicas, stored, bench):
         group.add_verbs(verbs)
     return parser.parse_args(arguments)

@@ -58,11 +58,12 @@ def rate(nbytes: int, seconds: float) -> str:
     return f"{nbytes / max(seconds, 1e-9) / 1e9:.2f} GB/s"
 
 
-def print_json(data: Any) -> None:
+def print_json(data: Any, *, a_line: bool = False) -> None:
+    indent = None if a_line else 2
     try:
-        text = json.dumps(data, indent=2, default=_plain, allow_nan=False)
+        text = json.dumps(data, indent=indent, default=_plain, allow_nan=False)
     except ValueError:  # metadata may hold numbers that JSON has no words for
-        text = json.dumps(_finite(data), indent=2, default=_plain, allow_nan=False)
+        text = json.dumps(_finite(data), indent=indent, default=_plain, allow_nan=False)
     print(text)
 
 

@@ -6,8 +6,8 @@ import argparse
 import time
 from typing import Any
 
-from numaload.cli import threads
-from numaload.cli.output import complain, note, print_json, print_table, size
+from numaload.cli import pagecache, threads
+from numaload.cli.output import complain, note, print_json, size
 from numaload.cli.placements import PLACED, by_replica, where
 
 # By what has become of the file that was mirrored.
@@ -38,6 +38,7 @@ def add_verbs(verbs: Any) -> None:
         parser.set_defaults(run=run)
         if run is status:
             threads.add_option(parser)
+            pagecache.add_options(parser)
 
 
 def _chosen(files: list[str]) -> tuple[list[Any], list[str]]:
@@ -85,15 +86,26 @@ def status(options: argparse.Namespace) -> int:
     from numaload.storage import known
     from numaload.storage.files import model_paths
 
-    chosen, _ = _chosen(options.files)
-    used = {p for m in known.recall() for p in m.paths}
     given = dict.fromkeys(p for f in options.files for p in _siblings(model_paths, f))
-    stored = [row for row in map(_entry_status, chosen) if row]
-    cached = [row for row in map(_file_status, given or sorted(used)) if row]
+    used = {p for m in known.recall() for p in m.paths}
+    files = pagecache.Files(given or sorted(used), tensors=options.tensors)
+    return pagecache.repeat(lambda: _show_status(options, files), options.watch)
+
+
+def _show_status(options: argparse.Namespace, files: pagecache.Files) -> int:
+    stored = [row for row in map(_entry_status, _chosen(options.files)[0]) if row]
+    cached = files.look()
     stored_all = all("error" not in row for row in stored)
     if options.json:
-        print_json({"replicas": stored, "page_cache": cached})
+        rows = pagecache.as_rows(cached, tensors=options.tensors)
+        print_json({"replicas": stored, "page_cache": rows}, a_line=options.watch is not None)
         return 0 if stored_all else 1
+    _print_stored(stored)
+    pagecache.show_files(cached)
+    return 0 if stored_all else 1
+
+
+def _print_stored(stored: list[dict[str, Any]]) -> None:
     print("replicas:" if stored else "replicas: none")
     for row in stored:
         about = SOURCE_NOTES[row["source"]]
@@ -106,19 +118,6 @@ def status(options: argparse.Namespace) -> int:
             print(f"    held by process {row['holder']}")
         if not row["bound"]:
             print(f"    {PLACED}")
-    if cached:
-        print("page cache:")
-        print_table(
-            ["  file", "resident", "of", "by node"],
-            [[f"  {r['path']}", size(r["resident"]), size(r["size"]), _by_node(r)] for r in cached],
-        )
-    return 0 if stored_all else 1
-
-
-def _by_node(row: dict[str, Any]) -> str:
-    if not row["known"]:
-        return "unknown: the kernel tells only the owner"
-    return ", ".join(f"{n}: {size(b)}" for n, b in row["on_nodes"].items())
 
 
 def _entry_status(entry: Any) -> dict[str, Any] | None:
@@ -154,32 +153,6 @@ def _entry_status(entry: Any) -> dict[str, Any] | None:
         "bound": entry.bound,
         "holder": entry.holder.pid if entry.holder else None,
     } | failed
-
-
-def _file_status(path: str) -> dict[str, Any] | None:
-    from numaload.errors import ReadError
-    from numaload.formats.splits import is_there
-    from numaload.storage.files import SourceFile
-    from numaload.storage.residency import cached_on, residency
-
-    if not is_there(path):
-        return None
-    try:
-        file = SourceFile(path)
-    except ReadError as error:  # the others are still worth showing
-        note(str(error))
-        return None
-    with file:
-        found = residency(file)
-        on = cached_on(file, found) if found.known else {}
-    resident = found.resident
-    return {
-        "path": path,
-        "size": file.size,
-        "resident": resident,
-        "known": found.known,
-        "on_nodes": on,
-    }
 
 
 def verify(options: argparse.Namespace) -> int:

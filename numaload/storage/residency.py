@@ -83,7 +83,7 @@ def asked_by(file: SourceFile) -> str | None:
     """Which call tells about this file: "cachestat", "mincore", or None where none does."""
     if cached_bytes(file, 0, 1) is not None:
         return "cachestat"
-    return "mincore" if _may_ask(file) else None
+    return "mincore" if may_ask(file) else None
 
 
 def residency(file: SourceFile, start: int = 0, stop: int | None = None) -> Residency:
@@ -106,7 +106,7 @@ class _Search:
 
     def __init__(self, file: SourceFile) -> None:
         self.file, self._mapping = file, Mapping(0, 0, (0, 0))
-        self.may_map = _may_ask(file)
+        self.may_map = may_ask(file)
         self.counts = cached_bytes(file, 0, 1) is not None
         self.possible = self.may_map or self.counts
 
@@ -155,7 +155,8 @@ def _joined(runs: Iterator[Run]) -> Iterator[Run]:
         yield begin, end
 
 
-def _may_ask(file: SourceFile) -> bool:
+def may_ask(file: SourceFile) -> bool:
+    """Whether mincore(2) tells the truth about this file."""
     owner = os.fstat(file.fd).st_uid
     return os.geteuid() in (0, owner) or os.access(f"/proc/self/fd/{file.fd}", os.W_OK)
 

@@ -76,7 +76,7 @@ def test_the_policy_ends_with_the_threads_of_the_job(cold: str) -> None:
 def test_where_residency_is_unknown_placement_is_counted_all_the_same(
     cold: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("numaload.storage.residency._may_ask", lambda _: False)
+    monkeypatch.setattr("numaload.storage.residency.may_ask", lambda _: False)
     monkeypatch.setattr("numaload.numa.syscalls.cachestat", lambda *_: None)
     report = api.prewarm(cold, nodes=NODE)
     assert not report.residency_known

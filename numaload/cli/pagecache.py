@@ -1,0 +1,184 @@
+"""What is in the page cache: ``evict``, and that part of ``status``, once or again and again."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+from numaload.cli.output import complain, note, print_json, print_table, printable, size
+
+if TYPE_CHECKING:
+    from numaload.pagecache.residency import FileResidency, Span
+    from numaload.storage.files import SourceFile
+
+WATCH_S = 2.0  # seconds between two looks, unless given
+FILLED = " .oO"  # of a cell: nothing, some of it, at least half, all
+CLEAR, HOME = "\x1b[2J", "\x1b[H\x1b[J"  # the screen; ECMA-48: ED, CUP
+
+
+def add_verbs(verbs: Any) -> None:
+    parser = verbs.add_parser("evict", help="give the page cache of files back, without root")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="with its split siblings")
+    parser.add_argument("--json", action="store_true", help="print the API's report")
+    parser.set_defaults(run=evict)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Of ``status``."""
+    parser.add_argument(
+        "--tensors", action="store_true", help="how much of each tensor is in the page cache"
+    )
+    parser.add_argument(
+        "--watch",
+        metavar="SECONDS",
+        nargs="?",
+        type=_seconds,
+        const=WATCH_S,
+        help=f"again and again, every {WATCH_S:g} seconds unless given, until Ctrl-C",
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1
+    if not 0 < found < 1e6:
+        message = f"expected seconds, found {text!r}; a FILE goes before --watch"
+        raise argparse.ArgumentTypeError(message)
+    return found
+
+
+def repeat(show: Callable[[], int], seconds: float | None) -> int:
+    """Once, or until Ctrl-C: on a terminal in place, else one after another."""
+    if seconds is None:
+        return show()
+    in_place = sys.stdout.isatty()
+    if in_place:
+        sys.stdout.write(CLEAR)
+    while True:
+        with redirect_stdout(io.StringIO()) as text:
+            show()
+        sys.stdout.write((HOME if in_place else "") + text.getvalue())
+        sys.stdout.flush()
+        time.sleep(seconds)
+
+
+class Files:
+    """What ``status`` shows of these files; headers are read once, however often it looks."""
+
+    def __init__(self, paths: Iterable[str], *, tensors: bool) -> None:
+        self.paths, self.tensors = list(paths), tensors
+        self._spans: dict[str, Sequence[Span]] = {}
+
+    def look(self) -> list[FileResidency]:
+        return [found for found in map(self._look, self.paths) if found]
+
+    def _look(self, path: str) -> FileResidency | None:
+        from numaload.errors import NumaError, ReadError
+        from numaload.formats.splits import is_there
+        from numaload.pagecache.residency import look, nodes_with_memory
+        from numaload.storage.files import SourceFile
+
+        if not is_there(path):
+            return None
+        try:
+            with SourceFile(path) as file:
+                return look(file, self._spans_of(file), nodes_with_memory())
+        except (ReadError, NumaError) as error:  # the others are still worth showing
+            note(str(error))
+            return None
+
+    def _spans_of(self, file: SourceFile) -> Sequence[Span]:
+        from numaload.errors import FormatError
+        from numaload.pagecache.residency import spans_of
+
+        if self.tensors and file.path not in self._spans:
+            try:
+                self._spans[file.path] = spans_of(file)
+            except FormatError as error:
+                note(f"no tensors are shown: {printable(error)}")
+                self._spans[file.path] = ()
+        return self._spans.get(file.path, ())
+
+
+def as_rows(files: Iterable[FileResidency], *, tensors: bool) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    left_out = () if tensors else ("tensors",)
+    return [{k: v for k, v in asdict(file).items() if k not in left_out} for file in files]
+
+
+def show_files(files: Sequence[FileResidency]) -> None:
+    if not files:
+        return
+    print("page cache:")
+    rows = [[f"  {f.path}", *_cells(f), size(f.size), _where(f)] for f in files]
+    print_table(["  file", "resident", "of", "by node"], rows)
+    for file in files:
+        if file.known and file.size:
+            print(f"  [{bar(file.cells)}] {share(file)} of {printable(file.path)}")
+    rows = [
+        [f"  {t.name}", *_cells(t), size(t.nbytes), _by_node(t)] for f in files for t in f.tensors
+    ]
+    if rows:
+        print_table(["  tensor", "resident", "of", "by node"], rows)
+
+
+def bar(cells: Iterable[float]) -> str:
+    """A letter for each part of a file: all of it in RAM, at least half, some, nothing."""
+    return "".join(FILLED[(cell > 0) + (cell >= 0.5) + (cell >= 1)] for cell in cells)
+
+
+def share(file: FileResidency) -> str:
+    """Never rounded to all or nothing where it is not."""
+    percent = 100 * file.resident / file.size
+    if 0 < percent < 100:
+        percent = min(max(percent, 0.1), 99.9)
+    return f"{percent:.3g} %"
+
+
+def _cells(found: Any) -> list[str]:
+    return [size(found.resident) + (f" +-{size(found.error)}" if found.error else "")]
+
+
+def _where(file: FileResidency) -> str:
+    return _by_node(file) if file.known else "unknown: the kernel tells only the owner"
+
+
+def _by_node(found: Any) -> str:
+    text = ", ".join(f"{node}: {size(nbytes)}" for node, nbytes in found.on_nodes.items())
+    return text + (f" (+-{size(found.nodes_error)})" if found.nodes_error else "")
+
+
+def evict(options: argparse.Namespace) -> int:
+    from numaload.pagecache.evict import evict as give_back
+
+    report = give_back(options.files)
+    if options.json:
+        print_json(report.to_dict())
+    for file in report.files:
+        if not options.json:
+            print(_told(file))
+        if file.why:
+            left = f"{size(file.stays)} stay in RAM: " if file.stays else ""
+            complain(f"{printable(file.path)}: {left}{file.why}")
+    return 0 if report.done else 1
+
+
+def _told(file: Any) -> str:
+    if not file.known:
+        did = "asked for; how much was resident the kernel tells only the owner"
+    else:
+        did = f"{size(file.before)} were resident, {size(file.given_back)} given back"
+    if file.written:
+        did += f", {size(file.written)} of it written to storage first"
+    elif file.written is None:
+        did += ", written to storage first where it was dirty"
+    stays = f", {size(file.stays)} stay" if file.stays else ""
+    return f"{printable(file.path)}: {did}{stays}"

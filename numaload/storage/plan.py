@@ -49,11 +49,11 @@ class Way(NamedTuple):
 CANDIDATES: dict[str, dict[str, tuple[Way, ...]]] = {
     "nvme": {
         CACHE: (Way(MAPPED, 4), Way(MAPPED, 1), Way(MAPPED, 8), Way(BUFFERED, 4)),
-        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4), Way(BUFFERED, 4)),
+        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4)),
     },
     "ssd": {
         CACHE: (Way(MAPPED, 2), Way(MAPPED, 1), Way(BUFFERED, 2)),
-        MEMORY: (Way(DIRECT, 8), Way(DIRECT, 2), Way(BUFFERED, 2)),
+        MEMORY: (Way(DIRECT, 8), Way(DIRECT, 2)),
     },
     "hdd": {
         CACHE: (Way(MAPPED, 1),),
@@ -61,15 +61,15 @@ CANDIDATES: dict[str, dict[str, tuple[Way, ...]]] = {
     },
     "virtual": {
         CACHE: (Way(MAPPED, 1), Way(MAPPED, 4), Way(BUFFERED, 2)),
-        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4), Way(BUFFERED, 2)),
+        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4)),
     },
     "raid": {
         CACHE: (Way(MAPPED, 4), Way(MAPPED, 1), Way(MAPPED, 16), Way(BUFFERED, 4)),
-        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4), Way(BUFFERED, 4)),
+        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4)),
     },
     "remote": {
         CACHE: (Way(MAPPED, 8), Way(MAPPED, 2), Way(BUFFERED, 8)),
-        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4), Way(BUFFERED, 8)),
+        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4)),
     },
     "network": {
         CACHE: (Way(BUFFERED, 8), Way(BUFFERED, 2)),

@@ -16,7 +16,7 @@ from numaload.numa.syscalls import PAGE
 from numaload.storage.plan import CHUNK, STRIPES, ReadPlan, Tried, Way
 
 TRY_BYTES = 96 << 20  # read by each candidate: 25 ms of a fast disk
-TRY_SHARE = 6  # trying takes no more than one part in so many of all bytes
+TRY_SHARE = 24  # trying takes no more than one part in so many of all bytes
 RATE_STEPS = 8  # reads a second, at least, where the rate is limited
 
 Progress = Callable[[int, int], Any]  # (bytes done, bytes in all); returning False cancels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from numaload._version import __version__
@@ -13,8 +14,8 @@ from numaload.kernels.target import target
 PACKAGES = ("numba", "llvmlite", "numpy", "gguf")
 
 
-def describe() -> dict[str, str]:
-    """{what: words}."""
+def describe(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """{what: words}, with versions of these packages."""
     found = {
         "processor": f"{_processor()} ({target().cpu}), {os.cpu_count()} CPUs",
         "system": f"{platform.system()} {_release()} {platform.machine()}",
@@ -22,7 +23,7 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         "numaload": __version__,
     }
-    return found | {name: _version(name) for name in PACKAGES}
+    return found | {name: _version(name) for name in packages}
 
 
 def _release() -> str:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from numaload.cli import bench_read
 from numaload.cli.output import complain, note, print_json, print_table
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_verbs(verbs: Any) -> None:
-    parser = verbs.add_parser("bench", help="measure this machine: bench dequant")
+    parser = verbs.add_parser("bench", help="measure this machine: bench dequant, bench read")
     benches = parser.add_subparsers(metavar="WHAT", required=True)
     parser = benches.add_parser(
         "dequant",
@@ -36,6 +37,7 @@ def add_verbs(verbs: Any) -> None:
     parser.add_argument("--plot", metavar="FILE", help="also draw it: .svg, .png (extra: plot)")
     parser.add_argument("--json", action="store_true", help="print the API's report")
     parser.set_defaults(run=dequant)
+    bench_read.add_to(benches)
 
 
 def dequant(options: argparse.Namespace) -> int:

@@ -99,6 +99,14 @@ def recall() -> list[Model]:
     return list(latest.values())
 
 
+def forget(paths: Sequence[str]) -> None:
+    """Take back what ``remember`` noted of exactly these files."""
+    for model in recall():
+        if model.paths == tuple(map(os.path.abspath, paths)):
+            with userdir.opened() as store, _folder(store) as folder, suppress(FileNotFoundError):
+                os.unlink(f"{model.key}.json", dir_fd=folder)
+
+
 def _clear(folder: int) -> None:
     """Take away what writers left that were killed: those alive hold the folder."""
     left = [name for name in os.listdir(folder) if name.startswith(".")]

@@ -128,7 +128,7 @@ class BySamples(Counting):
         share = there / samples
         return round(share * (stop - start)), round(uncertain(share, samples) * (stop - start))
 
-    def runs(self) -> None:
+    def runs(self) -> Runs | None:
         return None
 
     def close(self) -> None:

@@ -114,7 +114,7 @@ class _Search:
         """Runs of absent bytes; those that touch are not joined yet."""
         found = _count(self.file.fd, start, stop) if self.counts else None
         if found is not None and found in (0, stop - start):
-            if not found:
+            if found < stop - start:
                 yield start, stop
         elif self.may_map and (found is None or stop - start <= MIXED):
             yield from self._one_by_one(start, stop)

@@ -18,6 +18,7 @@
     |- MetadataKeyError (KeyError)              .name
     |- ReadError (OSError)                      .path .offset: the storage failed or ended early
     |  |- FileChangedError                      the file is not the one that was opened
+    |  |- StalledError (TimeoutError)           .seconds .server .mount: a network does not answer
     |  `- ModelNotFoundError (FileNotFoundError)  no weight files where they were said to be
     |- NumaError (OSError)                      .call .node: the kernel refused
     |  |- NumaUnavailableError                  no memory policy calls here
@@ -147,6 +148,20 @@ class ReadError(NumaloadError, OSError):
 
 
 class FileChangedError(ReadError): ...
+
+
+class StalledError(ReadError, TimeoutError):
+    """No answer within ``seconds``, as asked for (io_timeout), from what is mounted at ``mount``.
+
+    ``server``: server:/export, //server/share, or the name of a FUSE server; may be empty.
+    """
+
+    def __init__(
+        self, message: str, *, path: str, offset: int | None = None, seconds: float = 0.0,
+        server: str = "", mount: str = "",
+    ) -> None:  # fmt: skip
+        super().__init__(message, path=path, offset=offset)
+        self.seconds, self.server, self.mount = seconds, server, mount
 
 
 class ModelNotFoundError(ReadError, FileNotFoundError): ...

@@ -14,6 +14,7 @@ from numaload.mirrors.shared import attach_shared, mirror_shared
 from numaload.mirrors.views import Mirror, MirrorReport
 from numaload.mirrors.wanted import Wanted
 from numaload.numa.topology import topology
+from numaload.storage.files import io_timeout as waiting
 from numaload.storage.reader import Progress
 from numaload.weights import Weights, open_weights
 
@@ -32,6 +33,7 @@ def mirror(
     hold: bool = False,
     strict: bool = False,
     drop_source: bool = False,
+    io_timeout: float | None = None,
     progress: Progress | None = None,
 ) -> Mirror:
     """Put a verified replica of the model into each of these nodes' own memory.
@@ -45,6 +47,7 @@ def mirror(
     strict: refuse where memory cannot be bound. Otherwise threads on the nodes touch it first, and
     if the kernel then counts every page where it was asked for, ``report.unbound`` names the nodes.
     drop_source: give back all page cache of the files, not only what reading them brought in.
+    io_timeout: seconds to wait for an answer of a network file system, then StalledError.
     progress(bytes done, bytes in all): returning False cancels.
     Raises: NodeMemoryError before anything is touched if it does not fit; NumaUnavailableError,
     PlacementError, ChecksumError, ReadError, FileChangedError, CancelledError, StoreError: then
@@ -65,7 +68,9 @@ def mirror(
             return mapped(model, machine, groups)
         return private(model, machine, wanted, progress)
 
-    return _opened(weights, make)
+    opened = [part.file for part in weights.parts] if isinstance(weights, Weights) else []
+    with waiting(io_timeout, opened):
+        return _opened(weights, make)
 
 
 def attach(

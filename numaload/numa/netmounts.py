@@ -19,12 +19,16 @@ KINDS = {
     "glusterfs", "gpfs", "kafs", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "orangefs", "panfs",
     "pvfs2", "smb", "smb2", "smb3", "smbfs", "weka", "wekafs",
 }  # fmt: skip
-LOCAL = {"fuse.fuse-overlayfs"}  # of containers, and everything in them
+# Of containers, and everything in them; of the machine around this one.
+LOCAL = {"fuse.fuse-overlayfs", "fuse.vmhgfs-fuse"}
 MAX_LINKS = 40  # as the kernel
 
 
 class Network(NamedTuple):
-    """A mounted network file system. ``source``: server:/export, //server/share, a FUSE server."""
+    """A mounted file system, of a network where not said otherwise.
+
+    ``source``: server:/export, //server/share, the name of a FUSE server.
+    """
 
     kind: str
     source: str
@@ -60,12 +64,11 @@ def network_of(path: str, proc_root: str = "/proc") -> Network | None:
         return None
 
 
-def network_on(device: int, proc_root: str = "/proc") -> Network | None:
-    """The network file system that has this st_dev; None if it is another, or listed nowhere."""
+def mount_on(device: int, proc_root: str = "/proc") -> Network | None:
+    """What has this st_dev, network or not; None if it is listed nowhere, as parts of btrfs."""
     number = f"{os.major(device)}:{os.minor(device)}"
     rows = _rows(_lines(proc_root))
-    found = [row.mount for row in rows if row.mount.device == number]
-    return next((mount for mount in found if is_network(mount.kind)), None)
+    return next((row.mount for row in rows if row.mount.device == number), None)
 
 
 def _lines(proc_root: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from numaload.errors import ReadError, TensorNotFoundError, UsageError
 from numaload.numa.lists import parse_list
 from numaload.numa.syscalls import PAGE
-from numaload.storage.files import model_paths
+from numaload.storage.files import model_paths, real_path
 
 if TYPE_CHECKING:
     from numaload.weights import Tensor, Weights
@@ -48,7 +48,7 @@ def models_of(what: Source | Sequence[Source]) -> list[list[str]]:
 
 def real(path: str) -> str:
     try:
-        return os.path.realpath(path)
+        return real_path(path)
     except ValueError as error:  # a NUL in it
         raise ReadError(str(error), path=path) from error
 

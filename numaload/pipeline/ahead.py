@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
-from numaload.errors import ReadError, warn_once
+from numaload.errors import CancelledError, warn_once
+from numaload.numa.stopping import until
 from numaload.storage.files import SourceFile
 
 STEP = 1 << 20  # bytes read at a time
@@ -55,18 +57,21 @@ class Ahead:
             self._thread.join()
 
     def _run(self) -> None:
+        with until(lambda: self._stopped), suppress(OSError, CancelledError):
+            self._read()
+
+    def _read(self) -> None:
+        """Raises: OSError, CancelledError."""
         buffer = memoryview(b"")  # what is in RAM needs none
         for one in self.ranges:
             for start in range(one.start, one.stop, STEP):
                 nbytes = min(STEP, one.stop - start)
                 if not self._wait(one.before + start - one.start):
                     return
-                try:
-                    if not resident(one.file.fd, start, nbytes):
-                        buffer = buffer or memoryview(bytearray(STEP))
-                        one.file.read_into(buffer[:nbytes], start)
-                except (OSError, ReadError):
-                    return
+                # What is on a network is asked nothing from here, and cannot tell.
+                if one.file.is_network or not resident(one.file.fd, start, nbytes):
+                    buffer = buffer or memoryview(bytearray(STEP))
+                    one.file.read_into(buffer[:nbytes], start)
 
     def _wait(self, position: int) -> bool:
         """Until ``position`` is near enough; False if it never will be."""

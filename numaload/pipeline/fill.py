@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from numaload.dequantize import DTYPES, LARGE, Conversion
 from numaload.errors import CancelledError, UsageError
+from numaload.numa.stopping import until
 from numaload.numa.workers import Workers, finish
 from numaload.pipeline.ahead import Ahead, Range
 from numaload.pipeline.pieces import Piece, Target, pieces
@@ -98,12 +99,13 @@ class Work:
         todo = iter(cut)
 
         def work() -> None:
-            while (piece := self._next(todo)) is not None:
-                try:
-                    write(piece)
-                    self._advance(target.bytes_of(piece.place.size))
-                finally:
-                    self._pause()
+            with until(lambda: self.stopped):
+                while (piece := self._next(todo)) is not None:
+                    try:
+                        write(piece)
+                        self._advance(target.bytes_of(piece.place.size))
+                    finally:
+                        self._pause()
 
         count = min(self.workers.count, -(-target.nbytes // MOST_ALONE))
         return [self.workers.submit(work) for _ in range(count)]

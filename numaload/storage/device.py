@@ -14,6 +14,7 @@ from typing import Any
 from numaload.errors import ReadError, reason
 from numaload.numa.devices import disk_of
 from numaload.numa.mounts import Mount, mount_of
+from numaload.numa.netmounts import network_of
 from numaload.numa.sysfs import Reader
 
 # What each is called, in the words of `docs/storage.md`.
@@ -75,6 +76,9 @@ def device_of(
     """network: already known to be on a network file system. numbers: major and minor, to use
     recorded roots. Raises: ReadError where there is no such file.
     """
+    server = network_of(path, proc_root) if network else None
+    if server is not None:  # which is not asked anything
+        return Device("network", server.source, server.kind)
     major, minor = numbers or _numbers(path)
     mount = mount_of(path, proc_root, f"{major}:{minor}")
     kind = mount.kind if mount else "unknown"

@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
-from numaload.errors import FileChangedError, ReadError, reason
+from numaload.errors import FileChangedError, ReadError, reason, warn_once
 from numaload.formats.shards import SUFFIX, find_shards, is_layout
 from numaload.formats.splits import sibling_paths
-from numaload.numa.netmounts import network_of
+from numaload.numa.netmounts import Network, is_network, mount_on, network_of
+
+if TYPE_CHECKING:
+    from numaload.storage.netfile import NetworkFile, Status
 
 HEAD_BYTES = 1 << 20  # of the file's start, which holds the header, go into the identity
 
@@ -34,7 +39,7 @@ class Identity(NamedTuple):
     head: str = ""
 
     @classmethod
-    def of(cls, status: os.stat_result, head: str = "") -> Identity:
+    def of(cls, status: os.stat_result | Status, head: str = "") -> Identity:
         return cls(
             status.st_dev,
             status.st_ino,
@@ -60,27 +65,84 @@ def _open(path: str) -> int:
 class SourceFile:
     """A regular file open for reading. Raises: ReadError for anything else.
 
-    ``network``: the network file system it is on, None for one of this machine.
+    ``network``: the network file system it is on, None for one of this machine. Those are asked by
+    processes that can be killed (netreader.py), so that reading them can be given up.
+    ``opened``: what it was like then.
     """
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path, self._fd, self.closed = path, -1, False
+        self._far: NetworkFile | None = None
         self.network = network_of(path)
         try:
-            found = os.stat(path)
-            # Some devices do something when they are opened: a watchdog starts, a tape rewinds.
-            self.fd = _open(path) if stat.S_ISREG(found.st_mode) else -1
+            status = self._open()
         except OSError as error:
+            self.close()
+            if isinstance(error, ReadError):
+                raise
             raise ReadError(reason(error), path=path) from error
         except ValueError as error:  # a NUL in it
             raise ReadError(str(error), path=path) from error
-        status = found if self.fd < 0 else self._status()
         if not stat.S_ISREG(status.st_mode):
             self.close()
             kind = KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
             raise ReadError(f"expected a file, found {kind}", path=path)
-        os.set_blocking(self.fd, True)  # or some file systems may answer EAGAIN
-        self.size, self._opened = status.st_size, Identity.of(status)
+        self.size, self.opened = status.st_size, Identity.of(status)
+
+    def _open(self) -> os.stat_result | Status:
+        """Raises: OSError, ReadError, ValueError."""
+        far = self._open_far(self.network) if self.network else None
+        return far or self._open_near()
+
+    def _open_near(self) -> os.stat_result:
+        found = os.stat(self.path)
+        # Some devices do something when they are opened: a watchdog starts, a tape rewinds.
+        if not stat.S_ISREG(found.st_mode):
+            return found
+        self._fd = _open(self.path)
+        os.set_blocking(self._fd, True)  # or some file systems may answer EAGAIN
+        return os.fstat(self._fd)
+
+    def _open_far(self, network: Network) -> Status | None:
+        """None where it turns out to be on this machine, and where no process can be started."""
+        from numaload.storage.netfile import NetworkFile
+        from numaload.storage.netreader import CannotAskError
+
+        self._far = NetworkFile(self.path, network)
+        try:
+            status = self._far.open()
+        except CannotAskError as error:
+            self._leave_far()
+            warn_once(
+                "netreader",
+                f"{self.path}: read by this process, which then cannot be stopped while"
+                f" {network} does not answer: {error}",
+            )
+            return None
+        mount = mount_on(status.st_dev)  # a link there may lead elsewhere
+        if mount is not None and not is_network(mount.kind):
+            self._leave_far()
+            self.network = None
+            return None
+        return status
+
+    def _leave_far(self) -> None:
+        far, self._far = self._far, None
+        if far is not None:
+            far.close()
+
+    @property
+    def fd(self) -> int:
+        """-1 once it is closed. A network file's is opened when it is first asked for.
+
+        Having it, this process may have to wait for the server: mapping it is worth that.
+        """
+        return self._fd if self._far is None else self._far.descriptor(_open)
+
+    @property
+    def far(self) -> NetworkFile | None:
+        """Who asks the network file system about it, where it is on one."""
+        return self._far
 
     @property
     def is_network(self) -> bool:
@@ -89,18 +151,20 @@ class SourceFile:
 
     def identity(self) -> Identity:
         head = self.read_at(0, min(HEAD_BYTES, self.size))
-        return self._opened._replace(head=hashlib.blake2b(head, digest_size=16).hexdigest())
+        return self.opened._replace(head=hashlib.blake2b(head, digest_size=16).hexdigest())
 
     def check_unchanged(self) -> None:
         """Raises: FileChangedError if the open file was written to or cut since it was opened."""
         now = Identity.of(self._status())
-        if now != self._opened:
-            fields = [f for f in Identity._fields if getattr(now, f) != getattr(self._opened, f)]
+        if now != self.opened:
+            fields = [f for f in Identity._fields if getattr(now, f) != getattr(self.opened, f)]
             raise FileChangedError(f"changed while in use ({', '.join(fields)})", path=self.path)
 
-    def _status(self) -> os.stat_result:
+    def _status(self) -> os.stat_result | Status:
+        if self._far is not None:
+            return self._far.status()
         try:
-            return os.fstat(self.fd)
+            return os.fstat(self._fd)
         except OSError as error:  # a file of a network that is gone there
             raise ReadError(reason(error), path=self.path) from error
 
@@ -110,11 +174,20 @@ class SourceFile:
         return bytes(buffer)
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill ``view`` from ``offset``. Raises: ReadError, FileChangedError for bytes gone."""
-        done = 0
+        """Fill ``view`` from ``offset``.
+
+        Raises: ReadError, FileChangedError for bytes gone; of a network file also StalledError, and
+        CancelledError where nobody wants it any more.
+        """
+        done, far = 0, self._far
         while done < len(view):
             try:
-                count = os.preadv(self.fd, [view[done:]], offset + done)
+                if far is None:
+                    count = os.preadv(self._fd, [view[done:]], offset + done)
+                else:
+                    count = far.read(view[done:], offset + done)
+            except ReadError:
+                raise
             except OSError as error:
                 raise ReadError(reason(error), path=self.path, offset=offset + done) from error
             if count == 0:
@@ -127,10 +200,17 @@ class SourceFile:
 
     def drop_cache(self, offset: int, nbytes: int) -> None:
         """Give page cache back. Pages that someone maps or writes stay."""
-        os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        if self._far is not None:
+            self._far.drop(offset, nbytes)
+        else:
+            os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        fd, self.fd = self.fd, -1  # before it is free for others
+        self.closed = True
+        fd, self._fd = self._fd, -1  # before it is free for others
+        far, self._far = self._far, None
+        if far is not None:
+            far.close()
         if fd >= 0:
             os.close(fd)
 
@@ -141,7 +221,11 @@ class SourceFile:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "fd", -1) >= 0:
+        far = getattr(self, "_far", None)
+        if far is not None:
+            self._far = None
+            self._fd = far.leave()  # locks may be held by whoever is collecting garbage
+        if getattr(self, "_fd", -1) >= 0:
             self.close()
 
 
@@ -158,6 +242,49 @@ def model_paths(path: str) -> list[str]:
 
     path: of these also their index, or the folder that they are in. Raises: SplitError, ReadError.
     """
-    if is_layout(path) or path.endswith(SUFFIX):
-        return find_shards(path, read_whole).paths
-    return sibling_paths(path)
+    with reached(path):
+        if is_layout(path) or path.endswith(SUFFIX):
+            return find_shards(path, read_whole).paths
+        return sibling_paths(path)
+
+
+@contextmanager
+def reached(path: str) -> Iterator[None]:
+    """For whoever looks at names and folders in this process: only once their server answers.
+
+    It waits for that as reading does; then the kernel knows the name for a while. What is on this
+    machine costs nothing. Raises: ReadError, UsageError.
+    """
+    network = network_of(path)
+    if network is None:
+        yield
+        return
+    from numaload.storage.netfile import looked_up
+
+    with looked_up(path, network):
+        yield
+
+
+def real_path(path: str) -> str:
+    """The name without links. Where a network does not soon tell, the one that is given."""
+    network = network_of(path)
+    if network is None:
+        return os.path.realpath(path)
+    from numaload.storage.netfile import name_of
+
+    return name_of(path, network)
+
+
+@contextmanager
+def io_timeout(seconds: float | None, files: Iterable[SourceFile] = ()) -> Iterator[None]:
+    """The longest wait for a network's answer, for files opened inside, and inside for ``files``.
+
+    None changes nothing. Raises: UsageError.
+    """
+    if seconds is None:
+        yield
+        return
+    from numaload.storage.netfile import asked_for
+
+    with asked_for(seconds, [file.far for file in files if file.far is not None]):
+        yield

@@ -99,8 +99,7 @@ def sweep() -> None:
 
 
 def _name(file: SourceFile) -> str:
-    status = os.fstat(file.fd)
-    return f"{status.st_dev:x}-{status.st_ino:x}"
+    return f"{file.opened.device:x}-{file.opened.inode:x}"
 
 
 def _wait(mine: Turn, names: list[str], held: ExitStack) -> None:

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from numaload.errors import CancelledError
+from numaload.numa.stopping import until
 from numaload.numa.syscalls import PAGE
 from numaload.storage.plan import CHUNK, STRIPES, ReadPlan, Tried, Way
 
@@ -94,14 +95,15 @@ class Reading:
         from numaload.numa.workers import Workers, finish  # a resident file needs no threads
 
         def reading() -> None:
-            while not self.stop.is_set():
-                with self.lock:
-                    piece = next(pieces, None)
-                if piece is None:
-                    return
-                self._pace(piece.nbytes)
-                work(piece, way)
-                self.advance(piece.nbytes)
+            with until(self.stop.is_set):
+                while not self.stop.is_set():
+                    with self.lock:
+                        piece = next(pieces, None)
+                    if piece is None:
+                        return
+                    self._pace(piece.nbytes)
+                    work(piece, way)
+                    self.advance(piece.nbytes)
 
         workers = Workers(cpus, way.threads, name)
         try:

@@ -54,7 +54,7 @@ def cached_bytes(file: SourceFile, start: int = 0, nbytes: int = 0) -> int | Non
     there; otherwise one more for an edge that is not a page's.
     """
     stop = min(start + nbytes, file.size) if nbytes else file.size
-    if syscalls.file_system(file.fd) in STACKED:
+    if file.far is not None or syscalls.file_system(file.fd) in STACKED:
         return None
     return _count(file.fd, start, stop) if start < stop else 0
 
@@ -95,6 +95,9 @@ def residency(file: SourceFile, start: int = 0, stop: int | None = None) -> Resi
     """
     stop = file.size if stop is None else min(stop, file.size)
     start = min(start, stop)
+    if file.far is not None:
+        known, absent = file.far.resident(start, stop)
+        return Residency(stop - start, tuple(absent), known, start)
     with _Search(file) as search:
         if not search.possible:
             return Residency(stop - start, ((start, stop),) * (start < stop), False, start)
@@ -167,6 +170,8 @@ def cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
     What was found resident may be gone since. Mapping that would read it again, and Linux 6.1
     tries for ever where it cannot be read: so the kernel is asked just before, once more.
     """
+    if file.far is not None:
+        return file.far.placed(found.start, found.size, found.absent)
     on: Counter[int] = Counter()
     with map_quietly(file) as mapping:
         for start, stop in present(found):

@@ -160,7 +160,7 @@ class Weights(Mapping[str, Tensor]):
             self._check_open(file)  # once it is closed, its descriptor may be another file's
 
     def _check_open(self, file: SourceFile) -> None:
-        if self._closed or file.fd < 0:
+        if self._closed or file.closed:
             raise ClosedError(f"the weights of {self.paths[0]} were closed")
 
     def __getitem__(self, name: str) -> Tensor:

@@ -12,7 +12,8 @@ from numaload.formats.metadata import ReadAt
 from numaload.formats.shards import SUFFIX, Shards, check_shards, find_shards, is_layout
 from numaload.formats.splits import check_splits, sibling_paths, split_count, split_link
 from numaload.numa.mapping import Mapping as MemoryMapping
-from numaload.storage.files import SourceFile, read_whole
+from numaload.storage.files import SourceFile, reached, read_whole
+from numaload.storage.files import io_timeout as waiting
 from numaload.storage.reader import Progress
 from numaload.weights.model import AnyHeader, Part, Weights
 
@@ -24,7 +25,11 @@ H = TypeVar("H", gguf.Header, safetensors.Header)
 
 
 def open_weights(
-    path: str | os.PathLike[str], *, copy: bool = False, progress: Progress | None = None
+    path: str | os.PathLike[str],
+    *,
+    copy: bool = False,
+    io_timeout: float | None = None,
+    progress: Progress | None = None,
 ) -> Weights:
     """Open a model by any one of its files: headers only, milliseconds.
 
@@ -33,12 +38,19 @@ def open_weights(
     copy: read all of it into memory of this process now, in parallel, instead of mapping the files
     when tensors are looked at: then nobody who truncates, rewrites or replaces them can hurt.
     It takes the files' size in memory that no other process shares.
+    io_timeout: seconds to wait for an answer of a network file system, then StalledError; also of
+    what is read of it later.
     progress(bytes done, bytes in all): of that reading; returning False cancels.
     Raises: ReadError, and the FormatErrors of a header or of files that do not fit together; with
     copy also NodeMemoryError if it does not fit, FileChangedError, CancelledError: then nothing is
     left of it.
     """
     given = os.fsdecode(path)
+    with waiting(io_timeout), reached(given):
+        return _opened(given, progress, copy=copy)
+
+
+def _opened(given: str, progress: Progress | None, *, copy: bool) -> Weights:
     opened: list[SourceFile] = []
     try:
         if is_layout(given) or _is_safetensors(given):
@@ -59,8 +71,13 @@ def reopen(paths: Sequence[str]) -> Weights:
 
     Raises: as ``open_weights``.
     """
+    with reached(paths[0]):
+        return _reopened(paths)
+
+
+def _reopened(paths: Sequence[str]) -> Weights:
     if len(paths) == 1 or not _is_safetensors(paths[0]):
-        return open_weights(paths[0])
+        return _opened(paths[0], None, copy=False)
     opened: list[SourceFile] = []
     try:
         return Weights(_checked(Shards(list(paths), None, {}), opened))
@@ -126,7 +143,7 @@ def _open_file(
 
     def read_at(offset: int, nbytes: int) -> bytes:
         """Arrays of the metadata are read when they are asked for: perhaps long after opening."""
-        if file.fd < 0:
+        if file.closed:
             raise ClosedError(f"{path} was closed")
         file.check_unchanged()
         return file.read_at(offset, nbytes)

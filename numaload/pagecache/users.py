@@ -17,7 +17,10 @@ UNSEEN = "unseen"
 
 @dataclass(frozen=True)
 class User:
-    """``resident``: bytes of the file that this process has mapped; locked: of them, by mlock."""
+    """``resident``: bytes of the file that this process has mapped.
+
+    locked: of them, by mlock; of a page that several map the kernel counts a share to each.
+    """
 
     pid: int
     command: str

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from numaload.mirrors import Mirror, MirrorReport, attach, mirror
     from numaload.numa.topology import Topology, topology
     from numaload.pagecache.evict import EvictReport, evict
+    from numaload.pagecache.holder import PrewarmHolder
+    from numaload.pagecache.job import PrewarmJob, prewarm_async
     from numaload.pagecache.prewarm import PrewarmReport, prewarm
     from numaload.pagecache.residency import ResidencyReport, residency
     from numaload.pipeline.stream import stream
@@ -28,6 +30,8 @@ __all__ = [
     "EvictReport",
     "Mirror",
     "MirrorReport",
+    "PrewarmHolder",
+    "PrewarmJob",
     "PrewarmReport",
     "QuantType",
     "ResidencyReport",
@@ -42,6 +46,7 @@ __all__ = [
     "mirror",
     "open",
     "prewarm",
+    "prewarm_async",
     "residency",
     "stream",
     "topology",
@@ -63,6 +68,9 @@ _PLACES: dict[str, tuple[str, str | None]] = {
     "residency": ("pagecache.residency", "residency"),
     "PrewarmReport": ("pagecache.prewarm", "PrewarmReport"),
     "prewarm": ("pagecache.prewarm", "prewarm"),
+    "prewarm_async": ("pagecache.job", "prewarm_async"),
+    "PrewarmHolder": ("pagecache.holder", "PrewarmHolder"),
+    "PrewarmJob": ("pagecache.job", "PrewarmJob"),
     "stream": ("pipeline.stream", "stream"),
     "Tensor": ("weights", "Tensor"),
     "Weights": ("weights", "Weights"),

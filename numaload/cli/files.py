@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from numaload.cli import prewarming
 from numaload.cli.output import (
     byte_count,
     note,
@@ -36,6 +37,8 @@ PREWARM_OPTIONS: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "begin what does not fit in memory; it stops before it pushes itself out",
     },
+    "--background": {"action": "store_true", "help": "return at once, another process reads"},
+    "--lock": {"action": "store_true", "help": "another process keeps it in RAM until release"},
 }
 
 
@@ -144,11 +147,14 @@ def prewarm(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in names}
     with progress_bar("prewarm", quiet=options.json) as progress:
         report = warm(options.files, **given, progress=progress, announce=_announce)
+    goes_on = options.background and report.holder is not None
     if options.json:
         print_json(report.to_dict())
     else:
-        _tell(report)
-    return 0 if report.done else 1
+        if not goes_on:
+            _tell(report)
+        prewarming.tell_started(report, background=goes_on)
+    return 0 if report.done or goes_on else 1
 
 
 def _announce(plan: Any) -> None:
@@ -173,6 +179,8 @@ def _tell(report: Any) -> None:
         print(
             f"asked for node {format_list(report.nodes)} ({report.policy}); the kernel says {where}"
         )
+    if report.followed is not None:
+        print(f"process {report.followed} read {size(report.read_by_others)} meanwhile")
     for line in _lacks(report):
         note(line)
 
@@ -192,3 +200,5 @@ def _lacks(report: Any) -> Iterator[str]:
     elif report.resident < report.size and report.residency_known:
         of = f"{size(report.resident)} of {size(report.size)}"
         yield f"only {of} are resident now: memory is short"
+    if report.holder and report.holder.lock and report.locked < report.size:
+        yield f"only {size(report.locked)} of {size(report.size)} are locked: memory is short"

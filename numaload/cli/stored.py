@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import Any
 
-from numaload.cli import pagecache, threads
+from numaload.cli import pagecache, prewarming, threads
 from numaload.cli.output import complain, note, print_json, size
 from numaload.cli.placements import PLACED, by_replica, where
 
@@ -47,17 +47,23 @@ def _chosen(files: list[str]) -> tuple[list[Any], list[str]]:
     They are found by path, through links too: the file may have changed or gone.
     """
     from numaload.replicas import store
-    from numaload.storage.files import model_paths
 
     store.sweep()
     entries = store.entries()
     if not files:
         return entries, []
     names = [_names(entry.model.paths) for entry in entries]
-    wanted = {file: _names([file, *_siblings(model_paths, file)]) for file in files}
+    wanted = _wanted(files)
     every = set().union(*wanted.values())
     chosen = [entry for entry, its in zip(entries, names, strict=True) if its & every]
     return chosen, [file for file in files if not any(its & wanted[file] for its in names)]
+
+
+def _wanted(files: list[str]) -> dict[str, set[str]]:
+    """{file: all paths that its model may be known by}."""
+    from numaload.storage.files import model_paths
+
+    return {file: _names([file, *_siblings(model_paths, file)]) for file in files}
 
 
 def _names(paths: Any) -> set[str]:
@@ -95,12 +101,15 @@ def status(options: argparse.Namespace) -> int:
 def _show_status(options: argparse.Namespace, files: pagecache.Files) -> int:
     stored = [row for row in map(_entry_status, _chosen(options.files)[0]) if row]
     cached = files.look()
-    stored_all = all("error" not in row for row in stored)
+    warming = prewarming.look(_wanted(options.files))
+    stored_all = not any(row.get("error") for row in (*stored, *warming))
     if options.json:
         rows = pagecache.as_rows(cached, tensors=options.tensors)
-        print_json({"replicas": stored, "page_cache": rows}, a_line=options.watch is not None)
+        told = {"replicas": stored, "prewarming": warming, "page_cache": rows}
+        print_json(told, a_line=options.watch is not None)
         return 0 if stored_all else 1
     _print_stored(stored)
+    prewarming.show(warming)
     pagecache.show_files(cached)
     return 0 if stored_all else 1
 
@@ -191,15 +200,18 @@ def release(options: argparse.Namespace) -> int:
     from numaload.replicas import store
 
     chosen, missing = _chosen(options.files)
+    ended = prewarming.release(_wanted(options.files))
+    missing = [file for file in missing if file not in ended.files]
     _complain_none(missing)
     damaged = [] if options.files else store.release_damaged()
     done = store.release(chosen)
     failed = [one for one in done if one.error]
     for one in failed:
         complain(f"{one.entry.model.paths[0]}: {one.error}")
+    status = 1 if missing or failed or ended.failed else 0
     if options.json:
-        print_json(done)
-        return 1 if missing or failed else 0
+        print_json([*done, *ended.rows])
+        return status
     for path in damaged:
         print(f"removed {path}, which could not be read")
     for one in done:
@@ -209,6 +221,7 @@ def release(options: argparse.Namespace) -> int:
             else ""
         )
         print(f"released {one.entry.model.paths[0]}: {size(one.nbytes)}{later}")
-    if not done and not damaged and not missing:
+    prewarming.tell_released(ended)
+    if not done and not damaged and not missing and not ended.rows:
         print("nothing was in the store")
-    return 1 if missing or failed else 0
+    return status

@@ -38,11 +38,15 @@ class Chosen(NamedTuple):
 
 
 def models_of(what: Source | Sequence[Source]) -> list[list[str]]:
-    """The files of each. Raises: SplitError, ReadError."""
+    """The files of each, of which several may have been given. Raises: SplitError, ReadError."""
+    return [list(paths) for paths in dict.fromkeys(map(tuple, _models(what)))]
+
+
+def _models(what: Source | Sequence[Source]) -> list[list[str]]:
     if isinstance(what, (str, os.PathLike)):
         return [model_paths(os.fspath(what))]
     if isinstance(what, Sequence):
-        return [paths for one in what for paths in models_of(one)]
+        return [paths for one in what for paths in _models(one)]
     return [what.paths]
 
 

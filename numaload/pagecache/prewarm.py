@@ -43,6 +43,8 @@ def prewarm(
     order: str | None = None,
     max_rate: int | None = None,
     force: bool = False,
+    background: bool = False,
+    lock: bool = False,
     progress: Progress | None = None,
     announce: Announce | None = None,
 ) -> PrewarmReport:
@@ -57,6 +59,8 @@ def prewarm(
     the plan chooses unless given. max_rate: bytes a second.
     force: begin also what does not fit into available memory; it stops when its own beginning
     would be pushed out. announce: called with the plan, if there is something to read.
+    background: return when another process has begun to read. lock: another process reads, and
+    keeps all of it locked in RAM until it is released. See ``report.holder`` for either.
     Raises: ReadError, SplitError, NodeMemoryError, CancelledError, UsageError, NumaError,
     TensorNotFoundError.
     """
@@ -67,6 +71,16 @@ def prewarm(
         raise UsageError(f"max_rate: {max_rate} bytes a second, expected at least 1")
     # A file that was given twice, or through a link too, is one file.
     models = models_of(what)
+    if background or lock:
+        from numaload.pagecache.holder import Wanted, prewarm_held
+
+        how = {
+            "nodes": placing.nodes if placing else None, "policy": policy, "move": move,
+            "way": way, "threads": threads, "chunk": chunk, "order": order,
+            "max_rate": max_rate, "force": force,
+        }  # fmt: skip
+        wanted = Wanted.of(models, tensors, layers, how, lock=lock)
+        return prewarm_held(wanted, background=background, progress=progress)
     names = {path: real(path) for paths in models for path in paths}
     whole = {names[path]: path for path in names}
     chosen = choose(models, tensors, layers)

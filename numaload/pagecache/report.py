@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numaload.storage.plan import ReadPlan
+
+if TYPE_CHECKING:
+    from numaload.pagecache.holder import PrewarmHolder
 
 
 @dataclass
@@ -33,6 +36,9 @@ class PrewarmReport:
     stopped: str = ""
     followed: int | None = None  # the process that was waited for, since it read the same files
     read_by_others: int = 0  # meanwhile
+    holder: PrewarmHolder | None = None  # the process that goes on, or keeps it locked
+    locked: int = 0  # by it
+    already_held: dict[str, int] = field(default_factory=dict)  # {path: process that had it}
     plan: ReadPlan | None = None  # as it was carried out; None where nothing was read
 
     @property
@@ -45,7 +51,9 @@ class PrewarmReport:
         """Whether all of it is in RAM, and on the nodes asked for if any were."""
         whole = self.resident == self.size or not self.residency_known
         counted = sum(self.on_nodes.values()) >= self.size
-        return not self.stopped and whole and (not self.nodes or (counted and not self.elsewhere))
+        placed = not self.nodes or (counted and not self.elsewhere)
+        locked = self.holder is None or not self.holder.lock or self.locked >= self.size
+        return not self.stopped and whole and placed and locked
 
     def to_dict(self) -> dict[str, Any]:
         told = asdict(self) | {"elsewhere": self.elsewhere, "done": self.done}

@@ -45,26 +45,29 @@ def start_holder(
     with ExitStack() as copies:
         fds = [_above_standard(fd, copies) for _, _, fd in links]
         row = {
-            "store": _portable(store_path),
+            "store": portable(store_path),
             "name": name,
             "locked": True,
             "manifest": manifest | {"holder": {"files": [identity(fd) for fd in fds]}},
             "links": [
-                (folder, _portable(file), fd)
+                (folder, portable(file), fd)
                 for (folder, file, _), fd in zip(links, fds, strict=True)
             ],
         }
-        said = _ask(json.dumps(row).encode() + b"\n", fds)
+        said = ask(holder_main.__file__, json.dumps(row).encode() + b"\n", fds)
     if said["error"] is not None:
         raise StoreError(f"{store_path}: replicas cannot be held: {said['error']}")
     return int(said["pid"])
 
 
-def _ask(line: bytes, fds: Sequence[int]) -> Any:
-    """What the new holder answers; without an answer it is ended."""
+def ask(script: str, line: bytes, fds: Sequence[int] = (), what: str = "replicas") -> Any:
+    """What the new process of this script answers; without an answer it is ended.
+
+    Raises: StoreError, which says that ``what`` cannot be held.
+    """
     if not sys.executable:
-        raise StoreError("replicas cannot be held: sys.executable does not name this Python")
-    script = os.path.abspath(holder_main.__file__)
+        raise StoreError(f"{what} cannot be held: sys.executable does not name this Python")
+    script = os.path.abspath(script)
     job = subprocess.Popen(
         [sys.executable, "-I", "-S", "-X", "utf8", script], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=fds, cwd="/",
@@ -77,10 +80,10 @@ def _ask(line: bytes, fds: Sequence[int]) -> Any:
     except ValueError:
         last = err.decode(errors="replace").strip().rpartition("\n")[2]
         why = f"its process ended without an answer (status {job.returncode})"
-        raise StoreError(f"replicas cannot be held: {why}: {last}") from None
+        raise StoreError(f"{what} cannot be held: {why}: {last}") from None
     except subprocess.TimeoutExpired:
         _abandon(job)
-        raise StoreError(f"replicas cannot be held: no answer in {ANSWER_S:.0f} s") from None
+        raise StoreError(f"{what} cannot be held: no answer in {ANSWER_S:.0f} s") from None
     except BaseException:
         _abandon(job)
         raise
@@ -99,7 +102,7 @@ def _abandon(job: subprocess.Popen[bytes]) -> None:
             break
 
 
-def _portable(name: str) -> str:
+def portable(name: str) -> str:
     """A path as the holder decodes it, which knows UTF-8 only: bytes that are no text, too."""
     return os.fsencode(name).decode("utf-8", "surrogateescape")
 
@@ -113,10 +116,11 @@ def _above_standard(fd: int, copies: ExitStack) -> int:
     return copy
 
 
-def alive(pid: int, start: int) -> bool:
+def alive(pid: int, start: int, called: str = holder_main.NAME) -> bool:
     """Whether this holder is still there, and not another process that got its id.
 
-    start: when it began, in clock ticks since boot (field 22 of /proc/PID/stat).
+    start: when it began, in clock ticks since boot (field 22 of /proc/PID/stat). called: the name
+    that holders of this kind give themselves.
     """
     try:
         owner = os.stat(f"/proc/{pid}").st_uid
@@ -128,10 +132,10 @@ def alive(pid: int, start: int) -> bool:
     fields, name = tail.split(), head.partition(b"(")[2].decode(errors="replace")
     if fields[0] in (b"Z", b"X"):  # dead; it waits for a parent that does not look
         return False
-    return (owner, name, int(fields[19])) == (os.geteuid(), holder_main.NAME, start)
+    return (owner, name, int(fields[19])) == (os.geteuid(), called, start)
 
 
-def end_holder(pid: int, start: int) -> bool:
+def end_holder(pid: int, start: int, called: str = holder_main.NAME) -> bool:
     """End this holder, which takes its entry away, and wait until it is gone.
 
     False where there is none (any more); no other process is ever touched.
@@ -139,17 +143,17 @@ def end_holder(pid: int, start: int) -> bool:
     """
     with ExitStack() as opened:
         send = _sender(pid, opened)
-        if not alive(pid, start):
+        if not alive(pid, start, called):
             return False
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
                 send(number)
             end = time.monotonic() + END_S
             while time.monotonic() < end:
-                if not alive(pid, start):
+                if not alive(pid, start, called):
                     return True
                 time.sleep(PAUSE_S)
-    raise StoreError(f"holder {pid} does not end: its replicas are not freed")
+    raise StoreError(f"holder {pid} does not end: what it holds is not freed")
 
 
 def _sender(pid: int, opened: ExitStack) -> Any:

@@ -60,7 +60,9 @@ def emptied_note(path: str, root: str = "/", user: User | None = None) -> str:
     )
 
 
-def killed_note(root: str = "/", user: User | None = None) -> str:
+def killed_note(
+    root: str = "/", user: User | None = None, *, verb: str = "mirror --hold FILE"
+) -> str:
     """That a process this one leaves behind will be ended at logout, and how it would not."""
     user = user or _current()
     if not _logind_runs(root):
@@ -77,7 +79,7 @@ def killed_note(root: str = "/", user: User | None = None) -> str:
         return ""
     return (
         "what this session has started is ended with it (systemd-logind, KillUserProcesses):"
-        " loginctl enable-linger, then systemd-run --user --scope numaload mirror --hold FILE"
+        f" loginctl enable-linger, then systemd-run --user --scope numaload {verb}"
     )
 
 

@@ -1,0 +1,160 @@
+"""Processes that prewarm in the background or keep pages locked: in ``status`` and ``release``."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from numaload.cli.output import complain, note, printable, size
+
+Wanted = Mapping[str, Collection[str]]  # {FILE: all paths that it may be known by}; empty: all
+
+
+class Released(NamedTuple):
+    """``files``: of those asked for, which had a process."""
+
+    rows: list[dict[str, Any]]
+    files: set[str]
+
+    @property
+    def failed(self) -> bool:
+        return any(row["failed"] for row in self.rows)
+
+
+def look(wanted: Wanted) -> list[dict[str, Any]]:
+    """What they do. An error is told once: its record is taken away with that."""
+    from numaload.pagecache import records
+    from numaload.storage import following
+
+    following.sweep()
+    records.sweep()
+    rows = []
+    for record in _chosen(records.records(), wanted):
+        if record.state in (records.FAILED, records.KILLED):
+            records.remove(record)
+        rows.append(_row(record))
+    return rows
+
+
+def _chosen(found: Iterable[Any], wanted: Wanted) -> list[Any]:
+    every = {name for names in wanted.values() for name in names}
+    return [record for record in found if not wanted or every & _names(record)]
+
+
+def _names(record: Any) -> set[str]:
+    return {name for path in record.paths for name in (path, os.path.realpath(path))}
+
+
+def _row(record: Any) -> dict[str, Any]:
+    return {
+        "pid": record.pid,
+        "paths": list(record.paths),
+        "state": record.state,
+        "lock": record.lock,
+        "read": record.done,
+        "to_read": record.total,
+        "locked": record.locked,
+        "age_s": max(0.0, time.time() - record.since),
+        "changed": _changed(record),
+        "foreign": record.foreign,
+        "notes": list(record.notes),
+        "error": record.error.get("text"),
+    }
+
+
+def _changed(record: Any) -> bool:
+    """Whether another file has one of the names now."""
+    for path, inode in zip(record.paths, record.files, strict=False):
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            return True
+        if (status.st_dev, status.st_ino) != inode:
+            return True
+    return False
+
+
+def show(rows: Iterable[dict[str, Any]]) -> None:
+    rows = list(rows)
+    if rows:
+        print("prewarming:")
+    for row in rows:
+        if row["error"]:
+            complain(f"{printable(row['paths'][0])}: {row['error']}")
+        print(f"  process {row['pid']}: {_what(row)}: {_does(row)}")
+        for text in row["notes"]:
+            note(text)
+
+
+def _what(row: dict[str, Any]) -> str:
+    more = f" and {len(row['paths']) - 1} more" if len(row["paths"]) > 1 else ""
+    return f"{printable(row['paths'][0])}{more}"
+
+
+def _does(row: dict[str, Any]) -> str:
+    share = 100 * row["read"] // row["to_read"] if row["to_read"] else 0
+    then = ", keeps it locked" if row["lock"] else ""
+    said = {
+        "reading": f"reading, {share} % of {size(row['to_read'])}{then}",
+        "held": f"locked {size(row['locked'])}",
+        "failed": "failed",
+        "killed": "was killed",
+    }[row["state"]]
+    changed = ", the file CHANGED or is gone since: release it" if row["changed"] else ""
+    foreign = ", of another container" if row["foreign"] else ""
+    return f"{said}, since {row['age_s']:.0f} s{foreign}{changed}"
+
+
+def release(wanted: Wanted) -> Released:
+    """End them, and forget what failed. Those that cannot be ended stop no other."""
+    from numaload.errors import StoreError
+    from numaload.pagecache import records
+    from numaload.pagecache.holder import PrewarmHolder
+    from numaload.storage import following
+
+    following.sweep()
+    records.sweep()
+    done = Released([], set())
+    for record in _chosen(records.records(), wanted):
+        done.files.update(file for file, names in wanted.items() if _names(record) & set(names))
+        row = _row(record) | {"failed": False}
+        try:
+            if record.state in (records.FAILED, records.KILLED):
+                records.remove(record)
+            elif not PrewarmHolder.of(record).release():
+                row["state"] = "ended"
+        except StoreError as error:
+            row |= {"error": str(error), "failed": True}
+        done.rows.append(row)
+    return done
+
+
+def tell_released(done: Released) -> None:
+    for row in done.rows:
+        if row["failed"]:
+            complain(f"{_what(row)}: {row['error']}")
+        elif row["error"]:
+            print(f"forgot the failed prewarming of {_what(row)}: {row['error']}")
+        else:
+            print(f"ended process {row['pid']}, prewarming {_what(row)}: {_does(row)}")
+
+
+def tell_started(report: Any, *, background: bool) -> None:
+    """After ``prewarm --background`` or ``--lock``: who goes on."""
+    for path, pid in report.already_held.items():
+        note(f"{printable(path)}: process {pid} has it already; no other one is started")
+    if report.holder is None or not report.holder.new:
+        return
+    from numaload.storage.logout import killed_note
+
+    pid = report.holder.pid
+    if background:
+        then = " and locks them" if report.holder.lock else ""
+        print(f"process {pid} reads {size(report.size)} in the background{then}: numaload status")
+    else:
+        print(f"process {pid} keeps {size(report.locked)} locked until numaload release")
+    ends = killed_note(verb=f"prewarm {'--lock' if report.holder.lock else '--background'} FILE")
+    if ends:
+        note(ends)

@@ -1,0 +1,77 @@
+"""``prewarm_async``: prewarming in a thread of this process, which goes on with other things."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from numaload.pagecache.choice import Source
+from numaload.pagecache.prewarm import prewarm
+from numaload.pagecache.report import PrewarmReport
+from numaload.storage.reader import Progress
+
+
+class PrewarmJob:
+    """Prewarming that goes on. It ends with the program, and with the block of a ``with``."""
+
+    def __init__(self, what: Source | Sequence[Source], options: dict[str, Any]) -> None:
+        self._callback: Progress | None = options.pop("progress", None)
+        self._cancelled = threading.Event()
+        self._step = (0, 0)
+        self._future: Future[PrewarmReport] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(what, options), name="numaload-prewarm"
+        )
+        self._thread.start()
+
+    def progress(self) -> tuple[int, int]:
+        """(bytes read, bytes to be read); (0, 0) until that is known."""
+        return self._step
+
+    def done(self) -> bool:
+        """Whether it has ended, however that was."""
+        return self._future.done()
+
+    def cancel(self) -> None:
+        """End it after the reads that are under way: ``result`` raises CancelledError then."""
+        self._cancelled.set()
+
+    def result(self, timeout: float | None = None) -> PrewarmReport:
+        """Wait for the report. Raises: what ``prewarm`` raises; TimeoutError after ``timeout`` s.
+
+        Ctrl-C ends the waiting alone; ``cancel`` ends the work.
+        """
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise TimeoutError(f"prewarming has not ended within {timeout} s")
+        return self._future.result()
+
+    def _run(self, what: Source | Sequence[Source], options: dict[str, Any]) -> None:
+        try:
+            self._future.set_result(prewarm(what, progress=self._look, **options))
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            self._future.set_exception(error)
+
+    def _look(self, done: int, total: int) -> bool:
+        self._step = done, total
+        # A program that ends waits for its threads: this one shall not keep it for minutes.
+        if self._cancelled.is_set() or not threading.main_thread().is_alive():
+            return False
+        return self._callback is None or self._callback(done, total) is not False
+
+    def __enter__(self) -> PrewarmJob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+        self._thread.join()
+
+
+def prewarm_async(what: Source | Sequence[Source], **options: Any) -> PrewarmJob:
+    """Begin to prewarm in a thread, with the options of ``prewarm``; all errors are in ``result``.
+
+    progress: is called in threads of the prewarming.
+    """
+    return PrewarmJob(what, options)

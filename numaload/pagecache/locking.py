@@ -1,0 +1,161 @@
+"""Page cache that stays: mapped and locked in RAM, as long as this process lives.
+
+A range is locked before anything of it is read (MLOCK_ONFAULT): from then on each page that is
+mapped is locked with that, and what is read is mapped soon after. What is mapped of a file counts
+as the file's (RssFile), not as private; page tables are 2 MiB for each GiB.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+
+from numaload.errors import NodeMemoryError, NumaError, NumaloadError
+from numaload.numa import memory, syscalls
+from numaload.numa.mapping import Mapping
+from numaload.numa.syscalls import PAGE
+from numaload.pagecache.choice import Runs, choose, models_of, real
+from numaload.storage.files import SourceFile
+from numaload.storage.residency import LOOK, map_present, map_quietly
+
+FIX = (
+    "raise the limit before: ulimit -l unlimited; for good, a line `USER - memlock unlimited` in"
+    " /etc/security/limits.conf, or LimitMEMLOCK=infinity in the systemd unit"
+)
+REFUSED = (errno.ENOMEM, errno.EPERM, errno.EAGAIN)
+PAUSE_S, IDLE_SHARE = 0.5, 9  # between two looks at what was read meanwhile: of the time they take
+
+
+class Locked:
+    """These byte ranges of files, locked from when they are in RAM on."""
+
+    def __init__(self, files: Sequence[SourceFile], runs: Sequence[Runs]) -> None:
+        """Raises: NodeMemoryError where this user may not lock so much; nothing was read then."""
+        self.nbytes = 0  # that are in RAM and locked
+        self.size = sum(stop - start for its in runs for start, stop in its)
+        self._whole: list[Mapping] = []
+        self._todo: list[tuple[Mapping, int, int]] = []
+        needed = sum(_pages(start, stop) * PAGE for its in runs for start, stop in its)
+        limit = raise_limit()
+        for file, its in zip(files, runs, strict=True):
+            mapping = map_quietly(file)
+            self._whole.append(mapping)
+            for start, stop in its:
+                _lock(mapping, start, stop, needed, limit)
+                first = start - start % PAGE
+                blocks = range(first, stop, LOOK)
+                self._todo.extend((mapping, edge, min(edge + LOOK, stop)) for edge in blocks)
+
+    def catch_up(self) -> int:
+        """Lock what is in RAM by now; bytes of pages that are locked.
+
+        Raises: NumaError for a file that got shorter.
+        """
+        left, partly = [], 0
+        for mapping, start, stop in self._todo:
+            there = map_present(mapping, start, stop)
+            count = min(there.count(1) * PAGE, stop - start)
+            if all(there):
+                self.nbytes += count
+            else:
+                left.append((mapping, start, stop))
+                partly += count
+        self._todo = left
+        return self.nbytes + partly
+
+
+def _pages(start: int, stop: int) -> int:
+    return -(-stop // PAGE) - start // PAGE
+
+
+def raise_limit() -> int:
+    """The soft limit to the hard one, as anybody may; bytes that may be locked, -1: any number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft != hard:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+    return hard
+
+
+def _lock(mapping: Mapping, start: int, stop: int, needed: int, limit: int) -> None:
+    first = start - start % PAGE
+    failed = syscalls.mlock_on_fault(mapping.address + first, _pages(start, stop) * PAGE)
+    if failed in REFUSED:
+        most = "any number" if limit < 0 else f"{limit} bytes ({limit / 2**20:.1f} MiB)"
+        raise NodeMemoryError(
+            f"{needed} bytes ({needed / 2**30:.2f} GiB) are to be locked, this process may lock"
+            f" {most} (RLIMIT_MEMLOCK): {FIX}",
+            needed=needed,
+            free=max(0, limit),
+        )
+    if failed:
+        raise NumaError(f"mlock2: {os.strerror(failed)}", call="mlock2", errno=failed)
+
+
+def check_room(size: int) -> None:
+    """Raises: NodeMemoryError. Locked page cache is no room any more, for anything."""
+    tightest = memory.available()
+    total = memory.fields("/proc/meminfo").get("MemTotal", 0)
+    free = max(0, tightest.free - memory.reserve(total))
+    if size > free:
+        raise NodeMemoryError(
+            f"{size} bytes ({size / 2**30:.1f} GiB) are to be locked, {tightest.name} has room"
+            f" for {free} ({free / 2**30:.1f} GiB), less what others need to go on; --force locks"
+            " anyway",
+            needed=size,
+            free=free,
+        )
+
+
+@contextmanager
+def chosen_of(
+    paths: Sequence[str], tensors: str | None, layers: str | int | None
+) -> Iterator[tuple[list[SourceFile], list[Runs]]]:
+    """Files of these models, opened, and which ranges of each are meant. Raises: NumaloadError."""
+    models = models_of(list(paths))
+    chosen = choose(models, tensors, layers)
+    names = dict.fromkeys(real(path) for its in models for path in its)
+    with ExitStack() as opened:
+        files = [opened.enter_context(SourceFile(name)) for name in names]
+        part = chosen.runs if chosen else {}
+        whole: list[Runs] = [((0, file.size),) if file.size else () for file in files]
+        yield files, [part.get(name, its) for name, its in zip(names, whole, strict=True)]
+
+
+def lock(
+    paths: Sequence[str], tensors: str | None, layers: str | int | None, *, force: bool
+) -> Locked:
+    """Lock files whole, or what is chosen of them, before it is read. Raises: NumaloadError."""
+    with chosen_of(paths, tensors, layers) as (files, runs):
+        if not force:
+            check_room(sum(stop - start for its in runs for start, stop in its))
+        return Locked(files, runs)  # mappings need no descriptors
+
+
+class Following:
+    """A thread that locks what is read meanwhile, so that little can be pushed out before."""
+
+    def __init__(self, locked: Locked) -> None:
+        self._locked, self._stop = locked, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="numaload-lock", daemon=True)
+
+    def _run(self) -> None:
+        took = 0.0
+        with suppress(NumaloadError):  # whoever locks the rest meets it too
+            while not self._stop.wait(max(PAUSE_S, IDLE_SHARE * took)):
+                begin = time.monotonic()
+                self._locked.catch_up()
+                took = time.monotonic() - begin
+
+    def __enter__(self) -> Following:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()

@@ -1,0 +1,183 @@
+"""What holders of page cache do, as they write it down: ``prewarming/PID-START.json``.
+
+A holder is known by process id, start time and the namespace of the id, since ids are used again.
+It writes its record whole, by a rename, and takes it away when it ends; what failed or was killed
+leaves it for the next ``status``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from numaload import errors
+from numaload.errors import NumaloadError, StoreError, check_limits, warn_once
+from numaload.replicas import holder
+from numaload.storage import userdir
+
+FOLDER = "prewarming"
+NAME = "numaload-warm"  # of the process: at most 15 characters
+READING, HELD, FAILED, KILLED = "reading", "held", "failed", "killed"
+STATES = (READING, HELD, FAILED)
+ASIDE = re.compile(r"\.(\d{1,18})-(\d{1,18})\.json\.")  # as userdir.write_whole names it
+FieldsOf = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """``files``: (device, inode) of each path. Bytes: done of total read, locked of size."""
+
+    pid: int
+    start: int
+    namespace: str
+    paths: tuple[str, ...]
+    files: tuple[tuple[int, int], ...]
+    part: tuple[str, str]  # tensors and layers that were asked for, empty: all
+    lock: bool
+    since: float  # seconds since 1970
+    state: str = READING
+    done: int = 0
+    total: int = 0
+    locked: int = 0
+    notes: tuple[str, ...] = ()  # fallbacks
+    error: FieldsOf = field(default_factory=dict)  # see ``packed``
+    report: FieldsOf = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.pid}-{self.start}.json"
+
+    @property
+    def foreign(self) -> bool:
+        """Of another container: whether it lives cannot be seen from here."""
+        return self.namespace != namespace()
+
+    @property
+    def alive(self) -> bool:
+        return self.foreign or alive(self.pid, self.start)
+
+    def covers(self, other: tuple[int, int], part: tuple[str, str], *, lock: bool) -> bool:
+        """Whether this keeps that file, or reads it, as it is asked for."""
+        return other in self.files and self.part in (part, ("", "")) and (self.lock or not lock)
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Record:
+        """Raises: ValueError, TypeError, KeyError for what to_json did not write."""
+        data = json.loads(text)
+        for key in ("pid", "start", "done", "total", "locked"):
+            if type(data[key]) is not int or data[key] < 0:
+                raise ValueError(f"{key} is no number")
+        if data["pid"] < 1 or data["state"] not in STATES:
+            raise ValueError("no process, or no state that is known")
+        data["paths"] = tuple(str(path) for path in data["paths"])
+        data["files"] = tuple((int(device), int(inode)) for device, inode in data["files"])
+        data["part"] = (str(data["part"][0]), str(data["part"][1]))
+        data["notes"] = tuple(str(note) for note in data["notes"])
+        data["error"], data["report"] = dict(data["error"]), dict(data["report"])
+        return cls(**data)
+
+
+def alive(pid: int, start: int) -> bool:
+    """Whether this is still the process that holds, not another one of its id."""
+    return holder.alive(pid, start, NAME)
+
+
+def namespace() -> str:
+    return os.readlink("/proc/self/ns/pid")
+
+
+def write(record: Record) -> None:
+    """Raises: OSError, StoreError."""
+    with userdir.within(FOLDER) as folder:
+        assert folder is not None  # noqa: S101 - it was made
+        userdir.write_whole(record.name, record.to_json(), folder)
+
+
+def remove(record: Record) -> bool:
+    """Whether it was there."""
+    with userdir.within(FOLDER, create=False) as folder:
+        if folder is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(record.name, dir_fd=folder)
+                return True
+    return False
+
+
+def is_there(record: Record) -> bool:
+    with userdir.within(FOLDER, create=False) as folder:
+        return folder is not None and record.name in os.listdir(folder)
+
+
+def sweep() -> None:
+    """Clear what holders left that were killed while they wrote."""
+    with userdir.within(FOLDER, create=False) as folder:
+        for name in os.listdir(folder) if folder is not None else ():
+            match = ASIDE.match(name)
+            if match and not alive(int(match[1]), int(match[2])):
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=folder)
+
+
+def records() -> list[Record]:
+    """All there are, oldest first: of holders that live, failed or were killed. Changes nothing."""
+    found: list[Record] = []
+    with userdir.within(FOLDER, create=False) as folder:
+        for name in os.listdir(folder) if folder is not None else ():
+            if name.endswith(".json") and not name.startswith("."):
+                found.extend(_read(name, folder))
+    return sorted(found, key=lambda record: record.since)
+
+
+def _read(name: str, folder: int | None) -> Iterator[Record]:
+    assert folder is not None  # noqa: S101 - names come from it
+    with suppress(FileNotFoundError):  # it ended just now
+        try:
+            record = Record.from_json(userdir.read_owned(name, folder))
+        except FileNotFoundError:
+            raise
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            where = f"{userdir.path()}/{FOLDER}/{name}"
+            check_limits(error, where)
+            warn_once(where, f"{where}: no record that can be read ({error}); left out: rm {where}")
+            return
+        if record.state == FAILED or record.alive:
+            yield record
+            return
+        # It may have taken its record away and ended since that was read.
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+        yield replace(record, error=packed(_killed(record)), state=KILLED)
+
+
+def _killed(record: Record) -> StoreError:
+    return StoreError(
+        f"process {record.pid}, which {'kept' if record.state == HELD else 'was reading'}"
+        f" {record.paths[0]}, is gone: it was killed, or its container ended"
+    )
+
+
+def packed(error: NumaloadError) -> FieldsOf:
+    """An error of numaload's as JSON takes it."""
+    _, (kind, args, fields) = error.__reduce__()
+    plain: FieldsOf = json.loads(json.dumps({"args": list(args), "fields": fields}, default=str))
+    return {"kind": kind.__name__, "text": str(error)} | plain
+
+
+def unpacked(data: FieldsOf) -> NumaloadError:
+    """The error that was packed; a StoreError of its text for one that is not known here."""
+    kind = getattr(errors, str(data.get("kind")), None)
+    text = str(data.get("text", "failed"))
+    if not (isinstance(kind, type) and issubclass(kind, NumaloadError)):
+        return StoreError(text)
+    try:
+        error = errors._rebuilt(kind, tuple(data["args"]), dict(data["fields"]))  # noqa: SLF001
+    except (KeyError, TypeError, ValueError):
+        return StoreError(text)
+    return error if isinstance(error, NumaloadError) else StoreError(text)

@@ -38,7 +38,18 @@ def test_demo_runs_the_main_job(numaload: Numaload, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    ["inspect", "nodes", "prewarm", "plan", "mirror", "status", "verify", "release", "bench"],
+    [
+        "inspect",
+        "nodes",
+        "prewarm",
+        "evict",
+        "plan",
+        "mirror",
+        "status",
+        "verify",
+        "release",
+        "bench",
+    ],
 )
 def test_every_verb_is_explained_and_has_help(
     verb: str, capsys: pytest.CaptureFixture[str]

@@ -6,6 +6,10 @@ block that gives it back it leaves others waiting. So it is raised once, and if 
 there after GRACE_S it just ends. That is safe at any moment: memory and nameless files go with the
 process, and what has a name is cleared by the next verb, as after a kill.
 
+While the main thread waits inside the kernel for a network file system no handler runs at all. Then
+another thread sees that Ctrl-C is not delivered, and ends the process: most of these waits give way
+to SIGKILL, which that is.
+
 Only the process whose command line this is does that; users of the API keep their own handlers.
 """
 
@@ -18,17 +22,48 @@ from typing import Any
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells say
 GRACE_S = 10  # a thread may be waiting for a slow disk
+LOOK_S, LOOKS = 0.25, 4  # so often, and as many times, Ctrl-C is found undelivered before that
+PENDING = ("ShdPnd:", "SigPnd:")  # of /proc/self/status: proc_pid_status(5)
 
-_came = _over = False
+_came = _over = _taken = False
 _ends_with = INTERRUPTED
 
 
 def take_over() -> None:
     """Handle Ctrl-C from now on, unless it is ignored, as below nohup and in background jobs."""
+    global _taken  # noqa: PLW0603 - there is one process
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGALRM, _end)
         sys.unraisablehook = _lost
         signal.signal(signal.SIGINT, _first)
+        _taken = True
+
+
+def guard() -> None:
+    """Watch for Ctrl-C that is not delivered, where network file systems are mounted."""
+    from numaload.numa.netmounts import any_mounted
+
+    if _taken and any_mounted():
+        import threading
+
+        threading.Thread(target=_watch, name="numaload-guard", daemon=True).start()
+
+
+def _watch() -> None:
+    import time
+
+    found = 0
+    while found < LOOKS:
+        time.sleep(LOOK_S)
+        found = found + 1 if _undelivered() else 0
+    _end()
+
+
+def _undelivered() -> bool:
+    """Whether a SIGINT waits until the main thread comes back from the kernel."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        masks = [line.split()[1] for line in file if line.startswith(PENDING)]
+    return any(int(mask, 16) >> (signal.SIGINT - 1) & 1 for mask in masks)
 
 
 def came() -> bool:

@@ -36,10 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     import io
 
+    from numaload.cli import waiting
     from numaload.cli.output import complain, show_warnings
     from numaload.errors import CancelledError, NumaloadError, UsageError
 
     options = _parse(arguments)
+    waiting.obey(options)
+    interrupts.guard()
     show_warnings()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
@@ -76,7 +79,7 @@ def _drop_output() -> None:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     import argparse
 
-    from numaload.cli import bench, files, machine, pagecache, replicas, stored
+    from numaload.cli import bench, files, machine, pagecache, replicas, stored, waiting
 
     parser = argparse.ArgumentParser(
         prog="numaload",
@@ -87,4 +90,5 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for group in (files, pagecache, machine, replicas, stored, bench):
         group.add_verbs(verbs)
+    waiting.add_option(verbs)
     return parser.parse_args(arguments)

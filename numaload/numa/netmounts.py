@@ -50,13 +50,21 @@ def is_network(kind: str) -> bool:
     return kind in KINDS or (kind.startswith("fuse.") and kind not in LOCAL)
 
 
+def any_mounted(proc_root: str = "/proc") -> bool:
+    return _any(_lines(proc_root))
+
+
+def _any(lines: list[str]) -> bool:
+    return any(is_network(line.partition(" - ")[2].partition(" ")[0]) for line in lines)
+
+
 def network_of(path: str, proc_root: str = "/proc") -> Network | None:
     """The network file system that ``path`` leads to, or into, or None for one of this machine.
 
     Links are followed up to there and no further. None as well where nothing is known.
     """
     lines = _lines(proc_root)
-    if not any(is_network(line.partition(" - ")[2].partition(" ")[0]) for line in lines):
+    if not _any(lines):
         return None  # nearly everywhere
     try:
         return _Walk(_rows(lines)).follow(os.path.join(os.getcwd(), path))

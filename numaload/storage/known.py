@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from numaload.errors import NumaloadError, StoreError, check_limits, warn_once
 from numaload.formats.splits import is_there
 from numaload.storage import userdir
-from numaload.storage.files import Identity, SourceFile
+from numaload.storage.files import Identity, SourceFile, reached
 
 FOLDER = "known"
 
@@ -39,10 +39,11 @@ class Model:
 
     def state(self) -> str:
         """What the files are now, next to what they were: unchanged, changed, gone, unreadable."""
-        if not all(map(is_there, self.paths)):
-            return "gone"
         try:
-            same = identify(self.paths).identities == self.identities
+            with reached(self.paths[0]):
+                if not all(map(is_there, self.paths)):
+                    return "gone"
+                same = identify(self.paths).identities == self.identities
         except NumaloadError:
             return "unreadable"
         return "unchanged" if same else "changed"

@@ -1,20 +1,22 @@
-"""Reading ahead: a thread that brings into the page cache what the workers will want next."""
+"""Reading ahead: threads that bring into the page cache what the workers will want next."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from numaload.errors import CancelledError, warn_once
-from numaload.numa.stopping import until
+from numaload.errors import ReadError, warn_once
+from numaload.numa.threads import name_thread
+from numaload.storage.device import device_of
 from numaload.storage.files import SourceFile
+from numaload.storage.plan import CACHE, CHUNK, Way, make_plan
+from numaload.storage.residency import residency
+from numaload.storage.ways import IntoCache
 
-STEP = 1 << 20  # bytes read at a time
 NO_THREAD = "raise ulimit -u, or the cgroup's pids.max"
-PROBES = 8  # pages of it that are asked for
+PROBES = 8  # pages of a piece that are asked for, where the kernel does not tell what is in RAM
 
 
 class Range(NamedTuple):
@@ -26,58 +28,130 @@ class Range(NamedTuple):
     before: int
 
 
+class Piece(NamedTuple):
+    """Absent bytes. ``position``: how many are wanted before its end, of all files."""
+
+    file: SourceFile
+    start: int
+    stop: int
+    position: int
+
+
 class Ahead:
-    """Stays at most ``window`` bytes in front of what was taken. Errors are the workers' business:
-    they come to the same place and raise them.
+    """Stays at most ``window`` bytes in front of what was taken.
+
+    Workers that have caught up wait for it: their own small reads would only get in its way.
+    Errors are the workers' business: they come to the same place and raise them.
     """
 
     def __init__(self, ranges: Sequence[Range], window: int) -> None:
         self.ranges, self.window = ranges, window
-        self._taken, self._stopped = 0, False
+        self._taken, self._ready, self._stopped = 0, 0, False
         self._moved = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="numaload-ahead", daemon=True)
+        self._todo: Iterator[Piece] = iter(())
+        self._busy: dict[int, int] = {}  # thread: position of the beginning of what it reads
+        self._active = self._blocked = 0
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        if self.window and self.ranges:
+        if not self.window or not self.ranges:
+            return
+        self._todo, way = self._absent(), self._way()
+        if way is None:
+            return
+        for _ in range(max(1, min(way.threads, self.window // way.chunk))):
+            thread = threading.Thread(
+                target=self._run, args=(way,), name="numaload-ahead", daemon=True
+            )
+            self._threads.append(thread)  # before it runs: Ctrl-C may come at any time
             try:
-                self._thread.start()
+                thread.start()
             except RuntimeError as error:  # of threading, which keeps no errno
                 warn_once("ahead", f"files are not read ahead: {error}: {NO_THREAD}")
+                return
+
+    def _way(self) -> Way | None:
+        """For the first file of which something is absent; None where all is in RAM."""
+        for one in self.ranges:
+            if one.file.fd < 0:  # closed: workers tell
+                return None
+            found = residency(one.file, one.start, one.stop)
+            if found.absent:
+                device = device_of(one.file.path, network=one.file.is_network)
+                total = sum(each.stop - each.start for each in self.ranges)
+                return make_plan(CACHE, device, total, seen=found.known).way
+        return None
+
+    def _absent(self) -> Iterator[Piece]:
+        """Looked up when its turn has come: others may have read it by then, or pushed it out."""
+        for one in self.ranges:
+            for start in range(one.start, one.stop, CHUNK):
+                stop = min(start + CHUNK, one.stop)
+                found = residency(one.file, start, stop)
+                if not found.known and resident(one.file.fd, start, stop - start):
+                    continue
+                for first, last in found.absent:
+                    yield Piece(one.file, first, last, one.before + last - one.start)
 
     def took(self, nbytes: int) -> None:
         with self._moved:
             self._taken += nbytes
-            self._moved.notify()
+            if self._blocked:
+                self._moved.notify_all()
+
+    def wait(self, position: int) -> None:
+        """Until that many bytes of all that is wanted are there, or nobody is reading them."""
+        with self._moved:
+            self._moved.wait_for(
+                lambda: (
+                    self._stopped
+                    or self._blocked == self._active
+                    or position <= min(self._busy.values(), default=self._ready)
+                )
+            )
 
     def stop(self) -> None:
         with self._moved:
             self._stopped = True
-            self._moved.notify()
-        if self._thread.ident is not None:
-            self._thread.join()
+            self._moved.notify_all()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
 
-    def _run(self) -> None:
-        with until(lambda: self._stopped), suppress(OSError, CancelledError):
-            self._read()
-
-    def _read(self) -> None:
-        """Raises: OSError, CancelledError."""
-        buffer = memoryview(b"")  # what is in RAM needs none
-        for one in self.ranges:
-            for start in range(one.start, one.stop, STEP):
-                nbytes = min(STEP, one.stop - start)
-                if not self._wait(one.before + start - one.start):
-                    return
-                # What is on a network is asked nothing from here, and cannot tell.
-                if one.file.is_network or not resident(one.file.fd, start, nbytes):
-                    buffer = buffer or memoryview(bytearray(STEP))
-                    one.file.read_into(buffer[:nbytes], start)
-
-    def _wait(self, position: int) -> bool:
-        """Until ``position`` is near enough; False if it never will be."""
+    def _run(self, way: Way) -> None:
+        name_thread("numaload-ahead")
+        into, own = IntoCache(), threading.get_ident()
         with self._moved:
-            self._moved.wait_for(lambda: self._stopped or position <= self._taken + self.window)
-            return not self._stopped
+            self._active += 1
+        try:
+            while (piece := self._next(own)) is not None:
+                into.read(piece.file, piece.start, piece.stop, way.name)
+        except (OSError, ReadError):
+            with self._moved:
+                self._stopped = True
+        finally:
+            into.close()
+            with self._moved:
+                self._busy.pop(own, None)
+                self._active -= 1
+                self._moved.notify_all()
+
+    def _next(self, own: int) -> Piece | None:
+        with self._moved:
+            self._busy.pop(own, None)
+            piece = None if self._stopped else next(self._todo, None)
+            if piece is None:
+                return None
+            # All before it is in RAM, or other threads are at it.
+            self._busy[own] = piece.position - (piece.stop - piece.start)
+            self._ready = piece.position
+            self._blocked += 1
+            self._moved.notify_all()
+            self._moved.wait_for(
+                lambda: self._stopped or piece.position <= self._taken + self.window
+            )
+            self._blocked -= 1
+            return None if self._stopped else piece
 
 
 def resident(fd: int, offset: int, nbytes: int) -> bool:

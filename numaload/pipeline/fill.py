@@ -22,7 +22,7 @@ from numaload.storage.reader import Progress
 from numaload.weights import Tensor
 
 WINDOW = 64 << 20  # bytes of files that are read ahead of the workers
-AT_ONCE = 1 << 18  # weights whose blocks are read at a time
+AT_ONCE = 1 << 20  # weights whose blocks are read at a time
 QUEUED = 8  # targets whose work is handed to the threads before the first of them is done
 
 Write = Callable[[Piece], None]  # puts it into its place
@@ -63,7 +63,9 @@ class Work:
         self.total, self.done, self.progress = sum(t.nbytes for t in todo), 0, progress
         self.lock, self.stopped, self.running = threading.Lock(), False, 0
         self.idle = threading.Condition(self.lock)
-        self.ahead = Ahead(_ranges(todo), ahead)
+        ranges = _ranges(todo)
+        self.ahead = Ahead(ranges, ahead)
+        self.before = {(one.file.fd, one.start): one.before for one in ranges}
 
     def __enter__(self) -> Work:
         if self.progress:
@@ -109,6 +111,18 @@ class Work:
 
         count = min(self.workers.count, -(-target.nbytes // MOST_ALONE))
         return [self.workers.submit(work) for _ in range(count)]
+
+    def _ready(self, target: Target) -> Callable[[Piece], None]:
+        """Waits until what a piece is made of was read ahead."""
+        tensor = target.tensor
+        if not tensor.is_file or not target.nbytes:
+            return lambda _: None
+        before = self.before[tensor.file.fd, tensor.offset + target.start] - target.start
+
+        def wait(piece: Piece) -> None:
+            self.ahead.wait(before + target.bytes_of(piece.first + piece.place.size))
+
+        return wait
 
     def _next(self, todo: Iterator[Piece]) -> Piece | None:
         """Raises: CancelledError for a piece that nobody will write."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import subprocess
@@ -194,3 +195,26 @@ def test_prewarm_names_it() -> None:
     """Where page cache is on the wrong node, this is how to drop it."""
     source = Path(str(api.__file__)).parent / "cli" / "files.py"
     assert "dd if=" not in source.read_text()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_only_what_is_dirty_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, fails: bool
+) -> None:
+    """And where storage refuses it, that is said."""
+    synced, real = list[int](), os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        synced.append(os.fstat(fd).st_ino)
+        if fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd)
+
+    path = tmp_path / "dirty"
+    path.write_bytes(bytes(MIB))
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    report = api.evict(path)
+    assert synced == [path.stat().st_ino]
+    assert report.done is not fails
+    assert ("could not be written: Input/output error" in report.files[0].why) == fails
+    assert report.files[0].written in ((0,) if fails else (None, MIB))

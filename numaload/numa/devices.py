@@ -124,7 +124,7 @@ def disk_of(
     start, top = os.path.realpath(link), os.path.realpath(sys_root)
     if not os.path.isdir(start):
         return FileDevice(path, kind, f"{major}:{minor}", (), (), f"{link} is not there")
-    disks = sorted(_disks(files, start))
+    disks = sorted(disks_under(files, start))
     nodes = {node for disk in disks for node in _nodes_of(files, disk, top)}
     files.report()
     why = SILENT
@@ -145,7 +145,7 @@ def _numbers(path: str) -> tuple[int, int]:
     return os.major(device), os.minor(device)
 
 
-def _disks(files: Reader, start: str) -> set[str]:
+def disks_under(files: Reader, start: str) -> set[str]:
     """Folders of the whole disks below partitions, device mapper and md."""
     found: set[str] = set()
     seen: set[str] = set()

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 
 from numaload.errors import NumaUnavailableError, warn_once
 from numaload.numa import syscalls
-from numaload.numa.mapping import map_file
 from numaload.numa.syscalls import HUGE, PAGE
 from numaload.pagecache.reading import Placing
 from numaload.storage.files import SourceFile
-from numaload.storage.residency import LOOK, Residency, map_present, present
+from numaload.storage.residency import LOOK, Residency, map_present, map_quietly, present
 
 
 def move_pages(
@@ -25,7 +24,7 @@ def move_pages(
     moved, stayed = 0, Counter[str]()
     try:
         for file, resident in zip(files, found, strict=True):
-            with map_file(file.fd, file.size) as mapping:
+            with map_quietly(file) as mapping:
                 for start, stop in _steps(resident):
                     map_present(mapping, start, stop)
                     wrong = _wrong(mapping.address, start, stop, placing.nodes)

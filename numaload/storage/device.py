@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from numaload.errors import ReadError, reason
-from numaload.numa.devices import disk_of
+from numaload.numa.devices import disks_under
 from numaload.numa.mounts import Mount, mount_of
 from numaload.numa.netmounts import network_of
 from numaload.numa.sysfs import Reader
@@ -93,7 +93,7 @@ def device_of(
         if below is None:
             return Device("unknown", name, kind)
         major, minor = below
-    return _of_disks(path, kind, (major, minor), sys_root, proc_root)
+    return _of_disks(kind, (major, minor), sys_root)
 
 
 def _numbers(path: str) -> tuple[int, int]:
@@ -122,20 +122,25 @@ def _below(mount: Mount | None) -> tuple[int, int] | None:
     return None
 
 
-def _of_disks(
-    path: str, file_system: str, numbers: tuple[int, int], sys_root: str, proc_root: str
-) -> Device:
-    found = disk_of(path, sys_root, proc_root, numbers)
+def _of_disks(file_system: str, numbers: tuple[int, int], sys_root: str) -> Device:
     files = Reader()
-    blocks = [f"{sys_root}/class/block/{disk}" for disk in found.disks]
-    kinds = {_kind(files, block) for block in blocks}
-    rotational = any(files.number(f"{block}/queue/rotational") == 1 for block in blocks)
-    ahead = files.number(f"{sys_root}/class/block/{found.device}/queue/read_ahead_kb")
-    if ahead is None and blocks:  # partitions have no queue of their own
-        ahead = files.number(f"{blocks[0]}/queue/read_ahead_kb")
-    one = kinds.pop() if len(kinds) == 1 else "unknown"
-    kind = "raid" if len(blocks) > 1 else one
-    return Device(kind, found.device, file_system, len(blocks), rotational, (ahead or 0) << 10)
+    start = os.path.realpath(f"{sys_root}/dev/block/{numbers[0]}:{numbers[1]}")
+    if not os.path.isdir(start):
+        return Device("unknown", f"{numbers[0]}:{numbers[1]}", file_system)
+    disks = sorted(disks_under(files, start))
+    kinds = {_kind(files, disk) for disk in disks}
+    # Partitions have no queue of their own.
+    queues = [f"{folder}/queue" for folder in (start, *disks)]
+    ahead = next(filter(None, (files.number(f"{queue}/read_ahead_kb") for queue in queues)), 0)
+    files.report()
+    return Device(
+        "raid" if len(disks) > 1 else kinds.pop(),
+        os.path.basename(start),
+        file_system,
+        len(disks),
+        any(files.number(f"{queue}/rotational") == 1 for queue in queues),
+        ahead << 10,
+    )
 
 
 def _kind(files: Reader, block: str) -> str:

@@ -1,0 +1,137 @@
+"""What a file lies on, on constructed /sys trees: the kinds that decide how it is read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from machines import write_block
+from numaload.errors import ReadError
+from numaload.storage.device import KINDS, Device, device_of
+from numaload.storage.plan import CANDIDATES, FITTING
+
+PCI = "pci0000:00/0000:00:1f.0"
+SCSI = f"{PCI}/ata1/host0/target0:0:0/0:0:0:0"
+ROW = "20 1 {numbers} / / rw,relatime shared:1 - {kind} {source} {options}\n"
+
+
+def seen(
+    root: Path,
+    numbers: str = "8:0",
+    kind: str = "ext4",
+    source: str = "/dev/somewhere",
+    options: str = "rw",
+) -> Device:
+    (root / "proc/self").mkdir(parents=True, exist_ok=True)
+    row = ROW.format(numbers=numbers, kind=kind, source=source, options=options)
+    (root / "proc/self/mountinfo").write_text(row)
+    major, minor = map(int, numbers.split(":"))
+    return device_of(
+        "/models/m",
+        sys_root=str(root / "sys"),
+        proc_root=str(root / "proc"),
+        numbers=(major, minor),
+    )
+
+
+DISKS: dict[str, tuple[str, dict[str, str], str]] = {
+    "nvme": ("nvme/nvme0/nvme0n1", {"queue/rotational": "0"}, "nvme"),
+    "nvme over tcp": ("nvme/nvme0/nvme0n1", {"device/transport": "tcp"}, "remote"),
+    "sata ssd": ("block/sda", {"queue/rotational": "0", "device/vendor": "ATA"}, "ssd"),
+    "hard disk": ("block/sda", {"queue/rotational": "1", "device/vendor": "ATA"}, "hdd"),
+    "scsi of qemu": ("block/sda", {"queue/rotational": "1", "device/vendor": "QEMU"}, "virtual"),
+    "iscsi": ("session1/target1:0:0/1:0:0:0/block/sda", {"queue/rotational": "0"}, "remote"),
+    "virtio": ("virtio0/block/vda", {"queue/rotational": "1"}, "virtual"),
+    "xen": ("block/xvda", {"queue/rotational": "0"}, "virtual"),
+    "nbd": ("block/nbd0", {"queue/rotational": "0"}, "remote"),
+    "rbd": ("block/rbd1", {"queue/rotational": "0"}, "remote"),
+    "card": ("block/mmcblk0", {"queue/rotational": "0"}, "ssd"),
+    "pmem": ("block/pmem0", {"queue/rotational": "0"}, "memory"),
+    "new": ("block/zz9", {"queue/rotational": "0"}, "unknown"),
+}
+
+
+@pytest.mark.parametrize("which", DISKS)
+def test_kinds_of_disks(tmp_path: Path, which: str) -> None:
+    place, files, kind = DISKS[which]
+    write_block(tmp_path, "8:0", f"{PCI}/{place}", files | {"queue/read_ahead_kb": "128"})
+    found = seen(tmp_path)
+    assert (found.kind, found.disks, found.read_ahead) == (kind, 1, 128 << 10)
+    assert found.name == place.rpartition("/")[2]
+    assert found.rotational == (files.get("queue/rotational") == "1")
+
+
+def test_a_partition_has_its_disk_s_queue(tmp_path: Path) -> None:
+    write_block(tmp_path, "8:0", f"{SCSI}/block/sda", {"queue/rotational": "1"})
+    write_block(tmp_path, "8:2", f"{SCSI}/block/sda/sda2", {"partition": "2"})
+    found = seen(tmp_path, "8:2")
+    assert (found.kind, found.name, found.rotational) == ("hdd", "sda2", True)
+
+
+def test_several_disks_are_a_raid(tmp_path: Path) -> None:
+    slaves = []
+    for i in range(3):
+        place = f"{PCI}/nvme/nvme{i}/nvme{i}n1"
+        write_block(tmp_path, f"259:{i}", place, {"queue/rotational": "0"})
+        slaves.append(tmp_path / "sys/devices" / place)
+    write_block(tmp_path, "9:0", "virtual/block/md0", {"queue/rotational": "0"})
+    for slave in slaves:
+        link = tmp_path / "sys/devices/virtual/block/md0/slaves" / slave.name
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(slave)
+    found = seen(tmp_path, "9:0")
+    assert (found.kind, found.name, found.disks) == ("raid", "md0", 3)
+    assert "3 disks" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("tmpfs", "memory"), ("9p", "share"), ("virtiofs", "share")]
+)
+def test_file_systems_without_disks(tmp_path: Path, kind: str, expected: str) -> None:
+    assert seen(tmp_path, "0:40", kind, "here").kind == expected
+
+
+def test_what_hides_its_disk_is_unknown(tmp_path: Path) -> None:
+    for kind in ("btrfs", "overlay", "zfs"):
+        found = seen(tmp_path, "0:41", kind, "/dev/not-there", "rw,lowerdir=/no/such/folder")
+        assert (found.kind, found.file_system) == ("unknown", kind)
+    assert seen(tmp_path, "8:77").kind == "unknown"
+
+
+def test_an_overlay_is_what_is_below_it(tmp_path: Path) -> None:
+    """Of the folder that it is made of, if this process sees it: here that of the test."""
+    number = os.stat(tmp_path).st_dev
+    numbers = f"{os.major(number)}:{os.minor(number)}"
+    if not os.major(number):
+        pytest.skip("the folder of the test has no disk")
+    write_block(tmp_path, numbers, f"{PCI}/nvme/nvme0/nvme0n1", {"queue/rotational": "0"})
+    found = seen(tmp_path, "0:42", "overlay", "overlay", f"rw,upperdir={tmp_path},workdir=/w")
+    assert (found.kind, found.file_system) == ("nvme", "overlay")
+
+
+def test_network_file_systems_are_told(tmp_path: Path) -> None:
+    here = device_of(str(tmp_path), network=True)
+    assert here.kind == "network"
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    for path in (str(tmp_path / "none"), "a\0b"):
+        with pytest.raises(ReadError):
+            device_of(path)
+
+
+def test_this_machine_s_own(tmp_path: Path) -> None:
+    found = device_of(str(tmp_path))
+    assert found.kind in KINDS
+    assert found.file_system in str(found)
+    assert device_of("/dev/shm").kind == "memory"
+
+
+def test_every_kind_has_ways_for_every_sink() -> None:
+    assert set(CANDIDATES) == set(KINDS)
+    for sinks in CANDIDATES.values():
+        for sink, ways in sinks.items():
+            assert ways
+            assert {way.name for way in ways} <= set(FITTING[sink])

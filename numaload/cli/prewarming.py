@@ -44,7 +44,9 @@ def _chosen(found: Iterable[Any], wanted: Wanted) -> list[Any]:
 
 
 def _names(record: Any) -> set[str]:
-    return {name for path in record.paths for name in (path, os.path.realpath(path))}
+    from numaload.storage.files import real_path
+
+    return {name for path in record.paths for name in (path, real_path(path))}
 
 
 def _row(record: Any) -> dict[str, Any]:
@@ -65,15 +67,25 @@ def _row(record: Any) -> dict[str, Any]:
 
 
 def _changed(record: Any) -> bool:
-    """Whether another file has one of the names now."""
-    for path, inode in zip(record.paths, record.files, strict=False):
-        try:
+    """Whether another file, or none, has one of the names now."""
+    return any(
+        not _is(path, inode) for path, inode in zip(record.paths, record.files, strict=False)
+    )
+
+
+def _is(path: str, inode: tuple[int, int]) -> bool:
+    """Also where its server does not answer: then nothing is known."""
+    from numaload.errors import NumaloadError
+    from numaload.storage.files import reached
+
+    try:
+        with reached(path):
             status = os.stat(path)
-        except (OSError, ValueError):
-            return True
-        if (status.st_dev, status.st_ino) != inode:
-            return True
-    return False
+    except NumaloadError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return (status.st_dev, status.st_ino) == inode
 
 
 def show(rows: Iterable[dict[str, Any]]) -> None:

@@ -81,11 +81,21 @@ class PrewarmHolder:
         return _report(record.report)
 
     def release(self) -> bool:
-        """End it, wait until it is gone; whether it was there. Raises: StoreError."""
-        ended = end_holder(self.pid, self.start, NAME)
+        """End it, wait until it is gone; whether it was there.
+
+        Raises: StoreError if it cannot be ended, and for one of another container, which is only
+        forgotten: what locks pages writes itself down again there.
+        """
         record = self.record()
+        foreign = record is not None and record.foreign
+        ended = not foreign and end_holder(self.pid, self.start, NAME)
         if record is not None:
             records.remove(record)
+        if foreign:
+            raise StoreError(
+                f"process {self.pid} of another container or process namespace has it: if that"
+                " lives, it goes on; release it there"
+            )
         return ended
 
     def _alive(self) -> bool:
@@ -160,15 +170,19 @@ def _ensure(wanted: Wanted) -> tuple[PrewarmHolder | None, dict[str, Any]]:
         held = {path: record.pid for path, record in having.items()}
         if not rest:
             return PrewarmHolder.of(next(iter(having.values()))), held
-        return _start(wanted._replace(paths=rest), held)
+        return _start(wanted._replace(paths=rest), [inodes[path] for path in rest], held)
 
 
-def _start(wanted: Wanted, held: dict[str, int]) -> tuple[PrewarmHolder | None, dict[str, Any]]:
+def _start(
+    wanted: Wanted, files: list[tuple[int, int]], held: dict[str, int]
+) -> tuple[PrewarmHolder | None, dict[str, Any]]:
     # An editable installation is found by a hook that the other process does not have.
     ours = os.path.dirname(numaload.__path__[0])
     row = {
         "path": [portable(os.path.abspath(folder)) for folder in (ours, *sys.path)],
+        "store": portable(userdir.path()),
         "paths": [portable(path) for path in wanted.paths],
+        "files": files,
         "part": wanted.part,
         "lock": wanted.lock,
         "options": wanted.options,
@@ -184,8 +198,7 @@ def _start(wanted: Wanted, held: dict[str, int]) -> tuple[PrewarmHolder | None, 
 
 def _inode(path: str) -> tuple[int, int]:
     with SourceFile(path) as file:
-        status = os.fstat(file.fd)
-    return status.st_dev, status.st_ino
+        return file.opened.device, file.opened.inode
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 It gets one line of JSON on its standard input, and answers with one line once the files and the
 room for them have been looked at:
 
-    {"path": sys.path, "paths": [...], "part": ["", ""], "lock": true, "options": {...}}
+    {"path": sys.path, "store": path, "paths": [...], "files": [[device, inode], ...],
+     "part": [tensors, layers], "lock": true, "options": {...}}
     {"pid": 4711, "start": 815, "error": null, "report": null}
 
 or with an error, or with the report where nothing had to be read nor is to be locked; then it ends.
@@ -64,7 +65,7 @@ class Holder:
 
     def _work(self) -> Locked | None:
         """Read, and lock; None where nothing is to be kept."""
-        from numaload.pagecache.locking import Following, lock
+        from numaload.pagecache.locking import LockingMeanwhile, lock
 
         if not self.row["lock"]:
             report = self._prewarm()
@@ -74,7 +75,7 @@ class Holder:
             return None
         tensors, layers = self._part()
         locked = lock(self.row["paths"], tensors, layers, force=self.row["options"]["force"])
-        with Following(locked):
+        with LockingMeanwhile(locked):
             report = self._prewarm()
         self._answer()
         self._lock_all(locked, report)
@@ -182,13 +183,12 @@ def _record(row: dict[str, Any]) -> Record:
 
     with open("/proc/self/comm", "w", encoding="ascii") as file:
         file.write(NAME)
-    found = [os.stat(path) for path in row["paths"]]
     return Record(
         pid=os.getpid(),
         start=started(os.getpid()),
         namespace=namespace(),
         paths=tuple(row["paths"]),
-        files=tuple((status.st_dev, status.st_ino) for status in found),
+        files=tuple((device, inode) for device, inode in row["files"]),
         part=(row["part"][0], row["part"][1]),
         lock=row["lock"],
         since=time.time(),
@@ -223,6 +223,7 @@ def main() -> int:
         return 0
     row = json.loads(line)
     sys.path[:] = row["path"]
+    os.environ["NUMALOAD_STORE"] = row["store"]
     return Holder(row).run()
 
 

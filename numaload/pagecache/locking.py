@@ -85,16 +85,19 @@ def raise_limit() -> int:
 def _lock(mapping: Mapping, start: int, stop: int, needed: int, limit: int) -> None:
     first = start - start % PAGE
     failed = syscalls.mlock_on_fault(mapping.address + first, _pages(start, stop) * PAGE)
-    if failed in REFUSED:
-        most = "any number" if limit < 0 else f"{limit} bytes ({limit / 2**20:.1f} MiB)"
+    if failed in REFUSED and 0 <= limit < needed:
         raise NodeMemoryError(
             f"{needed} bytes ({needed / 2**30:.2f} GiB) are to be locked, this process may lock"
-            f" {most} (RLIMIT_MEMLOCK): {FIX}",
+            f" {limit} bytes ({limit / 2**20:.1f} MiB) (RLIMIT_MEMLOCK): {FIX}",
             needed=needed,
-            free=max(0, limit),
+            free=limit,
         )
     if failed:
-        raise NumaError(f"mlock2: {os.strerror(failed)}", call="mlock2", errno=failed)
+        raise NumaError(
+            f"mlock2: {needed} bytes cannot be locked: {os.strerror(failed)}",
+            call="mlock2",
+            errno=failed,
+        )
 
 
 def check_room(size: int) -> None:
@@ -137,7 +140,7 @@ def lock(
         return Locked(files, runs)  # mappings need no descriptors
 
 
-class Following:
+class LockingMeanwhile:
     """A thread that locks what is read meanwhile, so that little can be pushed out before."""
 
     def __init__(self, locked: Locked) -> None:
@@ -152,7 +155,7 @@ class Following:
                 self._locked.catch_up()
                 took = time.monotonic() - begin
 
-    def __enter__(self) -> Following:
+    def __enter__(self) -> LockingMeanwhile:
         self._thread.start()
         return self
 

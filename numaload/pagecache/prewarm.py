@@ -12,7 +12,7 @@ from numaload.errors import SplitError, UsageError
 from numaload.formats.shards import SUFFIX
 from numaload.formats.splits import is_there
 from numaload.numa.topology import topology
-from numaload.pagecache.choice import Runs, Source, choose, models_of, real
+from numaload.pagecache.choice import Chosen, Runs, Source, choose, models_of, real
 from numaload.pagecache.reading import POLICIES, Placing, Room, read_into_cache
 from numaload.pagecache.report import PrewarmReport
 from numaload.storage import following, known
@@ -69,7 +69,6 @@ def prewarm(
     placing = _placing(nodes, policy, move=move)
     if max_rate is not None and max_rate < 1:
         raise UsageError(f"max_rate: {max_rate} bytes a second, expected at least 1")
-    # A file that was given twice, or through a link too, is one file.
     models = models_of(what)
     if background or lock:
         from numaload.pagecache.holder import Wanted, prewarm_held
@@ -81,17 +80,26 @@ def prewarm(
         }  # fmt: skip
         wanted = Wanted.of(models, tensors, layers, how, lock=lock)
         return prewarm_held(wanted, background=background, progress=progress)
+
+    def run(files: list[SourceFile], runs: list[Runs]) -> PrewarmReport:
+        job = _Prewarming(files, runs, placing, forced, max_rate)
+        return job.run(progress, announce, force=force)
+
+    return _on_files(models, choose(models, tensors, layers), run)
+
+
+def _on_files(
+    models: Sequence[Sequence[str]],
+    chosen: Chosen | None,
+    run: Callable[[list[SourceFile], list[Runs]], PrewarmReport],
+) -> PrewarmReport:
+    # A file that was given twice, or through a link too, is one file.
     names = {path: real(path) for paths in models for path in paths}
     whole = {names[path]: path for path in names}
-    chosen = choose(models, tensors, layers)
     files = [SourceFile(path) for path in whole.values()]
     try:
-        runs = [
-            _runs(file, name, chosen.runs if chosen else {})
-            for name, file in zip(whole, files, strict=True)
-        ]
-        job = _Prewarming(files, runs, placing, forced, max_rate)
-        report = job.run(progress, announce, force=force)
+        ranges = chosen.runs if chosen else {}
+        report = run(files, [_runs(f, name, ranges) for name, f in zip(whole, files, strict=True)])
         report.tensors = chosen.tensors if chosen else None
         opened = dict(zip(whole, files, strict=True))
         _remember({path: opened[names[path]] for path in names}, models)

@@ -70,13 +70,16 @@ class Record:
 
     @classmethod
     def from_json(cls, text: bytes) -> Record:
-        """Raises: ValueError, TypeError, KeyError for what to_json did not write."""
+        """Raises: ValueError, TypeError, LookupError for what to_json did not write."""
         data = json.loads(text)
         for key in ("pid", "start", "done", "total", "locked"):
             if type(data[key]) is not int or data[key] < 0:
                 raise ValueError(f"{key} is no number")
-        if data["pid"] < 1 or data["state"] not in STATES:
+        if data["pid"] < 1 or data["state"] not in STATES or type(data["lock"]) is not bool:
             raise ValueError("no process, or no state that is known")
+        if not data["paths"] or len(data["paths"]) != len(data["files"]):
+            raise ValueError("wrong paths")
+        data["since"] = float(data["since"])
         data["paths"] = tuple(str(path) for path in data["paths"])
         data["files"] = tuple((int(device), int(inode)) for device, inode in data["files"])
         data["part"] = (str(data["part"][0]), str(data["part"][1]))
@@ -143,7 +146,7 @@ def _read(name: str, folder: int | None) -> Iterator[Record]:
             record = Record.from_json(userdir.read_owned(name, folder))
         except FileNotFoundError:
             raise
-        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
             where = f"{userdir.path()}/{FOLDER}/{name}"
             check_limits(error, where)
             warn_once(where, f"{where}: no record that can be read ({error}); left out: rm {where}")

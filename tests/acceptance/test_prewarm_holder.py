@@ -419,6 +419,18 @@ def test_a_thread_ends_with_its_program(numaload: Numaload, big: str) -> None:
     assert resident(big) < SIZE // 2
 
 
+def test_a_store_that_is_named_from_the_folder_one_is_in(numaload: Numaload, big: str) -> None:
+    """The process that goes on is in another one."""
+    numaload.store.parent.mkdir(exist_ok=True)
+    environment = numaload.environment | {"NUMALOAD_STORE": "store"}
+    for words in (["prewarm", "--background", big, *SLOWLY], ["status"], ["release"]):
+        done = subprocess.run(
+            numaload.command(*words), cwd=numaload.store.parent, env=environment, text=True,
+            capture_output=True, check=True, timeout=LIMIT_S,
+        )  # fmt: skip
+        assert "process " in done.stdout
+
+
 def test_a_python_that_is_not_there(ends: None, big: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "")
     with pytest.raises(StoreError, match="does not name this Python"):

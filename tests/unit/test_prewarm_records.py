@@ -1,0 +1,159 @@
+"""What holders of page cache write down: read with distrust, told and cleared."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from numaload import errors
+from numaload.cli import prewarming
+from numaload.errors import NumaloadError, NumaloadWarning, StoreError
+from numaload.pagecache import records
+from numaload.pagecache.holder import PrewarmHolder
+from numaload.pagecache.records import Record, packed, unpacked
+
+Make = Callable[..., Record]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A record of a process that is not there any more."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"x")
+    status = path.stat()
+
+    def one(**fields: Any) -> Record:
+        record = Record(
+            pid=4_000_000, start=1, namespace=records.namespace(), paths=(str(path),),
+            files=((status.st_dev, status.st_ino),), part=("", ""), lock=False, since=1e9,
+        )  # fmt: skip
+        return replace(record, **fields)
+
+    return one
+
+
+def test_what_is_written_is_read(store: Path, make: Make) -> None:
+    record = make(
+        state="failed", done=1, total=2, notes=("a", "b"), error=packed(StoreError("no")),
+        part=("attn", "0-9"), lock=True,
+    )  # fmt: skip
+    records.write(record)
+    assert records.records() == [record]
+    assert records.is_there(record)
+    assert records.remove(record)
+    assert not records.remove(record)
+    assert records.records() == []
+    assert os.listdir(store / "prewarming") == []
+
+
+def test_of_one_that_is_gone_it_is_said_that_it_was_killed(store: Path, make: Make) -> None:
+    records.write(make())
+    (record,) = records.records()
+    assert record.state == "killed"
+    assert not record.alive
+    assert "process 4000000, which was reading" in str(unpacked(record.error))
+    assert records.is_there(record)  # until it is told
+
+
+def test_one_of_another_container_is_neither_dead_nor_ended(store: Path, make: Make) -> None:
+    record = make(namespace="pid:[1]", state="held")
+    records.write(record)
+    assert records.records() == [record]
+    (row,) = prewarming.look({})
+    assert (row["state"], row["foreign"]) == ("held", True)
+    with pytest.raises(StoreError, match="of another container"):
+        PrewarmHolder.of(record).release()
+    assert records.records() == []
+
+
+@pytest.mark.parametrize("kind", ["", "{", "[]", "{}", '{"pid": 1}', "null", "[" * 100_000])
+def test_what_is_no_record_is_left_out_and_said(store: Path, make: Make, kind: str) -> None:
+    records.write(make(state="failed"))
+    (store / "prewarming" / "1-1.json").write_text(kind)
+    with pytest.warns(NumaloadWarning, match="no record that can be read"):
+        assert len(records.records()) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"pid": 0}, {"pid": -1}, {"pid": True}, {"start": "1"}, {"done": 1.5}, {"state": "odd"},
+        {"state": "killed"}, {"files": [[1]]}, {"files": 1}, {"part": []}, {"error": 5},
+        {"more": 1}, {"paths": []}, {"files": []}, {"since": "x"}, {"lock": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_fields(make: Make, wrong: dict[str, Any]) -> None:
+    data = json.loads(make().to_json()) | wrong
+    with pytest.raises((ValueError, TypeError, KeyError, IndexError)):
+        Record.from_json(json.dumps(data).encode())
+
+
+def test_half_written_ones_of_the_dead_are_cleared(store: Path, make: Make) -> None:
+    records.write(make(state="failed"))
+    folder = store / "prewarming"
+    (folder / ".4000000-1.json.cafe").touch()
+    (folder / ".other").touch()
+    records.sweep()
+    assert sorted(os.listdir(folder)) == [".other", "4000000-1.json"]
+
+
+def test_an_error_is_looked_at_once(store: Path, make: Make) -> None:
+    records.write(make(state="failed", error=packed(StoreError("why"))))
+    assert [row["error"] for row in prewarming.look({})] == ["why"]
+    assert prewarming.look({}) == []
+
+
+def test_only_those_of_the_files_asked_for(store: Path, make: Make, tmp_path: Path) -> None:
+    records.write(make(state="failed"))
+    assert prewarming.look({"x": {str(tmp_path / "other.gguf")}}) == []
+    assert prewarming.release({"x": {str(tmp_path / "other.gguf")}}).files == set()
+    assert prewarming.release({"x": {str(tmp_path / "m.gguf")}}).files == {"x"}
+
+
+def test_what_covers_a_file(make: Make) -> None:
+    whole, part = make(lock=True), make(part=("attn", ""))
+    (inode,) = whole.files
+    assert whole.covers(inode, ("attn", "3"), lock=True)
+    assert whole.covers(inode, ("", ""), lock=False)
+    assert not whole.covers((0, 0), ("", ""), lock=False)
+    assert part.covers(inode, ("attn", ""), lock=False)
+    assert not part.covers(inode, ("", ""), lock=False)
+    assert not part.covers(inode, ("attn", ""), lock=True)
+
+
+ERRORS = [
+    errors.ReadError("no", path="/m", offset=4096),
+    errors.SplitError("no", path="/m"),
+    errors.NodeMemoryError("no", node=1, needed=2, free=3),
+    errors.PlacementError("no", {0: {1: 2}}),
+    errors.NumaError("no", call="mlock2", errno=12),
+    errors.TensorNotFoundError("blk", ["blk.0", "blk.1"]),
+    errors.CancelledError("no", done=1, total=2),
+    errors.UsageError("no"),
+    StoreError("no"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_every_error_survives(error: NumaloadError) -> None:
+    again = unpacked(json.loads(json.dumps(packed(error))))
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    for name in ("path", "offset", "needed", "free", "call", "done", "total"):
+        assert getattr(again, name, None) == getattr(error, name, None)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{}, {"kind": "OSError"}, {"kind": "warnings"}, {"kind": "ReadError", "args": 5}],
+    ids=str,
+)
+def test_an_error_that_is_not_known(data: dict[str, Any]) -> None:
+    assert isinstance(unpacked(data), errors.NumaloadError)

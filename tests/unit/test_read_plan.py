@@ -213,6 +213,7 @@ def test_an_error_ends_the_reading_in_all_threads() -> None:
     def work(piece: Piece, _: Way) -> None:
         if piece.offset == 8 * MIB:
             raise OSError("bad block")
+        time.sleep(0.001)
         done.append(piece.offset)
 
     made = make_plan(CACHE, device(), 10 * GIB).forced_to([Way(BUFFERED, 2, MIB)])

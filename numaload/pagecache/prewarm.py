@@ -178,6 +178,12 @@ class _Prewarming:
             known &= all(one.known for one in found)
         return _Seen(absent, known)
 
+    @property
+    def _is_part(self) -> bool:
+        """Whether only some tensors are meant: then what lies beside them stays where it is."""
+        whole = sum(file.size for file in self.files)
+        return sum(map(_length, self.runs)) < whole
+
     def _in_turn(
         self,
         report: PrewarmReport,
@@ -216,7 +222,13 @@ class _Prewarming:
         plan = make_plan(CACHE, device, seen.nbytes, forced=self.forced, seen=seen.known)
         if announce:
             announce(plan)
-        read = partial(read_into_cache, self.files, placing=self.placing, rate=self.max_rate)
+        read = partial(
+            read_into_cache,
+            self.files,
+            placing=self.placing,
+            rate=self.max_rate,
+            exact=self._is_part,
+        )
         done, report.plan = read(seen.absent, plan, room, progress)
         report.read, report.stopped = done, room.stopped
         report.threads = report.plan.way.threads

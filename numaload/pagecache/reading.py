@@ -114,11 +114,12 @@ def read_into_cache(
     *,
     placing: Placing | None,
     rate: int | None,
+    exact: bool = False,
 ) -> tuple[int, ReadPlan]:
     """(bytes read, the plan as it was carried out). It stops where ``room`` says so."""
     total = sum(stop - start for runs in absent for start, stop in runs)
     reading = Reading(total, progress, rate=rate)
-    threads = _Threads(files, reading, room, placing)
+    threads = _Threads(files, reading, room, placing, exact=exact)
     machine = placing.machine if placing else topology()
     cpus = machine.cpus_of(placing.nodes) if placing else machine.cpus
     plan = reading.run(absent, plan, threads.read, cpus, "numaload-prewarm")
@@ -134,14 +135,17 @@ class _Threads:
         reading: Reading,
         room: Room,
         placing: Placing | None,
+        *,
+        exact: bool,
     ) -> None:
         self.files, self.reading, self.room, self.placing = files, reading, room, placing
+        self.exact = exact
         self.own = threading.local()
 
     def read(self, piece: Piece, way: Way) -> None:
         if not hasattr(self.own, "into"):
             self.own.bound = self._bind()
-            self.own.into = IntoCache()
+            self.own.into = IntoCache(exact=self.exact)
         if self.placing and not self.own.bound:
             node = self.placing.nodes[piece.offset // CHUNK % len(self.placing.nodes)]
             pin(self.placing.machine.cpus_of([node]))

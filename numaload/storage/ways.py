@@ -21,9 +21,13 @@ NOT_DIRECT = (EINVAL, EOPNOTSUPP)
 
 
 class IntoCache:
-    """Brings ranges into the page cache, for one thread."""
+    """Brings ranges into the page cache, for one thread.
 
-    def __init__(self) -> None:
+    exact: no more than these; otherwise the kernel reads up to 16 MiB beyond them.
+    """
+
+    def __init__(self, *, exact: bool = False) -> None:
+        self._advice = [mmap.MADV_HUGEPAGE, *([mmap.MADV_RANDOM] if exact else [])]
         self._buffer = memoryview(b"")
         self._pipe: tuple[int, int] | None = None
 
@@ -50,7 +54,8 @@ class IntoCache:
         except (OSError, ValueError):  # cut short, or cannot be mapped: reading it tells
             return
         with area, memoryview(area) as view, suppress(OSError):
-            area.madvise(mmap.MADV_HUGEPAGE)
+            for advice in self._advice:
+                area.madvise(advice)
             for at in range(0, len(view), HUGE):
                 with view[at : at + 1] as byte:
                     os.write(writer, byte)

@@ -105,10 +105,14 @@ class IntoMemory:
 
     def read(self, view: memoryview, offset: int, way: str) -> None:
         """Fill ``view`` from ``offset``. Past the page cache only whole pages are read."""
-        direct = way == DIRECT and self._direct and offset % PAGE == 0
-        done = self._read_direct(view[: len(view) // PAGE * PAGE], offset) if direct else 0
+        done = 0
+        if way == DIRECT and self._direct and offset % PAGE == 0:
+            # Released at once: in the traceback of an error they would keep all of the memory.
+            with view[: len(view) // PAGE * PAGE] as pages:
+                done = self._read_direct(pages, offset)
         if done < len(view):
-            self.file.read_into(view[done:], offset + done)
+            with view[done:] as rest:
+                self.file.read_into(rest, offset + done)
 
     def _read_direct(self, view: memoryview, offset: int) -> int:
         """Bytes that were read. The rest is read the other way, which names what is wrong."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import numaload as api
+from cgroups import cgroup
 from commands import Numaload
 from confined import DOCKER
 from numaload.numa.syscalls import MPOL_BIND, set_mempolicy
@@ -124,3 +128,94 @@ def test_where_move_pages_is_refused_files_are_told(
     assert [row["on_nodes"] for row in rows] == [row["on_nodes"] for row in usual]
     assert all(tensor["on_nodes"] == {} for row in rows for tensor in row["tensors"])
     assert len(placed) > 2
+
+
+def counted(files: list[str]) -> dict[int, int]:
+    """{node: pages} of the page cache, as move_pages says of mappings made here."""
+    total: Counter[int] = Counter()
+    for path in files:
+        memory = np.memmap(path, np.uint8, mode="r")
+        assert int(memory[::PAGE].sum()) >= 0  # maps it
+        total.update(by_move_pages(memory.ctypes.data, len(memory)))
+    return dict(total)
+
+
+def test_pages_on_the_wrong_node_are_told_and_moved(
+    numaload: Numaload, model_files: list[str], nodes: list[int]
+) -> None:
+    assert api.evict(model_files).done
+    first, second = nodes[:2]
+    size = sum(map(os.path.getsize, model_files))
+    assert numaload.json("prewarm", model_files[0], "--nodes", first)["done"]
+    wrong = numaload("prewarm", model_files[0], "--nodes", second, status=1)
+    assert "are on other nodes" in wrong.stderr
+    assert "--move" in wrong.stderr
+    moved = numaload.json("prewarm", model_files[0], "--nodes", second, "--move")
+    assert moved["moved"] >= size
+    assert moved["read"] == moved["elsewhere"] == 0
+    assert moved["unmoved"] == {}
+    assert moved["done"]
+    assert set(counted(model_files)) == {second}
+
+
+def test_what_others_map_cannot_be_moved(
+    numaload: Numaload, model_files: list[str], nodes: list[int]
+) -> None:
+    assert api.evict(model_files).done
+    first, second = nodes[:2]
+    numaload("prewarm", model_files[0], "--nodes", first)
+    assert set(counted(model_files)) == {first}
+    memory = np.memmap(model_files[0], np.uint8, mode="r")
+    assert int(memory[::PAGE].sum()) >= 0  # and keeps it mapped
+    report = numaload.json("prewarm", model_files[0], "--nodes", second, "--move", status=1)
+    assert report["elsewhere"] >= len(memory) - PAGE
+    assert sum(report["unmoved"].values()) >= len(memory) - PAGE
+    assert not report["done"]
+
+
+def test_some_layers_on_a_node(
+    numaload: Numaload, model_files: list[str], nodes: list[int]
+) -> None:
+    assert api.evict(model_files).done
+    report = numaload.json("prewarm", model_files[0], "--layers", "0", "--nodes", nodes[1])
+    assert report["done"]
+    assert report["on_nodes"] == {str(nodes[1]): report["on_nodes"][str(nodes[1])]}
+    assert (
+        report["size"] <= report["on_nodes"][str(nodes[1])] < sum(map(os.path.getsize, model_files))
+    )
+
+
+@pytest.mark.parametrize("limit", ["memory.max", "memory.high"])
+def test_it_stops_before_it_pushes_out_its_own_head(
+    numaload: Numaload, model_files: list[str], limit: str
+) -> None:
+    """A group's memory is too small for the file: it is refused, or forced as far as it goes."""
+    filler = os.path.join(os.path.dirname(model_files[0]), "filler")
+    api.evict(filler)
+    with cgroup({limit: str(400 << 20)}) as folder:
+        there = numaload.within(cgroup=folder)
+        refused = there("prewarm", filler, status=1)
+        assert limit in refused.stderr
+        assert "--force" in refused.stderr
+        assert api.residency(filler).resident < 16 << 20
+        report = there.json("prewarm", filler, "--force", status=1)
+        events = Path(folder, "memory.events").read_text().split()
+        assert events[events.index("oom_kill") + 1] == "0"
+        assert report["stopped"]
+        assert 64 << 20 < report["read"] < 400 << 20
+        # All that was read is still there: that is what it stopped for.
+        assert api.residency(filler).resident >= 0.9 * report["read"]
+    api.evict(filler)
+
+
+def test_processes_on_other_nodes_wait_and_then_look(
+    numaload: Numaload, model_files: list[str], nodes: list[int]
+) -> None:
+    """Each byte is read once, and whoever wanted it elsewhere is told where it is."""
+    assert api.evict(model_files).done
+    jobs = [numaload.start("prewarm", model_files[0], "--nodes", n, "--json") for n in nodes[:2]]
+    outputs = [job.communicate(timeout=300)[0] for job in jobs]
+    reports = [json.loads(text) for text in outputs]
+    size = sum(map(os.path.getsize, model_files))
+    assert sum(report["read"] for report in reports) < 1.1 * size
+    assert sorted(job.returncode for job in jobs) == [0, 1]

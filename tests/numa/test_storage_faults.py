@@ -121,9 +121,10 @@ def failed(numaload: Numaload, *words: object) -> str:
 
 
 def entries(numaload: Numaload) -> list[str]:
-    """What the store holds but for its lock and the list of models used: replicas, whole or not."""
+    """What the store holds but for its lock, the list of models used, and empty folders."""
     names = (str(path.relative_to(numaload.store)) for path in numaload.store.rglob("*"))
-    return [name for name in names if name != "lock" and not name.startswith("known")]
+    usual = ("lock", "reading", "prewarming")
+    return [name for name in names if name not in usual and not name.startswith("known")]
 
 
 def works_again(numaload: Numaload, volume: Volume, originals: list[str]) -> None:
@@ -379,3 +380,31 @@ def test_file_systems_for_later() -> None:
     names = Path("/proc/filesystems").read_text().split()
     assert {"ext4", "fuse", "nfs"} <= set(names)
     os.close(os.open("/dev/fuse", os.O_RDWR))
+
+
+def test_mirror_on_all_nodes_reads_each_byte_once(
+    volume: Volume, numaload: Numaload, nodes: list[int]
+) -> None:
+    size = sum(map(os.path.getsize, volume.files))
+    evict(volume.files)
+    before = volume.disk.sectors_read()
+    (report,) = numaload.json("mirror", volume.model, "--nodes", "all")
+    read = (volume.disk.sectors_read() - before) * SECTOR
+    assert report["placed"]
+    assert report["copied"] == 2 * size
+    assert size * 0.9 < read < size * 1.1
+    assert report["plan"]["way"] == "direct"
+    assert resident(volume.files) < size / 4
+    numaload("release")
+
+
+@pytest.mark.parametrize("way", ["mapped", "buffered"])
+def test_page_cache_in_huge_reads_is_all_there(
+    volume: Volume, numaload: Numaload, way: str
+) -> None:
+    """Also where the file system has no huge folios, as ext4 here."""
+    evict(volume.files)
+    report = numaload.json("prewarm", volume.model, "--way", way)
+    assert report["done"]
+    assert report["plan"]["way"] == way
+    assert resident(volume.files) == sum(map(os.path.getsize, volume.files))

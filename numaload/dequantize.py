@@ -24,6 +24,7 @@ PIECE = 1 << 16  # weights of a big-endian file that a worker turns round at a t
 # Bytes of output: from here on it goes past the caches. It would push out what is in them, and be
 # gone itself before somebody reads the beginning.
 LARGE = 8 << 20
+LINE = 64  # bytes of a line of the caches
 
 Blocks = NDArray[np.uint8]  # (n_blocks, type_size)
 
@@ -68,6 +69,8 @@ class Conversion:
         past_caches: for what is not read again soon, see ``LARGE``.
         """
         bits = out.view(self._bits)
+        # Stores past the caches that cross their lines are 13 times as slow as plain ones.
+        past_caches = past_caches and bits.__array_interface__["data"][0] % LINE == 0
         whole = len(blocks) // self.step_bytes
         first, done = whole * self.step_bytes, whole * self.step
         if whole:

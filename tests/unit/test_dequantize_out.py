@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
 
-from numaload.dequantize import DTYPES, as_output, dequantize_blocks, dtype_of
+from numaload.dequantize import DTYPES, Conversion, as_output, dequantize_blocks, dtype_of
 from numaload.errors import UnsupportedTypeError, UsageError
 from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.numa.topology import topology
@@ -241,3 +241,22 @@ def test_widening_float32_needs_no_other_package() -> None:
         "assert 'gguf' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("offset", [0, 16, 32, 64])
+def test_memory_across_lines_of_the_caches_is_written_through_them(offset: int) -> None:
+    """Past them that took 13 times as long; the floats are the same."""
+    convert = Conversion(QuantType.F16, BF16)
+    asked = []
+
+    def run(blocks: Any, bits: Any, past_caches: bool) -> None:
+        asked.append(past_caches)
+        bits[:] = 7
+
+    convert._run = run
+    memory = np.zeros(4096, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    out = memory[start : start + 2048].view(BF16)
+    convert(np.zeros(2048, np.uint8), out, True)
+    assert asked == [offset % 64 == 0]
+    assert (out.view(np.uint16) == 7).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -76,8 +77,8 @@ def test_kernels_that_read_huge_folios(
         def __init__(self) -> None:
             self.release = release
 
-    monkeypatch.setattr(plan.os, "uname", Named)
-    monkeypatch.setattr(plan.os.path, "isdir", lambda _: True)
+    monkeypatch.setattr(os, "uname", Named)
+    monkeypatch.setattr(os.path, "isdir", lambda _: True)
     assert plan.huge_reads() == able
 
 

@@ -17,11 +17,11 @@ from statistics import median
 from numaload.demo import parse_size, write_model
 from numaload.numa.mapping import map_private
 from numaload.numa.topology import topology
+from numaload.pagecache.prewarm import prewarm
 from numaload.replicas.arena import private_memory, store_memory
 from numaload.replicas.build import CHUNK, Allocate, build
 from numaload.storage import userdir
 from numaload.storage.files import SourceFile
-from numaload.pagecache.prewarm import prewarm
 
 
 def touch(nbytes: int) -> None:

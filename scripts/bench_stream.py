@@ -85,7 +85,7 @@ class Stages:
         numaload.prewarm(self.path)
 
     def read_out(self) -> None:
-        step = AT_ONCE * self.weights.parts[0].file.size // sum(t.size for t in self.tensors)
+        step = AT_ONCE
         file, workers = self.weights.parts[0].file, self.weights.workers()
 
         def read(start: int, stop: int) -> None:

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from numaload.errors import ReadError, warn_once
+from numaload.errors import CancelledError, warn_once
+from numaload.numa.stopping import until
 from numaload.numa.threads import name_thread
 from numaload.storage.device import device_of
 from numaload.storage.files import SourceFile
@@ -16,6 +17,7 @@ from numaload.storage.residency import residency
 from numaload.storage.ways import IntoCache
 
 NO_THREAD = "raise ulimit -u, or the cgroup's pids.max"
+LEAST_THREADS = 3  # where two do not make the storage seek
 PROBES = 8  # pages of a piece that are asked for, where the kernel does not tell what is in RAM
 
 
@@ -73,13 +75,16 @@ class Ahead:
     def _way(self) -> Way | None:
         """For the first file of which something is absent; None where all is in RAM."""
         for one in self.ranges:
-            if one.file.fd < 0:  # closed: workers tell
+            if one.file.closed:  # workers tell
                 return None
             found = residency(one.file, one.start, one.stop)
             if found.absent:
                 device = device_of(one.file.path, network=one.file.is_network)
                 total = sum(each.stop - each.start for each in self.ranges)
-                return make_plan(CACHE, device, total, seen=found.known).way
+                way = make_plan(CACHE, device, total, seen=found.known).way
+                # Converting threads make each one wait for its turn in Python: others read on.
+                most = 1 if device.kind == "hdd" else max(LEAST_THREADS, way.threads)
+                return way._replace(threads=most)
         return None
 
     def _absent(self) -> Iterator[Piece]:
@@ -88,12 +93,15 @@ class Ahead:
             for start in range(one.start, one.stop, CHUNK):
                 stop = min(start + CHUNK, one.stop)
                 found = residency(one.file, start, stop)
-                if not found.known and resident(one.file.fd, start, stop - start):
+                unknown = not (found.known or one.file.is_network)  # which cannot tell either
+                if unknown and resident(one.file.fd, start, stop - start):
                     continue
                 for first, last in found.absent:
                     yield Piece(one.file, first, last, one.before + last - one.start)
 
     def took(self, nbytes: int) -> None:
+        if not self._threads:  # all is in RAM
+            return
         with self._moved:
             self._taken += nbytes
             if self._blocked:
@@ -101,6 +109,8 @@ class Ahead:
 
     def wait(self, position: int) -> None:
         """Until that many bytes of all that is wanted are there, or nobody is reading them."""
+        if not self._threads:
+            return
         with self._moved:
             self._moved.wait_for(
                 lambda: (
@@ -111,8 +121,8 @@ class Ahead:
             )
 
     def stop(self) -> None:
+        self._stopped = True  # at once: a thread that waits for a network may have the lock
         with self._moved:
-            self._stopped = True
             self._moved.notify_all()
         for thread in self._threads:
             if thread.ident is not None:
@@ -124,9 +134,10 @@ class Ahead:
         with self._moved:
             self._active += 1
         try:
-            while (piece := self._next(own)) is not None:
-                into.read(piece.file, piece.start, piece.stop, way.name)
-        except (OSError, ReadError):
+            with until(lambda: self._stopped):
+                while (piece := self._next(own)) is not None:
+                    into.read(piece.file, piece.start, piece.stop, way.name)
+        except (OSError, CancelledError):
             with self._moved:
                 self._stopped = True
         finally:

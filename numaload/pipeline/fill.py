@@ -22,7 +22,7 @@ from numaload.storage.reader import Progress
 from numaload.weights import Tensor
 
 WINDOW = 64 << 20  # bytes of files that are read ahead of the workers
-AT_ONCE = 1 << 20  # weights whose blocks are read at a time
+AT_ONCE = 2 << 20  # bytes of a file that are read at a time; more would leave a core's caches
 QUEUED = 8  # targets whose work is handed to the threads before the first of them is done
 
 Write = Callable[[Piece], None]  # puts it into its place
@@ -199,6 +199,9 @@ class _Converting:
             tensor.qtype, dtype, name=tensor.name, byte_order=tensor.byte_order
         )
 
+        convert = self.convert
+        self.step = max(1, AT_ONCE // convert.step_bytes) * convert.step
+
     def __call__(self, piece: Piece) -> None:
         place = piece.place
         if place.flags.c_contiguous:
@@ -209,8 +212,8 @@ class _Converting:
             place[...] = made.reshape(place.shape)
 
     def _put(self, first: int, flat: NDArray[Any], *, past_caches: bool) -> None:
-        """Not all at once: blocks that were just read shall still be in the second-level cache."""
-        target, step = self.target, max(1, AT_ONCE // self.convert.step) * self.convert.step
+        """Not all at once: blocks that were just read shall still be in the caches."""
+        target, step = self.target, self.step
         for start in range(0, flat.size, step):
             part = flat[start : start + step]
             blocks = fetch(

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from numaload.formats.qtypes import BLOCKS
 from numaload.weights import Tensor
 
-# Bytes of a piece's place: a huge page, so that no two threads are the first to touch the same one.
-PIECE = 2 << 20
-SCATTERED = PIECE // 4  # of a place that is not contiguous: there is a scratch of it in each thread
+# Bytes of a piece's place: whole huge pages, so that no two threads are the first to touch the same
+# one; and long enough that what threads of Python do to each other in between does not count.
+PIECE = 8 << 20
+SCATTERED = 512 << 10  # of a place that is not contiguous: there is a scratch of it in each thread
 
 
 class Target(NamedTuple):

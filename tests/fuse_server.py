@@ -99,9 +99,11 @@ class Server:
         elif what == "flushes":
             self.flushes = True
         elif what == "work":
-            self.stalled, self.slow_s = "", 0.0
+            self.slow_s = 0.0
             self.broken.clear()
             self.sizes.clear()
+        if what in ("work", "answer"):
+            self.stalled = ""
             waiting, self.waiting = self.waiting, []
             for request in waiting:
                 self.answer(request)

@@ -15,10 +15,12 @@ from typing import TypeVar
 
 from numaload.errors import NumaError
 from numaload.numa.affinity import pin
+from numaload.numa.stopping import until
 from numaload.numa.threads import name_thread
 from numaload.numa.topology import Topology
 
 T = TypeVar("T")
+NOTICE_S = 0.5
 PIECES_EACH = 4  # so that a thread that was interrupted does not hold up the rest
 
 
@@ -43,20 +45,24 @@ class Workers:
         except NumaError as error:
             self._refused = error  # raised from here it would break the pool and lose its name
 
-    def _run(self, function: Callable[..., T], *arguments: object) -> T:
+    def _run(self, wanted: list[bool], function: Callable[..., T], *arguments: object) -> T:
         if self._refused is not None:
             raise self._refused
-        return function(*arguments)
+        with until(lambda: not wanted):
+            return function(*arguments)
 
     def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
+        wanted = [True]  # emptied by ``finish``
         try:
-            return self._pool.submit(self._run, function, *arguments)
+            future = self._pool.submit(self._run, wanted, function, *arguments)
         except RuntimeError as error:  # of threading, which keeps no errno
             raise NumaError(
                 f"no thread can be started ({error}): ulimit -u, or the cgroup's pids.max",
                 call="clone",
                 errno=EAGAIN,
             ) from error
+        vars(future)["wanted"] = wanted
+        return future
 
     def ranges(self, function: Callable[[int, int], None], total: int, grain: int = 1) -> None:
         """Call ``function(start, stop)`` over [0, total), in pieces of at least ``grain``."""
@@ -105,18 +111,26 @@ class Workers:
 def finish(futures: list[Future[T]], stop: threading.Event | None = None) -> list[T]:
     """Wait for all; at the first error, or Ctrl-C, cancel what has not begun and wait for the rest.
 
-    stop: set in that case, for tasks that look at it.
+    stop: set in that case, for tasks that look at it. Those that wait for a network give up.
     """
     try:
-        wait(futures, return_when=FIRST_EXCEPTION)  # Ctrl-C ends this; polling costs too much
+        while not _settled(futures):
+            pass
         return [future.result() for future in futures if future.done()]
     except BaseException:
         if stop is not None:
             stop.set()
         for future in futures:
+            vars(future).get("wanted", []).clear()
             future.cancel()
         wait(futures)
         raise
+
+
+def _settled(futures: list[Future[T]]) -> bool:
+    """Waits, too. Ctrl-C that comes just as waiting begins would be noticed only at its end."""
+    done, running = wait(futures, NOTICE_S, FIRST_EXCEPTION)
+    return not running or any(not f.cancelled() and f.exception() for f in done)
 
 
 def _settle(futures: list[Future[None]], stop: threading.Event) -> None:

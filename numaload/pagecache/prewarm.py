@@ -18,6 +18,7 @@ from numaload.pagecache.report import PrewarmReport
 from numaload.storage import following, known
 from numaload.storage.device import device_of
 from numaload.storage.files import SourceFile
+from numaload.storage.files import io_timeout as waiting
 from numaload.storage.plan import CACHE, Forced, ReadPlan, make_plan
 from numaload.storage.reader import Progress
 from numaload.storage.residency import Residency, cached_on, residency
@@ -45,6 +46,7 @@ def prewarm(
     force: bool = False,
     background: bool = False,
     lock: bool = False,
+    io_timeout: float | None = None,
     progress: Progress | None = None,
     announce: Announce | None = None,
 ) -> PrewarmReport:
@@ -61,6 +63,7 @@ def prewarm(
     would be pushed out. announce: called with the plan, if there is something to read.
     background: return when another process has begun to read. lock: another process reads, and
     keeps all of it locked in RAM until it is released. See ``report.holder`` for either.
+    io_timeout: seconds to wait for an answer of a network file system, then StalledError.
     Raises: ReadError, SplitError, NodeMemoryError, CancelledError, UsageError, NumaError,
     TensorNotFoundError.
     """
@@ -69,23 +72,24 @@ def prewarm(
     placing = _placing(nodes, policy, move=move)
     if max_rate is not None and max_rate < 1:
         raise UsageError(f"max_rate: {max_rate} bytes a second, expected at least 1")
-    models = models_of(what)
-    if background or lock:
-        from numaload.pagecache.holder import Wanted, prewarm_held
-
-        how = {
-            "nodes": placing.nodes if placing else None, "policy": policy, "move": move,
-            "way": way, "threads": threads, "chunk": chunk, "order": order,
-            "max_rate": max_rate, "force": force,
-        }  # fmt: skip
-        wanted = Wanted.of(models, tensors, layers, how, lock=lock)
-        return prewarm_held(wanted, background=background, progress=progress)
 
     def run(files: list[SourceFile], runs: list[Runs]) -> PrewarmReport:
         job = _Prewarming(files, runs, placing, forced, max_rate)
         return job.run(progress, announce, force=force)
 
-    return _on_files(models, choose(models, tensors, layers), run)
+    with waiting(io_timeout):
+        models = models_of(what)
+        if not (background or lock):
+            return _on_files(models, choose(models, tensors, layers), run)
+        from numaload.pagecache.holder import Wanted, prewarm_held
+
+        how = {
+            "nodes": placing.nodes if placing else None, "policy": policy, "move": move,
+            "way": way, "threads": threads, "chunk": chunk, "order": order,
+            "max_rate": max_rate, "force": force, "io_timeout": io_timeout,
+        }  # fmt: skip
+        wanted = Wanted.of(models, tensors, layers, how, lock=lock)
+        return prewarm_held(wanted, background=background, progress=progress)
 
 
 def _on_files(

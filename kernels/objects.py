@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import cache
 
 import llvmlite.binding as llvm
 
+from numaload.kernels import fromfile
 from numaload.kernels.target import machine
 
 # numba's calling convention: (where the result goes, where an exception would go, the arguments):
@@ -21,19 +24,49 @@ PROTOTYPE = ctypes.CFUNCTYPE(
 )
 
 
-class Function:
-    """A linked kernel: (address of blocks, address of floats, n_blocks, past the caches)."""
+# What `fromfile.py` describes.
+FROM_FILE = ctypes.CFUNCTYPE(
+    ctypes.c_int64,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    *[ctypes.c_int64] * 5,
+    *[ctypes.c_void_p] * 2,
+    ctypes.c_int64,
+)
+
+
+class _Linked:
+    """``address`` of a function in an object file, which lives as long as this does."""
 
     def __init__(self, code: bytes, name: str) -> None:
         """Raises: ValueError, RuntimeError if it is no object file or has no such function."""
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine())
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
-        address = engine.get_function_address(name)
-        if not address:
+        self.address: int = engine.get_function_address(name)
+        if not self.address:
             raise ValueError(f"no function {name} in the object file")
-        self._engine = engine  # the code lives as long as it does
-        self._call = PROTOTYPE(address)
+        self._engine = engine
+
+
+@cache
+def _from_file() -> tuple[_Linked, Callable[..., int]]:
+    linked = _Linked(fromfile.object_code(), fromfile.NAME)
+    return linked, FROM_FILE(linked.address)
+
+
+class Function(_Linked):
+    """A linked kernel: (address of blocks, address of floats, n_blocks, past the caches)."""
+
+    def __init__(self, code: bytes, name: str) -> None:
+        """Raises: ValueError, RuntimeError if it is no object file or has no such function."""
+        super().__init__(code, name)
+        self._call = PROTOTYPE(self.address)
+
+    def from_file(self, fd: int, offset: int, nbytes: int, *how: int) -> int:
+        """Bytes of a file that were read and converted; see `fromfile.py` for the rest of it."""
+        _, call = _from_file()
+        return call(self.address, fd, offset, nbytes, *how)
 
     def __call__(self, blocks: int, floats: int, n_blocks: int, past_caches: int) -> None:
         done, exception = ctypes.c_int64(), ctypes.c_void_p()

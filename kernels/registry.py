@@ -89,7 +89,7 @@ def load(qtype: QuantType, dtype: str) -> Kernel | None:
         return _loaded[qtype, dtype]
     with _lock:
         if (qtype, dtype) not in _loaded:
-            make = _interpreted if interpreted() else _compiled
+            make = _interpreted if interpreted() else Compiled
             _loaded[qtype, dtype] = _in_thread(lambda: make(qtype, dtype))
         return _loaded[qtype, dtype]
 
@@ -179,16 +179,39 @@ def load_fill() -> Callable[[int, int, int, int], None]:
     return Function(object_code("fill", "float32", parts), "fill")
 
 
-def _compiled(qtype: QuantType, dtype: str) -> Kernel:
-    from numaload.kernels.objects import Function
+class Compiled:
+    """A kernel that can read its blocks itself."""
 
-    name, code = compiled(qtype, dtype)
-    function, (_, nbytes) = Function(code, name), step(qtype)
+    def __init__(self, qtype: QuantType, dtype: str) -> None:
+        from numaload.kernels.objects import Function
 
-    def kernel(blocks: NDArray[np.uint8], floats: NDArray[Any], past_caches: bool) -> None:
-        function(blocks.ctypes.data, floats.ctypes.data, blocks.nbytes // nbytes, past_caches)
+        name, code = compiled(qtype, dtype)
+        self._function = Function(code, name)
+        _, self.step_bytes = step(qtype)
 
-    return kernel
+    def __call__(self, blocks: NDArray[np.uint8], floats: NDArray[Any], past_caches: bool) -> None:
+        n_blocks = blocks.nbytes // self.step_bytes
+        self._function(blocks.ctypes.data, floats.ctypes.data, n_blocks, past_caches)
+
+    def from_file(
+        self,
+        fd: int,
+        offset: int,
+        floats: NDArray[Any],
+        steps: int,
+        scratch: NDArray[np.uint8],
+        past_caches: bool,
+    ) -> int:
+        """How many of ``steps`` at ``offset`` were read and converted; fewer at an error.
+
+        scratch: memory for what is read at a time.
+        """
+        part = scratch.nbytes // self.step_bytes * self.step_bytes
+        done = self._function.from_file(
+            fd, offset, steps * self.step_bytes, self.step_bytes, floats.nbytes // steps, part,
+            scratch.ctypes.data, floats.ctypes.data, past_caches,
+        )  # fmt: skip
+        return done // self.step_bytes
 
 
 def _interpreted(qtype: QuantType, dtype: str) -> Kernel:

@@ -78,6 +78,26 @@ class Conversion:
         if bits.size > done:
             self._finish(blocks[first:], bits[done:])
 
+    @property
+    def reads(self) -> bool:
+        """Whether ``read`` can be had: not of big-endian files, nor where kernels run as Python."""
+        return isinstance(self._run, registry.Compiled)
+
+    def read(
+        self, fd: int, offset: int, out: NDArray[Any], scratch: NDArray[np.uint8], past_caches: bool
+    ) -> int:
+        """Floats of ``out`` that were made of what is at ``offset`` of a file: whole steps.
+
+        Fewer than those that there are where it cannot be read. scratch: for what is read at a
+        time, a step at least.
+        """
+        steps = out.size // self.step
+        if not steps or not isinstance(self._run, registry.Compiled):
+            return 0
+        bits = out[: steps * self.step].view(self._bits)
+        past = past_caches and bits.__array_interface__["data"][0] % LINE == 0
+        return self._run.from_file(fd, offset, bits, steps, scratch, past) * self.step
+
     def _finish(self, rest: NDArray[np.uint8], out: NDArray[Any]) -> None:
         """The last floats that are no whole step, by way of one."""
         blocks, floats = np.zeros(self.step_bytes, np.uint8), np.empty(self.step, out.dtype)

@@ -18,11 +18,15 @@ from numaload.numa.workers import Workers, finish
 from numaload.pipeline.ahead import Ahead, Range
 from numaload.pipeline.pieces import Piece, Target, pieces
 from numaload.pipeline.source import fetch, scratch
+from numaload.storage.files import SourceFile
 from numaload.storage.reader import Progress
 from numaload.weights import Tensor
 
 WINDOW = 64 << 20  # bytes of files that are read ahead of the workers
-AT_ONCE = 2 << 20  # bytes of a file that are read at a time; more would leave a core's caches
+READ = 512 << 10  # bytes of a file that are read and converted at a time
+AT_ONCE = (
+    2 << 20
+)  # the same by Python, bytes of a file that are read at a time; more would leave a core's caches
 QUEUED = 8  # targets whose work is handed to the threads before the first of them is done
 
 Write = Callable[[Piece], None]  # puts it into its place
@@ -213,13 +217,27 @@ class _Converting:
 
     def _put(self, first: int, flat: NDArray[Any], *, past_caches: bool) -> None:
         """Not all at once: blocks that were just read shall still be in the caches."""
-        target, step = self.target, self.step
-        for start in range(0, flat.size, step):
-            part = flat[start : start + step]
+        target, done = self.target, 0
+        if self.convert.reads and target.tensor.is_file and not target.tensor.file.is_network:
+            done = self._read(first, flat, past_caches=past_caches)
+        for start in range(done, flat.size, self.step):
+            part = flat[start : start + self.step]
             blocks = fetch(
                 target.tensor, target.bytes_of(first + start), target.bytes_of(part.size)
             )
             self.convert(blocks, part, past_caches)
+
+    def _read(self, first: int, flat: NDArray[Any], *, past_caches: bool) -> int:
+        """Without Python between reading and converting; how much of it that did."""
+        tensor, done = self.target.tensor, [0]
+        offset = tensor.offset + self.target.bytes_of(first)
+        part = scratch("blocks", max(READ, self.convert.step_bytes))
+
+        def read(file: SourceFile) -> None:
+            done[0] = self.convert.read(file.fd, offset, flat, part, past_caches)
+
+        tensor.read_by(read)
+        return done[0]
 
 
 class _Raw:

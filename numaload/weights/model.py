@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -151,10 +151,14 @@ class Weights(Mapping[str, Tensor]):
 
         Raises: ReadError, FileChangedError, ClosedError.
         """
+        self.read_by(part, lambda file: file.read_into(view, offset))
+
+    def read_by(self, part: int, read: Callable[[SourceFile], None]) -> None:
+        """Call ``read`` with a file. Raises: what it raises, FileChangedError, ClosedError."""
         file = self._parts[part].file
         self._check_open(file)
         try:
-            file.read_into(view, offset)
+            read(file)
             file.check_unchanged()  # not before: what is written while it is read counts
         finally:
             self._check_open(file)  # once it is closed, its descriptor may be another file's

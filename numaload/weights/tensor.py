@@ -13,6 +13,8 @@ from numaload.formats.qtypes import BLOCKS, FLOATS, QuantType
 from numaload.formats.safetensors import SafeTensorInfo
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -134,6 +136,13 @@ class Tensor:
                 f"tensor {self.name!r}: bytes {start} to {start + view.nbytes} of {self.nbytes}"
             )
         self._weights.read_into(self._part, view, self.offset + start)
+
+    def read_by(self, read: Callable[[SourceFile], None]) -> None:
+        """Call ``read`` with the file that holds it, for reading from its descriptor.
+
+        Raises: what it raises, FileChangedError, ClosedError.
+        """
+        self._weights.read_by(self._part, read)
 
     @property
     def blocks(self) -> NDArray[np.uint8]:

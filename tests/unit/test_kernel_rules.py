@@ -23,7 +23,9 @@ TREES = {name: ast.parse(text, name) for name, text in SOURCES.items()}
 FAMILIES = sorted({module for module, _ in registry.KERNELS.values()})
 WORDS = {"lanes", "grids"}
 LOWERING = {"lowering", "halves"}
-MACHINERY = {"baselines", "cache", "compile", "loops", "objects", "registry", "target", *LOWERING}
+MACHINERY = {
+    "baselines", "cache", "compile", "fromfile", "loops", "objects", "registry", "target", *LOWERING
+}  # fmt: skip
 FLOATS = "floats"  # the family whose functions read 16 weights instead of a block
 PACKAGE = "numaload.kernels"
 # {module that is no part of Python or of this package: the files that may import it}

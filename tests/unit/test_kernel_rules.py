@@ -32,7 +32,7 @@ PACKAGE = "numaload.kernels"
 OUTSIDE = {
     "numpy": {*FAMILIES, *WORDS, "registry"},
     "numba": {"compile", *LOWERING},
-    "llvmlite": {"compile", "objects", "target", *LOWERING},
+    "llvmlite": {"compile", "fromfile", "objects", "target", *LOWERING},
 }
 STEPS = 16  # a loop is unrolled: of more, code would outgrow its cache
 

@@ -1,5 +1,7 @@
-"""How fast replicas are filled, beside plain reads of the same warm file in the same run.
+"""How fast memory is filled from a file, beside plain reads of the same file in the same run.
 
+Warm: replicas beside pread. Cold (--cold): a private copy (open(copy=True)) and a replica in the
+store, with all that proves and publishes it, beside the direct read into a reused huge-page buffer.
 Rounds alternate over all rows; before each timing as much memory as it needs is touched and freed,
 since memory that a hypervisor has not backed yet is several times slower to touch.
 """
@@ -7,21 +9,29 @@ since memory that a hypervisor has not backed yet is several times slower to tou
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
+import numaload
+from numaload.bench.read_report import median_interval
 from numaload.demo import parse_size, write_model
 from numaload.numa.mapping import map_private
 from numaload.numa.topology import topology
-from numaload.pagecache.prewarm import prewarm
+from numaload.replicas import store
 from numaload.replicas.arena import private_memory, store_memory
 from numaload.replicas.build import CHUNK, Allocate, build
 from numaload.storage import userdir
+from numaload.storage.copy import copy_files
 from numaload.storage.files import SourceFile
+
+Row = Callable[[], float]  # seconds
+DIRECT_CHUNK = 8 << 20
 
 
 def touch(nbytes: int) -> None:
@@ -30,6 +40,23 @@ def touch(nbytes: int) -> None:
         view = mapping.view(write=True)
         for offset in range(0, nbytes, 4096):
             view[offset] = 1
+
+
+@contextmanager
+def timed(seconds: list[float]) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    seconds.append(time.perf_counter() - begin)
+
+
+def taking(run: Callable[[], None]) -> Row:
+    def row() -> float:
+        seconds: list[float] = []
+        with timed(seconds):
+            run()
+        return seconds[0]
+
+    return row
 
 
 def read_fresh(files: Sequence[SourceFile]) -> None:
@@ -49,47 +76,98 @@ def read_reused(files: Sequence[SourceFile]) -> None:
             file.read_into(buffer[: min(CHUNK, file.size - start)], start)
 
 
+def read_direct(files: Sequence[SourceFile]) -> None:
+    """The limit of the device: O_DIRECT into one huge-page buffer again and again."""
+    with map_private(DIRECT_CHUNK) as mapping, mapping.view(write=True) as view:
+        for file in files:
+            fd = os.open(file.path, os.O_RDONLY | os.O_DIRECT)
+            for start in range(0, file.size, DIRECT_CHUNK):
+                os.preadv(fd, [view], start)
+            os.close(fd)
+
+
 def replica(files: Sequence[SourceFile], allocate: Allocate) -> None:
     machine = topology()
     build(files, [(machine.all[0],)], allocate, machine).close()
+
+
+def copied(files: Sequence[SourceFile]) -> float:
+    """Without giving the memory back."""
+    seconds: list[float] = []
+    with timed(seconds):
+        copies = copy_files(files)
+    for copy in copies:
+        copy.close()
+    return seconds[0]
+
+
+def mirrored(path: str) -> float:
+    """All that ``numaload mirror`` does, without giving the memory back."""
+    seconds: list[float] = []
+    with timed(seconds):
+        made = numaload.mirror(path, shared=True)
+    made.close()
+    store.release(store.entries())
+    return seconds[0]
+
+
+def warm_rows(files: Sequence[SourceFile], folder: int) -> dict[str, Row]:
+    return {
+        "pread, fresh huge pages": taking(lambda: read_fresh(files)),
+        "pread, one small buffer": taking(lambda: read_reused(files)),
+        "replica, private": taking(lambda: replica(files, private_memory())),
+        "replica, shared": taking(lambda: replica(files, store_memory(folder))),
+    }
+
+
+def cold_rows(files: Sequence[SourceFile]) -> dict[str, Row]:
+    return {
+        "direct, reused buffer": taking(lambda: read_direct(files)),
+        "private copy": lambda: copied(files),
+        "mirror in the store": lambda: mirrored(files[0].path),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=parse_size, default="1G")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cold", action="store_true")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="numaload-bench-", dir="/var/tmp"))
+    memory = Path(tempfile.mkdtemp(prefix="numaload-bench-", dir="/dev/shm"))
+    os.environ["NUMALOAD_STORE"] = str(memory / "store")
     try:
         files = [SourceFile(p) for p in write_model(str(folder / "m.gguf"), options.size)]
-        prewarm([file.path for file in files])
-        with userdir.opened() as store:
-            assert store is not None
-            rows: dict[str, Callable[[], None]] = {
-                "pread, one small buffer": lambda: read_reused(files),
-                "pread, fresh huge pages": lambda: read_fresh(files),
-                "replica, private": lambda: replica(files, private_memory()),
-                "replica, shared": lambda: replica(files, store_memory(store)),
-            }
-            measure(rows, sum(file.size for file in files), options.rounds)
+        with userdir.opened() as opened:
+            assert opened is not None
+            rows = cold_rows(files) if options.cold else warm_rows(files, opened)
+            measure(rows, files, options.rounds, cold=options.cold)
     finally:
         shutil.rmtree(folder)
+        shutil.rmtree(memory)
 
 
-def measure(rows: dict[str, Callable[[], None]], nbytes: int, rounds: int) -> None:
+def measure(rows: dict[str, Row], files: Sequence[SourceFile], rounds: int, *, cold: bool) -> None:
+    nbytes, paths = sum(file.size for file in files), [file.path for file in files]
     times: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(rounds):
         for name, run in rows.items():
-            touch(nbytes + (64 << 20))
-            begin = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begin)
-    base = median(times["pread, fresh huge pages"])
-    print(f"{nbytes / 2**30:.2f} GiB, warm, {rounds} rounds; median [least, most]")
+            touch(nbytes + (1 << 30))
+            if cold:
+                numaload.evict(paths)
+            else:
+                numaload.prewarm(paths)
+            times[name].append(run())
+    base = next(iter(times))
+    print(f"{nbytes / 2**30:.2f} GiB, {'cold' if cold else 'warm'}, {rounds} rounds; median")
     for name, row in times.items():
         low, mid, high = (nbytes / t / 1e9 for t in (max(row), median(row), min(row)))
+        ratios = [b / t for b, t in zip(times[base], row, strict=True)]
+        interval = median_interval(ratios)
         print(
-            f"{name:26}{mid:6.2f} [{low:.2f}, {high:.2f}] GB/s  {base / median(row):.2f} of fresh"
+            f"{name:26}{mid:6.2f} [{low:.2f}, {high:.2f}] GB/s, {median(ratios):.3f} of {base}"
+            f" {interval or ''}"
         )
 
 

@@ -25,7 +25,7 @@ class Room:
         nodes = {node for group in groups for node in group}
         self.trusted = dict.fromkeys(nodes, 0)  # bytes that may be filled before looking again
         self.pending = dict.fromkeys(nodes, 0)  # bytes that threads are filling just now
-        self.lock = threading.Lock()
+        self.lock, self.looking = threading.Lock(), threading.Lock()
 
     @contextmanager
     def taken(self, group: Group, nbytes: int) -> Iterator[None]:
@@ -43,25 +43,36 @@ class Room:
 
     def check(self, node: int, nbytes: int) -> None:
         """Looking takes longer than it takes eight threads to fill a chunk, so while there is
-        plenty a look is good for several chunks.
+        plenty a look is good for several chunks, and those who wait for one need none of their own.
         """
+        if self._is_trusted(node, nbytes):
+            return
+        with self.looking:
+            if not self._is_trusted(node, nbytes):
+                self._look(node, nbytes)
+
+    def _is_trusted(self, node: int, nbytes: int) -> bool:
         with self.lock:
+            if self.trusted[node] < nbytes:
+                return False
             self.trusted[node] -= nbytes
             self.pending[node] += nbytes
-            if self.trusted[node] >= 0:
-                return
-            needed = self.pending[node] + LEAST_FREE
+            return True
+
+    def _look(self, node: int, nbytes: int) -> None:
         limits = [Limit(f"node {node}", free_on(node, self.machine, bound=self.bound))]
         name, free = min([*limits, *cgroup_limits()], key=lambda limit: limit.free)
-        if free < needed:
-            self._finished(node, nbytes)
-            raise NodeMemoryError(
-                f"{name} ran out while node {node} was filled: needs {needed} bytes"
-                f" for the next chunks, has {free}; all of it is given back: free memory there, or"
-                " leave this node out (--nodes)",
-                node=node,
-                needed=needed,
-                free=free,
-            )
         with self.lock:
-            self.trusted[node] = min(TRUSTED, (free - LEAST_FREE) // 8)
+            needed = self.pending[node] + nbytes + LEAST_FREE
+            if free >= needed:
+                self.pending[node] += nbytes
+                self.trusted[node] = min(TRUSTED, (free - LEAST_FREE) // 8)
+                return
+        raise NodeMemoryError(
+            f"{name} ran out while node {node} was filled: needs {needed} bytes"
+            f" for the next chunks, has {free}; all of it is given back: free memory there, or"
+            " leave this node out (--nodes)",
+            node=node,
+            needed=needed,
+            free=free,
+        )

@@ -59,7 +59,7 @@ class Server:
         self.folder, self.fd = folder, fd
         self.names = sorted(os.listdir(folder))
         self.stalled, self.slow_s, self.flushes = "", 0.0, False
-        self.broken: dict[str, int] = {}  # first byte that gives EIO
+        self.broken: dict[str, int] = {}  # a byte that gives EIO
         self.sizes: dict[str, int] = {}  # other than they are
         self.waiting: list[bytes] = []
         self.later: list[tuple[float, bytes]] = []
@@ -193,7 +193,7 @@ class Server:
         name = self.name(node)
         _, offset, size = READ_IN.unpack_from(body)
         end = min(offset + size, self.size(name))
-        if self.broken.get(name, end) < end:
+        if offset <= self.broken.get(name, -1) < end:
             raise Refusal(errno.EIO)
         with open(os.path.join(self.folder, name), "rb") as file:
             return os.pread(file.fileno(), max(0, end - offset), offset)

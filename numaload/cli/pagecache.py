@@ -83,12 +83,14 @@ class Files:
         from numaload.errors import NumaError, ReadError
         from numaload.formats.splits import is_there
         from numaload.pagecache.residency import look, nodes_with_memory
-        from numaload.storage.files import SourceFile
+        from numaload.storage.files import SourceFile, reached
 
-        if not is_there(path):
-            return None
         try:
-            with SourceFile(path) as file:
+            with reached(path):
+                if not is_there(path):
+                    return None
+                file = SourceFile(path)
+            with file:
                 return look(file, self._spans_of(file), nodes_with_memory())
         except (ReadError, NumaError) as error:  # the others are still worth showing
             note(str(error))

@@ -69,7 +69,9 @@ def _wanted(files: list[str]) -> dict[str, set[str]]:
 def _names(paths: Any) -> set[str]:
     import os
 
-    return {name for path in paths for name in (os.path.abspath(path), os.path.realpath(path))}
+    from numaload.storage.files import real_path
+
+    return {name for path in paths for name in (os.path.abspath(path), real_path(path))}
 
 
 def _complain_none(missing: list[str]) -> None:

@@ -17,7 +17,7 @@ from numaload.pagecache.reading import POLICIES, Placing, Room, read_into_cache
 from numaload.pagecache.report import PrewarmReport
 from numaload.storage import following, known
 from numaload.storage.device import device_of
-from numaload.storage.files import SourceFile
+from numaload.storage.files import SourceFile, reached
 from numaload.storage.files import io_timeout as waiting
 from numaload.storage.plan import CACHE, Forced, ReadPlan, make_plan
 from numaload.storage.reader import Progress
@@ -283,7 +283,8 @@ def _remember(files: Mapping[str, SourceFile], models: Sequence[Sequence[str]]) 
     Raises: SplitError for a model of which a file is gone.
     """
     for paths in set(map(tuple, models)):
-        gone = [path for path in paths if not is_there(path)]
+        with reached(paths[0]):
+            gone = [path for path in paths if not is_there(path)]
         if gone and len(paths) > 1:
             message = f"went away while {len(paths)} files of one model were read"
             raise SplitError(message, path=gone[0])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from numaload.numa.placement import parse_smaps
-from numaload.storage.files import SourceFile
+from numaload.storage.files import Identity, SourceFile, real_path
 
 # Of a line of /proc/PID/maps: address, rights, offset, device, inode, and the rest is the name.
 LINE = re.compile(r"([0-9a-f]+)-[0-9a-f]+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)")
@@ -31,13 +31,14 @@ class User:
 def users_of(file: SourceFile) -> tuple[list[User], int]:
     """Those that map it, and how many processes could not be looked at."""
     pids = sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
-    seen = [_look(pid, file) for pid in pids]
+    name = real_path(file.path)
+    seen = [_look(pid, file.opened, name) for pid in pids]
     return [user for user in seen if isinstance(user, User)], seen.count(UNSEEN)
 
 
-def _look(pid: int, file: SourceFile) -> User | str | None:
+def _look(pid: int, file: Identity, name: str) -> User | str | None:
     try:
-        areas = set(_areas(pid, file))
+        areas = set(_areas(pid, file, name))
         return _user(pid, areas) if areas else None
     except PermissionError:
         return UNSEEN
@@ -45,14 +46,13 @@ def _look(pid: int, file: SourceFile) -> User | str | None:
         return None  # it ended
 
 
-def _areas(pid: int, file: SourceFile) -> Iterator[int]:
+def _areas(pid: int, file: Identity, name: str) -> Iterator[int]:
     """First addresses. Some file systems show another device here than stat: there, by name."""
-    status, name = os.fstat(file.fd), os.path.realpath(file.path)
-    device = (os.major(status.st_dev), os.minor(status.st_dev))
+    device = (os.major(file.device), os.minor(file.device))
     with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             words = LINE.match(line)
-            if words is None or int(words[4]) != status.st_ino:
+            if words is None or int(words[4]) != file.inode:
                 continue
             if (int(words[2], 16), int(words[3], 16)) == device or words[5] == name:
                 yield int(words[1], 16)

@@ -132,9 +132,11 @@ class _Walk:
             if name == "..":
                 del here[max(1, len(here) - 1) :]
                 continue
-            target = _link(f"{folder}/{name}")
+            path = f"{folder}/{name}"
+            top = self._top(row, path)
+            target = _link(path) if top is row else None  # nothing is mounted on links
             if target is None:
-                here.append((f"{folder}/{name}", self._top(row, f"{folder}/{name}")))
+                here.append((path, top))
                 continue
             links += 1
             if links > MAX_LINKS:

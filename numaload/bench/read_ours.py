@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from numaload.bench.read_turn import Done, Run, Turn, Unavailable
 from numaload.errors import NumaloadError
@@ -13,7 +13,8 @@ from numaload.storage.copy import copy_files
 from numaload.weights import open_weights
 
 
-class OneFile(NamedTuple):
+@dataclass
+class OneFile:
     """As opened weights, to whoever asks only for their files: not the other splits."""
 
     paths: list[str]

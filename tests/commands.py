@@ -93,7 +93,9 @@ def evict(paths: list[str]) -> None:
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            for _ in range(5):  # what the kernel is reading ahead just now stays the first time
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                time.sleep(0.002)
         finally:
             os.close(fd)
 

@@ -128,7 +128,7 @@ ELSEWHERE: dict[type[errors.NumaloadError], str] = {
     errors.NumaError: "tests/unit/test_syscalls.py",
     errors.NumaUnavailableError: "tests/unit/test_syscalls.py",
     errors.PlacementError: "tests/unit/test_placement.py",
-    errors.StalledError: "tests/numa/test_network_files.py",
+    errors.StalledError: "tests/unit/test_netreader.py",
     errors.StateDictError: "tests/acceptance/test_load_state_dict.py",
     errors.BackendError: "tests/unit/test_kt_kernel_parts.py",
 }

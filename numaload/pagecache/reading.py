@@ -122,7 +122,11 @@ def read_into_cache(
     threads = _Threads(files, reading, room, placing, exact=exact)
     machine = placing.machine if placing else topology()
     cpus = machine.cpus_of(placing.nodes) if placing else machine.cpus
-    plan = reading.run(absent, plan, threads.read, cpus, "numaload-prewarm")
+    try:
+        plan = reading.run(absent, plan, threads.read, cpus, "numaload-prewarm")
+    finally:
+        for into in threads.into:
+            into.close()  # an error that somebody keeps would keep them open
     return reading.done, plan
 
 
@@ -141,11 +145,13 @@ class _Threads:
         self.files, self.reading, self.room, self.placing = files, reading, room, placing
         self.exact = exact
         self.own = threading.local()
+        self.into: list[IntoCache] = []
 
     def read(self, piece: Piece, way: Way) -> None:
         if not hasattr(self.own, "into"):
             self.own.bound = self._bind()
             self.own.into = IntoCache(exact=self.exact)
+            self.into.append(self.own.into)
         if self.placing and not self.own.bound:
             node = self.placing.nodes[piece.offset // CHUNK % len(self.placing.nodes)]
             pin(self.placing.machine.cpus_of([node]))

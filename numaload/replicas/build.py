@@ -24,7 +24,7 @@ from numaload.storage.copy import plan_for
 from numaload.storage.files import SourceFile
 from numaload.storage.plan import BUFFERED, DIRECT, ReadPlan, Way
 from numaload.storage.reader import Piece, Progress, Reading
-from numaload.storage.residency import Residency, residency
+from numaload.storage.residency import Run, give_back, residency
 from numaload.storage.ways import IntoMemory
 
 CHUNK = 16 << 20  # bytes filled and checksummed at a time; a multiple of a huge page
@@ -153,7 +153,7 @@ class _Build:
                 source.close()
             for i, file in enumerate(self.files):
                 # Read-ahead reached beyond chunks, and a failed build ended within some.
-                self._give_back(file, self.before[i], 0, file.size)
+                give_back(file, self._not_wanted(i))
 
     def _plan(self) -> ReadPlan:
         """Whole chunks at a time. What is in RAM is copied, which takes a thread for each CPU."""
@@ -193,7 +193,7 @@ class _Build:
                     self.sources[which].read(part, start, name)
 
         self.sums[which][chunk] = self._fill(leader, piece, read)
-        dropped = self._give_back(self.files[which], self.before[which], piece.offset, piece.stop)
+        dropped = self._give_back(piece)
         with self.lock:
             self.given_back += dropped
         for group in self.groups:
@@ -265,19 +265,22 @@ class _Build:
                 chunk=chunk,
             )
 
-    def _give_back(self, file: SourceFile, before: Residency, start: int, stop: int) -> int:
-        """Drop the page cache that this build brought in; what was there before stays.
+    def _not_wanted(self, which: int, start: int = 0, stop: int | None = None) -> list[Run]:
+        """What of the page cache goes: that which this build brought in, or all of it.
 
-        Unless the source is not wanted any more. Its pages are counted as given back, where the
-        kernel does not tell which were there, only then.
+        What was there before stays, also where the kernel does not tell what that was.
         """
+        stop = self.files[which].size if stop is None else stop
         if self.drop_source:
-            file.drop_cache(start, stop - start)
-            return stop - start
+            return [(start, stop)] if start < stop else []
+        before = self.before[which]
+        return list(_overlaps(before.absent, start, stop)) if before.known else []
+
+    def _give_back(self, piece: Piece) -> int:
         dropped = 0
-        for first, last in _overlaps(before.absent, start, stop) if before.known else ():
-            file.drop_cache(first, last - first)
-            dropped += last - first
+        for start, stop in self._not_wanted(piece.which, piece.offset, piece.stop):
+            self.files[piece.which].drop_cache(start, stop - start)
+            dropped += stop - start
         return dropped
 
 

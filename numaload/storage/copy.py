@@ -15,7 +15,7 @@ from numaload.storage.device import device_of
 from numaload.storage.files import SourceFile
 from numaload.storage.plan import BUFFERED, DIRECT, MEMORY, ReadPlan, Way, make_plan
 from numaload.storage.reader import Piece, Progress, Reading
-from numaload.storage.residency import Residency, present, residency
+from numaload.storage.residency import Residency, give_back, present, residency
 from numaload.storage.ways import IntoMemory
 
 PAGE_TABLES, LEAST_FREE = 512, 32 << 20  # a byte for so many copied; bytes that stay free
@@ -92,8 +92,7 @@ class _Copying:
                 runs = [found.absent if absent else present(found) for found in self.before]
                 run(runs, planned, _Work(self, sources, absent=absent).read, cpus, "numaload-copy")
         for file, found in zip(self.files, self.before, strict=True):
-            for start, stop in found.absent if found.known else ():  # read-ahead reached beyond
-                file.drop_cache(start, stop - start)
+            give_back(file, found.absent if found.known else ())  # read-ahead reached beyond
 
     def look(self) -> None:
         """Others may take the memory meanwhile, and the kernel would kill rather than fail."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from numaload.numa import syscalls
@@ -29,6 +30,8 @@ PRESENT_RUN = re.compile(rb"[^\0]+")
 # File systems of which a file's pages are those of another file: cachestat finds none.
 # overlayfs, FUSE (where it passes through), aufs, shiftfs: linux/magic.h and their sources.
 STACKED = {0x794C7630, 0x65735546, 0x61756673, 0x6A656A62}
+
+TRIES, PAUSE_S = 5, 0.005  # pages that are just being read cannot be dropped yet
 
 Run = tuple[int, int]  # (start, stop) in bytes of a file
 
@@ -207,3 +210,15 @@ def present(found: Residency) -> Iterator[tuple[int, int]]:
         if start > begin:
             yield begin, start
         begin = stop
+
+
+def give_back(file: SourceFile, runs: Iterable[Run]) -> None:
+    """Drop the page cache of these bytes; also what the kernel is still reading ahead there."""
+    todo = list(runs)
+    for attempt in range(TRIES):
+        time.sleep(PAUSE_S * attempt)
+        for start, stop in todo:
+            file.drop_cache(start, stop - start)
+        todo = [(start, stop) for start, stop in todo if cached_bytes(file, start, stop - start)]
+        if not todo:
+            return

@@ -141,7 +141,8 @@ def test_only_some_tensors(numaload: Numaload, layers: str, way: str) -> None:
     there = shares(layers)
     chosen = {f"blk.{i}.ffn_down.weight" for i in (0, 2, 4)}
     assert all(there.pop(name) > KEPT for name in chosen)
-    assert max(there.values()) < 0.5  # reading ahead reaches some MiB into neighbours
+    # Buffered reads reach as far ahead as the device is set to: here it may be 16 MiB.
+    assert max(there.values()) < {"mapped": 0.2, "buffered": 0.8}[way]
     assert "3 tensors of 1 files" in numaload("prewarm", layers, "--tensors", "[024].ffn_d").stdout
 
 
@@ -168,7 +169,8 @@ def test_the_rate_is_not_exceeded(numaload: Numaload, cold: str) -> None:
 def test_reading_into_memory_gives_the_same_bytes(cold: str, state: str) -> None:
     """Past the page cache where it is cold, from it where it is warm, and the odd end both ways."""
     size = os.path.getsize(cold)
-    with open(cold, "rb") as file:
+    with open(cold, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # and nothing is read ahead
         file.read({"cold": 0, "half": size // 2 + 777, "warm": size}[state])
     with SourceFile(cold) as source:
         before = residency(source).resident

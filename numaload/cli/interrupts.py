@@ -15,6 +15,7 @@ Only the process whose command line this is does that; users of the API keep the
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -36,6 +37,8 @@ def take_over() -> None:
         signal.signal(signal.SIGALRM, _end)
         sys.unraisablehook = _lost
         signal.signal(signal.SIGINT, _first)
+        # Last of all, after threads were waited for: Python itself would give it back its default.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         _taken = True
 
 

@@ -157,10 +157,11 @@ class StalledError(ReadError, TimeoutError):
     """
 
     def __init__(
-        self, message: str, *, path: str, offset: int | None = None, seconds: float = 0.0,
-        server: str = "", mount: str = "",
+        self, message: str, *, path: str, offset: int | None = None, advice: str = "",
+        seconds: float = 0.0, server: str = "", mount: str = "",
     ) -> None:  # fmt: skip
         super().__init__(message, path=path, offset=offset)
+        self.args = (f"{self.args[0]}{advice}",)
         self.seconds, self.server, self.mount = seconds, server, mount
 
 

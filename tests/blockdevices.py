@@ -18,6 +18,7 @@ VERSION = (4, 0, 0)
 HEADER = struct.Struct("3IIIIiIII Q128s129s7x")  # struct dm_ioctl
 TARGET = struct.Struct("QQiI16s")  # struct dm_target_spec; its arguments follow
 CREATE, REMOVE, SUSPEND, LOAD = 3, 4, 6, 9
+SUSPENDED = 1 << 1  # rather than resumed
 SKIP_LOCKFS = 1 << 10  # a file system on a broken disk cannot be frozen first
 
 FIEMAP, FIEMAP_EXTENT = struct.Struct("QQ4I"), struct.Struct("5Q4I")
@@ -71,6 +72,10 @@ class MappedDisk:
     def delay(self, milliseconds: int) -> None:
         """Every request takes this long."""
         self.load([Segment(0, self.sectors, "delay", f"{self.disk} 0 {milliseconds}")])
+
+    def hold(self) -> None:
+        """Requests that are under way end, others wait until it shall ``work`` or ``fail``."""
+        self._call(SUSPEND, flags=SUSPENDED | SKIP_LOCKFS)
 
     def load(self, table: Sequence[Segment]) -> None:
         """Exchange the table, also under a mounted file system."""

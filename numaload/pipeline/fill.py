@@ -69,7 +69,7 @@ class Work:
         self.idle = threading.Condition(self.lock)
         ranges = _ranges(todo)
         self.ahead = Ahead(ranges, ahead)
-        self.before = {(one.file.fd, one.start): one.before for one in ranges}
+        self.before = {(one.file, one.start): one.before for one in ranges}
 
     def __enter__(self) -> Work:
         if self.progress:
@@ -121,7 +121,7 @@ class Work:
         tensor = target.tensor
         if not tensor.is_file or not target.nbytes:
             return lambda _: None
-        before = self.before[tensor.file.fd, tensor.offset + target.start] - target.start
+        before = self.before[tensor.file, tensor.offset + target.start] - target.start
 
         def wait(piece: Piece) -> None:
             self.ahead.wait(before + target.bytes_of(piece.first + piece.place.size))

@@ -62,9 +62,11 @@ class Wait(NamedTuple):
             raise CancelledError("interrupted")
         if self.seconds is not None and waited >= self.seconds:
             raise StalledError(
-                f"no answer for {self.seconds:g} s from {self.network}: {self._advice()}",
+                f"no answer for {self.seconds:g} s from {self.network}",
                 path=self.path,
                 offset=self.offset,
+                advice=": see whether it is reachable, wait longer with --io-timeout SECONDS, or"
+                f" give it up: umount -f -l {self.network.point}",
                 seconds=self.seconds,
                 server=self.network.source,
                 mount=self.network.point,
@@ -76,12 +78,6 @@ class Wait(NamedTuple):
                 f" {waited:.0f} s; to give up after SECONDS: --io-timeout SECONDS, or"
                 " NUMALOAD_IO_TIMEOUT=SECONDS; Ctrl-C ends it now",
             )
-
-    def _advice(self) -> str:
-        return (
-            "see whether it is reachable, wait longer with --io-timeout SECONDS, or give it up:"
-            f" umount -f -l {self.network.point}"
-        )
 
 
 class Reader:

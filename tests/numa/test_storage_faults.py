@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -312,6 +313,46 @@ def test_interrupted_while_the_disk_is_slow(volume: Volume, numaload: Numaload, 
     assert "interrupted" in text
     assert used_bytes(numaload.store.parent) - before < MIB
     assert entries(numaload) == []
+
+
+def twice(job: subprocess.Popen[str]) -> None:
+    for _ in range(2):
+        job.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+
+
+def test_interrupted_twice_while_the_disk_stands_still(
+    volume: Volume, numaload: Numaload, model_files: list[str]
+) -> None:
+    """What waits for the page cache can be ended; this does not wait for the disk."""
+    job = reading(volume, numaload, "prewarm")
+    volume.disk.hold()
+    try:
+        twice(job)
+        status, text = ended(job)
+    finally:
+        volume.disk.work()
+    assert status == 130
+    assert "interrupted" in text
+    works_again(numaload, volume, model_files)
+
+
+def test_past_the_page_cache_nothing_ends_what_waits(
+    volume: Volume, numaload: Numaload, model_files: list[str]
+) -> None:
+    """The kernel writes to that memory: it keeps the process until the disk has answered."""
+    before = used_bytes(numaload.store.parent)
+    job = reading(volume, numaload, "mirror")
+    volume.disk.hold()
+    try:
+        twice(job)
+    finally:
+        volume.disk.work()
+    status, text = ended(job)
+    assert status == 130
+    assert "interrupted" in text
+    assert used_bytes(numaload.store.parent) - before < MIB
+    works_again(numaload, volume, model_files)
 
 
 @pytest.mark.parametrize("verb", ["prewarm", "mirror"])

@@ -130,6 +130,7 @@ class _Build:
         self.given_back = 0
         self.lock = self.reading.lock
         self.own = threading.local()
+        self.busy = threading.Semaphore(len(machine.cpus))
 
     def run(self) -> None:
         if not self.files:
@@ -163,7 +164,8 @@ class _Build:
         cpus = len(self.machine.cpus_of(sorted({self._seat(n) for g in self.groups for n in g})))
         copying = min(MAX_THREADS * len(self.groups), cpus)
         ways = [w for w in plan.candidates if w.name == DIRECT] or list(plan.candidates)
-        threads = max(copying, ways[0].threads if absent else 0)
+        # Twice as many as read, since each makes its pages first and counts them after.
+        threads = max(copying, 2 * ways[0].threads if absent else 0)
         way = ways[0] if absent else Way(BUFFERED, threads)
         return plan.forced_to([way._replace(threads=max(1, min(threads, chunks)), chunk=CHUNK)])
 
@@ -227,9 +229,12 @@ class _Build:
             self.room.taken(group, piece.nbytes),
             arena.mapping.view(piece.offset, piece.nbytes, write=True) as view,
         ):
-            arena.prepare(piece.offset, piece.stop)
+            # No more at a time than there are CPUs: else all are half done before one can read.
+            with self.busy:
+                arena.prepare(piece.offset, piece.stop)
             write(view)
-            return xxhash.xxh3_64_intdigest(view)
+            with self.busy:
+                return xxhash.xxh3_64_intdigest(view)
 
     def _copy(self, leader: Group, group: Group, piece: Piece) -> None:
         if self.reading.stop.is_set():

@@ -26,6 +26,7 @@ class Room:
         self.trusted = dict.fromkeys(nodes, 0)  # bytes that may be filled before looking again
         self.pending = dict.fromkeys(nodes, 0)  # bytes that threads are filling just now
         self.lock, self.looking = threading.Lock(), threading.Lock()
+        self.finished = threading.Condition(self.lock)
 
     @contextmanager
     def taken(self, group: Group, nbytes: int) -> Iterator[None]:
@@ -38,18 +39,26 @@ class Room:
             yield
 
     def _finished(self, node: int, nbytes: int) -> None:
-        with self.lock:
+        with self.finished:
             self.pending[node] -= nbytes
+            self.finished.notify_all()
 
     def check(self, node: int, nbytes: int) -> None:
         """Looking takes longer than it takes eight threads to fill a chunk, so while there is
         plenty a look is good for several chunks, and those who wait for one need none of their own.
         """
-        if self._is_trusted(node, nbytes):
-            return
-        with self.looking:
-            if not self._is_trusted(node, nbytes):
-                self._look(node, nbytes)
+        while not self._is_trusted(node, nbytes):
+            with self.looking:
+                if self._is_trusted(node, nbytes):
+                    return
+                pending = self._look(node, nbytes)
+            if pending is None:
+                return
+            self._wait(node, pending)
+
+    def _wait(self, node: int, pending: int) -> None:
+        with self.finished:
+            self.finished.wait_for(lambda: self.pending[node] < pending)
 
     def _is_trusted(self, node: int, nbytes: int) -> bool:
         with self.lock:
@@ -59,18 +68,23 @@ class Room:
             self.pending[node] += nbytes
             return True
 
-    def _look(self, node: int, nbytes: int) -> None:
+    def _look(self, node: int, nbytes: int) -> int | None:
+        """None where there is room. What others are filling may be filled already or not: in doubt
+        they are to be waited for, until less than the result is pending.
+        """
         limits = [Limit(f"node {node}", free_on(node, self.machine, bound=self.bound))]
         name, free = min([*limits, *cgroup_limits()], key=lambda limit: limit.free)
         with self.lock:
-            needed = self.pending[node] + nbytes + LEAST_FREE
-            if free >= needed:
+            pending, needed = self.pending[node], nbytes + LEAST_FREE
+            if free >= pending + needed:
                 self.pending[node] += nbytes
                 self.trusted[node] = min(TRUSTED, (free - LEAST_FREE) // 8)
-                return
+                return None
+            if pending:
+                return pending
         raise NodeMemoryError(
             f"{name} ran out while node {node} was filled: needs {needed} bytes"
-            f" for the next chunks, has {free}; all of it is given back: free memory there, or"
+            f" for the next chunk, has {free}; all of it is given back: free memory there, or"
             " leave this node out (--nodes)",
             node=node,
             needed=needed,

@@ -333,7 +333,9 @@ class Pool:
         for reader in (*self.idle, *self.busy):
             reader.job.returncode = 0  # not this process's to wait for
             reader.forget()
+        wanted = self.wanted
         self._clear()  # the lock too: a thread that is not here may have had it
+        self.wanted = wanted
 
 
 pool = Pool()

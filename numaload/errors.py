@@ -141,10 +141,19 @@ class MetadataKeyError(_LookupError):
 
 
 class ReadError(NumaloadError, OSError):
+    """``offset``: byte of the file ``path``; ``tensor``: that was being read, where one was."""
+
+    tensor: str | None = None
+
     def __init__(self, message: str, *, path: str, offset: int | None = None) -> None:
         at = "" if offset is None else f" at byte {offset}"
         super().__init__(f"{path}: {message}{at}")
         self.path, self.offset = path, offset
+
+    def within(self, tensor: str) -> None:
+        """Say which tensor was being read, once that is known."""
+        self.tensor = tensor
+        self.args = (f"{self.args[0]}, in tensor {tensor!r}",)
 
 
 class FileChangedError(ReadError): ...

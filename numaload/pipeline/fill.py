@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numaload.dequantize import DTYPES, LARGE, Conversion
-from numaload.errors import CancelledError, UsageError
+from numaload.errors import CancelledError, ReadError, UsageError
 from numaload.numa.stopping import until
 from numaload.numa.workers import Workers, finish
 from numaload.pipeline.ahead import Ahead, Range
@@ -102,13 +102,14 @@ class Work:
 
     def start(self, target: Target, cut: Iterable[Piece], write: Write) -> list[Future[None]]:
         """Hand the pieces to the threads; they take them in order, and tensors in that of calls."""
-        todo = iter(cut)
+        todo, ready = iter(cut), self._ready(target)
 
         def work() -> None:
             with until(lambda: self.stopped):
                 while (piece := self._next(todo)) is not None:
                     try:
-                        write(piece)
+                        ready(piece)
+                        _naming(target.tensor, write, piece)
                         self._advance(target.bytes_of(piece.place.size))
                     finally:
                         self._pause()
@@ -150,6 +151,15 @@ class Work:
             if self.progress and self.progress(self.done, self.total) is False:
                 self.stopped = True
                 raise CancelledError("cancelled", done=self.done, total=self.total)
+
+
+def _naming(tensor: Tensor, write: Write, piece: Piece) -> None:
+    """Errors say which tensor was being read."""
+    try:
+        write(piece)
+    except ReadError as error:
+        error.within(tensor.name)
+        raise
 
 
 MOST_ALONE = 256 << 10  # bytes of a tensor that a second thread would not make faster

@@ -81,9 +81,12 @@ def test_a_file_that_changes_meanwhile(
         stream = api.stream(weights, dtype, ahead=ahead)
         found = dict([next(stream)])
         harm(path)
-        with pytest.raises(errors.ReadError, match=r"changed while in use|ends early"):
+        with pytest.raises(errors.ReadError, match=r"changed while in use|ends early") as caught:
             found.update(stream)
         assert 1 <= len(found) < len(weights)
+        assert caught.value.tensor in weights
+        assert caught.value.tensor not in found
+        assert f"in tensor {caught.value.tensor!r}" in str(caught.value)
         again = dict(api.stream(before, dtype, names=found))
         assert {name: a.tobytes() for name, a in found.items()} == {
             name: a.tobytes() for name, a in again.items()

@@ -1,7 +1,7 @@
 """How fast memory is filled from a file, beside plain reads of the same file in the same run.
 
-Warm: replicas beside pread. Cold (--cold): a private copy (open(copy=True)) and a replica in the
-store, with all that proves and publishes it, beside the direct read into a reused huge-page buffer.
+Warm: replicas beside pread. Cold (--cold): a private copy (open(copy=True)), shared memory
+filled as replicas are, and a replica in the store with all that proves and publishes it, beside the direct read into a reused huge-page buffer.
 Rounds alternate over all rows; before each timing as much memory as it needs is touched and freed,
 since memory that a hypervisor has not backed yet is several times slower to touch.
 """
@@ -12,6 +12,7 @@ import argparse
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,8 +28,12 @@ from numaload.replicas import store
 from numaload.replicas.arena import private_memory, store_memory
 from numaload.replicas.build import CHUNK, Allocate, build
 from numaload.storage import userdir
-from numaload.storage.copy import copy_files
+from numaload.storage.copy import copy_files, plan_for
 from numaload.storage.files import SourceFile
+from numaload.storage.plan import DIRECT, Way
+from numaload.storage.reader import Piece, Reading
+from numaload.storage.residency import residency
+from numaload.storage.ways import IntoMemory
 
 Row = Callable[[], float]  # seconds
 DIRECT_CHUNK = 8 << 20
@@ -111,6 +116,31 @@ def mirrored(path: str) -> float:
     return seconds[0]
 
 
+def filled(files: Sequence[SourceFile], folder: int) -> float:
+    """Shared memory in huge pages and the file in it: without checksums, proof and publishing."""
+    machine, seconds = topology(), list[float]()
+    allocate, cpus = store_memory(folder), machine.cpus
+    busy = threading.Semaphore(len(cpus))
+    with timed(seconds):
+        arenas = [allocate(file.size, (machine.all[0],)) for file in files]
+        sources = [IntoMemory(file, direct=True) for file in files]
+        plan = plan_for(files, [residency(file) for file in files])
+        way = Way(DIRECT, 2 * plan.way.threads, CHUNK)
+
+        def fill(piece: Piece, way: Way) -> None:
+            with busy:
+                arenas[piece.which].prepare(piece.offset, piece.stop)
+            with arenas[piece.which].mapping.view(piece.offset, piece.nbytes, write=True) as view:
+                sources[piece.which].read(view, piece.offset, way.name)
+
+        reading = Reading(sum(file.size for file in files))
+        runs = [[(0, file.size)] for file in files]
+        reading.run(runs, plan.forced_to([way]), fill, cpus, "numaload-bench")
+    for one in (*arenas, *sources):
+        one.close()
+    return seconds[0]
+
+
 def warm_rows(files: Sequence[SourceFile], folder: int) -> dict[str, Row]:
     return {
         "pread, fresh huge pages": taking(lambda: read_fresh(files)),
@@ -120,10 +150,11 @@ def warm_rows(files: Sequence[SourceFile], folder: int) -> dict[str, Row]:
     }
 
 
-def cold_rows(files: Sequence[SourceFile]) -> dict[str, Row]:
+def cold_rows(files: Sequence[SourceFile], folder: int) -> dict[str, Row]:
     return {
         "direct, reused buffer": taking(lambda: read_direct(files)),
         "private copy": lambda: copied(files),
+        "shared memory, filled": lambda: filled(files, folder),
         "mirror in the store": lambda: mirrored(files[0].path),
     }
 
@@ -141,7 +172,7 @@ def main() -> None:
         files = [SourceFile(p) for p in write_model(str(folder / "m.gguf"), options.size)]
         with userdir.opened() as opened:
             assert opened is not None
-            rows = cold_rows(files) if options.cold else warm_rows(files, opened)
+            rows = cold_rows(files, opened) if options.cold else warm_rows(files, opened)
             measure(rows, files, options.rounds, cold=options.cold)
     finally:
         shutil.rmtree(folder)

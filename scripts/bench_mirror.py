@@ -1,9 +1,10 @@
 """How fast memory is filled from a file, beside plain reads of the same file in the same run.
 
-Warm: replicas beside pread. Cold (--cold): a private copy (open(copy=True)), shared memory
-filled as replicas are, and a replica in the store with all that proves and publishes it, beside the direct read into a reused huge-page buffer.
-Rounds alternate over all rows; before each timing as much memory as it needs is touched and freed,
-since memory that a hypervisor has not backed yet is several times slower to touch.
+Warm: replicas beside pread. Cold (--cold): a private copy (open(copy=True)), shared memory filled
+as replicas are, and a replica in the store with all that proves and publishes it, beside the direct
+read into a reused huge-page buffer. Rounds alternate over all rows; before each timing as much
+memory as it needs is touched and freed, since memory that a hypervisor has not backed yet is
+several times slower to touch.
 """
 
 from __future__ import annotations

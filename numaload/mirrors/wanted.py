@@ -10,6 +10,7 @@ from numaload.numa.lists import Group, format_list
 from numaload.numa.probe import why_not_bound
 from numaload.numa.topology import Topology
 from numaload.replicas.plan import Plan, nodes_of
+from numaload.storage.residency import give_back
 from numaload.weights import Weights
 
 
@@ -62,7 +63,7 @@ def with_room(make: Callable[[], Plan], models: Sequence[Weights], *, bound: boo
         return plan
     for weights in models:
         for part in weights.parts:
-            part.file.drop_cache(0, part.file.size)
+            give_back(part.file, [(0, part.file.size)])
     after = make()
     if after.fits:
         warn_once("room", "page cache of the source was given back: the plan needs its room")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -100,14 +102,20 @@ def test_what_hides_its_disk_is_unknown(tmp_path: Path) -> None:
     assert seen(tmp_path, "8:77").kind == "unknown"
 
 
-def test_an_overlay_is_what_is_below_it(tmp_path: Path) -> None:
-    """Of the folder that it is made of, if this process sees it: here that of the test."""
-    number = os.stat(tmp_path).st_dev
-    numbers = f"{os.major(number)}:{os.minor(number)}"
-    if not os.major(number):
-        pytest.skip("the folder of the test has no disk")
-    write_block(tmp_path, numbers, f"{PCI}/nvme/nvme0/nvme0n1", {"queue/rotational": "0"})
+def test_an_overlay_is_what_is_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the folder that it is made of, if this process sees it."""
+    write_block(tmp_path, "259:0", f"{PCI}/nvme/nvme0/nvme0n1", {"queue/rotational": "0"})
+    real = os.stat
+
+    def on_nvme(path: Any, *options: Any, **more: Any) -> Any:
+        found = real(path, *options, **more)
+        if str(path) != str(tmp_path):
+            return found
+        return SimpleNamespace(st_dev=os.makedev(259, 0))
+
+    monkeypatch.setattr(os, "stat", on_nvme)
     found = seen(tmp_path, "0:42", "overlay", "overlay", f"rw,upperdir={tmp_path},workdir=/w")
+    monkeypatch.undo()
     assert (found.kind, found.file_system) == ("nvme", "overlay")
 
 

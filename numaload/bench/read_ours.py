@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from numaload.bench.read_turn import Done, Run, Turn, Unavailable
 from numaload.errors import NumaloadError
-from numaload.pagecache.prewarm import PrewarmReport, prewarm
+from numaload.pagecache.prewarm import prewarm
 from numaload.pipeline.stream import stream
 from numaload.storage import known
 from numaload.storage.copy import copy_files
@@ -30,7 +30,7 @@ def prewarmed(turn: Turn, _: int) -> Run:
 
     def run() -> Done:
         report = prewarm(what)
-        return Done(report.size, plan=plan_of(report))
+        return Done(report.size, plan=report.plan and report.plan.to_dict())
 
     return run
 
@@ -59,13 +59,3 @@ def streamed(turn: Turn, _: int) -> Run:
         return Done(turn.nbytes if total == sum(t.nbytes for t in weights.values()) else total)
 
     return run
-
-
-def plan_of(report: PrewarmReport) -> object:
-    """What it chose: {"way", "threads", "chunk", "why", ...}. None where nothing was read."""
-    if not report.threads and not report.read:
-        return None
-    plan = getattr(report, "plan", None)
-    if plan is None:
-        return {"way": "buffered", "threads": report.threads, "why": "half of the CPUs"}
-    return plan.to_dict() if hasattr(plan, "to_dict") else plan

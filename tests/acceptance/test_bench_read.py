@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from commands import Numaload
-from numaload.bench.read_report import median_interval
-from numaload.bench.read_ways import FAMILIES
+from cgroups import cgroup
+from commands import Numaload, sparse_model
+from numaload.bench.read_turn import Subject, Turn, Unavailable
+from numaload.bench.read_ways import FAMILIES, Family, chosen
 from numaload.demo import write_model
+from numaload.errors import ReadError
+from numaload.storage.files import SourceFile
 
 MIB = 1 << 20
 FEW = "direct,cat,touch-huge,pread,direct-memory,prewarm,copy"
@@ -124,13 +129,88 @@ def test_what_cannot_be_read_is_named(numaload: Numaload, tmp_path: Path) -> Non
     assert "FILE is missing" in numaload("bench", "read", status=2).stderr
 
 
+def test_what_stays_in_memory_is_measured_warm_only(numaload: Numaload, file: str) -> None:
+    """The tests have it mapped, so the kernel keeps it."""
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        bytes(mapped)
+        done = numaload("bench", "read", file, "--ways", "dd", "--rounds", 1, status=1)
+        assert re.search(r"\d+ of \d+ bytes stay in the page cache: .*--warm", done.stderr)
+        warm = numaload.json("bench", "read", file, "--ways", "dd", "--rounds", 1, "--warm")
+        assert [set(row["states"]) for row in warm["rows"]] == [{"warm"}]
+
+
+def test_missing_programs_are_named(
+    numaload: Numaload, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    done = numaload("bench", "read", file, "--ways", "cat,vmtouch,pread-x1", "--rounds", 1)
+    assert "cat is not measured: not installed" in done.stderr
+    assert "vmtouch is not measured: not installed: apt-get install vmtouch" in done.stderr
+    assert "pread-x1" in done.stdout
+
+
+def test_a_program_that_fails_is_an_error(
+    numaload: Numaload, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/dd"
+    program.write_text("#!/bin/sh\necho no disk today >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    done = numaload("bench", "read", file, "--ways", "dd", "--rounds", 1, status=1)
+    assert "dd: no disk today" in done.stderr
+    program.write_text("#!/bin/sh\necho '5 bytes copied' >&2\n")
+    done = numaload("bench", "read", file, "--ways", "dd", "--rounds", 1, status=1)
+    assert f"dd read 5 bytes, expected {os.path.getsize(file)}" in done.stderr
+
+
+@pytest.mark.parametrize("way", ["touch", "map-populate", "mmap-copy", "touch-huge-x1", "pread-x1"])
+def test_a_file_that_is_cut_meanwhile_is_an_error(file: str, way: str) -> None:
+    """Before the clock starts and after all was opened. This process, and what reads, go on."""
+    with SourceFile(file) as source, Turn(Subject(source, file, whole=True, files=(file,))) as turn:
+        run = chosen([way])[0].start(turn)
+        os.truncate(file, 1 * MIB)
+        with pytest.raises(ReadError, match=re.escape(file)):
+            run()
+
+
+def test_one_file_of_several_is_not_remembered_as_a_model(
+    numaload: Numaload, model_files: list[str]
+) -> None:
+    """A bare ``mirror`` works on what was used, and could do nothing with it."""
+    numaload.json("bench", "read", model_files[0], "--ways", "prewarm", "--rounds", 1)
+    assert "no models known" in numaload("mirror", status=2).stderr
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: str(family.name))
+def test_ways_read_the_first_bytes_or_say_that_they_cannot(file: str, family: Family) -> None:
+    if family.name == "vmtouch" and shutil.which("vmtouch") is None:
+        pytest.skip("vmtouch is not installed")
+    with SourceFile(file) as source:
+        source.size = 16 * MIB
+        with Turn(Subject(source, file, whole=False, files=(file,))) as turn:
+            if family.name in ("cat", "prewarm", "stream"):
+                with pytest.raises(Unavailable, match="whole"):
+                    family.start(turn, 2)
+            else:
+                assert family.start(turn, 2)().nbytes == 16 * MIB
+
+
+def test_of_a_large_file_the_first_bytes_are_used(numaload: Numaload, tmp_path: Path) -> None:
+    path = sparse_model(tmp_path / "large.gguf", 400 * MIB)
+    with cgroup({"memory.max": str(384 * MIB)}) as group:
+        ways = "direct,dd,cat,pread-x1,touch,copy,prewarm"
+        words = ("bench", "read", path, "--ways", ways, "--rounds", 1, "--threads", 1)
+        done = numaload.within(cgroup=group).json(*words)
+    assert 0 < done["nbytes"] < done["size"]
+    assert done["nbytes"] % (8 * MIB) == 0
+    assert set(done["left_out"]) == {"cat", "prewarm"}
+    assert any("only its first" in note for note in done["notes"])
+    assert any("holes" in note for note in done["notes"])
+    assert all(row["states"]["cold"]["rate"] > 0 for row in done["rows"])
+
+
 def test_ways_are_listed(numaload: Numaload) -> None:
     text = numaload("bench", "read", "--list").stdout
     assert all(family.name in text for family in FAMILIES)
-
-
-def test_intervals_of_medians() -> None:
-    assert median_interval([1.0] * 5) is None
-    assert median_interval([3.0, 1, 2, 6, 5, 4]) == (1, 6)
-    # Of 15 values the fourth and the twelfth, by the sign test's table.
-    assert median_interval([float(i) for i in range(1, 16)]) == (4, 12)

@@ -34,7 +34,7 @@ VENV = ROOT / ".venv-peers"
 STATES = ("cold", "warm")
 PAGE = 4096
 EVICTED = 100  # at most one part in so many may stay
-TIMES, LEAST = 3, 2 << 30  # as often as the file is large, or so many bytes, are touched and freed
+TIMES, LEAST = 3, 8 << 30  # as often as the file is large, or so many bytes, are touched and freed
 MAPPED = "safetensors mapped"
 
 Load = Callable[[str], Any]  # (path) -> {name: tensor} and what keeps those

@@ -25,7 +25,7 @@ from numaload.storage.residency import residency
 MOST_OF_FREE = 2  # a file larger than one part in so many of the memory is not used whole
 EVICTED = 100  # at most one part in so many may stay
 TRIES, BETWEEN_S = 10, 0.05  # pages that somebody is just looking at are not given back
-MORE = 4  # one part in so many more is touched than is needed
+SPARE, TIMES = 512 << 20, 2  # bytes touched besides so many times what is needed
 GIB = 1 << 30
 
 Progress = Callable[[str], None]
@@ -232,7 +232,7 @@ class _Bench:
         room -= room // 8 + (self.file.size if state == WARM else 0)
         if wanted > room:
             self._note("there was not room to touch the memory before that all ways need")
-        prefaulted(max(CHUNK, min(wanted + wanted // MORE, room)))
+        prefaulted(max(CHUNK, min(TIMES * wanted + SPARE, room)))
 
 
 def usable(size: int, free: int) -> int:

@@ -25,7 +25,7 @@ from numaload.storage.residency import residency
 MOST_OF_FREE = 2  # a file larger than one part in so many of the memory is not used whole
 EVICTED = 100  # at most one part in so many may stay
 TRIES, BETWEEN_S = 10, 0.05  # pages that somebody is just looking at are not given back
-SPARE, TIMES = 512 << 20, 2  # bytes touched besides so many times what is needed
+SPARE, TIMES = 64 << 20, 2  # bytes touched besides so many times what is needed
 GIB = 1 << 30
 
 Progress = Callable[[str], None]

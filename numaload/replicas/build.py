@@ -136,7 +136,7 @@ class _Build:
         if not self.files:
             return
         self.plan = plan = self._plan()
-        self.sources = [IntoMemory(file, direct=plan.uses(DIRECT)) for file in self.files]
+        self.sources = [IntoMemory(file, direct=plan.way.name == DIRECT) for file in self.files]
         cpus = self.machine.cpus_of(sorted({self._seat(n) for g in self.groups for n in g}))
         runs = [((0, file.size),) if file.size else () for file in self.files]
         try:
@@ -163,10 +163,9 @@ class _Build:
         chunks = sum(map(len, self.sums))
         cpus = len(self.machine.cpus_of(sorted({self._seat(n) for g in self.groups for n in g})))
         copying = min(MAX_THREADS * len(self.groups), cpus)
-        ways = [w for w in plan.candidates if w.name == DIRECT] or list(plan.candidates)
         # Twice as many as read, since each makes its pages first and counts them after.
-        threads = max(copying, 2 * ways[0].threads if absent else 0)
-        way = ways[0] if absent else Way(BUFFERED, threads)
+        threads = max(copying, 2 * plan.way.threads if absent else 0)
+        way = plan.way if absent else Way(BUFFERED, threads)
         return plan.forced_to([way._replace(threads=max(1, min(threads, chunks)), chunk=CHUNK)])
 
     def _seat(self, node: int) -> int:

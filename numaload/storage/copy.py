@@ -85,12 +85,15 @@ class _Copying:
         there = plan.forced_to([Way(BUFFERED, min(MOST_THREADS, len(cpus)))])
         run = self.reading.run
         with ExitStack() as opened:
-            sources = [IntoMemory(file, direct=plan.uses(DIRECT)) for file in self.files]
+            planned = plan.way.name == DIRECT  # or only to be tried
+            sources = [
+                IntoMemory(file, direct=plan.uses(DIRECT), quiet=not planned) for file in self.files
+            ]
             for source in sources:
                 opened.callback(source.close)
-            for planned, absent in ((there, False), (plan, True)):
+            for its, absent in ((there, False), (plan, True)):
                 runs = [found.absent if absent else present(found) for found in self.before]
-                run(runs, planned, _Work(self, sources, absent=absent).read, cpus, "numaload-copy")
+                run(runs, its, _Work(self, sources, absent=absent).read, cpus, "numaload-copy")
         for file, found in zip(self.files, self.before, strict=True):
             give_back(file, found.absent if found.known else ())  # read-ahead reached beyond
 

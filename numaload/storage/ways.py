@@ -83,11 +83,11 @@ class IntoCache:
 class IntoMemory:
     """Reads ranges of one file into memory that begins on a page, as every mapping does.
 
-    Threads may share it.
+    Threads may share it. quiet: where direct reads cannot be had, that is nothing to be said.
     """
 
-    def __init__(self, file: SourceFile, *, direct: bool) -> None:
-        self.file, self._fd, self._direct = file, -1, False
+    def __init__(self, file: SourceFile, *, direct: bool, quiet: bool = False) -> None:
+        self.file, self._fd, self._direct, self._quiet = file, -1, False, quiet
         if direct and file.size >= PAGE and not file.is_network:
             self._open()
 
@@ -102,6 +102,8 @@ class IntoMemory:
 
     def _refuse(self, error: OSError) -> None:
         self._direct = False  # the descriptor stays: other threads may be reading from it
+        if self._quiet:
+            return
         warn_once(
             "direct",
             f"{self.file.path}: no direct reads here ({error.strerror}): it is read through the"

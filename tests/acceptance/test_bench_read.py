@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from cgroups import cgroup
-from commands import Numaload, sparse_model
+from commands import Numaload
 from numaload.bench.read_turn import Subject, Turn, Unavailable
 from numaload.bench.read_ways import FAMILIES, Family, chosen
 from numaload.demo import write_model
@@ -195,20 +194,6 @@ def test_ways_read_the_first_bytes_or_say_that_they_cannot(file: str, family: Fa
                     family.start(turn, 2)
             else:
                 assert family.start(turn, 2)().nbytes == 16 * MIB
-
-
-def test_of_a_large_file_the_first_bytes_are_used(numaload: Numaload, tmp_path: Path) -> None:
-    path = sparse_model(tmp_path / "large.gguf", 400 * MIB)
-    with cgroup({"memory.max": str(384 * MIB)}) as group:
-        ways = "direct,dd,cat,pread-x1,touch,copy,prewarm"
-        words = ("bench", "read", path, "--ways", ways, "--rounds", 1, "--threads", 1)
-        done = numaload.within(cgroup=group).json(*words)
-    assert 0 < done["nbytes"] < done["size"]
-    assert done["nbytes"] % (8 * MIB) == 0
-    assert set(done["left_out"]) == {"cat", "prewarm"}
-    assert any("only its first" in note for note in done["notes"])
-    assert any("holes" in note for note in done["notes"])
-    assert all(row["states"]["cold"]["rate"] > 0 for row in done["rows"])
 
 
 def test_ways_are_listed(numaload: Numaload) -> None:

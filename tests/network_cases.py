@@ -83,7 +83,8 @@ def is_reader(pid: int) -> bool:
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
         return False
-    return name == NAME and running(pid) and store in environment
+    # The kernel may hold a process whose memory it has taken already.
+    return name == NAME and running(pid) and (store in environment or environment == [b""])
 
 
 def entries(numaload: Numaload) -> list[str]:

@@ -171,15 +171,15 @@ class NetworkFile:
 
     def resident(self, start: int, stop: int) -> tuple[bool, list[Run]]:
         """As storage.residency tells it there: whether it is known, and what is absent."""
-        known, *edges = self._answer(
-            lambda r: r.ask(self.wait, "resident", self._fd(r), start, stop, _hex(PACKAGES))
-        )
+        wait, words = self.wait.patient(), [start, stop, _hex(PACKAGES)]  # it imports numaload
+        known, *edges = self._answer(lambda r: r.ask(wait, "resident", self._fd(r), *words))
         return bool(known), _pairs(edges)
 
     def placed(self, start: int, size: int, absent: Iterable[Run]) -> dict[int, int]:
         """{node: bytes} of its page cache; ``absent`` is not looked at."""
+        wait = self.wait.patient()
         words = [start, size, _hex(PACKAGES), *(edge for run in absent for edge in run)]
-        rows = self._answer(lambda r: r.ask(self.wait, "placed", self._fd(r), *words))
+        rows = self._answer(lambda r: r.ask(wait, "placed", self._fd(r), *words))
         return dict(_pairs(rows))
 
     def descriptor(self, opener: Callable[[str], int]) -> int:

@@ -30,6 +30,7 @@ TICK_S = 0.1  # between two looks at whether anyone still waits for the answer
 SAY_S = 10.0  # without an answer, after which it is said what is waited for
 REAP_S = 0.5  # what a killed process may take to end: one that the kernel holds takes longer
 IDLE_S = 5.0
+START_S = 60.0
 
 
 class CannotAskError(Exception):
@@ -55,6 +56,10 @@ class Wait(NamedTuple):
     network: Network
     seconds: float | None
     offset: int | None = None
+
+    def patient(self) -> Wait:
+        """For what no server has a part in: on a busy machine, Python takes its time to start."""
+        return self._replace(seconds=None if self.seconds is None else max(self.seconds, START_S))
 
     def check(self, waited: float) -> None:
         """Raises: StalledError; CancelledError where this thread's work is no longer wanted."""
@@ -117,7 +122,7 @@ class Reader:
     def greet(self, wait: Wait) -> None:
         """Raises: CannotAskError where what was started is not what was meant."""
         try:
-            if self.answer(wait) == [self.pid]:
+            if self.answer(wait.patient()) == [self.pid]:
                 return
             why = "it answers with another process id"
         except (EndedError, RefusedError, ValueError):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,17 @@ def test_waiting_is_said_once(path: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "Ctrl-C ends it" in str(said[0].message)
 
 
+def test_starting_one_is_not_the_server_s_time(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "python"
+    slow.write_text(f'#!/bin/sh\nsleep 0.5\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    with io_timeout(0.2), SourceFile(path) as file:
+        assert len(file.read_at(0, SIZE)) == SIZE
+
+
 def test_ctrl_c(path: str) -> None:
     with SourceFile(path) as file:
         pid = stopped()
@@ -296,8 +308,11 @@ def test_forgotten_files_are_closed_with_the_next(path: str) -> None:
 
 
 def descriptors(pid: int, path: str) -> list[str]:
-    folder = f"/proc/{pid}/fd"
-    return [fd for fd in os.listdir(folder) if os.readlink(f"{folder}/{fd}") == path]
+    found = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed just now
+            found += [fd] * (os.readlink(f"/proc/{pid}/fd/{fd}") == path)
+    return found
 
 
 PARENT = """

@@ -68,12 +68,17 @@ def volume(tmp_path: Path, model_files: list[str], store: Path) -> Iterator[Volu
     with served(folder, point) as server:
         files = [str(point / os.path.basename(path)) for path in model_files]
         yield Volume(server, files, model_files)
-    assert readers() == []
+    none_left()
 
 
 def readers() -> list[int]:
     """Processes of this test that ask network file systems: they have the name of its store."""
     return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_reader(pid)]
+
+
+def none_left() -> None:
+    """Soon: those that were not waited for are still ending."""
+    wait_for(lambda: readers() == [], "processes that ask to end")
 
 
 def is_reader(pid: int) -> bool:
@@ -94,9 +99,10 @@ def entries(numaload: Numaload) -> list[str]:
 
 
 def nothing_left(numaload: Numaload, before: int) -> None:
-    assert readers() == []
+    none_left()
     assert entries(numaload) == []
-    assert used_bytes(numaload.store.parent) - before < MIB
+    if EMULATED:  # elsewhere others use it too
+        assert used_bytes(numaload.store.parent) - before < MIB
 
 
 def failed(numaload: Numaload, *words: object) -> str:
@@ -148,7 +154,7 @@ def test_every_byte(volume: Volume, numaload: Numaload) -> None:
             assert bytes(mirror.view(mirror.nodes[0]).image(i)) == Path(original).read_bytes()
     numaload("release")
     assert numaload.json("prewarm", volume.model)["done"]
-    assert readers() == []
+    none_left()
 
 
 def test_every_tensor(volume: Volume) -> None:
@@ -159,7 +165,7 @@ def test_every_tensor(volume: Volume) -> None:
             assert np.array_equal(array, expected[name])
         for name in expected:
             assert np.array_equal(copied[name].blocks, far[name].blocks)
-    assert readers() == []
+    none_left()
 
 
 def test_what_is_resident_is_not_read(volume: Volume, numaload: Numaload) -> None:
@@ -185,7 +191,7 @@ def test_a_server_that_says_nothing(volume: Volume, numaload: Numaload, verb: st
     held = readers()
     assert [f"process {pid} ({NAME}) does not end" in done.stderr for pid in held] == [True]
     volume.server.tell("work")
-    wait_for(lambda: readers() == [], "it to end")
+    none_left()
     assert entries(numaload) == []
 
 
@@ -210,7 +216,7 @@ def test_the_variable_and_what_is_no_time(
     numaload = Numaload(numaload.store)  # with this environment
     assert "no answer for 1 s" in numaload("inspect", volume.model, status=1).stderr
     volume.server.tell("work")
-    wait_for(lambda: readers() == [], "it to end")
+    none_left()
     monkeypatch.setenv("NUMALOAD_IO_TIMEOUT", "later")
     done = numaload("inspect", volume.model, status=2)
     assert "NUMALOAD_IO_TIMEOUT: 'later', expected seconds" in done.stderr
@@ -237,7 +243,7 @@ def test_the_api_names_it(volume: Volume, store: Path, what: str) -> None:
     assert error.offset is not None
     assert (error.seconds, error.server) == (1, "test-server")
     assert error.mount == str(volume.server.point)
-    assert readers() == []
+    none_left()
 
 
 @pytest.mark.parametrize("stalled", ["all", "reads"])
@@ -248,9 +254,9 @@ def test_ctrl_c(volume: Volume, numaload: Numaload, verb: str, times: int, stall
     volume.server.tell("stall", stalled)
     interrupted(begun(volume, numaload, verb), times)
     if stalled == "reads":
-        assert readers() == []
+        none_left()
     volume.server.tell("work")  # what the kernel holds until there is an answer goes then
-    wait_for(lambda: readers() == [], "processes to end")
+    none_left()
     nothing_left(numaload, before)
     assert numaload.json("prewarm", volume.model)["done"]
 
@@ -265,7 +271,7 @@ def test_ctrl_c_where_closing_waits_too(volume: Volume, numaload: Numaload) -> N
     volume.server.tell("stall", "all")
     interrupted(job)
     volume.server.tell("work")
-    wait_for(lambda: readers() == [], "processes to end")
+    none_left()
     assert entries(numaload) == []
 
 
@@ -278,7 +284,7 @@ def test_ctrl_c_where_the_server_does_not_run(
     wait_for(lambda: readers() != [], "the question")
     interrupted(job)
     volume.server.thaw()
-    wait_for(lambda: readers() == [], "processes to end")
+    none_left()
 
 
 NAMES = """
@@ -345,7 +351,7 @@ def test_ctrl_c_in_a_program(volume: Volume, numaload: Numaload, what: str) -> N
     said = json.loads(out.splitlines()[-1])
     assert said["came"] - sent < ENDS_S, errors
     assert said["threads"] == []
-    assert readers() == []
+    none_left()
     assert entries(numaload) == []
 
 
@@ -357,7 +363,7 @@ def test_a_killed_process_leaves_none(volume: Volume, numaload: Numaload) -> Non
     assert readers() != []
     job.kill()
     job.communicate()
-    wait_for(lambda: readers() == [], "processes to end with theirs")
+    none_left()
 
 
 def test_a_slow_server_is_waited_for(
@@ -446,4 +452,4 @@ def test_many_threads_at_once(volume: Volume) -> None:
             thread.join()
         assert 1 <= len(readers()) <= 6
     assert wrong == []
-    assert readers() == []
+    none_left()

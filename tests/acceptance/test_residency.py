@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -49,9 +50,11 @@ def read_tensor(path: str, name: str) -> None:
 
 
 @pytest.fixture
-def cold(model_files: list[str]) -> list[str]:
-    evict(model_files)
-    return model_files
+def cold(model_files: list[str], tmp_path: Path) -> list[str]:
+    """Files of this test alone: views that others left of a model keep pages of it in RAM."""
+    own = [shutil.copy(path, str(tmp_path)) for path in model_files]
+    evict(own)
+    return own
 
 
 def test_of_a_cold_model_nothing_is_there_and_nothing_comes(cold: list[str]) -> None:

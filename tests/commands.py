@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import numpy as np
 
 import confined
 from confined import Confined
+from numaload.storage.files import SourceFile
+from numaload.storage.residency import residency
 
 NOTHING = Confined()
 # Share of page cache that is there some seconds later: some machines page out what is idle.
@@ -98,6 +100,15 @@ def evict(paths: list[str]) -> None:
                 time.sleep(0.002)
         finally:
             os.close(fd)
+
+
+def resident(files: str | Path | Sequence[str], start: int = 0, stop: int | None = None) -> int:
+    """How many bytes of these files are in RAM; of each from ``start`` to ``stop``."""
+    total = 0
+    for path in [files] if isinstance(files, (str, Path)) else files:
+        with SourceFile(str(path)) as file:
+            total += residency(file, start, stop).resident
+    return total
 
 
 def sparse_model(path: Path, nbytes: int) -> str:

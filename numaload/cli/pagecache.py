@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from numaload.cli.output import complain, note, print_json, print_table, printable, size
+from numaload.cli.waiting import seconds_of
 
 if TYPE_CHECKING:
     from numaload.pagecache.residency import FileResidency, Span
@@ -45,13 +46,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _seconds(text: str) -> float:
     try:
-        found = float(text)
-    except ValueError:
-        found = -1
-    if not 0 < found < 1e6:
-        message = f"expected seconds, found {text!r}; a FILE goes before --watch"
-        raise argparse.ArgumentTypeError(message)
-    return found
+        return seconds_of(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; a FILE goes before --watch") from None
 
 
 def repeat(show: Callable[[], int], seconds: float | None) -> int:

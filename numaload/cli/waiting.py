@@ -16,7 +16,7 @@ def add_option(verbs: Any) -> None:
         verbs.choices[name].add_argument(
             "--io-timeout",
             metavar="SECONDS",
-            type=_seconds,
+            type=seconds_of,
             help="fail when a network file system does not answer for so long (default: wait)",
         )
 
@@ -27,7 +27,8 @@ def obey(options: argparse.Namespace) -> None:
         os.environ[VARIABLE] = f"{seconds:g}"
 
 
-def _seconds(text: str) -> float:
+def seconds_of(text: str) -> float:
+    """An option's value. Raises: ArgumentTypeError."""
     try:
         found = float(text)
     except ValueError:

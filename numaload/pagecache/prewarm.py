@@ -74,8 +74,7 @@ def prewarm(
         raise UsageError(f"max_rate: {max_rate} bytes a second, expected at least 1")
 
     def run(files: list[SourceFile], runs: list[Runs]) -> PrewarmReport:
-        job = _Prewarming(files, runs, placing, forced, max_rate)
-        return job.run(progress, announce, force=force)
+        return _Prewarming(files, runs, placing, forced, max_rate, progress, announce, force).run()
 
     with waiting(io_timeout):
         models = models_of(what)
@@ -150,10 +149,11 @@ class _Prewarming:
     placing: Placing | None
     forced: Forced
     max_rate: int | None
+    progress: Progress | None
+    announce: Announce | None
+    force: bool
 
-    def run(
-        self, progress: Progress | None, announce: Announce | None, *, force: bool
-    ) -> PrewarmReport:
+    def run(self) -> PrewarmReport:
         begin = time.perf_counter()
         seen = self._look()
         size = sum(stop - start for its in self.runs for start, stop in its)
@@ -166,7 +166,7 @@ class _Prewarming:
             residency_known=seen.known,
         )
         if seen.nbytes:
-            seen = self._in_turn(report, seen, progress, announce, force=force)
+            seen = self._in_turn(report, seen)
         report.resident = size - seen.nbytes
         if self.placing:
             self._place(report, seen)
@@ -188,17 +188,9 @@ class _Prewarming:
         whole = sum(file.size for file in self.files)
         return sum(map(_length, self.runs)) < whole
 
-    def _in_turn(
-        self,
-        report: PrewarmReport,
-        seen: _Seen,
-        progress: Progress | None,
-        announce: Announce | None,
-        *,
-        force: bool,
-    ) -> _Seen:
+    def _in_turn(self, report: PrewarmReport, seen: _Seen) -> _Seen:
         """Read what no other process of this user reads meanwhile."""
-        with following.turn(self.files, progress) as turn:
+        with following.turn(self.files, self.progress) as turn:
             now = self._look()
             report.followed = turn.followed
             if turn.followed is not None:
@@ -206,26 +198,18 @@ class _Prewarming:
                 report.read_by_others = less if seen.known else turn.by_others
             if not now.nbytes:
                 return now
-            return self._read(report, now, turn.tell, announce, force=force)
+            return self._read(report, now, turn.tell)
 
-    def _read(
-        self,
-        report: PrewarmReport,
-        seen: _Seen,
-        progress: Progress | None,
-        announce: Announce | None,
-        *,
-        force: bool,
-    ) -> _Seen:
+    def _read(self, report: PrewarmReport, seen: _Seen, progress: Progress) -> _Seen:
         room = Room(self.files, seen.absent, report.size - seen.nbytes, self.placing)
-        if not force:
+        if not self.force:
             room.check()
         biggest = max(range(len(self.files)), key=lambda i: _length(seen.absent[i]))
         file = self.files[biggest]
         device = device_of(file.path, network=file.is_network)
         plan = make_plan(CACHE, device, seen.nbytes, forced=self.forced, seen=seen.known)
-        if announce:
-            announce(plan)
+        if self.announce:
+            self.announce(plan)
         read = partial(
             read_into_cache,
             self.files,

@@ -24,9 +24,7 @@ from numaload.weights import Tensor
 
 WINDOW = 64 << 20  # bytes of files that are read ahead of the workers
 READ = 512 << 10  # bytes of a file that are read and converted at a time
-AT_ONCE = (
-    2 << 20
-)  # the same by Python, bytes of a file that are read at a time; more would leave a core's caches
+AT_ONCE = 2 << 20  # the same by Python: more would leave a core's caches
 QUEUED = 8  # targets whose work is handed to the threads before the first of them is done
 
 Write = Callable[[Piece], None]  # puts it into its place

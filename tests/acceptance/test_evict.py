@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 import numaload as api
-from commands import KEPT, Numaload
+from commands import KEPT, Numaload, resident
 from numaload.numa import syscalls
 from numaload.storage.files import SourceFile
-from numaload.storage.residency import residency
 
 MIB = 1 << 20
 PAGE = mmap.PAGESIZE
@@ -34,11 +33,6 @@ if sys.argv[3] == "locked":
 print("ready", flush=True)
 sys.stdin.read()
 """
-
-
-def resident(path: Path | str) -> int:
-    with SourceFile(str(path)) as file:
-        return residency(file).resident
 
 
 @pytest.fixture

@@ -16,17 +16,10 @@ from pathlib import Path
 import pytest
 
 import numaload as api
-from commands import KEPT, Numaload, evict, sparse_model, wait_for
+from commands import KEPT, Numaload, evict, resident, sparse_model, wait_for
 from numaload.numa.memory import available
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import residency
 
 MIB = 1 << 20
-
-
-def resident(path: str) -> int:
-    with SourceFile(path) as file:
-        return residency(file).resident
 
 
 @pytest.fixture

@@ -17,23 +17,16 @@ from typing import Any
 import pytest
 
 import numaload as api
-from commands import KEPT, LIMIT_S, Numaload, evict, running, sparse_model, wait_for
+from commands import KEPT, LIMIT_S, Numaload, evict, resident, running, sparse_model, wait_for
 from numaload.errors import CancelledError, NodeMemoryError, ReadError, StoreError
 from numaload.numa.memory import available
 from numaload.pagecache import holder, records
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import residency
 
 MIB = 1 << 20
 SIZE = 120 * MIB
 SLOWLY = ("--max-rate", "30M")
 SMALL = 40 * MIB  # of private memory: an interpreter, and no numpy
 ROOT = os.geteuid() == 0
-
-
-def resident(path: str) -> int:
-    with SourceFile(path) as file:
-        return residency(file).resident
 
 
 @pytest.fixture

@@ -16,10 +16,8 @@ from typing import Any
 import pytest
 
 import numaload as api
-from commands import KEPT, LIMIT_S, Numaload, evict, sparse_model, wait_for
+from commands import KEPT, LIMIT_S, Numaload, evict, resident, sparse_model, wait_for
 from numaload.errors import CancelledError
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import residency
 
 MIB = 1 << 20
 SIZE = 300 * MIB
@@ -31,11 +29,6 @@ seen = []
 report = numaload.prewarm(sys.argv[1], progress=lambda *step: seen.append(step))
 print(json.dumps({"report": report.to_dict(), "seen": seen}))
 """
-
-
-def resident(path: str) -> int:
-    with SourceFile(path) as file:
-        return residency(file).resident
 
 
 @pytest.fixture

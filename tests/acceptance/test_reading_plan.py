@@ -16,17 +16,12 @@ import numpy as np
 import pytest
 
 import numaload as api
-from commands import KEPT, Numaload, evict
+from commands import KEPT, Numaload, evict, resident
 from numaload.storage.copy import copy_files
 from numaload.storage.files import SourceFile
 from numaload.storage.residency import residency
 
 MIB = 1 << 20
-
-
-def resident(path: str, start: int = 0, stop: int | None = None) -> int:
-    with SourceFile(path) as file:
-        return residency(file, start, stop).resident
 
 
 @pytest.fixture

@@ -19,22 +19,15 @@ from typing import Any
 import pytest
 
 import numaload as api
-from commands import LIMIT_S, Numaload, evict
+from commands import LIMIT_S, Numaload, evict, resident
 from confined import DOCKER
 from numaload.cli.pagecache import CLEAR, HOME, bar
 from numaload.numa import syscalls
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import residency as runs_of
 from safetensors_builder import model as safetensors_model
 
 TIB = 1 << 40
 NAME = "blk.0.attn_q.weight"
 OTHER = 1000  # a user who owns none of these files
-
-
-def resident(path: str) -> int:
-    with SourceFile(path) as file:
-        return runs_of(file).resident
 
 
 def read_tensor(path: str, name: str) -> None:

@@ -14,11 +14,9 @@ import pytest
 
 import numaload as api
 import safetensors_builder as sb
-from commands import KEPT, Numaload, evict
+from commands import KEPT, Numaload, evict, resident
 from numaload import errors
 from numaload.formats.safetensors import BITS
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import residency
 
 torch = pytest.importorskip("torch")
 library: Any = pytest.importorskip("safetensors.torch")
@@ -231,14 +229,6 @@ def test_inspect_says_which_types_cannot_be_used(tmp_path: Path, numaload: Numal
     done = numaload("inspect", tmp_path / "m.safetensors")
     assert "F3_E1M1" in done.stdout
     assert "'odd' cannot be used, the rest of the file can" in done.stderr
-
-
-def resident(paths: list[str]) -> int:
-    total = 0
-    for path in paths:
-        with SourceFile(path) as file:
-            total += residency(file).resident
-    return total
 
 
 @pytest.mark.parametrize("given", GIVEN)

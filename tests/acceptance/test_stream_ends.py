@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 
 import numaload as api
-from commands import Numaload, evict, wait_for
+from commands import Numaload, evict, resident, wait_for
 from numaload import errors
 from numaload.demo import write_model
 from numaload.formats.qtypes import QuantType
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import residency
 from typed_models import Given, blocks, write
 
 MIB = 1 << 20
@@ -309,11 +307,6 @@ def test_memory_is_bounded(tmp_path: Path, numaload: Numaload, dtype: str, ahead
     assert found["refused"], "the limit was none: the test says nothing"
     assert found["total"] > 2 * allowed or dtype == "None"
     assert found["total"] > 190 * MIB
-
-
-def resident(path: str) -> int:
-    with SourceFile(path) as file:
-        return residency(file).resident
 
 
 def test_cold_files_are_read_ahead(tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from cgroups import cgroup
-from commands import Numaload, evict, running
+from commands import Numaload, evict, resident, running
 from confined import Confined
 from numaload.storage.files import SourceFile, model_paths
-from numaload.storage.residency import residency
 
 MIB = 1 << 20
 USER = 1000
@@ -23,11 +22,6 @@ with open(sys.argv[1], "rb", buffering=0) as file:
     for _ in range(300):
         file.read(1 << 20)
 """
-
-
-def resident(path: str) -> int:
-    with SourceFile(path) as file:
-        return residency(file).resident
 
 
 def test_locked_pages_outlast_what_pushes_others_out(numaload: Numaload, model: str) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 import numaload as api
 from blockdevices import CONTROL, SECTOR, MappedDisk, disk_of, place_on_disk
-from commands import LIMIT_S, Numaload, evict, used_bytes, wait_for
+from commands import LIMIT_S, Numaload, evict, resident, used_bytes, wait_for
 from numaload.storage.files import SourceFile
 from numaload.storage.residency import cached_on, residency
 from witness import PAGE
@@ -134,14 +134,6 @@ def works_again(numaload: Numaload, volume: Volume, originals: list[str]) -> Non
     assert report["placed"]
     assert numaload.json("verify")[0]["right"]
     numaload("release")
-
-
-def resident(paths: list[str]) -> int:
-    total = 0
-    for path in paths:
-        with SourceFile(path) as file:
-            total += residency(file).resident
-    return total
 
 
 @pytest.mark.parametrize("verb", ["inspect", "prewarm", "plan", "mirror"])

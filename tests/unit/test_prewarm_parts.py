@@ -16,14 +16,12 @@ import numpy as np
 import pytest
 
 import numaload as api
-from commands import KEPT, evict
+from commands import KEPT, evict, resident
 from numaload.cli.files import _tell
 from numaload.cli.output import print_json
 from numaload.numa import syscalls
 from numaload.pagecache import prewarm
 from numaload.storage import known
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import residency
 
 pytestmark = pytest.mark.usefixtures("store")
 NODE = api.topology().all[0]
@@ -35,11 +33,6 @@ def cold(tmp_path: Path) -> str:
     path.write_bytes(os.urandom(1 << 20))
     evict([str(path)])
     return str(path)
-
-
-def resident(path: str) -> int:
-    with SourceFile(path) as file:
-        return residency(file).resident
 
 
 @pytest.mark.parametrize("threads", [0, -1])

@@ -7,22 +7,12 @@ import os
 import pytest
 
 import numaload as api
-from commands import KEPT
+from commands import KEPT, resident
 from numaload.errors import NumaloadWarning
 from numaload.mirrors.wanted import with_room
 from numaload.replicas.plan import Need, Plan
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import residency
 
 pytestmark = pytest.mark.usefixtures("store")
-
-
-def resident(paths: list[str]) -> int:
-    total = 0
-    for path in paths:
-        with SourceFile(path) as file:
-            total += residency(file).resident
-    return total
 
 
 def planned(*free: int) -> tuple[list[int], object]:

@@ -165,7 +165,8 @@ def no_reader() -> bool:
 def test_nothing_runs_on_after_an_early_end(tmp_path: Path, how: str) -> None:
     calls = []
     with api.open(many(tmp_path)) as weights:
-        stream = api.stream(weights, progress=lambda *step: calls.append(step))
+        # Not all of it at once, or threads may be done before this is.
+        stream = api.stream(weights, ahead=32 * MIB, progress=lambda *step: calls.append(step))
         next(stream)
         if how == "raise":
             with pytest.raises(RuntimeError):

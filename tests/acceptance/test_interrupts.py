@@ -161,7 +161,7 @@ def waits_for_lock(pid: int) -> bool:
 
 
 API = """
-import json, os, signal, sys, threading
+import json, os, signal, sys, threading, time
 import numaload
 
 def anonymous():
@@ -190,9 +190,10 @@ try:
     calls[call](progress)
 except BaseException as error:
     raised = type(error).__name__
-for thread in threading.enumerate():
-    if thread is not threading.main_thread():
-        thread.join(60)
+# Not joined: the interrupt may have come between a thread's making and its first step.
+until = time.monotonic() + 60
+while threading.active_count() > 1 and time.monotonic() < until:
+    time.sleep(0.005)
 import gc
 gc.collect()
 print(json.dumps({

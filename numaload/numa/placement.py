@@ -18,7 +18,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from numaload.errors import NumaError, PlacementError, warn_once
-from numaload.numa import syscalls
+from numaload.numa import pagemap, syscalls
 from numaload.numa.lists import format_list
 from numaload.numa.mapping import Mapping
 from numaload.numa.syscalls import HUGE, PAGE
@@ -86,9 +86,11 @@ class Placement:
 def locate(groups: Sequence[tuple[list[int], Sequence[Mapping]]]) -> list[Placement]:
     """Ask the kernel about several replicas at once: [(nodes asked for, its mappings), ...].
 
-    One reading of numa_maps and one of smaps serve all of them: both walk the page tables of the
-    whole process.
+    One reading of numa_maps, and of smaps where that is needed, serves all of them: both walk the
+    page tables of the whole process.
     """
+    if not groups:
+        return []
     live = [[m.range for m in mappings if m.length] for _, mappings in groups]
     counts = count_pages([r for ranges in live for r in ranges])
     huge = _huge_bytes([r for ranges in live for r in ranges])
@@ -189,6 +191,9 @@ def sample(ranges: Sequence[Range], samples: int = SAMPLES) -> dict[int, int]:
 
 def _huge_bytes(ranges: Sequence[Range]) -> Iterator[int]:
     """For each range: bytes of it that are mapped by huge pages; 0 where nobody tells."""
+    found = pagemap.huge_bytes(ranges)
+    if found is not None:
+        return iter(found)
     try:
         with open(f"{PROC}/smaps", encoding="utf-8", errors="replace") as file:
             areas = [Area(start, {HUGE: n}) for start, n in parse_smaps(file, HUGE_FIELDS)]

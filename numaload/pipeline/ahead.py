@@ -17,7 +17,11 @@ from numaload.storage.residency import residency
 from numaload.storage.ways import IntoCache
 
 NO_THREAD = "raise ulimit -u, or the cgroup's pids.max"
-LEAST_THREADS = 3  # where two do not make the storage seek
+LEAST_THREADS = 4  # where two do not make the storage seek
+# Bytes that a thread brings in between two turns in Python, for which it waits behind threads that
+# convert. The first are smaller: there is work for those at once.
+PIECE = 32 << 20
+PADDING = 4096  # bytes, at most, between tensors that are read as one range
 PROBES = 8  # pages of a piece that are asked for, where the kernel does not tell what is in RAM
 
 
@@ -47,7 +51,7 @@ class Ahead:
     """
 
     def __init__(self, ranges: Sequence[Range], window: int) -> None:
-        self.ranges, self.window = ranges, window
+        self.ranges, self.window = merged(ranges), window
         self._taken, self._ready, self._stopped = 0, 0, False
         self._moved = threading.Condition()
         self._todo: Iterator[Piece] = iter(())
@@ -61,7 +65,7 @@ class Ahead:
         self._todo, way = self._absent(), self._way()
         if way is None:
             return
-        for _ in range(max(1, min(way.threads, self.window // way.chunk))):
+        for _ in range(max(1, min(way.threads, self.window // CHUNK))):
             thread = threading.Thread(
                 target=self._run, args=(way,), name="numaload-ahead", daemon=True
             )
@@ -89,9 +93,12 @@ class Ahead:
 
     def _absent(self) -> Iterator[Piece]:
         """Looked up when its turn has come: others may have read it by then, or pushed it out."""
+        size, most = CHUNK, max(CHUNK, min(PIECE, self.window // LEAST_THREADS))
         for one in self.ranges:
-            for start in range(one.start, one.stop, CHUNK):
-                stop = min(start + CHUNK, one.stop)
+            stop = one.start
+            while stop < one.stop:
+                start, stop = stop, min(stop + size, one.stop)
+                size = min(2 * size, most)
                 found = residency(one.file, start, stop)
                 unknown = not (found.known or one.file.is_network)  # which cannot tell either
                 if unknown and resident(one.file.fd, start, stop - start):
@@ -163,6 +170,18 @@ class Ahead:
             )
             self._blocked -= 1
             return None if self._stopped else piece
+
+
+def merged(ranges: Sequence[Range]) -> list[Range]:
+    """Neighbours in a file as one: tensors may be small. What is between them counts as wanted."""
+    found: list[Range] = []
+    for one in ranges:
+        last = found[-1] if found else None
+        if last and last.file is one.file and 0 <= one.start - last.stop < PADDING:
+            found[-1] = last._replace(stop=one.stop)
+        else:
+            found.append(one)
+    return found
 
 
 def resident(fd: int, offset: int, nbytes: int) -> bool:

@@ -22,7 +22,7 @@ from numaload.storage.files import SourceFile
 from numaload.storage.reader import Progress
 from numaload.weights import Tensor
 
-WINDOW = 64 << 20  # bytes of files that are read ahead of the workers
+WINDOW = 128 << 20  # bytes of files that are read ahead of the workers
 READ = 512 << 10  # bytes of a file that are read and converted at a time
 AT_ONCE = 2 << 20  # the same by Python: more would leave a core's caches
 QUEUED = 8  # targets whose work is handed to the threads before the first of them is done

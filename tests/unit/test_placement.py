@@ -11,7 +11,7 @@ import pytest
 
 from numaload import errors
 from numaload.errors import NumaError, NumaloadWarning, PlacementError
-from numaload.numa import placement, syscalls
+from numaload.numa import pagemap, placement, syscalls
 from numaload.numa.mapping import bind, map_private
 from numaload.numa.placement import (
     ABSENT,
@@ -83,6 +83,27 @@ THPeligible:           1
 ShmemPmdMapped:     2048 kB
 FilePmdMapped:      2048 kB
 """
+
+
+def test_both_tell_the_same_of_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pagemap's scan and smaps, of memory with a huge page here and there, and of more runs than
+    one answer takes.
+    """
+    with map_private(1 << 30) as mapping:
+        for offset in (*range(0, 600 << 20, 2 * HUGE), 700 << 20, 702 << 20):
+            syscalls.madvise(mapping.address + offset, HUGE, syscalls.MADV_POPULATE_WRITE)
+        ranges = [
+            mapping.range,
+            (mapping.address, 100 << 20),
+            (mapping.address + (699 << 20), PAGE),
+        ]
+        told = pagemap.huge_bytes(ranges)
+        if told is None:
+            pytest.skip("before Linux 6.7 smaps alone tells")
+        monkeypatch.setattr(pagemap, "huge_bytes", lambda _: None)
+        assert told[:1] == list(placement._huge_bytes(ranges[:1]))
+        assert told[0] > 100 << 20
+        assert told[1:] == [50 << 20, 0]
 
 
 def test_smaps_paragraphs() -> None:
@@ -244,10 +265,11 @@ def test_a_refused_sample_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernel_without_page_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(path: str, **_: Any) -> None:
+    def absent(path: str, *_: Any, **__: Any) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
 
     monkeypatch.setattr(placement, "open", absent, raising=False)
+    monkeypatch.setattr(pagemap, "open", absent, raising=False)
     with pytest.raises(NumaError, match="/proc/self/numa_maps: No such file") as caught:
         count_pages([(0, PAGE)])
     assert (caught.value.call, caught.value.errno) == ("numa_maps", errno.ENOENT)

@@ -1,0 +1,44 @@
+"""How much of a range is mapped by huge pages, by a scan of /proc/self/pagemap (Linux 6.7).
+
+smaps says the same, but looks at each of the 512 pages in every huge one: 15 ms instead of 0.1 for
+4 GiB, while a fast disk reads 60 MiB.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import struct
+from collections.abc import Sequence
+
+PAGEMAP = "/proc/self/pagemap"
+# linux/fs.h: struct pm_scan_arg, struct page_region, PAGEMAP_SCAN, PAGE_IS_HUGE
+ARGUMENT = struct.Struct("12Q")
+REGION = struct.Struct("3Q")
+PAGEMAP_SCAN = 3 << 30 | ARGUMENT.size << 16 | ord("f") << 8 | 16
+PAGE_IS_HUGE = 1 << 6
+REGIONS = 256  # answered at a time; neighbours are one region
+WALKED = 4  # index of the field that says how far it came
+
+
+def huge_bytes(ranges: Sequence[tuple[int, int]]) -> list[int] | None:
+    """Bytes mapped by huge pages of each (address, bytes); None where the kernel does not tell."""
+    try:
+        with open(PAGEMAP, "rb", buffering=0) as file:
+            return [_huge_bytes(file.fileno(), start, start + length) for start, length in ranges]
+    except OSError:
+        return None
+
+
+def _huge_bytes(fd: int, start: int, stop: int) -> int:
+    import ctypes
+
+    regions = ctypes.create_string_buffer(REGION.size * REGIONS)
+    found = 0
+    while start < stop:
+        asked = (ARGUMENT.size, 0, start, stop, 0, ctypes.addressof(regions), REGIONS, 0)
+        argument = bytearray(ARGUMENT.pack(*asked, 0, PAGE_IS_HUGE, 0, PAGE_IS_HUGE))
+        count = fcntl.ioctl(fd, PAGEMAP_SCAN, argument)
+        for first, last, _ in REGION.iter_unpack(regions.raw[: count * REGION.size]):
+            found += last - first
+        start = ARGUMENT.unpack(argument)[WALKED]
+    return found

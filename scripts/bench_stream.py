@@ -1,9 +1,11 @@
 """``numaload.stream`` to bfloat16 beside its slowest stage alone, cold and warm.
 
-The stages: reading (cold: into the page cache, as it is read ahead; warm: out of it, into memory of
-each thread that is used again) and converting (blocks that are in memory to bfloat16 in memory that
-is used again, by the same threads). Rounds alternate over all rows; before each timing memory is
-touched and freed, since what a hypervisor has not backed yet is several times slower to touch.
+The stages: reading ahead (into the page cache; warm there is nothing to do) and converting (out of
+it, to bfloat16 in memory that is used again, by the same threads). Beside them the two parts of
+converting: reading out of the page cache, into memory of each thread that is used again, and the
+kernels on blocks that are in memory of this process. Both need the same CPUs, so together they take
+longer than either. Rounds alternate over all rows; before each timing memory is touched and freed,
+since what a hypervisor has not backed yet is several times slower to touch.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from numaload.bench.read_report import median_interval
 from numaload.demo import parse_size
 from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.numa.mapping import map_private
-from numaload.pipeline.fill import AT_ONCE
+from numaload.pipeline.fill import AT_ONCE, fill
+from numaload.pipeline.pieces import Target
 from numaload.pipeline.source import scratch
 from numaload.samples import random_blocks
 
@@ -78,6 +81,11 @@ class Stages:
             pass
 
     def convert(self) -> None:
+        tensors = [self.weights[tensor.name] for tensor in self.tensors]
+        places = [self.results[i % len(self.results)] for i in range(len(tensors))]
+        fill([Target(*one, "bfloat16") for one in zip(tensors, places, strict=True)], ahead=0)
+
+    def kernels(self) -> None:
         for i, tensor in enumerate(self.tensors):
             tensor.dequantize("bfloat16", out=self.results[i % len(self.results)])
 
@@ -113,6 +121,7 @@ def measure(stages: Stages, rounds: int) -> dict[str, list[tuple[float, float]]]
         "stream warm": (WARM, stages.stream),
         "read out warm": (WARM, stages.read_out),
         "convert": (WARM, stages.convert),
+        "kernels": (WARM, stages.kernels),
     }
     for _, run in rows.values():  # kernels are compiled, libraries loaded
         run()
@@ -129,9 +138,10 @@ def measure(stages: Stages, rounds: int) -> dict[str, list[tuple[float, float]]]
 
 def ratios(found: dict[str, list[tuple[float, float]]], state: str) -> list[float]:
     """Of each round: the slowest stage's seconds by the stream's."""
-    reading = found["read ahead cold" if state == COLD else "read out warm"]
-    triples = zip(found[f"stream {state}"], reading, found["convert"], strict=True)
-    return [max(read[0], convert[0]) / stream[0] for stream, read, convert in triples]
+    stages = [found["convert"], *([found["read ahead cold"]] if state == COLD else [])]
+    slowest = [max(seconds for seconds, _ in its) for its in zip(*stages, strict=True)]
+    streams = zip(slowest, found[f"stream {state}"], strict=True)
+    return [stage / seconds for stage, (seconds, _) in streams]
 
 
 def report(name: str, size: int, found: dict[str, list[tuple[float, float]]]) -> dict[str, object]:

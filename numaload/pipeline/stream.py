@@ -29,6 +29,9 @@ from numaload.storage.reader import Progress
 from numaload.weights import Tensor, Weights
 
 AHEAD = 256 << 20
+# Bytes of results under way at first; twice as many whenever the threads have nothing left to do.
+# New memory must be cleared, while some of what is used again soon is in caches still.
+FIRST = 64 << 20
 MOST = 1000  # tensors that are ready: each has a price, however small it is
 
 
@@ -87,21 +90,23 @@ def _stream(
         return
     buffers, todo = Buffers(ahead), deque(tensors)
     ready: deque[_Result] = deque()
-    nbytes = 0  # of those that are ready or under way
+    nbytes, most = 0, min(ahead, FIRST)  # of those that are ready or under way
     with Work([Whole(tensor) for tensor in tensors], progress, ahead) as work:
         try:
             while todo or ready:
-                while todo and _fits(len(ready), nbytes + _nbytes(todo[0], wanted), ahead):
+                while todo and _fits(len(ready), nbytes + _nbytes(todo[0], wanted), most):
                     ready.append(_Result(todo.popleft(), wanted, buffers, work))
                     nbytes += ready[-1].nbytes
                 nbytes -= ready[0].nbytes
                 yield _taken(ready.popleft())
+                if not ready or ready[-1].done:
+                    most = min(ahead, 2 * most)
         finally:
             buffers.close()
 
 
-def _fits(count: int, nbytes: int, ahead: int) -> bool:
-    return not count or (count < MOST and nbytes <= ahead)
+def _fits(count: int, nbytes: int, most: int) -> bool:
+    return not count or (count < MOST and nbytes <= most)
 
 
 def _taken(result: _Result) -> tuple[str, Any]:
@@ -170,6 +175,10 @@ class _Result:
         target = Target(tensor, place, kernel)
         write, cut = writer(target)
         self.futures = work.start(target, cut, write)
+
+    @property
+    def done(self) -> bool:
+        return self.error is not None or all(future.done() for future in self.futures)
 
     def _find(self, dtype: str) -> Any:
         """Of torch or numpy. Raises: UnsupportedTypeError."""

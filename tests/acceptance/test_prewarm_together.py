@@ -21,6 +21,7 @@ from numaload.errors import CancelledError
 
 MIB = 1 << 20
 SIZE = 300 * MIB
+AGAIN = 1 / 16  # of the bytes at most
 SLOWLY = ("--max-rate", "100M")  # so that there is time to be in the middle of it
 # A follower's progress, and whether it ended by itself: one line of JSON.
 FOLLOWER = """
@@ -50,6 +51,12 @@ def start_reader(numaload: Numaload, path: str, *words: str) -> subprocess.Popen
     return job
 
 
+def once(report: Any) -> bool:
+    """What was absent was read, by nobody else; a little, that was paged out meanwhile, again."""
+    again = report["read"] - (report["size"] - report["resident_before"])
+    return bool(0 <= again < AGAIN * report["size"])
+
+
 def answer(job: subprocess.Popen[str], status: int = 0) -> Any:
     out, errors = job.communicate(timeout=LIMIT_S)
     assert job.returncode == status, errors
@@ -63,7 +70,7 @@ def test_one_reads_and_the_others_follow(numaload: Numaload, big: str) -> None:
     own = answer(reader)
     size = os.path.getsize(big)
     assert own["followed"] is None
-    assert own["read"] == size - own["resident_before"]
+    assert once(own)
     for one in told:
         assert one["followed"] in {reader.pid, *(job.pid for job in followers)}
         assert one["read"] < size - KEPT * size
@@ -126,7 +133,7 @@ def test_a_follower_ends_alone(numaload: Numaload, big: str, times: int) -> None
     assert "Traceback" not in errors
     assert reader.poll() is None
     own = answer(reader)
-    assert own["read"] == own["size"] - own["resident_before"]
+    assert once(own)
     assert locks(numaload) == []
 
 

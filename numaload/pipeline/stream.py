@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Generator, Iterable
 from typing import Any, NamedTuple
@@ -29,9 +30,11 @@ from numaload.storage.reader import Progress
 from numaload.weights import Tensor, Weights
 
 AHEAD = 256 << 20
-# Bytes of results under way at first; twice as many whenever the threads have nothing left to do.
-# New memory must be cleared, while some of what is used again soon is in caches still.
+# Bytes of results under way at first; twice as many whenever a caller who takes time for a tensor
+# comes back to threads that have nothing left to do. New memory must be cleared, while some of what
+# is used again soon is in caches still.
 FIRST = 64 << 20
+SLOW_S = 1e-3
 MOST = 1000  # tensors that are ready: each has a price, however small it is
 
 
@@ -94,19 +97,23 @@ def _stream(
     with Work([Whole(tensor) for tensor in tensors], progress, ahead) as work:
         try:
             while todo or ready:
-                while todo and _fits(len(ready), nbytes + _nbytes(todo[0], wanted), most):
+                while todo and _fits(len(ready), nbytes, _nbytes(todo[0], wanted), most, ahead):
                     ready.append(_Result(todo.popleft(), wanted, buffers, work))
                     nbytes += ready[-1].nbytes
                 nbytes -= ready[0].nbytes
+                ready[0].wait()
+                given = time.perf_counter()
                 yield _taken(ready.popleft())
-                if not ready or ready[-1].done:
+                is_slow = time.perf_counter() - given > SLOW_S
+                if is_slow and (not ready or ready[-1].done):
                     most = min(ahead, 2 * most)
         finally:
             buffers.close()
 
 
-def _fits(count: int, nbytes: int, most: int) -> bool:
-    return not count or (count < MOST and nbytes <= most)
+def _fits(count: int, nbytes: int, more: int, most: int, ahead: int) -> bool:
+    """Whether ``more`` bytes may come to ``nbytes`` of ``count`` tensors: two may, within ahead."""
+    return not count or (count < MOST and nbytes + more <= min(ahead, max(most, 2 * more)))
 
 
 def _taken(result: _Result) -> tuple[str, Any]:
@@ -188,11 +195,14 @@ class _Result:
 
         return torch_dtype(dtype, self.tensor.name)
 
-    def value(self) -> Any:
-        """Waits for it. Raises: what went wrong with it."""
+    def wait(self) -> None:
+        """Raises: what went wrong with it."""
         if self.error is not None:
             raise self.error
         finish(self.futures)
+
+    def value(self) -> Any:
+        """What was made of it. Raises: UnsupportedTypeError."""
         if self.kernel is None and self.tensor.byte_order == "big":
             self.flat.view(f"u{self.dtype.itemsize}").byteswap(inplace=True)
         made = self._torch() if self.wanted.torch else self.flat.view(self.dtype)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import numaload
 from commands import evict
+from numaload.numa.mapping import Mapping, map_private
 from numaload.pipeline.ahead import resident
 from numaload.pipeline.memory import Buffers
 from numaload.pipeline.pieces import PIECE, SCATTERED, pieces
@@ -121,3 +126,37 @@ def test_what_is_in_ram(tmp_path: Path) -> None:
             assert not resident(fd, 0, 4 * MIB)
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize(("pause", "slow", "bounds"), [(0, 60, (16, 80)), (0.05, 0.04, (128, 256))])
+def test_more_memory_is_taken_for_those_who_take_their_time(
+    pause: float,
+    slow: float,
+    bounds: tuple[int, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """New memory must be cleared; whoever waits for tensors anyway gains nothing by more of it."""
+    taken: list[int] = []
+
+    def mapped(nbytes: int) -> Mapping:
+        taken.append(nbytes)
+        return map_private(nbytes)
+
+    monkeypatch.setattr("numaload.pipeline.memory.map_private", mapped)
+    monkeypatch.setattr(import_module("numaload.pipeline.stream"), "SLOW_S", slow)
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    rows = np.ones((512, 4096), np.float16)
+    for i in range(40):
+        writer.add_tensor(f"blk.{i}.weight", rows)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with numaload.open(path) as weights:
+        for _, floats in numaload.stream(weights, "float32"):
+            assert floats[0, 0] == 1
+            del floats
+            time.sleep(pause)
+    assert bounds[0] * MIB <= sum(taken) <= bounds[1] * MIB

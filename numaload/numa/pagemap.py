@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import struct
+from array import array
 from collections.abc import Sequence
 
 PAGEMAP = "/proc/self/pagemap"
 # linux/fs.h: struct pm_scan_arg, struct page_region, PAGEMAP_SCAN, PAGE_IS_HUGE
 ARGUMENT = struct.Struct("12Q")
-REGION = struct.Struct("3Q")
+REGION = 24  # bytes
 PAGEMAP_SCAN = 3 << 30 | ARGUMENT.size << 16 | ord("f") << 8 | 16
 PAGE_IS_HUGE = 1 << 6
 REGIONS = 256  # answered at a time; neighbours are one region
@@ -30,15 +31,12 @@ def huge_bytes(ranges: Sequence[tuple[int, int]]) -> list[int] | None:
 
 
 def _huge_bytes(fd: int, start: int, stop: int) -> int:
-    import ctypes
-
-    regions = ctypes.create_string_buffer(REGION.size * REGIONS)
-    found = 0
+    regions, found = array("Q", bytes(REGION * REGIONS)), 0
     while start < stop:
-        asked = (ARGUMENT.size, 0, start, stop, 0, ctypes.addressof(regions), REGIONS, 0)
+        asked = (ARGUMENT.size, 0, start, stop, 0, regions.buffer_info()[0], REGIONS, 0)
         argument = bytearray(ARGUMENT.pack(*asked, 0, PAGE_IS_HUGE, 0, PAGE_IS_HUGE))
         count = fcntl.ioctl(fd, PAGEMAP_SCAN, argument)
-        for first, last, _ in REGION.iter_unpack(regions.raw[: count * REGION.size]):
-            found += last - first
+        words = count * REGION // regions.itemsize  # first, last and categories of each
+        found += sum(regions[1:words:3]) - sum(regions[0:words:3])
         start = ARGUMENT.unpack(argument)[WALKED]
     return found

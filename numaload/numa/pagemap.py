@@ -38,5 +38,8 @@ def _huge_bytes(fd: int, start: int, stop: int) -> int:
         count = fcntl.ioctl(fd, PAGEMAP_SCAN, argument)
         words = count * REGION // regions.itemsize  # first, last and categories of each
         found += sum(regions[1:words:3]) - sum(regions[0:words:3])
-        start = ARGUMENT.unpack(argument)[WALKED]
+        walked = ARGUMENT.unpack(argument)[WALKED]
+        if walked <= start:  # of a sandbox that takes the call and does nothing
+            raise OSError(f"{PAGEMAP}: scanned to {walked:#x} from {start:#x}")
+        start = walked
     return found

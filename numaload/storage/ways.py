@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 from errno import EINVAL, EOPNOTSUPP
 
-from numaload.errors import warn_once
+from numaload.errors import ReadError, reason, warn_once
 from numaload.numa.syscalls import HUGE, PAGE
 from numaload.storage.files import SourceFile
 from numaload.storage.plan import DIRECT, MAPPED
@@ -49,7 +49,7 @@ class IntoCache:
         it cannot be read that call fails, while touching it would kill this process.
         """
         first = start // PAGE * PAGE
-        reader, writer = self._pipe = self._pipe or os.pipe2(os.O_CLOEXEC)
+        reader, writer = self._ends(file)
         try:
             area = mmap.mmap(file.fd, stop - first, mmap.MAP_SHARED, mmap.PROT_READ, offset=first)
         except (OSError, ValueError):  # cut short, or cannot be mapped: reading it tells
@@ -65,6 +65,15 @@ class IntoCache:
                 finally:
                     for byte in its:
                         byte.release()
+
+    def _ends(self, file: SourceFile) -> tuple[int, int]:
+        """The pipe's. Raises: ReadError where no more may be opened."""
+        if self._pipe is None:
+            try:
+                self._pipe = os.pipe2(os.O_CLOEXEC)
+            except OSError as error:
+                raise ReadError(reason(error), path=file.path) from error
+        return self._pipe
 
     def _read(self, file: SourceFile, start: int, stop: int) -> None:
         self._buffer = self._buffer or memoryview(bytearray(STEP))

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -114,30 +115,30 @@ def test_no_more_threads_than_there_is_to_read() -> None:
     assert make_plan(MEMORY, device(), 0).way.threads == 1
 
 
-def slowly(rates: dict[str, float], seen: list[str], lock: threading.Lock) -> reader.Work:
-    """A device that reads so many bytes a second, by name of the way."""
-    turn = threading.Lock()
+class Disk:
+    """Reads so many bytes a second, by name of the way, on a clock of its own: others are busy."""
 
-    def work(piece: Piece, way: Way) -> None:
-        with lock:
-            seen.append(way.name)
-        with turn:
-            time.sleep(piece.nbytes / rates[way.name])
+    def __init__(self, rates: dict[str, float]) -> None:
+        self.rates, self.now, self.lock = rates, 0.0, threading.Lock()
+        self.seen: list[str] = []
 
-    return work
+    def work(self, piece: Piece, way: Way) -> None:
+        with self.lock:
+            self.seen.append(way.name)
+            self.now += piece.nbytes / self.rates[way.name]
 
 
 def reading(
     rates: dict[str, float], ways: Sequence[Way], monkeypatch: pytest.MonkeyPatch
 ) -> plan.ReadPlan:
+    disk = Disk(rates)
+    clock = SimpleNamespace(perf_counter=lambda: disk.now, monotonic=time.monotonic)
+    monkeypatch.setattr(reader, "time", clock)
     monkeypatch.setattr(reader, "TRY_BYTES", 4 * MIB)
-    seen: list[str] = []
     total = 200 * MIB
     made = make_plan(CACHE, device(), total).forced_to(ways)
-    done = Reading(total).run(
-        [[(0, total)]], made, slowly(rates, seen, threading.Lock()), CPUS, "numaload-test"
-    )
-    assert seen.count(done.way.name) > len(seen) // 2
+    done = Reading(total).run([[(0, total)]], made, disk.work, CPUS, "numaload-test")
+    assert disk.seen.count(done.way.name) > len(disk.seen) // 2
     return done
 
 

@@ -13,7 +13,7 @@ from numaload.formats.shards import SUFFIX
 from numaload.formats.splits import is_there
 from numaload.numa.topology import topology
 from numaload.pagecache.choice import Chosen, Runs, Source, choose, models_of, real
-from numaload.pagecache.reading import POLICIES, Placing, Room, read_into_cache
+from numaload.pagecache.reading import POLICIES, Placing, Room, landing, read_into_cache
 from numaload.pagecache.report import PrewarmReport
 from numaload.storage import following, known
 from numaload.storage.device import device_of
@@ -79,7 +79,9 @@ def prewarm(
     with waiting(io_timeout):
         models = models_of(what)
         if not (background or lock):
-            return _on_files(models, choose(models, tensors, layers), run)
+            with landing(placing):
+                chosen = choose(models, tensors, layers)
+            return _on_files(models, chosen, run)
         from numaload.pagecache.holder import Wanted, prewarm_held
 
         how = {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from numaload.errors import NodeMemoryError, NumaUnavailableError, warn_once
 from numaload.numa import memory, syscalls
-from numaload.numa.affinity import pin
+from numaload.numa.affinity import pin, pinned_to
 from numaload.numa.lists import format_list
 from numaload.numa.topology import Topology, topology
 from numaload.pagecache.choice import Runs
@@ -35,6 +36,22 @@ class Placing:
     @property
     def everywhere(self) -> bool:
         return self.nodes == self.machine.usable
+
+
+@contextmanager
+def landing(placing: Placing | None) -> Iterator[None]:
+    """What the calling thread reads lands on these nodes too, as a header before the rest."""
+    if placing is None:
+        yield
+        return
+    with ExitStack() as undone:
+        try:
+            before = syscalls.get_mempolicy()
+            syscalls.set_mempolicy(POLICIES[placing.policy], placing.nodes)
+            undone.callback(syscalls.set_mempolicy, *before)
+        except NumaUnavailableError:  # which the reading threads tell
+            undone.enter_context(pinned_to(placing.machine.cpus_of(placing.nodes)))
+        yield
 
 
 class Room:

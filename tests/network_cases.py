@@ -420,7 +420,7 @@ def test_a_file_that_becomes_shorter(volume: Volume, numaload: Numaload, verb: s
     nothing_left(numaload, before)
 
 
-def test_replicas_outlive_their_server(volume: Volume, numaload: Numaload) -> None:
+def test_mirrors_outlive_their_server(volume: Volume, numaload: Numaload) -> None:
     numaload("mirror", volume.model)
     volume.server.tell("stall", "all")
     (entry,) = numaload.json("status", "--io-timeout", 1)["replicas"]

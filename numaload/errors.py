@@ -31,6 +31,7 @@
     |- CancelledError                           .done .total: stopped by the caller
     |- ClosedError (RuntimeError)               used after close()
     |- StateDictError (RuntimeError)            .missing .unexpected: not the module's parameters
+    |- NotCopyableError (TypeError)             has files or memory open, which no copy may share
     `- UsageError (ValueError)                  an argument that cannot mean anything here
 
 Fallbacks are no errors: they are reported once each, as a NumaloadWarning.
@@ -43,7 +44,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from errno import EMFILE, ENFILE
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 
 class NumaloadError(Exception):
@@ -120,7 +121,7 @@ class _LookupError(NumaloadError, KeyError):
     def _close(self) -> list[str]:
         # Files that are not trusted have as many names as they like, and comparing takes its time.
         known = [str(key) for key in islice(self._known, COMPARED)]
-        return get_close_matches(self.name, known, n=3)
+        return get_close_matches(str(self.name), known, n=3)
 
     def _fields(self) -> dict[str, Any]:
         return self.__dict__ | {"_known": self._close()}
@@ -243,6 +244,21 @@ class StateDictError(NumaloadError, RuntimeError):
     ) -> None:
         super().__init__(message)
         self.missing, self.unexpected = list(missing), list(unexpected)
+
+
+class NotCopyableError(NumaloadError, TypeError): ...
+
+
+class NotCopyable:
+    """A base of what owns descriptors, memory or threads: no copy shares them, and closes them."""
+
+    def __reduce_ex__(self, _: SupportsIndex) -> NoReturn:
+        """Answer copy.copy, copy.deepcopy and pickle. Raises: NotCopyableError."""
+        raise NotCopyableError(
+            f"cannot copy or pickle {type(self).__name__}: its open files, memory and threads are"
+            " this process's own; pass a path on, to be opened there (numaload.open,"
+            " numaload.attach), or values (dequantize(), blocks.copy(), a report)"
+        )
 
 
 class UsageError(NumaloadError, ValueError): ...

@@ -6,6 +6,7 @@ that are raised themselves though they have; tests/unit/test_errors.py sees to i
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,7 @@ PROVOKED: dict[type[errors.NumaloadError], Provoke] = {
     errors.ReplicaNotFoundError: lambda folder: api.attach(good(folder)),
     errors.CancelledError: a_callback_that_says_no,
     errors.ClosedError: closed_weights,
+    errors.NotCopyableError: lambda folder: copy.deepcopy(good(folder)),
     errors.UsageError: lambda folder: good(folder)["t"].dequantize("int8"),
 }
 # These need a machine that refuses, or that places memory elsewhere than it was told.

@@ -292,6 +292,10 @@ class Indexes(Sequence[int]):
 class Field(ReaderField):  # type: ignore[misc] # gguf-py's types are not looked at
     """gguf-py's ReaderField; ``parts`` and, of arrays, ``data`` are made when asked for."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles have their own parts, not the whole file's memory."""
+        return ReaderField, (self.offset, self.name, [*self.parts], [*self.data], self.types)
+
     def contents(self, index_or_slice: int | slice = slice(None)) -> Any:
         """Plain Python values, of an array a list, as gguf-py has it."""
         body = getattr(self.parts, "body", None)

@@ -44,6 +44,7 @@ from numaload.errors import (
     FileChangedError,
     MetadataError,
     ModelNotFoundError,
+    NotCopyable,
     ReadError,
     UnknownQuantTypeError,
     UsageError,
@@ -67,7 +68,7 @@ FIRST_ENTRY = 24  # byte after magic, version and counts
 NUMPY = {"F16": "f2", "F32": "f4", "F64": "f8", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8"}
 
 
-class GGUFReader(THEIRS):  # type: ignore[misc] # an instance of theirs, whoever asks
+class GGUFReader(NotCopyable, THEIRS):  # type: ignore[misc] # an instance of theirs, whoever asks
     """One file: its metadata as ``fields``, its ``tensors``, zero-copy."""
 
     def __init__(self, path: os.PathLike[str] | str, mode: Literal["r", "r+", "c"] = "r") -> None:

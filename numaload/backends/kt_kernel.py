@@ -20,7 +20,7 @@ from numaload.backends.kt_kernel_hook import MISSING, Hook, find_hook
 from numaload.backends.kt_kernel_loader import Loader, translate_name_to_gguf
 from numaload.backends.kt_kernel_report import Given, Report, locate_copies, pages_by_node
 from numaload.backends.kt_kernel_workers import Worker, check, thread_ids, workers
-from numaload.errors import ClosedError, UsageError, warn_once
+from numaload.errors import ClosedError, NotCopyable, UsageError, warn_once
 from numaload.mirrors import Mirror, mirror
 from numaload.numa.lists import format_list
 from numaload.numa.topology import topology
@@ -115,7 +115,7 @@ def _close(things: Sequence[Weights | Mirror]) -> None:
         thing.close()
 
 
-class Handle:
+class Handle(NotCopyable):
     """What is installed for one path. ``nodes``: those with a replica; none: the files themselves.
 
     kt-kernel keeps bare addresses, so whatever it was given stays mapped after ``close()``, and

@@ -25,6 +25,7 @@ from numaload.errors import (
     MetadataError,
     MetadataKeyError,
     ModelNotFoundError,
+    NotCopyable,
     TensorNotFoundError,
     UsageError,
 )
@@ -44,7 +45,7 @@ NUMBERS: dict[str, type[np.generic]] = {
 PERMUTED = {".attn_q.": "head_count", ".attn_k.": "head_count_kv"}
 
 
-class GGUFLoader:
+class GGUFLoader(NotCopyable):
     """Every GGUF file below a folder: tensors by name, blocks zero-copy, floats in parallel.
 
     ``tensor_info``: {GGUF name: see ``_info``}; ``tensor_file_map``: {GGUF name: path};

@@ -20,6 +20,7 @@ from numaload.backends.ktransformers_names import translate_name_to_gguf
 from numaload.dtypes import NAMES, numpy_dtype
 from numaload.errors import (
     ModelNotFoundError,
+    NotCopyable,
     TensorInfoError,
     TensorNotFoundError,
     UnsupportedTypeError,
@@ -40,7 +41,7 @@ PROJECTIONS = ("up", "gate", "down")
 GATE = ("weight", "e_score_correction_bias")
 
 
-class SafeTensorLoader:
+class SafeTensorLoader(NotCopyable):
     """Every safetensors file below a folder.
 
     ``tensor_file_map``: {name: file}; ``file_handle_map``: {file: its Weights}, a file by its name,

@@ -22,7 +22,7 @@ from numaload.backends.lora_fill import Load, load_all
 from numaload.backends.lora_names import GGUF, PEFT, PREFIX, Modules, NameMap
 from numaload.backends.lora_pairs import Pair, Pairs, some
 from numaload.dtypes import dtype_name
-from numaload.errors import AdapterError, UnsupportedTypeError, UsageError, warn_once
+from numaload.errors import AdapterError, NotCopyable, UnsupportedTypeError, UsageError, warn_once
 from numaload.formats import gguf
 from numaload.storage.reader import Progress
 from numaload.torch_memory import torch_dtype
@@ -31,7 +31,7 @@ from numaload.weights import Weights, open_weights
 WEIGHTS = "adapter_model.safetensors"
 
 
-class Adapter:
+class Adapter(NotCopyable):
     """A LoRA adapter that was opened; close it, or leave its ``with``, when it is loaded.
 
     kind: "peft", "kohya", "diffusers" or "gguf". pairs: {module as in the file: Pair}.

@@ -39,6 +39,9 @@ class ByteOrder(NamedTuple):
     scalars: dict[int, struct.Struct]
     rows: tuple[struct.Struct, ...]  # of a tensor, after the name and n_dims, by n_dims
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _byte_order, (self.name, self.sign)  # structs cannot be pickled
+
 
 def _byte_order(name: str, sign: str) -> ByteOrder:
     u32, u64, counts, type_and_count = (struct.Struct(sign + f) for f in ("I", "Q", "QQ", "IQ"))
@@ -82,6 +85,11 @@ class MetadataArray(Sequence[Any]):
     @property
     def nbytes(self) -> int:
         return self._place.nbytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have the values: the file is this process's."""
+        place = self._place._replace(read_at=None)  # type: ignore[arg-type] # not read again
+        return vars(self) | {"_values": self._decoded(), "_place": place}
 
     def tolist(self) -> list[Any]:
         return list(self._decoded())

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from numaload.errors import ClosedError, UsageError
+from numaload.errors import ClosedError, NotCopyable, UsageError
 from numaload.numa.affinity import pinned_to
 from numaload.numa.lists import Group, format_list
 from numaload.numa.mapping import Mapping
@@ -57,7 +57,7 @@ class MirrorReport:
         return row | {"placements": placements, "placed": self.placed}
 
 
-class Mirror:
+class Mirror(NotCopyable):
     """Replicas of one model, a view of each, and ways to run beside them."""
 
     def __init__(
@@ -92,7 +92,10 @@ class Mirror:
 
     @contextmanager
     def pinned(self, node: int) -> Iterator[Weights]:
-        """Run the calling thread on ``node``'s CPUs and see its memory; undone at the end."""
+        """Run the calling thread on ``node``'s CPUs and see its memory; undone at the end.
+
+        For a thread's own work, not across an ``await``: tasks of one thread share its CPUs.
+        """
         view = self.view(node)
         cpus = self._machine.nodes[self._machine.threads_node(node)].usable_cpus
         with pinned_to(cpus):

@@ -12,12 +12,12 @@ import os
 import weakref
 from collections.abc import Collection
 
-from numaload.errors import ClosedError, NumaError, UsageError
+from numaload.errors import ClosedError, NotCopyable, NumaError, UsageError
 from numaload.numa import syscalls
 from numaload.numa.syscalls import HUGE, PAGE
 
 
-class Mapping:
+class Mapping(NotCopyable):
     """``length`` bytes at ``address``, which is 2 MiB-aligned and has unmapped neighbours."""
 
     def __init__(self, address: int, length: int, reserved: tuple[int, int]) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from numaload.errors import NotCopyable
 from numaload.pagecache.choice import Source
 from numaload.pagecache.prewarm import prewarm
 from numaload.pagecache.report import PrewarmReport
 from numaload.storage.reader import Progress
 
 
-class PrewarmJob:
+class PrewarmJob(NotCopyable):
     """Prewarming that goes on. It ends with the program, and with the block of a ``with``."""
 
     def __init__(self, what: Source | Sequence[Source], options: dict[str, Any]) -> None:

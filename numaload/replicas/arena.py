@@ -6,7 +6,7 @@ import errno
 import os
 from collections.abc import Callable
 
-from numaload.errors import NodeMemoryError, StoreError, reason, warn_once
+from numaload.errors import NodeMemoryError, NotCopyable, StoreError, reason, warn_once
 from numaload.numa import syscalls
 from numaload.numa.lists import Group, format_list
 from numaload.numa.mapping import Mapping, bind, map_file, map_private
@@ -18,13 +18,14 @@ MEMFD = "numaload-replica"
 MFD_NOEXEC_SEAL = 0x8  # linux/memfd.h
 
 
-class Arena:
+class Arena(NotCopyable):
     """Room for one file's replica on ``group``. ``fd`` is None for memory of this process alone.
 
     bound: False where memory cannot be bound here: then pages land where threads first touch them.
     """
 
-    fd: int | None = None
+    __slots__ = ("fd",)  # not in __dict__: who copies that does not own it
+    fd: int | None
 
     def __init__(
         self, mapping: Mapping, group: Group, fd: int | None = None, *, bound: bool = True
@@ -122,7 +123,7 @@ class Arena:
         self._let_go()
 
     def _let_go(self) -> None:
-        fd, self.fd = self.fd, None
+        fd, self.fd = getattr(self, "fd", None), None
         if fd is not None:
             os.close(fd)
 

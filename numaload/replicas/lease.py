@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from numaload.errors import (
+    NotCopyable,
     NumaloadError,
     ReplicaNotFoundError,
     StoreError,
@@ -21,16 +22,17 @@ from numaload.replicas.entry import Entry, Holder, folder_of
 from numaload.storage import userdir
 
 
-class Lease:
+class Lease(NotCopyable):
     """An entry in use: while this is open, ``release`` says so.
 
     Raises: ReplicaNotFoundError where somebody released it meanwhile.
     """
 
-    fd = -1
+    __slots__ = ("fd",)  # not in __dict__: who copies that does not own it
+    fd: int
 
     def __init__(self, entry: Entry) -> None:
-        self.entry = entry
+        self.entry, self.fd = entry, -1
         with userdir.opened(create=False) as store, self._gone():
             if store is None:
                 raise FileNotFoundError
@@ -69,9 +71,9 @@ class Lease:
             ) from error
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = getattr(self, "fd", -1), -1
+        if fd >= 0:
+            os.close(fd)
 
     def __del__(self) -> None:
         self.close()

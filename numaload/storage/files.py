@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from numaload.errors import FileChangedError, ReadError, reason, warn_once
+from numaload.errors import FileChangedError, NotCopyable, ReadError, reason, warn_once
 from numaload.formats.shards import SUFFIX, find_shards, is_layout
 from numaload.formats.splits import sibling_paths
 from numaload.numa.netmounts import Network, is_network, mount_on, network_of
@@ -62,7 +62,7 @@ def _open(path: str) -> int:
         return os.open(path, flags)
 
 
-class SourceFile:
+class SourceFile(NotCopyable):
     """A regular file open for reading. Raises: ReadError for anything else.
 
     ``network``: the network file system it is on, None for one of this machine. Those are asked by
@@ -70,9 +70,12 @@ class SourceFile:
     ``opened``: what it was like then.
     """
 
+    __slots__ = ("_far", "_fd")  # not in __dict__: who copies that owns neither
+    _far: NetworkFile | None
+    _fd: int
+
     def __init__(self, path: str) -> None:
-        self.path, self._fd, self.closed = path, -1, False
-        self._far: NetworkFile | None = None
+        self.path, self._fd, self._far, self.closed = path, -1, None, False
         self.network = network_of(path)
         try:
             status = self._open()

@@ -11,7 +11,14 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import NamedTuple, TypeVar
 
-from numaload.errors import CancelledError, FileChangedError, ReadError, StalledError, UsageError
+from numaload.errors import (
+    CancelledError,
+    FileChangedError,
+    NotCopyable,
+    ReadError,
+    StalledError,
+    UsageError,
+)
 from numaload.errors import reason as why
 from numaload.numa.netmounts import Network
 from numaload.storage.netreader import CannotAskError, EndedError, Reader, RefusedError, Wait, pool
@@ -73,7 +80,7 @@ class Status(NamedTuple):
     st_uid: int
 
 
-class NetworkFile:
+class NetworkFile(NotCopyable):
     """Threads may share it. Every call may raise StalledError, CancelledError and ReadError."""
 
     def __init__(self, path: str, network: Network) -> None:

@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 from errno import EINVAL, EOPNOTSUPP
 
-from numaload.errors import ReadError, reason, warn_once
+from numaload.errors import NotCopyable, ReadError, reason, warn_once
 from numaload.numa.syscalls import HUGE, PAGE
 from numaload.storage.files import SourceFile
 from numaload.storage.plan import DIRECT, MAPPED
@@ -21,16 +21,19 @@ TOUCHES = 512  # bytes of a mapping that are taken in one call: a pipe holds 655
 NOT_DIRECT = (EINVAL, EOPNOTSUPP)
 
 
-class IntoCache:
+class IntoCache(NotCopyable):
     """Brings ranges into the page cache, for one thread.
 
     exact: no more than these; otherwise the kernel reads up to 16 MiB beyond them.
     """
 
+    __slots__ = ("_pipe",)  # not in __dict__: who copies that does not own it
+    _pipe: tuple[int, int] | None
+
     def __init__(self, *, exact: bool = False) -> None:
         self._advice = [mmap.MADV_HUGEPAGE, *([mmap.MADV_RANDOM] if exact else [])]
         self._buffer = memoryview(b"")
-        self._pipe: tuple[int, int] | None = None
+        self._pipe = None
 
     def read(self, file: SourceFile, start: int, stop: int, way: str) -> None:
         if way == MAPPED and not file.is_network:
@@ -81,7 +84,7 @@ class IntoCache:
             file.read_into(self._buffer[: min(STEP, stop - at)], at)
 
     def close(self) -> None:
-        pipe, self._pipe = self._pipe, None
+        pipe, self._pipe = getattr(self, "_pipe", None), None
         for fd in pipe or ():
             os.close(fd)
 
@@ -89,11 +92,14 @@ class IntoCache:
         self.close()
 
 
-class IntoMemory:
+class IntoMemory(NotCopyable):
     """Reads ranges of one file into memory that begins on a page, as every mapping does.
 
     Threads may share it. quiet: where direct reads cannot be had, that is nothing to be said.
     """
+
+    __slots__ = ("_fd",)
+    _fd: int
 
     def __init__(self, file: SourceFile, *, direct: bool, quiet: bool = False) -> None:
         self.file, self._fd, self._direct, self._quiet = file, -1, False, quiet
@@ -146,7 +152,7 @@ class IntoMemory:
         return done
 
     def close(self) -> None:
-        fd, self._fd, self._direct = self._fd, -1, False
+        fd, self._fd, self._direct = getattr(self, "_fd", -1), -1, False
         if fd >= 0:
             os.close(fd)
 

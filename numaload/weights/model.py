@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from numaload.errors import ClosedError, TensorNotFoundError
+from numaload.errors import ClosedError, NotCopyable, TensorNotFoundError
 from numaload.formats import gguf, safetensors
 from numaload.formats.metadata import Metadata
 from numaload.numa.lists import Group, format_list
@@ -36,7 +36,7 @@ class Part:
     header: AnyHeader
 
 
-class Weights(Mapping[str, Tensor]):
+class Weights(NotCopyable, Mapping[str, Tensor]):
     """All tensors of a model, in file order, by name; over its files or over one replica.
 
     ``close()`` gives up the memory; arrays handed out before stay valid, raw addresses do not.

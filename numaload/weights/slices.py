@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from numaload.errors import NodeMemoryError, TensorNotFoundError, UsageError
+from numaload.errors import NodeMemoryError, NotCopyable, TensorNotFoundError, UsageError
 from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.numa import memory
 from numaload.numa.mapping import Mapping as MemoryMapping
@@ -138,7 +138,7 @@ class Slice:
         return f"<Slice {self.part} of {self.parts} of {self.tensor!r}: {self.shape}>"
 
 
-class Slices(Mapping[str, Tensor | Slice]):
+class Slices(NotCopyable, Mapping[str, Tensor | Slice]):
     """Weights whose expert tensors (blk.N.ffn_gate_exps, up, down) hold only one part."""
 
     def __init__(self, weights: Weights, part: int, parts: int) -> None:

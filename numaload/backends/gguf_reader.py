@@ -53,7 +53,7 @@ from numaload.errors import (
 from numaload.formats.gguf import Header, TensorInfo, parse_header
 from numaload.formats.metadata import BIG, LITTLE, SMALLEST, TYPE_NAMES, MetadataArray
 from numaload.formats.qtypes import BLOCKS, QuantType
-from numaload.storage.files import SourceFile
+from numaload.storage.files import SourceFile, absolute
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,7 +79,7 @@ class GGUFReader(NotCopyable, THEIRS):  # type: ignore[misc] # an instance of th
         """
         if mode not in MODES:
             raise UsageError(f"mode {mode!r}: expected one of {', '.join(MODES)}")
-        name = os.fsdecode(path)
+        name = absolute(os.fsdecode(path))
         if not os.path.exists(name):
             raise ModelNotFoundError("no such file", path=name)
         with SourceFile(name) as file:

@@ -25,6 +25,7 @@ from numaload.mirrors import Mirror, mirror
 from numaload.numa.lists import format_list
 from numaload.numa.topology import topology
 from numaload.pagecache.prewarm import prewarm
+from numaload.storage.files import absolute
 from numaload.storage.reader import Progress
 from numaload.weights import Tensor, Weights, open_weights
 
@@ -57,7 +58,7 @@ def install(
     Raises: BackendError where kt-kernel is missing, broken or of an unknown make; UsageError if
     there is an open handle for this path; FileNotFoundError; all that ``mirror`` raises.
     """
-    hook, path = find_hook(), os.fspath(weight_path)
+    hook, path = find_hook(), absolute(os.fspath(weight_path))
     _check_free(hook, path)
     if nodes is not None and mirrors is not None:
         raise UsageError("nodes and mirrors: the mirrors have their nodes, give one of the two")

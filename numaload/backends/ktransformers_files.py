@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from numaload.errors import ModelNotFoundError, UsageError
 from numaload.mirrors.views import Mirror
+from numaload.storage.files import absolute
 from numaload.weights import Weights
 
 Replica = Weights | Mirror | Sequence["Weights | Mirror"] | None
@@ -14,10 +15,10 @@ Replica = Weights | Mirror | Sequence["Weights | Mirror"] | None
 
 def folder_of(path: str | os.PathLike[str]) -> str:
     """The folder itself, or that of a file. Raises: ModelNotFoundError, a FileNotFoundError."""
-    given = os.fsdecode(path)
+    given = absolute(os.fsdecode(path))
     if not os.path.exists(given):
         raise ModelNotFoundError("no such file or folder", path=given)
-    return given if os.path.isdir(given) else os.path.dirname(given) or "."
+    return given if os.path.isdir(given) else os.path.dirname(given)
 
 
 def files_below(folder: str, suffix: str) -> Iterator[str]:
@@ -43,6 +44,8 @@ def open_below(
             continue
         view = next((v for v in views if real in _real(v)), None)
         weights = open_file(path) if view is None else view
+        for part in weights.parts:  # a replica may be of a file that had this name before
+            part.file.check_name()
         used.add(id(view))
         done |= {real, *_real(weights)}
         yield weights, view is None

@@ -22,6 +22,7 @@ from numaload.backends.ktransformers_names import translate_name_to_gguf
 from numaload.dequantize import as_output, dequantize_blocks, dtype_of
 from numaload.dtypes import dtype_name, kernel_dtype
 from numaload.errors import (
+    FileChangedError,
     MetadataError,
     MetadataKeyError,
     ModelNotFoundError,
@@ -88,6 +89,11 @@ class GGUFLoader(NotCopyable):
         """Add an opened file, by its name, and its split siblings."""
         weights = open_weights(file.name)
         self._opened.append(weights)
+        status = os.fstat(file.fileno())
+        if (status.st_dev, status.st_ino) not in [p.file.opened[:2] for p in weights.parts]:
+            raise FileChangedError(
+                "is not the opened file: its name leads elsewhere now", path=file.name
+            )
         self._add(weights)
 
     def _add(self, weights: Weights) -> None:

@@ -24,6 +24,7 @@ from numaload.backends.lora_pairs import Pair, Pairs, some
 from numaload.dtypes import dtype_name
 from numaload.errors import AdapterError, NotCopyable, UnsupportedTypeError, UsageError, warn_once
 from numaload.formats import gguf
+from numaload.storage.files import absolute
 from numaload.storage.reader import Progress
 from numaload.torch_memory import torch_dtype
 from numaload.weights import Weights, open_weights
@@ -173,7 +174,7 @@ def open_adapter(path: str | os.PathLike[str]) -> Adapter:
     path: a PEFT folder, its weights or other safetensors files of LoRA pairs, or a GGUF adapter.
     Raises: AdapterError for what is no adapter or cannot be one; what ``numaload.open`` does.
     """
-    given = os.fsdecode(path)
+    given = absolute(os.fsdecode(path))
     inside = os.path.join(given, WEIGHTS)
     weights = open_weights(inside if os.path.exists(inside) else given)
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from numaload.errors import ReadError, TensorNotFoundError, UsageError
 from numaload.numa.lists import parse_list
 from numaload.numa.syscalls import PAGE
-from numaload.storage.files import model_paths, real_path
+from numaload.storage.files import absolute, model_paths, real_path
 
 if TYPE_CHECKING:
     from numaload.weights import Tensor, Weights
@@ -37,17 +37,29 @@ class Chosen(NamedTuple):
     runs: dict[str, Runs]
 
 
-def models_of(what: Source | Sequence[Source]) -> list[list[str]]:
-    """The files of each, of which several may have been given. Raises: SplitError, ReadError."""
-    return [list(paths) for paths in dict.fromkeys(map(tuple, _models(what)))]
-
-
-def _models(what: Source | Sequence[Source]) -> list[list[str]]:
+def located(what: Source | Sequence[Source]) -> list[Source]:
+    """Each of them, names from the root, for those who open them later."""
     if isinstance(what, (str, os.PathLike)):
-        return [model_paths(os.fspath(what))]
+        return [absolute(os.fsdecode(what))]
     if isinstance(what, Sequence):
-        return [paths for one in what for paths in _models(one)]
-    return [what.paths]
+        return [one for each in what for one in located(each)]
+    return [what]
+
+
+def models_of(what: Source | Sequence[Source]) -> list[list[str]]:
+    """The files of each, of which several may have been given.
+
+    Raises: SplitError, ReadError; FileChangedError for weights whose names other files have now.
+    """
+    return [list(paths) for paths in dict.fromkeys(map(_files, located(what)))]
+
+
+def _files(what: Source) -> tuple[str, ...]:
+    if isinstance(what, (str, os.PathLike)):
+        return tuple(model_paths(os.fsdecode(what)))
+    for part in getattr(what, "parts", ()):  # none where only paths were given
+        part.file.check_name()
+    return tuple(what.paths)
 
 
 def real(path: str) -> str:

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from numaload.errors import NotCopyable
-from numaload.pagecache.choice import Source
+from numaload.pagecache.choice import Source, located
 from numaload.pagecache.prewarm import prewarm
 from numaload.pagecache.report import PrewarmReport
 from numaload.storage.reader import Progress
@@ -23,7 +23,7 @@ class PrewarmJob(NotCopyable):
         self._step = (0, 0)
         self._future: Future[PrewarmReport] = Future()
         self._thread = threading.Thread(
-            target=self._run, args=(what, options), name="numaload-prewarm"
+            target=self._run, args=(located(what), options), name="numaload-prewarm"
         )
         self._thread.start()
 

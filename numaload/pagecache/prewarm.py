@@ -208,7 +208,7 @@ class _Prewarming:
             room.check()
         biggest = max(range(len(self.files)), key=lambda i: _length(seen.absent[i]))
         file = self.files[biggest]
-        device = device_of(file.path, network=file.is_network)
+        device = device_of(file.path, network=file.is_network, numbers=file.device)
         plan = make_plan(CACHE, device, seen.nbytes, forced=self.forced, seen=seen.known)
         if self.announce:
             self.announce(plan)

@@ -83,7 +83,9 @@ class Ahead:
                 return None
             found = residency(one.file, one.start, one.stop)
             if found.absent:
-                device = device_of(one.file.path, network=one.file.is_network)
+                device = device_of(
+                    one.file.path, network=one.file.is_network, numbers=one.file.device
+                )
                 total = sum(each.stop - each.start for each in self.ranges)
                 way = make_plan(CACHE, device, total, seen=found.known).way
                 # Converting threads make each one wait for its turn in Python: others read on.

@@ -62,7 +62,7 @@ def plan_for(files: Sequence[SourceFile], before: Sequence[Residency]) -> ReadPl
     """How what is not in RAM of these files is read into memory."""
     absent = [sum(stop - start for start, stop in found.absent) for found in before]
     file = files[absent.index(max(absent))]
-    device = device_of(file.path, network=file.is_network)
+    device = device_of(file.path, network=file.is_network, numbers=file.device)
     return make_plan(MEMORY, device, sum(absent))
 
 

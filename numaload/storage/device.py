@@ -73,8 +73,8 @@ def device_of(
     proc_root: str = "/proc",
     numbers: tuple[int, int] | None = None,
 ) -> Device:
-    """network: already known to be on a network file system. numbers: major and minor, to use
-    recorded roots. Raises: ReadError where there is no such file.
+    """network: already known to be on a network file system. numbers: major and minor, where they
+    are known, as of an opened file. Raises: ReadError where there is no such file.
     """
     server = network_of(path, proc_root) if network else None
     if server is not None:  # which is not asked anything

@@ -50,6 +50,21 @@ class Identity(NamedTuple):
         )
 
 
+def absolute(path: str) -> str:
+    """The same name from the root: what it leads to changes with no working directory.
+
+    What is before ".." is resolved, since above a link's target is another folder.
+    """
+    if not path:  # no name, which is not the working directory's
+        return path
+    try:
+        whole = os.path.join(os.getcwd(), path)
+        before, up, after = f"{whole}/".rpartition("/../")
+        return os.path.normpath(os.path.join(real_path(f"{before}/.."), after) if up else whole)
+    except (OSError, ValueError):  # no working directory, or a NUL: opening it says so
+        return path
+
+
 def _open(path: str) -> int:
     """Opening a FIFO without O_NONBLOCK would wait for a writer for ever."""
     flags = os.O_RDONLY | os.O_CLOEXEC
@@ -65,6 +80,7 @@ def _open(path: str) -> int:
 class SourceFile(NotCopyable):
     """A regular file open for reading. Raises: ReadError for anything else.
 
+    ``path``: from the root, so that it means the same after a change of the working directory.
     ``network``: the network file system it is on, None for one of this machine. Those are asked by
     processes that can be killed (netreader.py), so that reading them can be given up.
     ``opened``: what it was like then.
@@ -75,7 +91,8 @@ class SourceFile(NotCopyable):
     _fd: int
 
     def __init__(self, path: str) -> None:
-        self.path, self._fd, self._far, self.closed = path, -1, None, False
+        self.path = path = absolute(path)
+        self._fd, self._far, self.closed = -1, None, False
         self.network = network_of(path)
         try:
             status = self._open()
@@ -148,6 +165,11 @@ class SourceFile(NotCopyable):
         return self._far
 
     @property
+    def device(self) -> tuple[int, int]:
+        """Major and minor number of what the opened file lies on, whatever has its name now."""
+        return os.major(self.opened.device), os.minor(self.opened.device)
+
+    @property
     def is_network(self) -> bool:
         """Whether reading waits for another machine, or for a FUSE server."""
         return self.network is not None
@@ -155,6 +177,21 @@ class SourceFile(NotCopyable):
     def identity(self) -> Identity:
         head = self.read_at(0, min(HEAD_BYTES, self.size))
         return self.opened._replace(head=hashlib.blake2b(head, digest_size=16).hexdigest())
+
+    def check_name(self) -> None:
+        """For those who open it once more, by ``path``.
+
+        Raises: FileChangedError if another file, or none, has that name now; StalledError.
+        """
+        with reached(self.path):
+            try:
+                now = os.stat(self.path)
+            except OSError as error:
+                message = f"renamed or removed since it was opened: {reason(error)}"
+                raise FileChangedError(message, path=self.path) from error
+        if (now.st_dev, now.st_ino) != self.opened[:2]:
+            message = "is another file now: this name was given away since it was opened"
+            raise FileChangedError(message, path=self.path)
 
     def check_unchanged(self) -> None:
         """Raises: FileChangedError if the open file was written to or cut since it was opened."""

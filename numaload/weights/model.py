@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import RLock
@@ -69,6 +68,7 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
 
     @property
     def paths(self) -> list[str]:
+        """Of the files that were opened, from the root."""
         return [part.file.path for part in self._parts]
 
     @property
@@ -87,8 +87,7 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
 
     def model(self) -> Model:
         """The identity under which replicas of these files are kept."""
-        paths = tuple(os.path.abspath(path) for path in self.paths)
-        return Model(paths, tuple(part.file.identity() for part in self._parts))
+        return Model(tuple(self.paths), tuple(part.file.identity() for part in self._parts))
 
     def workers(self) -> Workers:
         """The threads that work on these weights: on their node, or everywhere."""

@@ -12,7 +12,7 @@ from numaload.formats.metadata import ReadAt
 from numaload.formats.shards import SUFFIX, Shards, check_shards, find_shards, is_layout
 from numaload.formats.splits import check_splits, sibling_paths, split_count, split_link
 from numaload.numa.mapping import Mapping as MemoryMapping
-from numaload.storage.files import SourceFile, reached, read_whole
+from numaload.storage.files import SourceFile, absolute, reached, read_whole
 from numaload.storage.files import io_timeout as waiting
 from numaload.storage.reader import Progress
 from numaload.weights.model import AnyHeader, Part, Weights
@@ -45,7 +45,7 @@ def open_weights(
     copy also NodeMemoryError if it does not fit, FileChangedError, CancelledError: then nothing is
     left of it.
     """
-    given = os.fsdecode(path)
+    given = absolute(os.fsdecode(path))
     with waiting(io_timeout), reached(given):
         return _opened(given, progress, copy=copy)
 

@@ -60,7 +60,7 @@ def test_a_file_stands_for_its_folder(folder: Path, monkeypatch: pytest.MonkeyPa
         assert loader.gguf_path == str(folder)
         assert list(loader.tensor_file_map) == [*TENSORS, "late.weight"]
     monkeypatch.chdir(folder)
-    assert GGUFLoader("m-00001-of-00002.gguf").gguf_path == "."
+    assert GGUFLoader("m-00001-of-00002.gguf").gguf_path == str(folder)
 
 
 def test_folders_below_are_walked_and_the_last_one_counts(folder: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from numaload.errors import NotCopyable
+from numaload.errors import NotCopyable, NotCopyableError
 from numaload.pagecache.choice import Source, located
 from numaload.pagecache.prewarm import prewarm
 from numaload.pagecache.report import PrewarmReport
@@ -42,11 +42,14 @@ class PrewarmJob(NotCopyable):
     def result(self, timeout: float | None = None) -> PrewarmReport:
         """Wait for the report. Raises: what ``prewarm`` raises; TimeoutError after ``timeout`` s.
 
+        In a child that was forked meanwhile it is a NotCopyableError.
         Ctrl-C ends the waiting alone; ``cancel`` ends the work.
         """
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise TimeoutError(f"prewarming has not ended within {timeout} s")
+        if not self._future.done():  # its thread ended with fork
+            raise NotCopyableError("the process that was forked began this prewarming: ask there")
         return self._future.result()
 
     def _run(self, what: Source | Sequence[Source], options: dict[str, Any]) -> None:

@@ -290,8 +290,8 @@ def test_closing_twice_closes_nothing_of_others(held: Held, owner: str) -> None:
 
 
 FORKED = """
-import os, sys, warnings
-warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of threads: none is at work
+import os, sys, threading, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of threads
 import numaload
 
 weights = numaload.open(sys.argv[1])
@@ -306,15 +306,30 @@ def right():
     found = [sum(read), int(weights[name].blocks.sum()), int(mirror.local()[name].blocks.sum())]
     return found == [expected] * 3
 
+class Asking:  # of its files the prewarming hears only when the child has ended
+    @property
+    def paths(self):
+        ended.wait()
+        return weights.paths
+
+ended = threading.Event()
+job = numaload.prewarm_async(Asking())
+
 child = os.fork()
 if not child:
-    ok = right()
+    ok = right() and not job.done()
+    try:
+        job.result()
+    except numaload.errors.NotCopyableError:
+        pass
     mirror.close()
     weights.close()
     ok = ok and int(mapped.sum()) == expected
     os._exit(0 if ok else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert right()
+ended.set()
+assert job.result().paths == weights.paths
 from numaload.replicas import store
 (released,) = store.release(store.entries())
 assert released.in_use  # the child let go of its own lease alone

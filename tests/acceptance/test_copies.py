@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import gc
 import multiprocessing
@@ -255,6 +256,20 @@ def test_half_made_objects_free_only_what_they_own(
     assert said == []
     assert descriptors() == before
     assert sums(held) == expected
+
+
+def test_every_class_with_a_finalizer_refuses_copies_and_keeps_what_it_frees_in_slots() -> None:
+    package = Path(api.__file__).parent
+    trees = [ast.parse(path.read_text()) for path in package.rglob("*.py")]
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    found = 0
+    for kind in classes:
+        text = ast.unparse(kind)
+        if "def __del__" in text:
+            found += 1
+            assert "NotCopyable" in map(ast.unparse, kind.bases), kind.name
+            assert "__slots__ = " in text, kind.name
+    assert found >= 5
 
 
 @pytest.mark.parametrize("path", ["/absent.gguf", "/", "/dev/null", "nul\0.gguf", ""])

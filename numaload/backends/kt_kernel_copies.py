@@ -150,7 +150,7 @@ def find_copies(tensors: Iterable[Tensor], without: Sequence[Range]) -> tuple[li
 def _anonymous(without: Sequence[Range]) -> list[tuple[int, int]]:
     """(start, stop) of this process's private writable memory that no file is behind."""
     inside = [(address, address + nbytes) for address, nbytes in without]
-    with open(f"{PROC}/maps", encoding="utf-8", errors="replace") as file:
+    with open(f"{PROC}/maps", encoding="utf-8", errors="replace", newline="\n") as file:
         rows = [line.split() for line in file]
     found = []
     for row in rows:

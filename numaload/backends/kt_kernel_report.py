@@ -131,7 +131,7 @@ def locate_copies(copies: Iterable[Copy]) -> None:
 
 def _areas() -> list[Area]:
     try:
-        with open(f"{PROC}/numa_maps", encoding="utf-8", errors="replace") as file:
+        with open(f"{PROC}/numa_maps", encoding="utf-8", errors="replace", newline="\n") as file:
             return parse_numa_maps(file)
     except OSError:  # a kernel without NUMA
         return []

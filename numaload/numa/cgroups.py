@@ -19,7 +19,7 @@ def folders(
     process: its id, as a folder of ``proc_root``.
     """
     base = f"{sys_root}/fs/cgroup"
-    for row in (Reader().text(f"{proc_root}/{process}/cgroup") or "").splitlines():
+    for row in filter(None, (Reader().text(f"{proc_root}/{process}/cgroup") or "").split("\n")):
         _, controllers, group = [*row.split(":", 2), "", ""][:3]
         if controllers and controller not in controllers.split(","):
             continue

@@ -45,7 +45,7 @@ def below(path: str, folder: str) -> bool:
 
 def _mounts(proc_root: str) -> Iterator[Mount]:
     """``36 35 98:0 /root /mount/point options [optional...] - type source options``."""
-    for line in (Reader().text(f"{proc_root}/self/mountinfo") or "").splitlines():
+    for line in (Reader().text(f"{proc_root}/self/mountinfo") or "").split("\n"):
         left, _, right = line.partition(" - ")
         words, rest = left.split(" "), right.split(" ")
         if len(words) >= 6 and len(rest) >= 3:

@@ -80,7 +80,7 @@ def mount_on(device: int, proc_root: str = "/proc") -> Network | None:
 
 
 def _lines(proc_root: str) -> list[str]:
-    return (Reader().text(f"{proc_root}/self/mountinfo") or "").splitlines()
+    return (Reader().text(f"{proc_root}/self/mountinfo") or "").split("\n")
 
 
 def _rows(lines: list[str]) -> list[_Row]:

@@ -135,14 +135,14 @@ def count_pages(ranges: Sequence[Range]) -> Iterator[dict[int, int]]:
     Raises: NumaError.
     """
     try:
-        with open(f"{PROC}/numa_maps", encoding="utf-8", errors="replace") as file:
+        with open(f"{PROC}/numa_maps", encoding="utf-8", errors="replace", newline="\n") as file:
             areas = parse_numa_maps(file)
     except OSError as error:
         if os.path.isdir(NODES):
             raise NumaError(
                 f"{PROC}/numa_maps: {error.strerror}", call="numa_maps", errno=error.errno or 0
             ) from error
-        with open(f"{PROC}/smaps", encoding="utf-8", errors="replace") as file:
+        with open(f"{PROC}/smaps", encoding="utf-8", errors="replace", newline="\n") as file:
             found = parse_smaps(file, ("Rss:",))
         areas = [Area(start, {0: nbytes // PAGE}) for start, nbytes in found]
     return _inside(areas, ranges)
@@ -195,7 +195,7 @@ def _huge_bytes(ranges: Sequence[Range]) -> Iterator[int]:
     if found is not None:
         return iter(found)
     try:
-        with open(f"{PROC}/smaps", encoding="utf-8", errors="replace") as file:
+        with open(f"{PROC}/smaps", encoding="utf-8", errors="replace", newline="\n") as file:
             areas = [Area(start, {HUGE: n}) for start, n in parse_smaps(file, HUGE_FIELDS)]
     except OSError:
         areas = []

@@ -35,7 +35,7 @@ class Reader:
     def text(self, path: str) -> str | None:
         """Without blanks around it; None where there is no such file or it cannot be read."""
         try:
-            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
                 return file.read(MOST).strip(BLANK)
         except OSError as error:
             check_limits(error, path)

@@ -23,7 +23,7 @@ class Machine:
         self.write()
 
     def write(self) -> None:
-        (self.proc / "self/mountinfo").write_text("\n".join(self.rows) + "\n")
+        (self.proc / "self/mountinfo").write_bytes(("\n".join(self.rows) + "\n").encode())
 
     def mount(self, number: int, on: int, point: str, kind: str, source: str = NFS) -> None:
         where = str(self.root / point).replace(" ", "\\040")
@@ -132,3 +132,11 @@ def test_nothing_is_known(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert network_of("x", str(machine.proc)) is None
+
+
+@pytest.mark.parametrize("end", ["\r", "\x0b", "\x1c", "\x85", "\u2028"])
+def test_a_row_ends_where_the_kernel_ends_it(machine: Machine, end: str) -> None:
+    """At a newline alone: in names the kernel escapes that, blanks and backslashes, no others."""
+    machine.mount(30, 20, f"net{end}work", "nfs")
+    assert machine.ask(f"net{end}work/a") == NFS
+    assert any_mounted(str(machine.proc))

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from numaload.errors import printable
 from numaload.formats.qtypes import QuantType
 from numaload.samples import random_blocks
 
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=1)
     options = parser.parse_args()
     for file in write_model(options.path, options.size, options.splits):
-        print(file)
+        print(printable(file))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,10 @@
     `- UsageError (ValueError)                  an argument that cannot mean anything here
 
 Fallbacks are no errors: they are reported once each, as a NumaloadWarning.
+
+Messages name files, tensors, metadata, processes and paths, which anybody may have written. Shown
+as text they are safe for a terminal and at most LONGEST characters long; fields and ``args`` hold
+what was found as it is.
 """
 
 from __future__ import annotations
@@ -46,6 +50,30 @@ from errno import EMFILE, ENFILE
 from itertools import islice
 from typing import Any, NoReturn, SupportsIndex
 
+LONGEST = 2000  # characters of a message, or of a line that is printed
+
+
+def printable(text: object, most: int = LONGEST) -> str:
+    """Escape what a terminal would obey or hide, and leave out the middle of what is too long.
+
+    Names come from files, processes and users that are not trusted. Escaped are control characters,
+    line breaks, what turns the direction of text, what has no width, and bytes that are no text.
+    Doing it twice changes nothing.
+    """
+    shown = _shortened(str(text), most)
+    if shown.isprintable():
+        return shown
+    return _shortened("".join(c if c.isprintable() else repr(c)[1:-1] for c in shown), most)
+
+
+def _shortened(text: str, most: int) -> str:
+    """Keep both ends: a message says what is wrong after the name of the file."""
+    if len(text) <= most:
+        return text
+    left_out = f"...({len(text)} characters)..."
+    kept = most - len(left_out)
+    return f"{text[: kept - kept // 3]}{left_out}{text[-(kept // 3) :]}"
+
 
 class NumaloadError(Exception):
     """What all errors of numaload have in common. They can be pickled and copied, fields too."""
@@ -55,6 +83,12 @@ class NumaloadError(Exception):
 
     def _fields(self) -> dict[str, Any]:
         return self.__dict__
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+    def __repr__(self) -> str:
+        return printable(super().__repr__())
 
 
 def _rebuilt(kind: type[NumaloadError], args: tuple[Any, ...], fields: dict[str, Any]) -> Any:
@@ -66,11 +100,16 @@ def _rebuilt(kind: type[NumaloadError], args: tuple[Any, ...], fields: dict[str,
     return error
 
 
+def _shown_path(path: str) -> str:
+    """Short enough that the message has room for what is wrong."""
+    return printable(path, LONGEST // 2)
+
+
 class FormatError(NumaloadError, ValueError):
     """A file does not keep its own format. ``offset`` is a byte position in ``path``."""
 
     def __init__(self, message: str, *, path: str | None = None, offset: int | None = None) -> None:
-        where = "" if path is None else f"{path}: "
+        where = "" if path is None else f"{_shown_path(path)}: "
         at = "" if offset is None else f" (at byte {offset})"
         super().__init__(f"{where}{message}{at}")
         self.path, self.offset = path, offset
@@ -107,6 +146,7 @@ class UnsupportedTypeError(NumaloadError, NotImplementedError): ...
 
 
 COMPARED = 10_000  # names, in search of close ones; models have less
+LONGEST_COMPARED = 100  # characters of a name: comparing takes the square of it
 
 
 class _LookupError(NumaloadError, KeyError):
@@ -114,14 +154,17 @@ class _LookupError(NumaloadError, KeyError):
 
     kind = "name"
 
-    def __init__(self, name: str, known: Any = ()) -> None:
+    def __init__(self, name: Any, known: Any = ()) -> None:
         super().__init__(name)
         self.name, self._known = name, known
 
     def _close(self) -> list[str]:
         # Files that are not trusted have as many names as they like, and comparing takes its time.
-        known = [str(key) for key in islice(self._known, COMPARED)]
-        return get_close_matches(str(self.name), known, n=3)
+        name = str(self.name)
+        if len(name) > LONGEST_COMPARED:
+            return []
+        known = (key for key in map(str, self._known) if len(key) <= LONGEST_COMPARED)
+        return get_close_matches(name, islice(known, COMPARED), n=3)
 
     def _fields(self) -> dict[str, Any]:
         return self.__dict__ | {"_known": self._close()}
@@ -130,7 +173,7 @@ class _LookupError(NumaloadError, KeyError):
         # Only when it is shown: ``get`` of what may be absent is no error to anyone.
         close = self._close()
         hint = f"; close: {', '.join(close)}" if close else ""
-        return f"no {self.kind} {self.name!r}{hint}"
+        return printable(f"no {self.kind} {self.name!r}{hint}")
 
 
 class TensorNotFoundError(_LookupError):
@@ -148,7 +191,7 @@ class ReadError(NumaloadError, OSError):
 
     def __init__(self, message: str, *, path: str, offset: int | None = None) -> None:
         at = "" if offset is None else f" at byte {offset}"
-        super().__init__(f"{path}: {message}{at}")
+        super().__init__(f"{_shown_path(path)}: {message}{at}")
         self.path, self.offset = path, offset
 
     def within(self, tensor: str) -> None:
@@ -186,7 +229,7 @@ class NumaError(NumaloadError, OSError):
         self.call, self.node = call, node
 
     def __str__(self) -> str:
-        return str(self.args[1])
+        return printable(self.args[1])
 
 
 class NumaUnavailableError(NumaError): ...
@@ -236,6 +279,9 @@ class CancelledError(NumaloadError):
 class ClosedError(NumaloadError, RuntimeError): ...
 
 
+LINES = 5  # of an error that has one for each parameter
+
+
 class StateDictError(NumaloadError, RuntimeError):
     """As torch's load_state_dict has it: ``missing`` module keys, ``unexpected`` tensors."""
 
@@ -244,6 +290,13 @@ class StateDictError(NumaloadError, RuntimeError):
     ) -> None:
         super().__init__(message)
         self.missing, self.unexpected = list(missing), list(unexpected)
+
+    def __str__(self) -> str:
+        """In lines, as torch has it."""
+        first, *lines = str(self.args[0]).split("\n\t")
+        more = [f"and {len(lines) - LINES} more"] if len(lines) > LINES else []
+        shown = [first, *lines[:LINES], *more]
+        return "\n\t".join(printable(line, LONGEST // 3) for line in shown)
 
 
 class NotCopyableError(NumaloadError, TypeError): ...
@@ -297,4 +350,4 @@ def warn_once(key: str, text: str) -> None:
     """Report a fallback the first time it happens in this process; ``key`` names the fallback."""
     if key not in _said:
         _said.add(key)
-        warnings.warn(text, NumaloadWarning, stacklevel=3)
+        warnings.warn(printable(text), NumaloadWarning, stacklevel=3)

@@ -20,7 +20,14 @@ from numaload.backends.kt_kernel_hook import MISSING, Hook, find_hook
 from numaload.backends.kt_kernel_loader import Loader, translate_name_to_gguf
 from numaload.backends.kt_kernel_report import Given, Report, locate_copies, pages_by_node
 from numaload.backends.kt_kernel_workers import Worker, check, thread_ids, workers
-from numaload.errors import ClosedError, NotCopyable, UsageError, warn_once
+from numaload.errors import (
+    ClosedError,
+    ModelNotFoundError,
+    NotCopyable,
+    UsageError,
+    printable,
+    warn_once,
+)
 from numaload.mirrors import Mirror, mirror
 from numaload.numa.lists import format_list
 from numaload.numa.topology import topology
@@ -107,7 +114,7 @@ def _models(path: str, opened: list[Any]) -> Iterator[Weights]:
 def _gguf_files(folder: str) -> list[str]:
     names = sorted(name for name in os.listdir(folder) if name.endswith(".gguf"))
     if not names:
-        raise FileNotFoundError(f"{folder}: no .gguf files in this folder")
+        raise ModelNotFoundError("no .gguf files in this folder", path=folder)
     return [os.path.join(folder, name) for name in names]
 
 
@@ -306,7 +313,8 @@ class Handle(NotCopyable):
 
     def __repr__(self) -> str:
         where = f"nodes {format_list(self.nodes)}" if self.nodes else "the files themselves"
-        return f"<kt-kernel from {self.path}, {where}{', closed' if self._closed else ''}>"
+        state = ", closed" if self._closed else ""
+        return printable(f"<kt-kernel from {self.path}, {where}{state}>")
 
 
 class _Chosen(Loader):

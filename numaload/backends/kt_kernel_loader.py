@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from numaload import torch_memory
-from numaload.errors import TensorNotFoundError
+from numaload.errors import MetadataError, TensorNotFoundError, printable
 from numaload.formats.metadata import CODES, TYPE_NAMES, Metadata, MetadataArray
 from numaload.weights import Tensor, Weights
 
@@ -145,9 +145,14 @@ class Loader:
         }
 
     def _number(self, keys: list[str], axis: int | None, shape: Sequence[int]) -> int | None:
-        found = [self.metadata[key] for key in keys if key in self.metadata]
-        if found:
-            return int(found[0] if isinstance(found[0], str) else found[0][0])
+        key = next((key for key in keys if key in self.metadata), None)
+        if key is not None:
+            value = self.metadata[key]
+            try:
+                return int(value if isinstance(value, str) else value[0])
+            except (ValueError, OverflowError, IndexError) as error:
+                message = f"{key} is {value!r}, expected a number"
+                raise MetadataError(message, path=self._models[0].paths[0]) from error
         return int(shape[axis]) if axis is not None and len(shape) >= 3 else None
 
     def print_metadata(self, filter_keywords: Sequence[str] | None = None) -> None:
@@ -155,7 +160,7 @@ class Loader:
         words = [word.lower() for word in filter_keywords or [""]]
         for key, value in sorted(self.metadata.items()):
             if any(word in key.lower() for word in words):
-                print(f"  {key}: {value}")  # noqa: T201 - what it is for
+                print(f"  {printable(key)}: {printable(value)}")  # noqa: T201 - what it is for
 
     def _find(self, name: str) -> Tensor:
         translated = translate_name_to_gguf(name)

@@ -10,6 +10,7 @@ from typing import Any
 
 from numaload.backends.kt_kernel_copies import Copy
 from numaload.backends.kt_kernel_workers import Worker
+from numaload.errors import printable
 from numaload.numa.lists import format_list
 from numaload.numa.placement import ABSENT, PROC, Area, Range, parse_numa_maps, sample
 from numaload.numa.syscalls import PAGE
@@ -82,7 +83,7 @@ class Report:
             lines.append("no copies: kt-kernel computes from these pages")
         if not self.searched:
             lines.append("there is more memory than was searched for copies")
-        return "\n".join([*lines, *map(str, self.workers), *self.notes])
+        return "\n".join(map(printable, [*lines, *self.workers, *self.notes]))
 
 
 def _copies_lines(copies: Iterable[Copy]) -> list[str]:

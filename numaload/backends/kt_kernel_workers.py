@@ -15,6 +15,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from numaload.errors import printable
 from numaload.numa.lists import format_list, parse_list
 from numaload.numa.threads import threads
 from numaload.numa.topology import Topology
@@ -52,7 +53,8 @@ class Worker:
         if self.far_memory:
             memory += ", which is not its own (kt-kernel's doing)"
         why = f": {self.problem}" if self.problem else ""
-        return f"thread {self.tid} {self.name}: CPUs {format_list(self.cpus)}{memory}: {state}{why}"
+        about = f"CPUs {format_list(self.cpus)}{memory}: {state}{why}"
+        return printable(f"thread {self.tid} {self.name}: {about}")
 
     def to_dict(self) -> dict[str, Any]:
         return vars(self) | {"right": self.right, "far_memory": self.far_memory}

@@ -22,7 +22,14 @@ from numaload.backends.lora_fill import Load, load_all
 from numaload.backends.lora_names import GGUF, PEFT, PREFIX, Modules, NameMap
 from numaload.backends.lora_pairs import Pair, Pairs, some
 from numaload.dtypes import dtype_name
-from numaload.errors import AdapterError, NotCopyable, UnsupportedTypeError, UsageError, warn_once
+from numaload.errors import (
+    AdapterError,
+    NotCopyable,
+    UnsupportedTypeError,
+    UsageError,
+    printable,
+    warn_once,
+)
 from numaload.formats import gguf
 from numaload.storage.files import absolute
 from numaload.storage.reader import Progress
@@ -162,7 +169,7 @@ class Adapter(NotCopyable):
         self.close()
 
     def __repr__(self) -> str:
-        return (
+        return printable(
             f"<Adapter {self.path}: {self.kind}, {len(self.pairs)} modules, rank {self.rank},"
             f" alpha {self.alpha}>"
         )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from numaload.backends.state_names import COMPUTED, NameMap, Share, shares_of, whole
 from numaload.dequantize import DTYPES, Conversion
 from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, kernel_dtype
-from numaload.errors import NodeMemoryError, StateDictError, UsageError, warn_once
+from numaload.errors import NodeMemoryError, StateDictError, UsageError, printable, warn_once
 from numaload.numa import memory
 from numaload.pipeline import Target, fill
 from numaload.storage.reader import Progress
@@ -136,7 +136,7 @@ class _Plan:
         if strict and self.missing:
             errors.insert(0, f"Missing key(s) in state_dict: {_quoted(self.missing)}. ")
         if errors:
-            kind, path = type(self.module).__name__, self.weights.paths[0]
+            kind, path = type(self.module).__name__, printable(self.weights.paths[0])
             lines = "".join(f"\n\t{error}" for error in errors)
             raise StateDictError(
                 f"Error(s) in loading state_dict for {kind} from {path}:{lines}",
@@ -149,7 +149,7 @@ class _Plan:
             for found in founds:
                 problem = _mismatch(found, self.tensors[one])
                 if problem:
-                    yield f"size mismatch for {self.tied[one][0]}: {problem}."
+                    yield printable(f"size mismatch for {self.tied[one][0]}: {problem}.")
 
     def parameters(self, dtype: Any, device: Any) -> list[Parameter]:
         return [
@@ -176,7 +176,7 @@ class _Plan:
 
 
 def _quoted(names: list[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names)
+    return ", ".join(f'"{printable(name)}"' for name in names)
 
 
 def _device(tensor: Any, device: Any) -> Any:

@@ -37,7 +37,7 @@ class Ggml:
         self.path = str(Path(path).resolve())
         try:
             self._library = ctypes.CDLL(self.path)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a path that is no text
             raise ReadError(f"it cannot be loaded as {LIBRARY}: {error}", path=path) from error
 
     @staticmethod

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 from numaload.cli import bench_read
-from numaload.cli.output import complain, note, print_json, print_table
+from numaload.cli.output import complain, note, print_json, print_table, say, show_step
 
 if TYPE_CHECKING:
     from numaload.bench.dequant import DequantReport
@@ -49,7 +48,7 @@ def dequant(options: argparse.Namespace) -> int:
         plot.check(options.plot)  # before minutes of measuring
     report = measure(
         _words(options.qtype), _words(options.dtype), options.threads, options.rounds,
-        _libraries(options.ggml), None if options.json else _progress,
+        _libraries(options.ggml), None if options.json else show_step,
     )  # fmt: skip
     if options.json:
         print_json(report.to_dict())
@@ -87,25 +86,19 @@ def _libraries(given: list[str] | None) -> dict[str, str]:
     return found
 
 
-def _progress(name: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{name}", end="", file=sys.stderr, flush=True)
-
-
 def _tell(report: DequantReport) -> None:
     from numaload.bench import table
     from numaload.bench.wanted import findings
 
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr)
-    print(", ".join(f"{what} {found}" for what, found in report.machine.items()))
+    show_step("")
+    say(", ".join(f"{what} {found}" for what, found in report.machine.items()))
     for name, path in report.libraries.items():
-        print(f"{name}: {path}")
-    print(
+        say(f"{name}: {path}")
+    say(
         f"{report.weights >> 20} Mi weights, medians of {report.rounds} rounds in turns;"
         f" GB/s written: {', '.join(f'{n} {v:.1f}' for n, v in report.baselines.items())}"
     )
     rows = [table.cells(report, row) for row in report.rows]
     print_table(table.header(report), rows, figures=True)
     for finding in findings(report):
-        print(finding)
+        say(finding)

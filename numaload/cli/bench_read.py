@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
-from numaload.cli.output import note, print_json, print_table, printable, size
+from numaload.cli.output import note, print_json, print_table, say, show_step, size
 
 if TYPE_CHECKING:
     from numaload.bench.read_report import ReadReport
@@ -53,7 +52,7 @@ def read(options: argparse.Namespace) -> int:
     report = measure(
         options.file, _words(options.ways), states=asked or STATES,
         threads=_counts(options.threads), rounds=options.rounds, pairs=options.pairs,
-        progress=None if options.json else _progress,
+        progress=None if options.json else show_step,
     )  # fmt: skip
     if options.json:
         print_json(report)
@@ -90,28 +89,20 @@ def _list(options: argparse.Namespace) -> None:
         print_table(["way", "into", "threads", "what it measures"], rows)
 
 
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def _tell(report: ReadReport) -> None:
     from numaload.bench.read_table import conclusions, tables
     from numaload.bench.read_wanted import findings
 
-    _progress("")
-    print(", ".join(f"{what} {found}" for what, found in report.machine.items()))
-    print(
-        f"{printable(report.path)}: {size(report.size)}, medians of {report.rounds} rounds in"
-        " shuffled turns"
-    )
+    show_step("")
+    say(", ".join(f"{what} {found}" for what, found in report.machine.items()))
+    say(f"{report.path}: {size(report.size)}, medians of {report.rounds} rounds in shuffled turns")
     for header, rows in tables(report):
         print_table(header, rows, figures=True)
     for line in conclusions(report):
-        print(printable(line))
+        say(line)
     for finding in findings(report):
-        print(printable(finding))
+        say(finding)
     for text in report.notes:
         note(text)
     for way, why in report.left_out.items():
-        note(f"{way} is not measured: {printable(why)}")
+        note(f"{way} is not measured: {why}")

@@ -13,9 +13,9 @@ from numaload.cli.output import (
     note,
     print_json,
     print_table,
-    printable,
     progress_bar,
     rate,
+    say,
     size,
 )
 
@@ -70,7 +70,7 @@ def inspect(options: argparse.Namespace) -> int:
             return 0
         for part in weights.parts:
             header, count = part.header, len(part.header.tensors)
-            print(f"{part.file.path}: {header.title}, {count} tensors, {size(part.file.size)}")
+            say(f"{part.file.path}: {header.title}, {count} tensors, {size(part.file.size)}")
         rows = [
             [t.name, t.type_name, "x".join(map(str, t.shape)), t.nbytes] for t in weights.values()
         ]
@@ -79,7 +79,7 @@ def inspect(options: argparse.Namespace) -> int:
         _note_unusable(weights)
         if options.metadata:
             for key, value in weights.metadata.items():
-                print(f"{printable(key)} ({weights.metadata.type_name(key)}) = {_short(value)}")
+                say(f"{key} ({weights.metadata.type_name(key)}) = {_short(value)}")
     return 0
 
 
@@ -102,7 +102,7 @@ def _note_unusable(weights: Any) -> None:
         try:
             tensor.check_type()
         except UnknownQuantTypeError as error:
-            note(printable(error))
+            note(error)
             said.add(tensor.type_name)
 
 
@@ -171,16 +171,16 @@ def _tell(report: Any) -> None:
         speed = f"{rate(report.read, report.seconds)}, threads: {report.threads}"
         got = f"{size(report.read)} read in {report.seconds:.2f} s ({speed})"
     of = "" if report.tensors is None else f"{report.tensors} tensors of "
-    print(f"{of}{len(report.paths)} files, {size(report.size)}: {had}, {got}")
+    say(f"{of}{len(report.paths)} files, {size(report.size)}: {had}, {got}")
     if report.plan and report.plan.tried:
-        print(f"read: {report.plan}")
+        say(f"read: {report.plan}")
     if report.nodes:
         where = ", ".join(f"node {n}: {size(b)}" for n, b in report.on_nodes.items())
-        print(
+        say(
             f"asked for node {format_list(report.nodes)} ({report.policy}); the kernel says {where}"
         )
     if report.followed is not None:
-        print(f"process {report.followed} read {size(report.read_by_others)} meanwhile")
+        say(f"process {report.followed} read {size(report.read_by_others)} meanwhile")
     for line in _lacks(report):
         note(line)
 

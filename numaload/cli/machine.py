@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from numaload.cli.output import complain, print_json, print_table, printable, size
+from numaload.cli.output import complain, print_json, print_table, say, size
 
 if TYPE_CHECKING:
     from numaload.numa.devices import FileDevice, Gpu
@@ -39,9 +39,9 @@ def nodes(options: argparse.Namespace) -> int:
         return status
     print_nodes(machine)
     for line in [*map(gpu_line, cards), *map(file_line, places)]:
-        print(printable(line))
-    print(f"memory is bound {_how(binding().name)}")
-    print(f"second opinion: {opinion}")
+        say(line)
+    say(f"memory is bound {_how(binding().name)}")
+    say(f"second opinion: {opinion}")
     return status
 
 
@@ -68,13 +68,13 @@ def print_nodes(machine: Topology) -> None:
         for node in machine.nodes.values()
     ]
     print_table(header, rows)
-    print(f"all: {format_list(machine.all) or 'none'}")
+    say(f"all: {format_list(machine.all) or 'none'}")
     for line in left_out(machine):
-        print(line)
+        say(line)
     if machine.copies_note:
-        print(machine.copies_note)
+        say(machine.copies_note)
     if machine.quota is not None:
-        print(f"cpu quota {machine.quota:.4g} of {len(machine.cpus)} CPUs (cgroup)")
+        say(f"cpu quota {machine.quota:.4g} of {len(machine.cpus)} CPUs (cgroup)")
 
 
 def gpu_line(gpu: Gpu) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from numaload._version import __version__
 from numaload.cli import interrupts
@@ -80,8 +80,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     import argparse
 
     from numaload.cli import bench, files, machine, pagecache, replicas, stored, waiting
+    from numaload.errors import printable
 
-    parser = argparse.ArgumentParser(
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            super().error(printable(message))  # it repeats what was given
+
+    parser = Parser(
         prog="numaload",
         description="Get every weight from storage into the right memory, and prove where it went.",
         epilog="Nodes are written as in numactl: all, local, 0,2-3, !1.",

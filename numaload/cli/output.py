@@ -11,25 +11,38 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from numaload.errors import printable
+
 SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)([kKmMgGtT]?)(?:i?[bB])?")
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 WIDEST = 200  # characters to which a column is padded; a longer cell goes over
 WORTH_A_BAR = 64 << 20  # bytes; less is over before a bar is drawn
 
 
-def complain(text: str) -> None:
-    print(f"numaload: error: {text}", file=sys.stderr)
+def say(text: object) -> None:
+    """Print a line. All that verbs print goes through here or print_table, or is JSON."""
+    print(printable(text))
 
 
-def note(text: str) -> None:
-    print(f"numaload: {text}", file=sys.stderr)
+def complain(text: object) -> None:
+    print(f"numaload: error: {printable(text)}", file=sys.stderr)
+
+
+def note(text: object) -> None:
+    print(f"numaload: {printable(text)}", file=sys.stderr)
+
+
+def show_step(name: object) -> None:
+    """Show on a terminal what is being done now, in place of what was; nothing of "" is left."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{printable(name)}", end="", file=sys.stderr, flush=True)
 
 
 def show_warnings() -> None:
     """Fallbacks as one line each, without Python's file and line."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"numaload: warning: {message}", file=sys.stderr)
+        print(f"numaload: warning: {printable(message)}", file=sys.stderr)
 
     warnings.showwarning = show
     warnings.simplefilter("always")
@@ -85,11 +98,6 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def printable(text: object) -> str:
-    """Names come from files that are not trusted: no control characters for the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
 def print_table(
     header: Sequence[str], rows: Sequence[Sequence[Any]], *, figures: bool = False
 ) -> None:
@@ -98,7 +106,7 @@ def print_table(
     figures: all columns but the first are numbers, though written as text.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
-    # One name of 64 KiB shall not pad a hundred thousand others.
+    # One long name shall not pad a hundred thousand others.
     widths = [
         min(max(len(h), *(len(r[i]) for r in cells), 0), WIDEST) for i, h in enumerate(header)
     ]

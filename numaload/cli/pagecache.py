@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from numaload.cli.output import complain, note, print_json, print_table, printable, size
+from numaload.cli.output import complain, note, print_json, print_table, say, size
 from numaload.cli.waiting import seconds_of
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Files:
             try:
                 self._spans[file.path] = spans_of(file)
             except FormatError as error:
-                note(f"no tensors are shown: {printable(error)}")
+                note(f"no tensors are shown: {error}")
                 self._spans[file.path] = ()
         return self._spans.get(file.path, ())
 
@@ -116,12 +116,12 @@ def as_rows(files: Iterable[FileResidency], *, tensors: bool) -> list[dict[str, 
 def show_files(files: Sequence[FileResidency]) -> None:
     if not files:
         return
-    print("page cache:")
+    say("page cache:")
     rows = [[f"  {f.path}", *_cells(f), size(f.size), _where(f)] for f in files]
     print_table(["  file", "resident", "of", "by node"], rows)
     for file in files:
         if file.known and file.size:
-            print(f"  [{bar(file.cells)}] {share(file)} of {printable(file.path)}")
+            say(f"  [{bar(file.cells)}] {share(file)} of {file.path}")
     rows = [
         [f"  {t.name}", *_cells(t), size(t.nbytes), _by_node(t)] for f in files for t in f.tensors
     ]
@@ -163,10 +163,10 @@ def evict(options: argparse.Namespace) -> int:
         print_json(report.to_dict())
     for file in report.files:
         if not options.json:
-            print(_told(file))
+            say(_told(file))
         if file.why:
             left = f"{size(file.stays)} stay in RAM: " if file.stays else ""
-            complain(f"{printable(file.path)}: {left}{file.why}")
+            complain(f"{file.path}: {left}{file.why}")
     return 0 if report.done else 1
 
 
@@ -180,4 +180,4 @@ def _told(file: Any) -> str:
     elif file.written is None:
         did += ", written to storage first where it was dirty"
     stays = f", {size(file.stays)} stay" if file.stays else ""
-    return f"{printable(file.path)}: {did}{stays}"
+    return f"{file.path}: {did}{stays}"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from numaload.cli.output import complain, note, printable, size
+from numaload.cli.output import complain, note, say, size
 
 Wanted = Mapping[str, Collection[str]]  # {FILE: all paths that it may be known by}; empty: all
 
@@ -91,18 +91,18 @@ def _is(path: str, inode: tuple[int, int]) -> bool:
 def show(rows: Iterable[dict[str, Any]]) -> None:
     rows = list(rows)
     if rows:
-        print("prewarming:")
+        say("prewarming:")
     for row in rows:
         if row["error"]:
-            complain(f"{printable(row['paths'][0])}: {row['error']}")
-        print(f"  process {row['pid']}: {_what(row)}: {_does(row)}")
+            complain(f"{row['paths'][0]}: {row['error']}")
+        say(f"  process {row['pid']}: {_what(row)}: {_does(row)}")
         for text in row["notes"]:
             note(text)
 
 
 def _what(row: dict[str, Any]) -> str:
     more = f" and {len(row['paths']) - 1} more" if len(row["paths"]) > 1 else ""
-    return f"{printable(row['paths'][0])}{more}"
+    return f"{row['paths'][0]}{more}"
 
 
 def _does(row: dict[str, Any]) -> str:
@@ -148,15 +148,15 @@ def tell_released(done: Released) -> None:
         if row["failed"]:
             complain(f"{_what(row)}: {row['error']}")
         elif row["error"]:
-            print(f"forgot the failed prewarming of {_what(row)}: {row['error']}")
+            say(f"forgot the failed prewarming of {_what(row)}: {row['error']}")
         else:
-            print(f"ended process {row['pid']}, prewarming {_what(row)}: {_does(row)}")
+            say(f"ended process {row['pid']}, prewarming {_what(row)}: {_does(row)}")
 
 
 def tell_started(report: Any, *, background: bool) -> None:
     """After ``prewarm --background`` or ``--lock``: who goes on."""
     for path, pid in report.already_held.items():
-        note(f"{printable(path)}: process {pid} has it already; no other one is started")
+        note(f"{path}: process {pid} has it already; no other one is started")
     if report.holder is None or not report.holder.new:
         return
     from numaload.storage.logout import killed_note
@@ -164,9 +164,9 @@ def tell_started(report: Any, *, background: bool) -> None:
     pid = report.holder.pid
     if background:
         then = " and locks them" if report.holder.lock else ""
-        print(f"process {pid} reads {size(report.size)} in the background{then}: numaload status")
+        say(f"process {pid} reads {size(report.size)} in the background{then}: numaload status")
     else:
-        print(f"process {pid} keeps {size(report.locked)} locked until numaload release")
+        say(f"process {pid} keeps {size(report.locked)} locked until numaload release")
     ends = killed_note(verb=f"prewarm {'--lock' if report.holder.lock else '--background'} FILE")
     if ends:
         note(ends)

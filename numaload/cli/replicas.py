@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from numaload.cli.output import complain, note, print_json, progress_bar, rate, size
+from numaload.cli.output import complain, note, print_json, progress_bar, rate, say, size
 from numaload.cli.placements import ALLOW, PLACED, by_replica, node_list, where
 
 TEACH = (
@@ -104,7 +104,7 @@ def show_plan(options: argparse.Namespace) -> int:
     if options.json:
         print_json(todo)
     else:
-        _print_plan(todo, print)
+        _print_plan(todo, say)
     return 0 if todo.fits else 1
 
 
@@ -154,16 +154,14 @@ def _tell(report: Any) -> None:
     if report.copied:
         speed = rate(report.copied, report.seconds)
         how = PLACED if report.unbound else f"bound by {report.binding}"
-        print(
-            f"{report.paths[0]}: {size(report.copied)} in {report.seconds:.2f} s ({speed}), {how}"
-        )
+        say(f"{report.paths[0]}: {size(report.copied)} in {report.seconds:.2f} s ({speed}), {how}")
         if report.plan:
-            print(f"read: {report.plan}")
+            say(f"read: {report.plan}")
     else:
-        print(f"{report.paths[0]}: replicas were there already")
+        say(f"{report.paths[0]}: replicas were there already")
     for nodes, placement in by_replica(report.placements):
-        print(f"node {nodes}: {where(placement)}")
+        say(f"node {nodes}: {where(placement)}")
     if report.unbound:
         note(f"node {node_list(report.unbound)}: {PLACED}: {ALLOW}")
     for pid in report.holders:
-        print(f"held by process {pid} until: numaload release {report.paths[0]}")
+        say(f"held by process {pid} until: numaload release {report.paths[0]}")

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from numaload.cli import pagecache, prewarming, threads
-from numaload.cli.output import complain, note, print_json, size
+from numaload.cli.output import complain, note, print_json, say, size
 from numaload.cli.placements import PLACED, by_replica, where
 
 # By what has become of the file that was mirrored.
@@ -117,18 +117,18 @@ def _show_status(options: argparse.Namespace, files: pagecache.Files) -> int:
 
 
 def _print_stored(stored: list[dict[str, Any]]) -> None:
-    print("replicas:" if stored else "replicas: none")
+    say("replicas:" if stored else "replicas: none")
     for row in stored:
         about = SOURCE_NOTES[row["source"]]
-        print(f"  {row['paths'][0]}: {size(row['nbytes'])}, built {row['age_s']:.0f} s ago{about}")
+        say(f"  {row['paths'][0]}: {size(row['nbytes'])}, built {row['age_s']:.0f} s ago{about}")
         for nodes, placement in by_replica(row["placements"]):
-            print(f"    node {nodes}: {where(placement)}")
+            say(f"    node {nodes}: {where(placement)}")
         for nodes, paths in row["replicas"].items():
-            print(f"    node {nodes}: {paths[0]}")
+            say(f"    node {nodes}: {paths[0]}")
         if row["holder"]:
-            print(f"    held by process {row['holder']}")
+            say(f"    held by process {row['holder']}")
         if not row["bound"]:
-            print(f"    {PLACED}")
+            say(f"    {PLACED}")
 
 
 def _entry_status(entry: Any) -> dict[str, Any] | None:
@@ -192,7 +192,7 @@ def verify(options: argparse.Namespace) -> int:
         for nodes, placement in () if options.json else by_replica(found.placements):
             bad = len(found.wrong_chunks.get(placement.asked[0], []))
             sums = "all checksums right" if not bad else f"{bad} chunks DIFFER from the source"
-            print(f"{path}: node {nodes}: {where(placement)}; {sums}")
+            say(f"{path}: node {nodes}: {where(placement)}; {sums}")
     if options.json:
         print_json(rows)
     return 0 if right else 1
@@ -215,15 +215,15 @@ def release(options: argparse.Namespace) -> int:
         print_json([*done, *ended.rows])
         return status
     for path in damaged:
-        print(f"removed {path}, which could not be read")
+        say(f"removed {path}, which could not be read")
     for one in done:
         later = (
             "; still in use, the memory comes back when the last process closes it"
             if one.in_use
             else ""
         )
-        print(f"released {one.entry.model.paths[0]}: {size(one.nbytes)}{later}")
+        say(f"released {one.entry.model.paths[0]}: {size(one.nbytes)}{later}")
     prewarming.tell_released(ended)
     if not done and not damaged and not missing and not ended.rows:
-        print("nothing was in the store")
+        say("nothing was in the store")
     return status

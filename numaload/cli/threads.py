@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from numaload.cli.output import print_json, print_table, printable
+from numaload.cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
     from numaload.numa.findings import Look
@@ -39,10 +39,10 @@ def print_look(seen: Look) -> None:
     header = ["threads", "name", "CPUs", "node", "last on", "have work", "CPU time", "waited"]
     print_table(header, [_row(seen, pool) for pool in seen.pools])
     for finding in seen.findings:
-        print(printable(f"{finding.kind}: {finding.text}"))
-        print(printable(f"  to mend it: {finding.fix}"))
+        say(f"{finding.kind}: {finding.text}")
+        say(f"  to mend it: {finding.fix}")
     if not seen.findings:
-        print("nothing gets in each other's way")
+        say("nothing gets in each other's way")
 
 
 def _row(seen: Look, pool: Pool) -> list[Any]:

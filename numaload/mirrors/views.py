@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from numaload.errors import ClosedError, NotCopyable, UsageError
+from numaload.errors import ClosedError, NotCopyable, UsageError, printable
 from numaload.numa.affinity import pinned_to
 from numaload.numa.lists import Group, format_list
 from numaload.numa.mapping import Mapping
@@ -133,7 +133,8 @@ class Mirror(NotCopyable):
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else self.report.kind
-        return f"<Mirror of {self.report.paths[0]} on nodes {format_list(self.nodes)}, {state}>"
+        nodes = format_list(self.nodes)
+        return printable(f"<Mirror of {self.report.paths[0]} on nodes {nodes}, {state}>")
 
 
 def _current_cpu() -> int:

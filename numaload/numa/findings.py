@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from numaload.errors import printable
 from numaload.numa import openmp
 from numaload.numa.affinity import BINDING
 from numaload.numa.cgroups import cpu_quota
@@ -83,7 +84,8 @@ class Look:
 
     @cached_property
     def findings(self) -> list[Finding]:
-        return [finding for check in CHECKS for finding in check(self)]
+        found = [finding for check in CHECKS for finding in check(self)]
+        return [f._replace(text=printable(f.text), fix=printable(f.fix)) for f in found]
 
     def told(self, found: Iterable[Thread]) -> str:
         """``2 of numaload, 1 of python (main)``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from numaload.errors import printable
 from numaload.numa.mounts import OCTAL
 from numaload.numa.sysfs import Reader
 
@@ -36,7 +37,8 @@ class Network(NamedTuple):
     device: str  # "major:minor"
 
     def __str__(self) -> str:
-        return f"{self.source or 'its server'} ({self.kind}, mounted at {self.point})"
+        source = self.source or "its server"
+        return printable(f"{source} ({self.kind}, mounted at {self.point})")
 
 
 class _Row(NamedTuple):

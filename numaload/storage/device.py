@@ -11,7 +11,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from numaload.errors import ReadError, reason
+from numaload.errors import ReadError, printable, reason
 from numaload.numa.devices import disks_under
 from numaload.numa.mounts import Mount, mount_of
 from numaload.numa.netmounts import network_of
@@ -59,7 +59,8 @@ class Device:
 
     def __str__(self) -> str:
         several = f", {self.disks} disks" if self.disks > 1 else ""
-        return f"{KINDS[self.kind]} ({self.name or self.file_system}, {self.file_system}{several})"
+        where = f"{self.name or self.file_system}, {self.file_system}{several}"
+        return printable(f"{KINDS[self.kind]} ({where})")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

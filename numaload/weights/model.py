@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from numaload.errors import ClosedError, NotCopyable, TensorNotFoundError
+from numaload.errors import ClosedError, NotCopyable, TensorNotFoundError, printable
 from numaload.formats import gguf, safetensors
 from numaload.formats.metadata import Metadata
 from numaload.numa.lists import Group, format_list
@@ -200,4 +200,5 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         where = f" on node {format_list(self.nodes)}" if self.nodes else ""
-        return f"<Weights {self.paths[0]}: {len(self)} tensors, {self.nbytes} bytes{where}>"
+        about = f"{len(self)} tensors, {self.nbytes} bytes{where}"
+        return printable(f"<Weights {self.paths[0]}: {about}>")

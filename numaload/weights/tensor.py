@@ -7,7 +7,7 @@ from operator import index
 from typing import TYPE_CHECKING, Any
 
 from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, kernel_dtype
-from numaload.errors import UnknownQuantTypeError, UnsupportedTypeError, UsageError
+from numaload.errors import UnknownQuantTypeError, UnsupportedTypeError, UsageError, printable
 from numaload.formats.gguf import TensorInfo
 from numaload.formats.qtypes import BLOCKS, FLOATS, QuantType
 from numaload.formats.safetensors import SafeTensorInfo
@@ -283,7 +283,7 @@ class Tensor:
         return first + start, first + stop, (stop - start, self._columns)
 
     def __repr__(self) -> str:
-        return f"<Tensor {self.name} {self.type_name} {self.shape}>"
+        return printable(f"<Tensor {self.name} {self.type_name} {self.shape}>")
 
 
 def _row_range(rows: Rows, count: int, name: str) -> tuple[int, int]:

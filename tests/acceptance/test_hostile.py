@@ -266,7 +266,7 @@ def test_one_long_name_does_not_pad_all_others(numaload: Numaload, tmp_path: Pat
     rows = [gb.tensor(f"t{i}", (0,)) for i in range(3000)]
     path.write_bytes(gb.build([], [*rows, gb.tensor("x" * 60_000, (0,))]))
     out = numaload("inspect", path).stdout
-    assert "x" * 60_000 in out
+    assert "...(60000 characters)..." in out
     assert len(out) < 10 * path.stat().st_size
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from typing import Any, NamedTuple
 
 from numaload.errors import AdapterError
+from numaload.formats.jsontext import parse_object
 from numaload.formats.metadata import Metadata
 from numaload.storage.files import read_whole
 
@@ -44,7 +44,7 @@ def scaling(alpha: float | None, rank: int, *, rslora: bool) -> float:
 
 def from_file(path: str) -> Said:
     """Of adapter_config.json. Raises: AdapterError, ReadError."""
-    config = _json(path)
+    config = parse_object(read_whole(path, MOST), path, AdapterError)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"peft_type is {kind!r}, expected 'LORA'", path=path)
@@ -83,24 +83,6 @@ def config_beside(path: str) -> str | None:
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     found = os.path.join(folder, NAME)
     return found if os.path.exists(found) else None
-
-
-def _json(path: str) -> dict[str, Any]:
-    raw = read_whole(path, MOST)
-    try:
-        found = json.loads(raw.decode(), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"expected JSON: {str(error)[:200]}", path=path) from None
-    if not isinstance(found, dict):
-        raise AdapterError(f"expected an object, found a {type(found).__name__}", path=path)
-    return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name appears twice in an object")
-    return found
 
 
 def _field(config: dict[str, Any], path: str, key: str, kind: type) -> Any:

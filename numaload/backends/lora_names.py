@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from numaload.backends.state_names import PERMUTED
-from numaload.errors import UsageError
+from numaload.backends.state_names import MOST_LAYERS, PERMUTED
+from numaload.errors import AdapterError, UsageError
 
 NameMap = Mapping[str, str] | Callable[[str], str | None]
 
@@ -140,6 +140,8 @@ def _transformers_names(architecture: str, layers: int) -> dict[str, list[str]]:
     """{tensor of a GGUF file, without .weight: modules that gguf-py's map has for it}."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
+    if layers > MOST_LAYERS:
+        raise AdapterError(f"tensors of layer {layers - 1}, at most {MOST_LAYERS} layers are read")
     arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
     if arch is None:
         raise UsageError(f"architecture {architecture!r} is unknown to gguf-py; give name_map=")

@@ -16,6 +16,7 @@ from numaload.errors import AdapterError
 from numaload.weights import Tensor, Weights
 
 SHOWN = 3  # names in an error
+MOST_COMPARED = 1 << 20  # modules with patterns, each with each
 
 
 class Pair(NamedTuple):
@@ -77,6 +78,9 @@ class Pairs:
                 f"no LoRA adapter: none of {len(self.weights)} tensors is half of a pair:"
                 f" {some(self.others)}"
             )
+        patterns = len(self.said.rank_pattern) + len(self.said.alpha_pattern)
+        if patterns * len(self.halves) > MOST_COMPARED:
+            self.fail(f"{patterns} patterns for {len(self.halves)} modules are too many")
         pairs = {module: self._pair(module, halves) for module, halves in self.halves.items()}
         kinds = Counter(half.kind for halves in self.halves.values() for half, _ in halves.values())
         return kinds.most_common(1)[0][0], pairs, list(self.others)

@@ -43,6 +43,8 @@ PERMUTED = {
 }  # fmt: skip
 # Tensors of GGUF files that no module has: it computes them from its configuration.
 COMPUTED = re.compile(r"(blk\.\d+\.)?rope_(freqs|factors_long|factors_short)\.weight")
+# gguf-py's maps have hundreds of names for each. Source: LLAMA_MAX_LAYERS of llama.cpp.
+MOST_LAYERS = 512
 EXPERTS = re.compile(r"(?P<layer>.*)\.experts\.(?P<which>gate_up|down)_proj")
 EXPERT = re.compile(
     r"(?P<layer>.*)\.experts\.(?P<number>\d+)\.(?P<which>gate|up|down)_proj\.weight"
@@ -99,8 +101,7 @@ class _Gguf:
                 f" its tensors is known here for {', '.join(PERMUTED)}; give name_map= (a dict of"
                 " module key to tensor name, or a function) for one whose tensors are only renamed"
             )
-        blocks = self._number("block_count")
-        self.names = _tensor_names(self.architecture, blocks)
+        self.names = _tensor_names(self.architecture, self._number("block_count", most=MOST_LAYERS))
 
     def shares(self, key: str, parameter: Any) -> list[Share]:
         stem, dot, suffix = key.rpartition(".")
@@ -151,12 +152,14 @@ class _Gguf:
         sizes = (keys[0], keys[2], values[1])
         return [Share(one, partial(_part_of_kv_b, i, sizes)) for i, one in enumerate(names)]
 
-    def _number(self, key: str, default: int | None = None) -> int:
+    def _number(self, key: str, default: int | None = None, most: int = 1 << 20) -> int:
         full = f"{self.architecture}.{key}"
         value = self.metadata.get(full, default)
-        if type(value) is not int or not 0 < value < 1 << 20:
+        if type(value) is not int or not 0 < value <= most:
             found = "nothing" if value is None else repr(value)
-            raise UsageError(f"{self.weights.paths[0]}: {full}: expected a number, found {found}")
+            raise UsageError(
+                f"{self.weights.paths[0]}: {full}: expected a number, 1 to {most}, found {found}"
+            )
         return value
 
 

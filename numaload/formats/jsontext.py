@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import NoReturn
+from math import isinf
+from typing import Any, NoReturn
 
 from numaload.errors import FormatError
 
 MAX_TEXT = 100_000_000  # bytes; the safetensors library's own limit for headers
 MAX_NAME = 65535  # characters, since names are printed; as in GGUF
 MAX_SKIPPED = 1 << 20  # characters of a value that nobody asked for
+MOST_SKIPPED = 1000  # of such values: each costs as much as the longest one
+MAX_DIGITS = 300  # of a whole number, which is then a float's size too
 SHOWN = 60  # characters of what was found
 
 WS = "[ \t\n\r]*"
@@ -25,11 +28,44 @@ MARKS = {marks: re.compile(f"{WS}([{marks}]){WS}") for marks in ("{", ":", ",}",
 END = re.compile(rf"{WS}\Z")
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
-DECODER = json.JSONDecoder(parse_constant=_refuse)
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits, at most {MAX_DIGITS} are read")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    found = float(text)
+    if isinf(found):
+        raise ValueError(f"a number beyond all floats: {text[:SHOWN]}")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name appears twice in an object")
+    return found
+
+
+DECODER = json.JSONDecoder(
+    parse_constant=_refuse, parse_int=_integer, parse_float=_float, object_pairs_hook=_once
+)
+
+
+def parse_object(raw: bytes, path: str, kind: type[FormatError]) -> dict[str, Any]:
+    """All of a small file, built: for configurations. Raises: ``kind``."""
+    try:
+        found = DECODER.decode(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise kind(f"expected JSON: {error}", path=path) from None
+    if not isinstance(found, dict):
+        raise kind(f"expected an object, found a {type(found).__name__}", path=path)
+    return found
 
 
 class JsonText:
@@ -40,6 +76,7 @@ class JsonText:
 
     def __init__(self, raw: bytes, path: str, kind: type[FormatError], start: int = 0) -> None:
         self.path, self.kind, self.start, self.pos = path, kind, start, 0
+        self.skipped = 0
         self.text = ""
         try:
             self.text = raw.decode()
@@ -126,6 +163,9 @@ class JsonText:
 
     def skip(self, what: str) -> None:
         """Go past any value; it is looked at only to know where it ends."""
+        self.skipped += 1
+        if self.skipped > MOST_SKIPPED:
+            self.fail(f"over {MOST_SKIPPED} members that are not known")
         part = self.text[self.pos : self.pos + MAX_SKIPPED]
         try:
             _, end = DECODER.raw_decode(part)

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from numaload.errors import ReadError, SplitError, reason
+from numaload.errors import ReadError, SplitError, printable, reason
 from numaload.formats.jsontext import MAX_TEXT, JsonText
 from numaload.formats.safetensors import Header
-from numaload.formats.splits import MAX_LINKS, MAX_SPLITS, is_there
+from numaload.formats.splits import MAX_LINKS, MAX_SPLITS, all_there, is_there, some
 
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 SHARD = re.compile(r"(?s)(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors")
@@ -40,7 +40,7 @@ INSTEAD = {
     ".gguf": "GGUF files are opened by their own names",
     ".bin": "pickled weights are not read: convert them to safetensors where you trust them",
 }
-SHOWN = 5  # names in an error
+LONGEST_NAME = 4096  # bytes of a path that Linux takes
 
 ReadFile = Callable[[str, int], bytes]  # path, most bytes: all of a file, or an error of its own
 
@@ -129,24 +129,10 @@ def _of_shard(path: str, read: ReadFile) -> Shards:
     for index in filter(is_there, name.indexes()):
         found = _of_index(index, read)
         if os.path.realpath(path) not in map(os.path.realpath, found.paths):
-            raise SplitError(f"not among the files of {index}: {_some(found.paths)}", path=path)
+            raise SplitError(f"not among the files of {index}: {some(found.paths)}", path=path)
         return found
-    paths = [name.sibling(number) for number in range(1, name.total + 1)]
-    _check_there(paths, path)
-    return Shards(paths, None, {})
-
-
-def _check_there(paths: Sequence[str], by: str) -> None:
-    missing = [path for path in paths if not is_there(path)]
-    if missing:
-        raise SplitError(
-            f"{len(missing)} of {len(paths)} shards missing: {_some(missing)}", path=by
-        )
-
-
-def _some(names: Iterable[str]) -> str:
-    shown = list(names)
-    return ", ".join(shown[:SHOWN]) + (", ..." if len(shown) > SHOWN else "")
+    paths = (name.sibling(number) for number in range(1, name.total + 1))
+    return Shards(all_there(paths, name.total, "shards", path), None, {})
 
 
 def _of_index(path: str, read: ReadFile) -> Shards:
@@ -160,10 +146,9 @@ def _of_index(path: str, read: ReadFile) -> Shards:
     folders = [os.path.dirname(link) for link in _links(path) if link.endswith(".json")]
     beside = (f for f in folders if is_there(os.path.join(f, names[0])))
     folder = next(beside, os.path.dirname(path))
-    place = {name: os.path.join(folder, name) for name in names}
-    _check_there(list(place.values()), path)
-    where = {tensor: place[name] for tensor, name in weight_map.items()}
-    return Shards(list(place.values()), path, where)
+    paths = all_there((os.path.join(folder, name) for name in names), len(names), "shards", path)
+    place = dict(zip(names, paths, strict=True))
+    return Shards(paths, path, {tensor: place[name] for tensor, name in weight_map.items()})
 
 
 def _weight_map(path: str, raw: bytes) -> dict[str, str]:
@@ -185,9 +170,11 @@ def _weight_map(path: str, raw: bytes) -> dict[str, str]:
 def _check_name(name: str, index: str) -> None:
     """A file inside of the folder, or of one in it."""
     parts = name.split("/")
-    if {"", ".", ".."} & set(parts) or "\0" in name or not name.endswith(SUFFIX):
-        shown = repr(name if len(name) < 200 else name[:200] + "...")
-        message = f"expected a {SUFFIX} file inside of the folder, found {shown}"
+    outside = {"", ".", ".."} & set(parts) or "\0" in name or len(name) > LONGEST_NAME
+    if outside or not name.endswith(SUFFIX):
+        message = (
+            f"expected a {SUFFIX} file inside of the folder, found {printable(repr(name), 200)}"
+        )
         hint = f" ({INSTEAD['.bin']})" if name.endswith(".bin") else ""
         raise SplitError(message + hint, path=index)
 
@@ -212,7 +199,7 @@ def _snapshot(folder: str, read: ReadFile) -> str:
     if not is_there(main):
         names = _listed(snapshots)
         if len(names) != 1:
-            message = f"no refs/main, and {len(names)} snapshots: {_some(names) or 'none'}"
+            message = f"no refs/main, and {len(names)} snapshots: {some(names) or 'none'}"
             raise SplitError(f"{message}: open the folder of one", path=folder)
         return os.path.join(snapshots, names[0])
     commit = read(main, 256).decode("utf-8", "replace").strip()
@@ -236,12 +223,12 @@ def _in_folder(folder: str) -> str:
     known = set(names)
     models = sorted({_model_of(name, known) for name in names if _is_ours(name)})
     if not models:
-        hints = [f"; {INSTEAD[end]}: {_some(n)}" for end in INSTEAD if (n := _ending(names, end))]
+        hints = [f"; {INSTEAD[end]}: {some(n)}" for end in INSTEAD if (n := _ending(names, end))]
         message = f"expected a file, found a directory without {SUFFIX} files{''.join(hints)}"
         raise ReadError(message, path=folder)
     usual = [name for name in USUAL if name in models]
     if len(models) > 1 and not usual:
-        raise SplitError(f"{len(models)} models in this folder: {_some(models)}", path=folder)
+        raise SplitError(f"{len(models)} models in this folder: {some(models)}", path=folder)
     return os.path.join(folder, (usual or models)[0])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from numaload.errors import SplitError
@@ -16,6 +16,8 @@ from numaload.formats.gguf import Header
 NAME = re.compile(r"(?s)(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 MAX_SPLITS = 99999
 MAX_LINKS = 40  # as the kernel
+MOST_MISSING = 1000  # files that are looked for in vain
+NAMES = 5  # of files in an error
 SHOWN = 60  # characters of a value in an error
 ALIGNMENT, TOTAL = "general.alignment", "split.tensors.count"
 HUB_ADVICE = ": open the link to it in ../snapshots"
@@ -66,12 +68,30 @@ def sibling_paths(path: str) -> list[str]:
     name = split_name(path)
     if name is None or name.total == 1:
         return [path]
-    paths = [name.sibling(number) for number in range(1, name.total + 1)]
-    missing = [p for p in paths if not is_there(p)]
+    paths = (name.sibling(number) for number in range(1, name.total + 1))
+    return all_there(paths, name.total, "split files", path)
+
+
+def all_there(paths: Iterable[str], total: int, what: str, by: str) -> list[str]:
+    """These paths, if something is at each. Raises: SplitError that names some of the others.
+
+    A name alone may announce 99,999 files: few of them are looked for where none is there.
+    """
+    found: list[str] = []
+    missing: list[str] = []
+    for path in paths:
+        (found if is_there(path) else missing).append(path)
+        if len(missing) == MOST_MISSING:
+            break
     if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise SplitError(f"{len(missing)} of {len(paths)} split files missing: {shown}", path=path)
-    return paths
+        count = f"{'at least ' * (len(missing) == MOST_MISSING)}{len(missing)} of {total}"
+        raise SplitError(f"{count} {what} missing: {some(missing)}", path=by)
+    return found
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of these names, for an error."""
+    return ", ".join(names[:NAMES]) + (", ..." if len(names) > NAMES else "")
 
 
 def is_there(path: str) -> bool:
@@ -104,13 +124,15 @@ def check_splits(paths: Sequence[str], headers: Sequence[Header]) -> None:
     """Refuse files that do not belong together. Raises: SplitError naming the file and why."""
     if len(paths) == 1:
         return
+    first = _identity(headers[0])
     for index, (path, header) in enumerate(zip(paths, headers, strict=True)):
         number, count = header.metadata.get("split.no"), header.metadata.get("split.count")
         if (number, count) != (index, len(paths)):
             raise SplitError(
                 f"expected split.no {index} of {len(paths)}, found {number} of {count}", path=path
             )
-        _check_kinship(paths[0], headers[0], path, header)
+        _check_kinship(paths[0], first, path, _identity(header))
+        _check_alignment(paths[0], headers[0], path, header)
     total = headers[0].metadata.get("split.tensors.count")
     found = sum(len(header.tensors) for header in headers)
     if total is not None and total != found:
@@ -118,17 +140,17 @@ def check_splits(paths: Sequence[str], headers: Sequence[Header]) -> None:
     _check_duplicates(paths, headers)
 
 
-def _check_kinship(first_path: str, first: Header, path: str, header: Header) -> None:
+def _check_kinship(
+    first_path: str, first: Mapping[str, Any], path: str, said: Mapping[str, Any]
+) -> None:
     """What two files both say must be the same. Most say little: only the first has a name."""
-    said, also = _identity(header), _identity(first)
-    for key in said.keys() & also.keys():
-        if said[key] != also[key]:
+    for key in said.keys() & first.keys():
+        if said[key] != first[key]:
             raise SplitError(
                 f"of another model than {first_path}: {key} is {_short(said[key])},"
-                f" there {_short(also[key])}",
+                f" there {_short(first[key])}",
                 path=path,
             )
-    _check_alignment(first_path, first, path, header)
 
 
 def _identity(header: Header) -> dict[str, Any]:

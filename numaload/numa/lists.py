@@ -16,8 +16,12 @@ WORDS = re.compile(rf"[0-9a-fA-F]{{0,{MAX_ID // 4}}}")
 
 
 def parse_list(text: str) -> list[int]:
-    """Ids in ascending order. ``text``: ``"0,2-3"``. Raises: ValueError."""
+    """Ids in ascending order. ``text``: ``"0,2-3"``. Raises: ValueError.
+
+    Ranges may overlap, as long as they have no more than MAX_ID ids together.
+    """
     ids: set[int] = set()
+    total = 0
     for part in text.strip(BLANK).split(","):
         if not part.strip():
             continue
@@ -25,6 +29,9 @@ def parse_list(text: str) -> list[int]:
         start, stop = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         if not start <= stop < MAX_ID:
             raise ValueError(f"{part!r} is no range of ids")
+        total += stop - start + 1
+        if total > MAX_ID:
+            raise ValueError(f"more than {MAX_ID} ids")
         ids.update(range(start, stop + 1))
     return sorted(ids)
 

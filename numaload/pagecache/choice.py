@@ -15,7 +15,7 @@ from numaload.storage.files import absolute, model_paths, real_path
 if TYPE_CHECKING:
     from numaload.weights import Tensor, Weights
 
-LAYER = re.compile(r"(?:^|\.)(?:blk|layers|h|block|blocks)\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)(?:blk|layers|h|block|blocks)\.(\d{1,9})\.")
 
 Runs = tuple[tuple[int, int], ...]  # (start, stop) byte ranges of a file, in order
 

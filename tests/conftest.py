@@ -45,8 +45,9 @@ def model(model_files: list[str]) -> str:
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty store in shared memory for this test."""
     folder = Path(tempfile.mkdtemp(prefix="numaload-test-", dir="/dev/shm"))
-    monkeypatch.setenv("NUMALOAD_STORE", str(folder / "store"))
-    yield folder / "store"
+    store = folder / f"numaload-{os.geteuid()}"
+    monkeypatch.setenv("NUMALOAD_STORE", str(store))
+    yield store
     shutil.rmtree(folder)
 
 

@@ -91,20 +91,34 @@ def _siblings(find: Any, path: str) -> list[str]:
 def status(options: argparse.Namespace) -> int:
     if options.threads is not None:
         return threads.show(options)
-    from numaload.storage import known
     from numaload.storage.files import model_paths
 
     given = dict.fromkeys(p for f in options.files for p in _siblings(model_paths, f))
-    used = {p for m in known.recall() for p in m.paths}
-    files = pagecache.Files(given or sorted(used), tensors=options.tensors)
+    files = pagecache.Files(given or _used(), tensors=options.tensors)
     return pagecache.repeat(lambda: _show_status(options, files), options.watch)
 
 
+def _used() -> list[str]:
+    from numaload.errors import StoreError
+    from numaload.storage import known
+
+    try:
+        return sorted({path for model in known.recall() for path in model.paths})
+    except StoreError:  # the status of the store says why
+        return []
+
+
 def _show_status(options: argparse.Namespace, files: pagecache.Files) -> int:
-    stored = [row for row in map(_entry_status, _chosen(options.files)[0]) if row]
-    cached = files.look()
-    warming = prewarming.look(_wanted(options.files))
-    stored_all = not any(row.get("error") for row in (*stored, *warming))
+    from numaload.errors import StoreError
+
+    stored, warming, cached, usable = [], [], files.look(), True
+    try:
+        stored = [row for row in map(_entry_status, _chosen(options.files)[0]) if row]
+        warming = prewarming.look(_wanted(options.files))
+    except StoreError as error:
+        complain(str(error))
+        usable = False
+    stored_all = usable and not any(row.get("error") for row in (*stored, *warming))
     if options.json:
         rows = pagecache.as_rows(cached, tensors=options.tensors)
         told = {"replicas": stored, "prewarming": warming, "page_cache": rows}
@@ -205,7 +219,7 @@ def release(options: argparse.Namespace) -> int:
     ended = prewarming.release(_wanted(options.files))
     missing = [file for file in missing if file not in ended.files]
     _complain_none(missing)
-    damaged = [] if options.files else store.release_damaged()
+    damaged, foreign = ([], []) if options.files else store.release_damaged()
     done = store.release(chosen)
     failed = [one for one in done if one.error]
     for one in failed:
@@ -216,6 +230,8 @@ def release(options: argparse.Namespace) -> int:
         return status
     for path in damaged:
         say(f"removed {path}, which could not be read")
+    for path in foreign:
+        note(f"{path} stays: numaload did not make it")
     for one in done:
         later = (
             "; still in use, the memory comes back when the last process closes it"

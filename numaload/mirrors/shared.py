@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
-from numaload.errors import NumaloadError, ReplicaNotFoundError, StoreError, reason
+from numaload.errors import NumaloadError, ReplicaNotFoundError, StoreError, reason, warn_once
 from numaload.mirrors.views import Mirror, report_of
 from numaload.mirrors.wanted import Wanted, can_bind, with_room
 from numaload.numa.lists import Group, format_list
@@ -35,12 +35,21 @@ def plan_shared(
     for weights in models:
         model = weights.model()
         if model.key not in there:
-            found = store.find(model)
+            found = _found(model)
             _check_kind(weights, [e for g, e in found.items() if g in wanted.groups], wanted)
             there[model.key] = set(found)
         builds.append((model, [g for g in wanted.groups if g not in there[model.key]]))
         there[model.key].update(wanted.groups)  # the same model once more needs nothing more
     return plan(builds, machine, kept=HELD if wanted.hold else STORED, bound=bound)
+
+
+def _found(model: known.Model) -> dict[Group, Entry]:
+    """Whoever builds has checked the store; to plan, a bad one must not stop."""
+    try:
+        return store.find(model)
+    except StoreError as error:
+        warn_once(str(error), f"{error}; planned as if nothing were in the store")
+        return {}
 
 
 def _check_kind(weights: Weights, found: Sequence[Entry], wanted: Wanted) -> None:
@@ -63,8 +72,29 @@ def mirror_shared(
 ) -> list[Mirror]:
     """Put replicas of all these models into the store. Nothing is built unless all of them fit.
 
-    announce: called with the plan before it is checked and carried out.
+    announce: called with the plan before it is checked and carried out. Once more where replicas
+    are released meanwhile. Raises: ReplicaNotFoundError if they are again.
     """
+    try:
+        return _mirror_shared(models, machine, wanted, progress, announce)
+    except ReplicaNotFoundError as error:
+        warn_once("released", f"{error}; mirrored once more")
+    try:
+        return _mirror_shared(models, machine, wanted, progress, announce)
+    except ReplicaNotFoundError as error:
+        paths = ", ".join(weights.paths[0] for weights in models)
+        raise ReplicaNotFoundError(
+            f"{paths}: replicas were released by another process while they were mirrored, twice"
+        ) from error
+
+
+def _mirror_shared(
+    models: Sequence[Weights],
+    machine: Topology,
+    wanted: Wanted,
+    progress: Progress | None,
+    announce: Callable[[Plan], None] | None,
+) -> list[Mirror]:
     with store.building() as folder:
         bound = can_bind(wanted, machine)
         todo = with_room(

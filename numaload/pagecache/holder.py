@@ -255,7 +255,7 @@ def _report(data: dict[str, Any]) -> PrewarmReport:
         report = PrewarmReport(**{key: data[key] for key in names & data.keys()})
         report.on_nodes = {int(node): nbytes for node, nbytes in report.on_nodes.items()}
         report.plan = _plan(data["plan"]) if data["plan"] else None
-    except (KeyError, TypeError, ValueError) as error:
+    except userdir.UNREADABLE as error:
         raise StoreError(f"a report that cannot be read: {error}") from error
     return report
 

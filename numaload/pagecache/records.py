@@ -24,7 +24,8 @@ FOLDER = "prewarming"
 NAME = "numaload-warm"  # of the process: at most 15 characters
 READING, HELD, FAILED, KILLED = "reading", "held", "failed", "killed"
 STATES = (READING, HELD, FAILED)
-ASIDE = re.compile(r"\.(\d{1,18})-(\d{1,18})\.json\.")  # as userdir.write_whole names it
+RECORD = re.compile(r"(\d{1,18})-(\d{1,18})\.json")
+ASIDE = re.compile(rf"\.{RECORD.pattern}\.[0-9a-f]{{8}}")  # as userdir.write_whole names it
 FieldsOf = dict[str, Any]
 
 
@@ -70,18 +71,18 @@ class Record:
 
     @classmethod
     def from_json(cls, text: bytes) -> Record:
-        """Raises: ValueError, TypeError, LookupError for what to_json did not write."""
-        data = json.loads(text)
-        for key in ("pid", "start", "done", "total", "locked"):
-            if type(data[key]) is not int or data[key] < 0:
-                raise ValueError(f"{key} is no number")
-        if data["pid"] < 1 or data["state"] not in STATES or type(data["lock"]) is not bool:
-            raise ValueError("no process, or no state that is known")
+        """Raises: userdir.UNREADABLE for what to_json did not write."""
+        data, number = json.loads(text), userdir.number
+        for key in ("start", "done", "total", "locked"):
+            number(data[key])
+        number(data["pid"], least=1, below=1 << 31)
+        if data["state"] not in STATES or type(data["lock"]) is not bool:
+            raise ValueError("no state that is known")
+        data["paths"] = userdir.paths(data["paths"])
         if not data["paths"] or len(data["paths"]) != len(data["files"]):
             raise ValueError("wrong paths")
-        data["since"] = float(data["since"])
-        data["paths"] = tuple(str(path) for path in data["paths"])
-        data["files"] = tuple((int(device), int(inode)) for device, inode in data["files"])
+        data["since"] = number(data["since"], float)
+        data["files"] = tuple((number(device), number(inode)) for device, inode in data["files"])
         data["part"] = (str(data["part"][0]), str(data["part"][1]))
         data["notes"] = tuple(str(note) for note in data["notes"])
         data["error"], data["report"] = dict(data["error"]), dict(data["report"])
@@ -121,32 +122,49 @@ def is_there(record: Record) -> bool:
 
 def sweep() -> None:
     """Clear what holders left that were killed while they wrote."""
+    take_over()
     with userdir.within(FOLDER, create=False) as folder:
         for name in os.listdir(folder) if folder is not None else ():
-            match = ASIDE.match(name)
+            match = ASIDE.fullmatch(name)
             if match and not alive(int(match[1]), int(match[2])):
-                with suppress(FileNotFoundError):
+                with suppress(OSError):
                     os.unlink(name, dir_fd=folder)
 
 
+def take_over() -> None:
+    """Move the records here that processes of an earlier version write."""
+    with userdir.earlier(FOLDER) as old:
+        found = os.listdir(old) if old is not None else []
+        names = [name for name in found if any(_read(name, old))]
+        if names:
+            with userdir.within(FOLDER) as folder:
+                for name in names:
+                    with suppress(FileNotFoundError):
+                        os.rename(name, name, src_dir_fd=old, dst_dir_fd=folder)
+
+
 def records() -> list[Record]:
-    """All there are, oldest first: of holders that live, failed or were killed. Changes nothing."""
+    """All there are, oldest first: of holders that live, failed or were killed."""
+    take_over()
     found: list[Record] = []
     with userdir.within(FOLDER, create=False) as folder:
         for name in os.listdir(folder) if folder is not None else ():
-            if name.endswith(".json") and not name.startswith("."):
-                found.extend(_read(name, folder))
+            found.extend(_read(name, folder))
     return sorted(found, key=lambda record: record.since)
 
 
 def _read(name: str, folder: int | None) -> Iterator[Record]:
-    assert folder is not None  # noqa: S101 - names come from it
+    if not RECORD.fullmatch(name):
+        return
     with suppress(FileNotFoundError):  # it ended just now
         try:
+            assert folder is not None  # noqa: S101 - names come from it
             record = Record.from_json(userdir.read_owned(name, folder))
+            if record.name != name:
+                raise ValueError("the record of another process")
         except FileNotFoundError:
             raise
-        except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+        except userdir.UNREADABLE as error:
             where = f"{userdir.path()}/{FOLDER}/{name}"
             check_limits(error, where)
             warn_once(where, f"{where}: no record that can be read ({error}); left out: rm {where}")
@@ -181,6 +199,6 @@ def unpacked(data: FieldsOf) -> NumaloadError:
         return StoreError(text)
     try:
         error = errors._rebuilt(kind, tuple(data["args"]), dict(data["fields"]))  # noqa: SLF001
-    except (KeyError, TypeError, ValueError):
+        return error if isinstance(error, NumaloadError) and str(error) else StoreError(text)
+    except userdir.UNREADABLE:  # or it lacks what its text is made of
         return StoreError(text)
-    return error if isinstance(error, NumaloadError) else StoreError(text)

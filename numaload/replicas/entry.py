@@ -15,6 +15,7 @@ from numaload.storage import userdir
 from numaload.storage.known import Model
 
 VERSION = 2
+MOST_NODES = 1 << 16  # kernels are built for at most 1024
 
 
 class Holder(NamedTuple):
@@ -67,7 +68,7 @@ class Entry:
 
     @classmethod
     def from_json(cls, name: str, text: bytes) -> Entry:
-        """Raises: ValueError, TypeError, KeyError for what ``manifest`` did not make."""
+        """Raises: userdir.UNREADABLE for what ``manifest`` did not make."""
         row = json.loads(text)
         if (row["version"], row["chunk"]) != (VERSION, CHUNK):
             raise ValueError("built by another version of numaload")
@@ -76,8 +77,8 @@ class Entry:
             model=Model.from_json(json.dumps(row["model"]).encode()),
             groups=tuple(tuple(group) for group in row["groups"]),
             checksums=tuple(tuple(int(c, 16) for c in sums) for sums in row["checksums"]),
-            created=float(row["created"]),
-            seconds=float(row["seconds"]),
+            created=userdir.number(row["created"], float),
+            seconds=userdir.number(row["seconds"], float),
             bound=row["bound"] is True,
             holder=_holder(row),
         )
@@ -89,6 +90,7 @@ class Entry:
         names = [os.path.basename(path) for path in self.model.paths]
         chunks = [-(-identity.size // CHUNK) for identity in self.model.identities]
         expected = {
+            "name": self.name.startswith(f"{self.model.key}."),
             "nodes": self.groups and all(map(_is_group, self.groups)),
             "file names": names and not {"", ".", ".."} & set(names),
             "checksums": [len(row) for row in self.checksums] == chunks,
@@ -104,12 +106,18 @@ def folder_of(group: Group) -> str:
 
 
 def _is_group(group: Sequence[Any]) -> bool:
-    return bool(group) and all(type(node) is int and node >= 0 for node in group)
+    return bool(group) and all(type(n) is int and 0 <= n < MOST_NODES for n in group)
 
 
 def _holder(row: dict[str, Any]) -> Holder | None:
     found = row.get("holder")
     if found is None:
         return None
-    files = frozenset((int(device), int(inode)) for device, inode in found["files"])
-    return Holder(int(found["pid"]), int(found["start"]), str(row["pid_namespace"]), files)
+    number = userdir.number
+    files = frozenset((number(device), number(inode)) for device, inode in found["files"])
+    return Holder(pid_of(found), number(found["start"]), str(row["pid_namespace"]), files)
+
+
+def pid_of(found: dict[str, Any]) -> int:
+    """Raises: ValueError for what no process has."""
+    return int(userdir.number(found["pid"], below=1 << 31))

@@ -19,6 +19,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import stat
 import sys
@@ -27,6 +28,10 @@ from contextlib import suppress
 NAME = "numaload-hold"  # of the process: at most 15 characters
 INTERVAL_S = 1.0
 MANIFEST, LOCK = "manifest.json", "lock"  # of the store, which takes them from here
+ASIDE = re.compile(rf"\.{MANIFEST}\.[0-9a-f]{{8}}")  # while it is written
+NODES, LINK = re.compile(r"node[0-9,-]+"), re.compile(r"/proc/\d+/fd/\d+")
+REPLICA_MODE = 0o400
+MOST = 16 << 20  # bytes of a manifest
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -86,13 +91,15 @@ class Held:
             raise
 
     def _fill(self, folder: int) -> None:
+        aside = f".{MANIFEST}.{os.getpid():08x}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(aside, flags, 0o600, dir_fd=folder), "wb") as file:
+            file.write(self.manifest)
+        os.rename(aside, MANIFEST, src_dir_fd=folder, dst_dir_fd=folder)
         for node in dict.fromkeys(node for node, _, _ in self.links):
             os.mkdir(node, 0o700, dir_fd=folder)
         for node, name, target in self.links:
             os.symlink(target, f"{node}/{name}", dir_fd=folder)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(MANIFEST, flags, 0o600, dir_fd=folder), "wb") as file:
-            file.write(self.manifest)
 
     def withdraw(self) -> None:
         """Take the entry away by one rename; a sweep may remove the rest at the same time."""
@@ -111,8 +118,9 @@ def opened(path: str, *, create: bool = True) -> int:
     Raises: OSError.
     """
     if create:
-        with suppress(FileExistsError):
-            os.mkdir(path, 0o700)
+        for folder in (os.path.dirname(path), path):  # a logout takes both
+            with suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
     fd = os.open(path, DIRECTORY)
     status = os.fstat(fd)
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
@@ -122,18 +130,64 @@ def opened(path: str, *, create: bool = True) -> int:
 
 
 def remove(name: str, parent: int) -> None:
-    """Remove a file or folder tree below the descriptor, following no link."""
-    try:
-        for _, folders, files, fd in os.fwalk(name, topdown=False, dir_fd=parent):
-            for file in files:
-                os.unlink(file, dir_fd=fd)
-            for folder in folders:
-                os.rmdir(folder, dir_fd=fd)
+    """Remove an entry below the descriptor, following no link and entering no other file system.
+
+    What does not look like a part of an entry stays, and with it what it lies in.
+    """
+    with suppress(OSError):
+        folder = os.open(name, DIRECTORY, dir_fd=parent)
+        try:
+            _empty(folder, _named(folder))
+        finally:
+            os.close(folder)
         os.rmdir(name, dir_fd=parent)
-    except NotADirectoryError:
-        os.unlink(name, dir_fd=parent)
+
+
+def _named(folder: int) -> set[str] | None:
+    """Names of replicas by the manifest; None where there is none. Raises: OSError."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        with open(os.open(MANIFEST, flags, dir_fd=folder), "rb") as file:
+            row = json.loads(file.read(MOST))
+        if type(row["version"]) is int:
+            return {os.path.basename(str(path)) for path in row["model"]["paths"]}
     except FileNotFoundError:
+        return None
+    except (LookupError, TypeError, ValueError, RecursionError):
         pass
+    raise PermissionError(1, "is no manifest of an entry", MANIFEST)
+
+
+def _empty(folder: int, names: set[str] | None) -> None:
+    """The manifest goes last: it tells who goes on after a kill which files are replicas."""
+    for node in filter(NODES.fullmatch, os.listdir(folder)):
+        with suppress(OSError):  # the others are removed all the same
+            _empty_node(node, folder, names)
+    found = os.listdir(folder)
+    if not any(map(NODES.fullmatch, found)):
+        for file in found:
+            if file == MANIFEST or ASIDE.fullmatch(file):
+                os.unlink(file, dir_fd=folder)
+
+
+def _empty_node(node: str, folder: int, names: set[str] | None) -> None:
+    inside = os.open(node, DIRECTORY, dir_fd=folder)
+    try:
+        same = os.fstat(inside).st_dev == os.fstat(folder).st_dev
+        for file in os.listdir(inside) if same else ():
+            with suppress(OSError):
+                if _is_replica(file, inside) if names is None else file in names:
+                    os.unlink(file, dir_fd=inside)
+    finally:
+        os.close(inside)
+    os.rmdir(node, dir_fd=folder)
+
+
+def _is_replica(name: str, folder: int) -> bool:
+    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    if stat.S_ISLNK(status.st_mode):
+        return LINK.fullmatch(os.readlink(name, dir_fd=folder)) is not None
+    return status.st_mode == stat.S_IFREG | REPLICA_MODE
 
 
 def started(pid: int) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from numaload.errors import NodeMemoryError
+from numaload.errors import NodeMemoryError, StoreError
 from numaload.numa import memory
 from numaload.numa.lists import Group
 from numaload.numa.syscalls import PAGE
@@ -89,7 +89,7 @@ def plan(
     """Compare what these replicas take with every limit that they count against.
 
     kept: PRIVATE, HELD by a process, or STORED: then the store's tmpfs is a limit too.
-    bound: see ``build``. Raises: StoreError if the store is not on a tmpfs.
+    bound: see ``build``.
     """
     per_node: dict[int, int] = {}
     for model, groups in builds:
@@ -143,7 +143,10 @@ def _store_need(needed: int) -> Need:
     where = userdir.path()
     while not os.path.isdir(where) and where != "/":
         where = os.path.dirname(where)
-    userdir.check_tmpfs(where)
+    try:
+        userdir.check_tmpfs(where)
+    except StoreError as error:
+        return Need("the store", needed, 0, hint=str(error))
     status = os.statvfs(where)
     free = status.f_bavail * status.f_frsize
     hint = "" if needed <= free else logout.tmpfs_limit_note(where, needed)

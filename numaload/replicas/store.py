@@ -3,6 +3,7 @@
 ::
 
     /dev/shm/numaload-1000/           0700, this user's
+        numaload-store                numaload made this folder
         lock                          held while something is built: two plans cannot share room
         known/KEY.json                models that were used since boot
         KEY.TOKEN/                    one entry: appears by one rename, disappears by one
@@ -31,11 +32,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from numaload.errors import StoreError, check_limits, warn_once
+from numaload.errors import StoreError, check_limits, reason, warn_once
 from numaload.numa.lists import Group
 from numaload.replicas import holder
 from numaload.replicas.build import Built
-from numaload.replicas.entry import Entry, Holder, folder_of
+from numaload.replicas.entry import Entry, Holder, folder_of, pid_of
 from numaload.replicas.holder_main import LOCK, MANIFEST, remove
 from numaload.storage import userdir
 from numaload.storage.known import Model
@@ -50,7 +51,7 @@ def entries() -> list[Entry]:
         warn_once(
             f"damaged {name}",
             f"{userdir.path()}/{name}: no entry that can be read ({why}); left out;"
-            " numaload release without FILE takes it away",
+            " numaload release without FILE takes away what numaload made of it",
         )
     return found
 
@@ -59,6 +60,7 @@ def _scan() -> tuple[list[Entry], dict[str, str]]:
     """Entries, oldest first, and {name: what is wrong with it} of what is none."""
     found: list[Entry] = []
     damaged: dict[str, str] = {}
+    take_over()
     with userdir.opened(create=False) as store:
         for name in _entry_names(store) if store is not None else ():
             entry = _read(name, store)
@@ -74,14 +76,31 @@ def _read(name: str, store: int | None) -> Entry | str:
     try:
         with userdir.folder(name, store) as folder:
             return Entry.from_json(name, userdir.read_owned(MANIFEST, folder))
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except userdir.UNREADABLE as error:
         check_limits(error, f"{userdir.path()}/{name}")  # no damage that may be released
         return str(error) or type(error).__name__
 
 
 def _entry_names(store: int) -> list[str]:
-    """A dot in front: not there yet, or no more."""
-    return [n for n in os.listdir(store) if "." in n and not n.startswith(".")]
+    return [name for name in os.listdir(store) if userdir.ENTRY.fullmatch(name)]
+
+
+def take_over() -> None:
+    """Move entries here that an earlier version made, and a holder of that may make again."""
+    with userdir.earlier() as old:
+        names = _entry_names(old) if old is not None else []
+        names = [name for name in names if isinstance(_read(name, old), Entry)]
+        if not names:
+            return
+        lock = _lock_file(old)
+        try:
+            if _try_lock(lock):  # else somebody builds there, and will look for it there
+                with userdir.opened() as store:
+                    for name in names:
+                        with suppress(OSError):  # it has been moved before
+                            os.rename(name, name, src_dir_fd=old, dst_dir_fd=store)
+        finally:
+            _unlock(lock)
 
 
 def is_there(entry: Entry) -> bool:
@@ -116,10 +135,10 @@ def building() -> Iterator[int]:
 
     Yields the store's descriptor, cleared of what killed builders left.
     """
+    take_over()
     with userdir.opened() as store:
         if store is None:
             raise StoreError(f"{userdir.path()} cannot be made")
-        userdir.check_tmpfs(userdir.path())
         lock = _lock_file(store)
         try:
             if not _try_lock(lock):
@@ -133,10 +152,15 @@ def building() -> Iterator[int]:
 
 def sweep() -> None:
     """Clear what killed processes left, unless someone is building now."""
+    take_over()
     with userdir.opened(create=False) as store:
         if store is None:
             return
-        lock = _lock_file(store)
+        try:
+            lock = _lock_file(store)
+        except StoreError as error:
+            warn_once("lock", f"{error}; what killed processes left stays")
+            return
         try:
             if _try_lock(lock):
                 _sweep(store)
@@ -144,9 +168,12 @@ def sweep() -> None:
             _unlock(lock)
 
 
-def _lock_file(store: int) -> int:
+def _lock_file(store: int | None) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.open(LOCK, flags, 0o600, dir_fd=store)
+    try:
+        return os.open(LOCK, flags, 0o600, dir_fd=store)
+    except OSError as error:
+        raise StoreError(f"{userdir.path()}/{LOCK}: {reason(error)}") from error
 
 
 def _try_lock(fd: int) -> bool:
@@ -165,8 +192,8 @@ def _unlock(fd: int) -> None:
 
 def _sweep(store: int) -> None:
     for name in os.listdir(store):
-        if name.startswith("."):
-            remove(name, store)
+        if name.startswith(".") and userdir.ENTRY.fullmatch(name[1:]):
+            _remove(name, store)
     for name in _entry_names(store):
         entry = _read(name, store)
         lost = _lost(entry) if isinstance(entry, Entry) else None
@@ -220,6 +247,7 @@ def publish(model: Model, built: Built, store: int, *, hold: bool = False) -> En
     try:
         os.mkdir(aside, 0o700, dir_fd=store)
         with userdir.folder(aside, store) as folder:
+            userdir.write_whole(MANIFEST, json.dumps(entry.manifest()).encode(), folder)
             for group, arenas in built.arenas.items():
                 os.mkdir(folder_of(group), 0o700, dir_fd=folder)
                 with userdir.folder(folder_of(group), folder) as inside:
@@ -228,7 +256,6 @@ def publish(model: Model, built: Built, store: int, *, hold: bool = False) -> En
                         os.link(
                             f"/proc/self/fd/{arena.fd}", os.path.basename(path), dst_dir_fd=inside
                         )
-            userdir.write_whole(MANIFEST, json.dumps(entry.manifest()).encode(), folder)
         os.rename(aside, entry.name, src_dir_fd=store, dst_dir_fd=store)
     except BaseException:
         remove(aside, store)
@@ -283,6 +310,8 @@ def release(chosen: Sequence[Entry]) -> list[Released]:
                     in_use = not _try_lock(folder)
             except FileNotFoundError:
                 continue  # someone else released it just now
+            except OSError:  # what is wrong with it shows when it is taken away
+                in_use = False
             error = _end(entry.holder) if entry.holder else ""
             _take_away(entry.name, store)
             done.append(Released(entry, entry.nbytes, in_use, error))
@@ -306,31 +335,50 @@ def _end(held_by: Holder) -> str:
     return ""
 
 
-def release_damaged() -> list[str]:
-    """Take away what is in the place of entries and cannot be read as one; its paths."""
+def release_damaged() -> tuple[list[str], list[str]]:
+    """Take away what is in the place of entries and cannot be read as one.
+
+    Its paths, and those of what stays, since numaload did not make it.
+    """
     with userdir.opened(create=False) as store:
-        names = []
-        for name in _scan()[1]:
+        if store is None:
+            return [], []
+        stays = {name for name in os.listdir(store) if not userdir.OURS.fullmatch(name)}
+        damaged = _scan()[1]
+        for name in damaged:
             _end_damaged(name, store)
-            if _take_away(name, store):
-                names.append(name)
-    return [f"{userdir.path()}/{name}" for name in names]
+            remove(name, store)
+        stays |= {name for name in damaged if _is_there(name, store)}
+    where = userdir.path()
+    gone = [f"{where}/{name}" for name in damaged if name not in stays]
+    return gone, [f"{where}/{name}" for name in sorted(stays)]
 
 
 def _end_damaged(name: str, store: int | None) -> None:
     """As far as the manifest, perhaps another version's, still tells of a holder."""
-    with suppress(OSError, KeyError, TypeError, ValueError, RecursionError):
+    with suppress(*userdir.UNREADABLE):
         with userdir.folder(name, store) as folder:
             row = json.loads(userdir.read_owned(MANIFEST, folder))
         if row["pid_namespace"] == _namespace():
-            holder.end_holder(int(row["holder"]["pid"]), int(row["holder"]["start"]))
+            number = userdir.number
+            holder.end_holder(pid_of(row["holder"]), number(row["holder"]["start"]))
 
 
-def _take_away(name: str, store: int | None) -> bool:
-    """Whether it was there: others may release and sweep at the same time."""
+def _take_away(name: str, store: int | None) -> None:
+    """Others may release and sweep at the same time."""
     assert store is not None  # noqa: S101 - what has a name is in a store
-    with suppress(FileNotFoundError):
+    try:
         os.rename(name, f".{name}", src_dir_fd=store, dst_dir_fd=store)
-        remove(f".{name}", store)
-        return True
-    return False
+    except FileNotFoundError:
+        return
+    except OSError:  # what an earlier one of the name left is in the way
+        _remove(name, store)
+    else:
+        _remove(f".{name}", store)
+
+
+def _remove(name: str, store: int) -> None:
+    remove(name, store)
+    if _is_there(name, store):
+        where = f"{userdir.path()}/{name}"
+        warn_once(where, f"{where} stays: something is in it that numaload did not make")

@@ -15,6 +15,8 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import re
+import stat
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,7 @@ from numaload.storage.files import SourceFile
 from numaload.storage.reader import Progress
 
 FOLDER = "reading"
+NAME = re.compile(r"[0-9a-f]+-[0-9a-f]+")
 PAUSE_S = 0.05
 STILL_S = 30.0  # without progress, after which it is said whom this waits for
 RECORD = struct.Struct("<qQQ")  # process id, bytes done, bytes in all
@@ -83,8 +86,9 @@ def turn(files: Sequence[SourceFile], progress: Progress | None = None) -> Itera
         except OSError as error:
             held.close()
             mine.locks = []
-            why = str(error) if isinstance(error, StoreError) else reason(error)
-            warn_once("following", f"{why}; read without knowing who else reads these files")
+            where = f"{userdir.path()}/{FOLDER}: "
+            why = str(error) if isinstance(error, StoreError) else where + reason(error)
+            warn_once(why, f"{why}; read without knowing who else reads these files")
         yield mine
 
 
@@ -92,10 +96,16 @@ def sweep() -> None:
     """Clear what killed readers left."""
     with userdir.within(FOLDER, create=False) as folder:
         for name in os.listdir(folder) if folder is not None else ():
-            lock, free = _lock(name, folder)
-            if free:
-                _give_back(lock, name, folder)
-            lock.close()
+            with suppress(OSError):
+                if NAME.fullmatch(name) and _is_lock(os.lstat(name, dir_fd=folder)):
+                    lock, free = _lock(name, folder)
+                    if free:
+                        _give_back(lock, name, folder)
+                    lock.close()
+
+
+def _is_lock(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) and status.st_size <= RECORD.size
 
 
 def _name(file: SourceFile) -> str:

@@ -6,16 +6,20 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from numaload.errors import NumaloadError, StoreError, check_limits, warn_once
+from numaload.errors import NumaloadError, StoreError, check_limits, reason, warn_once
 from numaload.formats.splits import is_there
 from numaload.storage import userdir
 from numaload.storage.files import Identity, SourceFile, reached
 
 FOLDER = "known"
+KEPT = 100  # records
+RECORD = re.compile(r"[0-9a-f]{32}\.json")
+ASIDE = re.compile(rf"\.{RECORD.pattern}\.[0-9a-f]{{8}}")
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,17 @@ class Model:
 
     @classmethod
     def from_json(cls, text: bytes) -> Model:
-        """Raises: ValueError, TypeError, KeyError for what to_json did not write."""
+        """Raises: userdir.UNREADABLE for what to_json did not write."""
         data = json.loads(text)
         identities = tuple(Identity(*row) for row in data["identities"])
-        paths = tuple(data["paths"])
-        numbers = [number for identity in identities for number in identity[:-1]]
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError("wrong numbers in identities")
-        if not paths or not all(type(p) is str for p in paths) or len(paths) != len(identities):
+        paths = userdir.paths(data["paths"])
+        for identity in identities:
+            userdir.number(identity.size)
+            for number in identity[:-1]:  # times may lie before 1970
+                userdir.number(number, least=-1 << 63)
+            if type(identity.head) is not str:
+                raise ValueError("wrong identities")
+        if not paths or len(paths) != len(identities):
             raise ValueError("wrong paths")
         return cls(paths, identities)
 
@@ -76,25 +83,27 @@ def identify(paths: Sequence[str]) -> Model:
 def remember(model: Model) -> None:
     """Note that this user uses the model. If that fails, only ``mirror`` without FILE suffers."""
     try:
-        with userdir.opened() as store, _folder(store, create=True) as folder:
+        with userdir.within(FOLDER) as folder:
+            assert folder is not None  # noqa: S101 - it was made
             _clear(folder)
             fcntl.flock(folder, fcntl.LOCK_SH)
-            userdir.write_whole(f"{model.key}.json", model.to_json(), folder)
-    except (OSError, StoreError) as error:
-        warn_once("known", f"{error}; a later `numaload mirror` without FILE will not find this")
+            userdir.write_whole(_name(model.paths), model.to_json(), folder)
+            for name in _names(folder)[KEPT:]:
+                with suppress(OSError):
+                    os.unlink(name, dir_fd=folder)
+    except OSError as error:
+        why = str(error) if isinstance(error, StoreError) else f"{_where()}: {reason(error)}"
+        warn_once(why, f"{why}; a later `numaload mirror` without FILE will not find this")
 
 
 def recall() -> list[Model]:
     """What was remembered last of each model, latest first, changed or not."""
-    with userdir.opened(create=False) as store:
-        if store is None or FOLDER not in os.listdir(store):
+    with userdir.within(FOLDER, create=False) as folder:
+        if folder is None:
             return []
-        with _folder(store) as folder:
-            _clear(folder)
-            names = [n for n in os.listdir(folder) if n.endswith(".json")]
-            names.sort(key=lambda n: os.stat(n, dir_fd=folder).st_mtime_ns, reverse=True)
-            found = [model for name in names for model in _recalled(name, folder)]
-    latest: dict[tuple[str, ...], Model] = {}
+        _clear(folder)
+        found = [model for name in _names(folder) for model in _recalled(name, folder)]
+    latest: dict[tuple[str, ...], Model] = {}  # earlier versions named records by the content
     for model in found:
         latest.setdefault(model.paths, model)
     return list(latest.values())
@@ -102,17 +111,32 @@ def recall() -> list[Model]:
 
 def forget(paths: Sequence[str]) -> None:
     """Take back what ``remember`` noted of exactly these files."""
-    for model in recall():
-        if model.paths == tuple(map(os.path.abspath, paths)):
-            with userdir.opened() as store, _folder(store) as folder, suppress(FileNotFoundError):
-                os.unlink(f"{model.key}.json", dir_fd=folder)
+    with suppress(OSError), userdir.within(FOLDER, create=False) as folder:
+        if folder is not None:
+            os.unlink(_name([os.path.abspath(path) for path in paths]), dir_fd=folder)
+
+
+def _name(paths: Sequence[str]) -> str:
+    """Names the record of a model, whatever its content."""
+    names = b"\0".join(map(os.fsencode, paths))
+    return f"{hashlib.blake2b(names, digest_size=16).hexdigest()}.json"
+
+
+def _names(folder: int) -> list[str]:
+    """Of all records, latest first."""
+    times = {}
+    for name in os.listdir(folder):
+        if RECORD.fullmatch(name):
+            with suppress(FileNotFoundError):
+                times[name] = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime_ns
+    return sorted(times, key=lambda name: times[name], reverse=True)
 
 
 def _clear(folder: int) -> None:
     """Take away what writers left that were killed: those alive hold the folder."""
-    left = [name for name in os.listdir(folder) if name.startswith(".")]
+    left = [name for name in os.listdir(folder) if ASIDE.fullmatch(name)]
     if left:
-        with suppress(BlockingIOError, FileNotFoundError):
+        with suppress(OSError):
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name in left:
                 os.unlink(name, dir_fd=folder)
@@ -121,23 +145,13 @@ def _clear(folder: int) -> None:
 def _recalled(name: str, folder: int) -> Iterator[Model]:
     try:
         yield Model.from_json(userdir.read_owned(name, folder))
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        where = f"{userdir.path()}/{FOLDER}/{name}"
+    except FileNotFoundError:  # somebody took it away just now
+        pass
+    except userdir.UNREADABLE as error:
+        where = f"{_where()}/{name}"
         check_limits(error, where)
         warn_once(where, f"{where}: no record that can be read ({error}); left out: rm {where}")
 
 
-class _folder:  # noqa: N801 - a context manager
-    def __init__(self, store: int | None, *, create: bool = False) -> None:
-        if store is None:
-            raise StoreError(f"{userdir.path()} is not there")
-        if create:
-            with suppress(FileExistsError):
-                os.mkdir(FOLDER, 0o700, dir_fd=store)
-        self.fd = os.open(FOLDER, userdir.DIRECTORY, dir_fd=store)
-
-    def __enter__(self) -> int:
-        return self.fd
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
+def _where() -> str:
+    return f"{userdir.path()}/{FOLDER}"

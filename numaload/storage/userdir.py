@@ -1,28 +1,54 @@
 """The user's own folder in shared memory: 0700, since /dev/shm is everybody's.
 
 It lives until the machine restarts (or is emptied), which is as long as what it speaks of.
-NUMALOAD_STORE names another place on a tmpfs.
+NUMALOAD_STORE names another folder on a tmpfs to make it in. Nothing in there is trusted, and
+nothing is removed but what has the form of what numaload makes.
 """
 
 from __future__ import annotations
 
 import os
+import pwd
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
+from typing import Any
 
-from numaload.errors import StoreError, reason
+from numaload.errors import StoreError, reason, warn_once
 from numaload.numa.mounts import mount_of
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 SPARE = 12  # descriptors that work in the store needs at a time, starting a holder most
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - what is made there is checked for its owner
+MARKER = "numaload-store"  # a file: numaload made the folder. No dot: earlier versions clear those
+ENTRY = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{8}")  # with a dot in front: not there yet, or no more
+OURS = re.compile(rf"lock|known|prewarming|reading|\.?{ENTRY.pattern}|{MARKER}")
+MOST = 16 << 20  # bytes of a record; the manifest of a model of 10 TB has less
+# What reading and checking a record that anybody wrote may raise.
+UNREADABLE = (
+    OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError,
+)  # fmt: skip
 
 
 def path() -> str:
-    # Absolute: paths of replicas are printed for others. And O_NOFOLLOW follows "link/".
-    given = os.environ.get("NUMALOAD_STORE")
-    return os.path.abspath(given) if given else f"{SHARED_MEMORY}/numaload-{os.geteuid()}"
+    """The folder: of this name below what NUMALOAD_STORE names, or that itself if it has the name.
+
+    Raises: StoreError.
+    """
+    name = f"numaload-{os.geteuid()}"
+    base = _base(os.environ.get("NUMALOAD_STORE") or SHARED_MEMORY)
+    return base if os.path.basename(base) == name else os.path.join(base, name)
+
+
+@lru_cache
+def _base(given: str) -> str:
+    # Absolute: paths of replicas are printed for others. Once: a process may change its folder.
+    try:
+        return os.path.abspath(given)
+    except OSError as error:
+        raise StoreError(f"NUMALOAD_STORE={given}: {reason(error)}: give it from /") from error
 
 
 @contextmanager
@@ -30,18 +56,11 @@ def opened(*, create: bool = True) -> Iterator[int | None]:
     """A descriptor of the folder, checked; None where there is none and none is to be made.
 
     Everything below is reached through the descriptor, so that nobody can swap the folder.
-    Raises: StoreError if it is not this user's own, or open to others.
+    Raises: StoreError if it is not this user's own, open to others, or not made by numaload.
     """
     where = path()
     if create:
-        try:
-            os.mkdir(where, 0o700)
-        except FileExistsError:
-            pass
-        except OSError as error:
-            raise StoreError(
-                f"{where}: {reason(error)}; set NUMALOAD_STORE to a folder on a tmpfs"
-            ) from error
+        _make(where)
     try:
         fd = os.open(where, DIRECTORY)
     except FileNotFoundError:
@@ -50,11 +69,54 @@ def opened(*, create: bool = True) -> Iterator[int | None]:
     except OSError as error:
         raise StoreError(f"{where}: expected a folder of yours: {reason(error)}") from error
     try:
-        _check(where, os.fstat(fd))
+        _check(where, fd)
         check_spare(fd)
         yield fd
     finally:
         os.close(fd)
+
+
+def _make(where: str) -> None:
+    """Make the folder, and the one it is to lie in, on a tmpfs only. Raises: StoreError."""
+    for folder in (os.path.dirname(where), where):
+        if not os.path.isdir(folder):
+            check_tmpfs(os.path.dirname(folder))
+            with suppress(FileExistsError), _named(folder):
+                os.mkdir(folder, 0o700)
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Say where it is that something failed. Raises: StoreError."""
+    try:
+        yield
+    except (FileExistsError, StoreError):
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"{where}: {reason(error)}; set NUMALOAD_STORE to another folder on a tmpfs"
+        ) from error
+
+
+@contextmanager
+def earlier(name: str = ".") -> Iterator[int | None]:
+    """A descriptor of a folder in which an earlier version kept what is below ``path`` now.
+
+    That was the very folder that NUMALOAD_STORE names. None where it cannot have been.
+    """
+    fd = -1
+    with suppress(OSError):
+        base = os.open(os.path.dirname(path()), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if _is_private(os.fstat(base)):
+                fd = os.open(name, DIRECTORY, dir_fd=base)
+        finally:
+            os.close(base)
+    try:
+        yield None if fd < 0 else fd
+    finally:
+        if fd >= 0:
+            os.close(fd)
 
 
 @contextmanager
@@ -71,21 +133,26 @@ def folder(name: str, parent: int | None) -> Iterator[int]:
 def within(name: str, *, create: bool = True) -> Iterator[int | None]:
     """A descriptor of this folder of the user's; None where it is not there and not to be made.
 
-    Raises: StoreError, also for what is in its place.
+    None also where something else is in its place, which is said. Raises: StoreError, and if it is
+    to be made also for that.
     """
     with opened(create=create) as store:
         if store is None:
             yield None
             return
+        fd, where = -1, f"{path()}/{name}"
         try:
             if create:
                 with suppress(FileExistsError):
                     os.mkdir(name, 0o700, dir_fd=store)
             fd = os.open(name, DIRECTORY, dir_fd=store)
         except FileNotFoundError:
-            fd = -1
+            pass
         except OSError as error:
-            raise StoreError(f"{path()}/{name}: {reason(error)}") from error
+            said = f"{where}: expected a folder of yours: {reason(error)}"
+            if create:
+                raise StoreError(said) from error
+            warn_once(where, f"{said}; left out")
         try:
             yield None if fd < 0 else fd
         finally:
@@ -111,12 +178,41 @@ def check_spare(fd: int) -> None:
             os.close(one)
 
 
-def _check(where: str, status: os.stat_result) -> None:
-    if status.st_uid != os.geteuid():
-        raise StoreError(f"{where} belongs to user {status.st_uid}, expected {os.geteuid()}")
-    if stat.S_IMODE(status.st_mode) & 0o077:
+def _check(where: str, fd: int) -> None:
+    status, user = os.fstat(fd), os.geteuid()
+    if status.st_uid != user:
+        owner: object = status.st_uid
+        with suppress(KeyError):
+            owner = pwd.getpwuid(status.st_uid).pw_name
+        raise StoreError(
+            f"{where} belongs to user {owner}, expected {user}: ask {owner} to remove it, or set"
+            " NUMALOAD_STORE to a folder of yours on a tmpfs"
+        )
+    if not _is_private(status):
         mode = stat.S_IMODE(status.st_mode)
         raise StoreError(f"{where} has mode {mode:04o}, expected 0700: chmod 700 {where}")
+    check_tmpfs(where)
+    with _named(f"{where}/{MARKER}"):
+        _check_made(where, fd)
+
+
+def _is_private(status: os.stat_result) -> bool:
+    return status.st_uid == os.geteuid() and not stat.S_IMODE(status.st_mode) & 0o077
+
+
+def _check_made(where: str, fd: int) -> None:
+    """Mark what is empty, which may have been made just now, or has an earlier version's names."""
+    names = os.listdir(fd)
+    if MARKER in names:
+        return
+    foreign = sorted(name for name in names if not OURS.fullmatch(name))
+    if foreign:
+        raise StoreError(
+            f"{where}: numaload did not make it, found {foreign[0]} in it: move that elsewhere, or"
+            " set NUMALOAD_STORE to another folder on a tmpfs"
+        )
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    os.close(os.open(MARKER, flags, 0o600, dir_fd=fd))
 
 
 def read_owned(name: str, folder: int) -> bytes:
@@ -129,7 +225,10 @@ def read_owned(name: str, folder: int) -> bytes:
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise StoreError(f"{name} in {path()} is not a file of this user's")
         with open(fd, "rb", closefd=False) as file:
-            return file.read()
+            data = file.read(MOST + 1)
+        if len(data) > MOST:
+            raise StoreError(f"{name} in {path()}: {status.st_size} bytes, expected at most {MOST}")
+        return data
     finally:
         os.close(fd)
 
@@ -150,9 +249,25 @@ def write_whole(name: str, data: bytes, folder: int) -> None:
 
 def check_tmpfs(where: str) -> None:
     """Raises: StoreError elsewhere: other file systems ignore where memory is bound to."""
-    mount = mount_of(where)
+    with _named(where):
+        mount = mount_of(where)
     if mount is not None and mount.kind != "tmpfs":
         raise StoreError(
             f"{where} is on {mount.kind}, expected a tmpfs: set NUMALOAD_STORE to a folder on one,"
             " as in /dev/shm"
         )
+
+
+def number(value: Any, kind: type = int, *, least: int = 0, below: int = 1 << 64) -> Any:
+    """A number of a record, where anything may stand. Raises: ValueError."""
+    if type(value) not in (int, kind) or not least <= value < below:
+        raise ValueError("a number of another type, or out of range")
+    return kind(value)
+
+
+def paths(values: Any) -> tuple[str, ...]:
+    """Paths of a record, where anything may stand. Raises: ValueError, TypeError."""
+    for value in values:
+        if type(value) is not str or not os.path.isabs(value) or b"\0" in os.fsencode(value):
+            raise ValueError("wrong paths")
+    return tuple(values)

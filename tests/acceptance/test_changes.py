@@ -24,6 +24,7 @@ from numaload.errors import (
     ReplicaNotFoundError,
     SplitError,
 )
+from numaload.storage.userdir import MARKER
 
 MIB = 1 << 20
 TENSOR = "blk.0.attn_q.weight"
@@ -66,7 +67,7 @@ def own_model(model_files: list[str], tmp_path: Path) -> list[str]:
 
 
 def left_over(store: Path) -> list[str]:
-    return [name for name in os.listdir(store) if name not in ("lock", "known")]
+    return [name for name in os.listdir(store) if name not in (MARKER, "lock", "known")]
 
 
 def descriptors() -> int:

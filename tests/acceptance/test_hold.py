@@ -19,6 +19,7 @@ import pytest
 
 import numaload as api
 from commands import Numaload, running, used_bytes, wait_for
+from numaload.storage.userdir import MARKER
 
 MIB = 1 << 20
 NAME = "blk.0.attn_q.weight"
@@ -46,7 +47,7 @@ def paths_of(entry: dict[str, Any]) -> list[str]:
 
 
 def left_over(store: Path) -> list[str]:
-    return [name for name in os.listdir(store) if name not in ("lock", "known")]
+    return [name for name in os.listdir(store) if name not in (MARKER, "lock", "known")]
 
 
 @pytest.fixture(autouse=True)
@@ -216,7 +217,7 @@ def test_a_store_on_a_small_tmpfs_is_no_limit(
     words = ["mount", "-t", "tmpfs", "-o", "size=4M,mode=700", "small", str(small)]
     if subprocess.run(words, check=False, capture_output=True).returncode != 0:
         pytest.skip("a small tmpfs cannot be mounted here: root is needed")
-    there = Numaload(small / "store")
+    there = Numaload(small / f"numaload-{os.geteuid()}")
     try:
         refused = there("mirror", model, status=1).stderr
         assert "does NOT fit" in refused

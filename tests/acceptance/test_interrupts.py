@@ -270,14 +270,14 @@ def test_leftovers_of_records_are_cleared(numaload: Numaload, model: str) -> Non
     """As a kill leaves them that came while a record was written."""
     numaload("prewarm", model)
     folder = numaload.store / "known"
-    (folder / ".0.json.abcd").touch()
+    (folder / f".{'0' * 32}.json.abcdabcd").touch()
     numaload("status")
     assert [name for name in os.listdir(folder) if name.startswith(".")] == []
-    (folder / ".2.json.abcd").touch()
+    (folder / f".{'2' * 32}.json.abcdabcd").touch()
     fd = os.open(folder, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_SH)  # as somebody holds it who is writing
     numaload("status")
-    assert (folder / ".2.json.abcd").exists()
+    assert (folder / f".{'2' * 32}.json.abcdabcd").exists()
     os.close(fd)
     numaload("prewarm", model)
-    assert not (folder / ".2.json.abcd").exists()
+    assert not (folder / f".{'2' * 32}.json.abcdabcd").exists()

@@ -5,6 +5,7 @@ Placement on several nodes is tested in tests/numa; this is what one node can sh
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ import numaload as api
 from commands import KEPT, Numaload, evict, sparse_model, used_bytes, wait_for
 from numaload.numa.memory import available
 from numaload.storage import known
+from numaload.storage.userdir import MARKER
 
 MIB = 1 << 20
 ATTACH = """
@@ -37,7 +39,7 @@ def replicas(numaload: Numaload) -> list[str]:
 
 def left_over(numaload: Numaload) -> list[str]:
     """What is in the store beside its lock and its own folders."""
-    own = ("lock", "known", "reading", "prewarming")
+    own = (MARKER, "lock", "known", "reading", "prewarming")
     return [name for name in os.listdir(numaload.store) if name not in own]
 
 
@@ -366,7 +368,8 @@ def test_one_damaged_replica_hides_no_other(
         rows = numaload.json(verb, status=1)
         assert len(rows["replicas"] if verb == "status" else rows) == 2
     for name in left_over(numaload):
-        (numaload.store / name / "manifest.json").write_text("{}")
+        manifest = numaload.store / name / "manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | {"version": 1}))
     assert "no entry that can be read" in numaload("status").stderr
     assert "removed" in numaload("release").stdout
     assert left_over(numaload) == []
@@ -377,7 +380,7 @@ def test_a_bare_mirror_leaves_out_what_it_cannot_read(numaload: Numaload, model:
     bad = numaload.store.parent / "bad.gguf"
     bad.write_bytes(b"GGUF but no more")
     numaload("prewarm", bad)
-    (numaload.store / "known" / "0.json").write_text("[")
+    (numaload.store / "known" / f"{'0' * 32}.json").write_text("[")
     done = numaload("mirror")
     assert f"{bad}: " in done.stderr
     assert "no record that can be read" in done.stderr
@@ -409,7 +412,7 @@ def test_a_tmpfs_that_others_fill_meanwhile_is_an_error(
     if subprocess.run(words, check=False, capture_output=True).returncode != 0:
         pytest.skip("a small tmpfs cannot be mounted here: root is needed")
     try:
-        there = Numaload(small / "store")
+        there = Numaload(small / f"numaload-{os.geteuid()}")
         assert "tmpfs" in there.python(FULL, model)
         (small / "filler").unlink()
         assert used_bytes(small) < MIB

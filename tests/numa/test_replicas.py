@@ -188,7 +188,7 @@ def test_larger_than_the_tmpfs_is_refused_untouched(
     small.mkdir()
     shell("mount", "-t", "tmpfs", "-o", f"size={size + 8 * MIB}", "small", small)
     try:
-        there = Numaload(small / "store")
+        there = Numaload(small / f"numaload-{os.geteuid()}")
         done = there("mirror", model_files[0], "--nodes", "all", status=1)
         assert "tmpfs" in done.stderr
         assert "nothing was built" in done.stderr

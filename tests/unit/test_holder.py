@@ -22,7 +22,8 @@ from commands import running, wait_for
 from numaload.errors import StoreError
 from numaload.replicas import holder, holder_main
 
-NAME = "0123456789abcdef.cafe"
+NAME = "0123456789abcdef0123456789abcdef.cafecafe"
+MANIFEST = {"version": 1, "model": {"paths": ["/x/m.gguf"]}}
 PAGES = os.urandom(3 * 4096 + 5)
 SCRIPT = holder_main.__file__
 SMALL = 20 << 20  # of memory: an interpreter and no more, half of it shared with every other one
@@ -58,7 +59,9 @@ def start(store: Path) -> Iterator[Start]:
         where.mkdir(mode=0o700, exist_ok=True)
         links = [(node, name, memfd()) for node, name in files or [("node0", "m.gguf")]]
         try:
-            pid = holder.start_holder(str(where), NAME, {"version": 1} | more, links)
+            paths = [f"/x/{name}" for _, name, _ in links]
+            manifest = MANIFEST | {"model": {"paths": paths}} | more
+            pid = holder.start_holder(str(where), NAME, manifest, links)
         finally:
             for _, _, fd in links:
                 os.close(fd)
@@ -122,7 +125,8 @@ from numaload.replicas import holder
 fd = os.memfd_create("numaload-test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 os.write(fd, b"held")
 holder.seal(fd)
-pid = holder.start_holder(sys.argv[1], sys.argv[2], {"version": 1}, [("node0", "m.gguf", fd)])
+manifest = {"version": 1, "model": {"paths": ["/x/m.gguf"]}}
+pid = holder.start_holder(sys.argv[1], sys.argv[2], manifest, [("node0", "m.gguf", fd)])
 print(pid, flush=True)
 os.kill(os.getpid(), int(sys.argv[3]))
 """
@@ -298,7 +302,7 @@ def test_a_builder_that_dies_while_it_asks_leaves_nothing(store: Path, cut: int)
     store.mkdir(mode=0o700)
     row = {
         "store": str(store), "name": NAME, "locked": True, "links": [],
-        "manifest": {"holder": {"files": []}},
+        "manifest": MANIFEST | {"holder": {"files": []}},
     }  # fmt: skip
     line = json.dumps(row).encode() + b"\n"
     done = run_script(line[:cut])
@@ -318,7 +322,7 @@ def test_a_builder_that_does_not_wait_for_the_answer(store: Path) -> None:
     store.mkdir(mode=0o700)
     row = {
         "store": str(store), "name": NAME, "locked": True, "links": [],
-        "manifest": {"holder": {"files": []}},
+        "manifest": MANIFEST | {"holder": {"files": []}},
     }  # fmt: skip
     read, write = os.pipe()
     os.close(read)
@@ -356,7 +360,7 @@ def test_a_store_that_cannot_be_written_is_an_error(store: Path, kind: str) -> N
     fd, before = memfd(), descriptors()
     name = "x" * 300 if kind == "a name too long" else "m.gguf"
     with pytest.raises(StoreError, match="replicas cannot be held: ") as caught:
-        holder.start_holder(str(where), NAME, {"version": 1}, [("node0", name, fd)])
+        holder.start_holder(str(where), NAME, MANIFEST, [("node0", name, fd)])
     assert str(where) in str(caught.value)
     assert descriptors() == before
     os.close(fd)
@@ -369,7 +373,7 @@ def test_a_python_that_does_not_start_is_an_error(
 ) -> None:
     monkeypatch.setattr(holder_main, "__file__", str(tmp_path / "absent.py"))
     with pytest.raises(StoreError, match=r"ended without an answer \(status 2\).*absent\.py"):
-        holder.start_holder(str(store), NAME, {"version": 1}, [])
+        holder.start_holder(str(store), NAME, MANIFEST, [])
 
 
 def test_a_holder_that_does_not_answer_is_ended(
@@ -385,7 +389,7 @@ def test_a_holder_that_does_not_answer_is_ended(
     monkeypatch.setattr(holder_main, "__file__", str(silent))
     monkeypatch.setattr(holder, "ANSWER_S", 1.0)
     with pytest.raises(StoreError, match="no answer in"):
-        holder.start_holder(str(store), NAME, {"version": 1}, [])
+        holder.start_holder(str(store), NAME, MANIFEST, [])
     wait_for(lambda: not running(int(told.read_text())), "the other process to end")
 
 

@@ -98,7 +98,7 @@ def test_wrong_fields(make: Make, wrong: dict[str, Any]) -> None:
 def test_half_written_ones_of_the_dead_are_cleared(store: Path, make: Make) -> None:
     records.write(make(state="failed"))
     folder = store / "prewarming"
-    (folder / ".4000000-1.json.cafe").touch()
+    (folder / ".4000000-1.json.cafecafe").touch()
     (folder / ".other").touch()
     records.sweep()
     assert sorted(os.listdir(folder)) == [".other", "4000000-1.json"]

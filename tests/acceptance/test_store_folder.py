@@ -1,0 +1,243 @@
+"""The store's own folder: what lies beside and in it that numaload did not make stays as it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import numaload as api
+from commands import Numaload, running, sparse_model, wait_for
+from numaload.errors import NumaloadWarning, StoreError
+from numaload.numa.mounts import mount_of
+from numaload.replicas import store as stores
+from numaload.storage import userdir
+
+MIB = 1 << 20
+OWN = f"numaload-{os.geteuid()}"
+ENTRY = f"{'0' * 32}.{'0' * 8}"  # as entries are named
+
+
+@pytest.fixture(autouse=True)
+def every_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numaload.errors._said", set())
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    return sparse_model(tmp_path / "m.gguf", MIB)
+
+
+@pytest.fixture
+def base(store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A private folder on a tmpfs, which NUMALOAD_STORE names."""
+    monkeypatch.setenv("NUMALOAD_STORE", str(store.parent))
+    return store.parent
+
+
+def furnish(folder: Path) -> dict[str, str]:
+    """Put a user's things there; their paths and contents."""
+    for name in (
+        ".bashrc", ".ssh/id_ed25519", "thesis.txt", "photos.2025/1.jpg", "lock/x",
+        "known/notes.json", "prewarming/x.json", "reading/list", f"{ENTRY}/manifest.json",
+        f"{ENTRY}/node0/m.gguf", f".{ENTRY}/manifest.json", f"{ENTRY[:-1]}1/x", "manifest.json",
+        "m.gguf",
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f'{{"name": "{name}"}}')
+    return contents(folder)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file() and OWN not in path.parts]
+    return {str(path): path.read_text() for path in files}
+
+
+def test_what_lies_beside_the_store_stays(base: Path, small: str) -> None:
+    before, numaload = furnish(base), Numaload(base)
+    for verb in ("status", "prewarm", "mirror", "verify", "status", "release", "release"):
+        numaload(verb, *([small] if verb in ("prewarm", "mirror") else []))
+        assert contents(base) == before
+    assert stores.entries() == []
+    assert (base / OWN / userdir.MARKER).exists()
+
+
+def test_what_others_put_into_the_store_stays_and_is_named(base: Path, small: str) -> None:
+    numaload, own = Numaload(base), base / OWN
+    numaload("mirror", small)
+    (entry,) = stores.entries()
+    kept = [
+        own / "thesis.txt", own / ".hidden" / "x", own / ENTRY / "manifest.json",
+        own / f".{ENTRY}" / "manifest.json", own / "known" / ".x.json", own / "known" / "x.json",
+        own / "reading" / "x", own / "reading" / "a-b", own / "prewarming" / ".1-1.json.x",
+    ]  # fmt: skip
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a user's, and longer than the record of a reader")
+    (own / entry.name / "node0" / "notes.txt").touch()
+    done = numaload("release")
+    assert "released" in done.stdout
+    assert all(path.exists() for path in kept)
+    assert (own / f".{entry.name}" / "node0" / "notes.txt").exists()
+    assert not list(own.rglob("*.gguf"))
+    for name in ("thesis.txt", ".hidden", ENTRY, f".{entry.name}"):
+        assert f"{own}/{name} stays: " in done.stderr
+    assert "nothing was in the store" in numaload("release").stdout
+    assert all(path.exists() for path in kept)
+
+
+def test_links_in_the_store_are_not_followed(base: Path, small: str, tmp_path: Path) -> None:
+    with api.mirror(small, shared=True):
+        pass
+    (entry,) = stores.entries()
+    elsewhere = tmp_path / "node0"
+    shutil.copytree(base / OWN / entry.name / "node0", elsewhere)
+    shutil.rmtree(base / OWN / entry.name / "node0")
+    (base / OWN / entry.name / "node0").symlink_to(elsewhere)
+    with pytest.warns(NumaloadWarning, match="stays: something is in it"):
+        stores.release([entry])
+    assert (elsewhere / "m.gguf").exists()
+
+
+@pytest.mark.parametrize("kind", ["empty", "an earlier version's", "a user's"])
+def test_a_folder_without_the_marker(base: Path, small: str, kind: str) -> None:
+    """Empty, it may have been made just now; its maker may have been killed."""
+    own = base / OWN
+    if kind == "an earlier version's":
+        api.mirror(small, shared=True).close()
+        (own / userdir.MARKER).unlink()
+        api.attach(small).close()
+    else:
+        own.mkdir(mode=0o700)
+    if kind == "a user's":
+        (own / "thesis.txt").touch()
+        for use in (
+            lambda: api.attach(small),
+            stores.sweep,
+            lambda: api.mirror(small, shared=True),
+        ):
+            with pytest.raises(StoreError, match=r"did not make it, found thesis\.txt"):
+                use()
+        assert os.listdir(own) == ["thesis.txt"]
+    else:
+        api.mirror(small, shared=True).close()
+        assert (own / userdir.MARKER).exists()
+        stores.release(stores.entries())
+
+
+@pytest.fixture
+def as_before(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Numaload keeps the store where earlier versions did; the call ends that."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(userdir, "path", lambda: str(base))
+
+        def upgrade() -> None:
+            (base / userdir.MARKER).unlink()
+            earlier.undo()
+
+        yield upgrade
+
+
+@pytest.mark.parametrize("hold", [False, True], ids=["files", "a living holder"])
+def test_an_earlier_version_s_replicas_are_taken_over(
+    base: Path, small: str, as_before: Callable[[], None], hold: bool
+) -> None:
+    api.mirror(small, shared=True, hold=hold).close()
+    (entry,) = stores.entries()
+    assert (base / entry.name).exists()
+    as_before()
+    (base / "thesis.txt").touch()
+    numaload = Numaload(base)
+    if hold:
+        numaload("status")
+        wait_for((base / entry.name).exists, "the holder to publish where it did before")
+    assert len(numaload.json("status")["replicas"]) == 1
+    with api.attach(small) as mirror:
+        assert mirror.verify().right
+    numaload("release")
+    assert stores.entries() == []
+    assert not (base / entry.name).exists()
+    assert (base / "thesis.txt").exists()
+    assert not hold or (entry.holder and not running(entry.holder.pid))
+
+
+def test_an_earlier_version_s_prewarming_is_seen_and_ended(
+    base: Path, small: str, as_before: Callable[[], None]
+) -> None:
+    big = sparse_model(Path(small).with_name("big.gguf"), 32 * MIB)
+    one = api.prewarm(big, background=True, max_rate=MIB).holder
+    assert one is not None
+    as_before()
+    (row,) = Numaload(base).json("status")["prewarming"]
+    assert row["pid"] == one.pid
+    Numaload(base)("release")
+    assert not running(one.pid)
+
+
+NONSENSE = ["a disk", "a file", "no parent", "another kind", "a newline", "too long"]
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_what_needs_no_store_works_without_one(
+    kind: str, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, file, shared = tmp_path / "home", tmp_path / "file", Path(userdir.SHARED_MEMORY)
+    home.mkdir(mode=0o700)
+    file.touch()
+    mount = mount_of(str(home))
+    if kind == "a disk" and mount is not None and mount.kind == "tmpfs":
+        pytest.skip("temporary files are on no disk here")
+    where = {
+        "a disk": home, "a file": file, "no parent": shared / "numaload-absent/a/b",
+        "another kind": Path("/proc"), "a newline": tmp_path / "a\nb/c",
+        "too long": shared / ("x" * 5000),
+    }[kind]  # fmt: skip
+    before = furnish(home)
+    monkeypatch.setenv("NUMALOAD_STORE", str(where))
+    with pytest.warns(NumaloadWarning, match="NUMALOAD_STORE") as warned:
+        report = api.prewarm(small)
+    assert report.size == os.path.getsize(small)
+    assert len(warned) == 1
+    for use in (
+        lambda: api.mirror(small, shared=True),
+        lambda: api.prewarm(small, background=True),
+    ):
+        with pytest.raises(StoreError):
+            use()
+    for verb, words in (("plan", "to build on node"), ("status", "page cache")):
+        assert words in Numaload(where).start(verb, small).communicate()[0]
+    assert contents(home) == before
+
+
+def test_another_user_s_folder_is_named_with_the_way_out(base: Path, small: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to give a folder away")
+    (base / OWN).mkdir(mode=0o700)
+    os.chown(base / OWN, 65534, 65534)
+    with pytest.raises(StoreError, match=r"belongs to user nobody.*set NUMALOAD_STORE to"):
+        api.mirror(small, shared=True)
+    Numaload(base)("prewarm", small)
+    assert "page cache" in Numaload(base)("status", small, status=1).stdout
+
+
+@pytest.mark.parametrize("kind", ["a file", "a folder", "a link"])
+def test_something_else_in_a_place_of_the_store_does_not_stop_release(
+    base: Path, small: str, kind: str
+) -> None:
+    api.mirror(small, shared=True).close()
+    for name in ("known", "prewarming", "reading", "lock", ENTRY, f".{ENTRY}"):
+        place = base / OWN / name
+        if place.is_dir():
+            shutil.rmtree(place)
+        place.unlink(missing_ok=True)
+        if kind == "a file":
+            place.touch()
+        elif kind == "a folder":
+            place.mkdir()
+        else:
+            place.symlink_to("/")
+    assert "m.gguf" in Numaload(base)("release").stdout
+    assert not list((base / OWN).rglob("*.gguf"))

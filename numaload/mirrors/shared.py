@@ -18,7 +18,7 @@ from numaload.replicas.entry import Entry
 from numaload.replicas.lease import Lease
 from numaload.replicas.plan import HELD, STORED, Plan, nodes_of, plan
 from numaload.replicas.verify import Verified, by_node, placements_of, verify
-from numaload.storage import known
+from numaload.storage import known, userdir
 from numaload.storage.reader import Progress
 from numaload.weights import Weights
 
@@ -128,7 +128,9 @@ def _publish(model: known.Model, built: Built, folder: int, *, hold: bool) -> No
     except NumaloadError:
         raise
     except OSError as error:
-        raise StoreError(f"{model.paths[0]}: cannot be published: {reason(error)}") from error
+        raise StoreError(
+            f"{model.paths[0]}: cannot be published in {userdir.path()}: {reason(error)}"
+        ) from error
     finally:
         built.close()
 

@@ -178,7 +178,8 @@ class Holder:
 
 
 def _record(row: dict[str, Any]) -> Record:
-    from numaload.pagecache.records import NAME, Record, namespace
+    from numaload.pagecache.records import NAME, Record
+    from numaload.replicas.holder import namespace
     from numaload.replicas.holder_main import started
 
     with open("/proc/self/comm", "w", encoding="ascii") as file:

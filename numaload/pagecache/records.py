@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from numaload import errors
-from numaload.errors import NumaloadError, StoreError, check_limits, warn_once
+from numaload.errors import NumaloadError, StoreError, check_limits, reason, warn_once
 from numaload.replicas import holder
+from numaload.replicas.holder import namespace
 from numaload.storage import userdir
 
 FOLDER = "prewarming"
@@ -94,15 +95,15 @@ def alive(pid: int, start: int) -> bool:
     return holder.alive(pid, start, NAME)
 
 
-def namespace() -> str:
-    return os.readlink("/proc/self/ns/pid")
-
-
 def write(record: Record) -> None:
-    """Raises: OSError, StoreError."""
+    """Raises: StoreError."""
     with userdir.within(FOLDER) as folder:
         assert folder is not None  # noqa: S101 - it was made
-        userdir.write_whole(record.name, record.to_json(), folder)
+        try:
+            userdir.write_whole(record.name, record.to_json(), folder)
+        except OSError as error:
+            where = f"{userdir.path()}/{FOLDER}/{record.name}"
+            raise StoreError(f"{where}: {reason(error)}") from error
 
 
 def remove(record: Record) -> bool:
@@ -167,7 +168,7 @@ def _read(name: str, folder: int | None) -> Iterator[Record]:
         except userdir.UNREADABLE as error:
             where = f"{userdir.path()}/{FOLDER}/{name}"
             check_limits(error, where)
-            warn_once(where, f"{where}: no record that can be read ({error}); left out: rm {where}")
+            warn_once(where, f"{where}: no record that can be read ({error}); left out, remove it")
             return
         if record.state == FAILED or record.alive:
             yield record

@@ -16,6 +16,7 @@ from numaload.storage.known import Model
 
 VERSION = 2
 MOST_NODES = 1 << 16  # kernels are built for at most 1024
+LATEST = 1 << 40  # seconds since the epoch, which calendars still have
 
 
 class Holder(NamedTuple):
@@ -77,7 +78,7 @@ class Entry:
             model=Model.from_json(json.dumps(row["model"]).encode()),
             groups=tuple(tuple(group) for group in row["groups"]),
             checksums=tuple(tuple(int(c, 16) for c in sums) for sums in row["checksums"]),
-            created=userdir.number(row["created"], float),
+            created=userdir.number(row["created"], float, below=LATEST),
             seconds=userdir.number(row["seconds"], float),
             bound=row["bound"] is True,
             holder=_holder(row),
@@ -92,6 +93,7 @@ class Entry:
         expected = {
             "name": self.name.startswith(f"{self.model.key}."),
             "nodes": self.groups and all(map(_is_group, self.groups)),
+            "replicas": len(set(self.groups)) == len(self.groups),
             "file names": names and not {"", ".", ".."} & set(names),
             "checksums": [len(row) for row in self.checksums] == chunks,
         }

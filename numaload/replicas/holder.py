@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from numaload.errors import StoreError, check_limits
+from numaload.errors import StoreError, reason
 from numaload.replicas import holder_main
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -123,16 +123,26 @@ def alive(pid: int, start: int, called: str = holder_main.NAME) -> bool:
     that holders of this kind give themselves.
     """
     try:
-        owner = os.stat(f"/proc/{pid}").st_uid
+        if os.stat(f"/proc/{pid}").st_uid != os.geteuid():
+            return False
         with open(f"/proc/{pid}/stat", "rb") as file:
             head, _, tail = file.read().rpartition(b")")
-    except OSError as error:
-        check_limits(error, f"/proc/{pid}")
+    except (FileNotFoundError, ProcessLookupError):
         return False
+    except OSError as error:
+        raise StoreError(f"/proc/{pid}: {reason(error)}: whether it holds is unknown") from error
     fields, name = tail.split(), head.partition(b"(")[2].decode(errors="replace")
     if fields[0] in (b"Z", b"X"):  # dead; it waits for a parent that does not look
         return False
-    return (owner, name, int(fields[19])) == (os.geteuid(), called, start)
+    return (name, int(fields[19])) == (called, start)
+
+
+def namespace() -> str:
+    """Of the ids of processes; empty, and so nobody's, where that cannot be read."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def end_holder(pid: int, start: int, called: str = holder_main.NAME) -> bool:

@@ -54,19 +54,19 @@ class Lease(NotCopyable):
 
     @contextmanager
     def _gone(self) -> Iterator[None]:
+        where = f"{userdir.path()}/{self.entry.name}"
         try:
             yield
         except NumaloadError:
             raise
         except FileNotFoundError as error:
-            where = f"{userdir.path()}/{self.entry.name}"
             raise ReplicaNotFoundError(
                 f"{self.entry.model.paths[0]}: its replica ({where}) was released or removed"
             ) from error
         except OSError as error:
-            check_limits(error, self.entry.name)
+            check_limits(error, where)
             raise StoreError(
-                f"{self.entry.model.paths[0]}: its replica in {self.entry.name} cannot be opened:"
+                f"{self.entry.model.paths[0]}: its replica cannot be opened: {where}:"
                 f" {reason(error)}"
             ) from error
 

@@ -220,11 +220,7 @@ def _reachable(entry: Entry) -> bool:
 
 
 def _is_foreign(held_by: Holder) -> bool:
-    return held_by.namespace != _namespace()
-
-
-def _namespace() -> str:
-    return os.readlink("/proc/self/ns/pid")
+    return held_by.namespace != holder.namespace()
 
 
 def publish(model: Model, built: Built, store: int, *, hold: bool = False) -> Entry:
@@ -270,7 +266,7 @@ def _publish_held(entry: Entry, built: Built, store: int) -> Entry:
             assert arena.fd is not None  # noqa: S101 - memory files have descriptors
             holder.seal(arena.fd)
             links.append((folder_of(group), os.path.basename(path), arena.fd))
-    manifest = entry.manifest() | {"pid_namespace": _namespace()}
+    manifest = entry.manifest() | {"pid_namespace": holder.namespace()}
     pid = holder.start_holder(userdir.path(), entry.name, manifest, links)
     published = _read(entry.name, store)
     if isinstance(published, str):
@@ -359,7 +355,7 @@ def _end_damaged(name: str, store: int | None) -> None:
     with suppress(*userdir.UNREADABLE):
         with userdir.folder(name, store) as folder:
             row = json.loads(userdir.read_owned(MANIFEST, folder))
-        if row["pid_namespace"] == _namespace():
+        if row["pid_namespace"] == holder.namespace():
             number = userdir.number
             holder.end_holder(pid_of(row["holder"]), number(row["holder"]["start"]))
 

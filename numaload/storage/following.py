@@ -86,8 +86,9 @@ def turn(files: Sequence[SourceFile], progress: Progress | None = None) -> Itera
         except OSError as error:
             held.close()
             mine.locks = []
-            where = f"{userdir.path()}/{FOLDER}: "
-            why = str(error) if isinstance(error, StoreError) else where + reason(error)
+            why = str(error)
+            if not isinstance(error, StoreError):
+                why = f"{userdir.path()}/{FOLDER}: {reason(error)}"
             warn_once(why, f"{why}; read without knowing who else reads these files")
         yield mine
 

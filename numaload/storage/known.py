@@ -150,7 +150,7 @@ def _recalled(name: str, folder: int) -> Iterator[Model]:
     except userdir.UNREADABLE as error:
         where = f"{_where()}/{name}"
         check_limits(error, where)
-        warn_once(where, f"{where}: no record that can be read ({error}); left out: rm {where}")
+        warn_once(where, f"{where}: no record that can be read ({error}); left out, remove it")
 
 
 def _where() -> str:

@@ -17,6 +17,8 @@ from numaload.errors import NumaloadError, NumaloadWarning, StoreError
 from numaload.pagecache import records
 from numaload.pagecache.holder import PrewarmHolder
 from numaload.pagecache.records import Record, packed, unpacked
+from numaload.replicas import holder
+from numaload.storage import userdir
 
 Make = Callable[..., Record]
 
@@ -30,7 +32,7 @@ def make(tmp_path: Path) -> Make:
 
     def one(**fields: Any) -> Record:
         record = Record(
-            pid=4_000_000, start=1, namespace=records.namespace(), paths=(str(path),),
+            pid=4_000_000, start=1, namespace=holder.namespace(), paths=(str(path),),
             files=((status.st_dev, status.st_ino),), part=("", ""), lock=False, since=1e9,
         )  # fmt: skip
         return replace(record, **fields)
@@ -72,12 +74,16 @@ def test_one_of_another_container_is_neither_dead_nor_ended(store: Path, make: M
     assert records.records() == []
 
 
-@pytest.mark.parametrize("kind", ["", "{", "[]", "{}", '{"pid": 1}', "null", "[" * 100_000])
+KINDS = ["", "{", "[]", "{}", '{"pid": 1}', "null", "[" * 100_000, '{"pid": ' + "9" * 5000 + "}"]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind[:20])
 def test_what_is_no_record_is_left_out_and_said(store: Path, make: Make, kind: str) -> None:
     records.write(make(state="failed"))
     (store / "prewarming" / "1-1.json").write_text(kind)
     with pytest.warns(NumaloadWarning, match="no record that can be read"):
         assert len(records.records()) == 1
+    assert len(prewarming.release({}).rows) == 1
 
 
 @pytest.mark.parametrize(
@@ -85,13 +91,16 @@ def test_what_is_no_record_is_left_out_and_said(store: Path, make: Make, kind: s
     [
         {"pid": 0}, {"pid": -1}, {"pid": True}, {"start": "1"}, {"done": 1.5}, {"state": "odd"},
         {"state": "killed"}, {"files": [[1]]}, {"files": 1}, {"part": []}, {"error": 5},
-        {"more": 1}, {"paths": []}, {"files": []}, {"since": "x"}, {"lock": 1},
+        {"more": 1}, {"paths": []}, {"files": []}, {"since": "x"}, {"lock": 1}, {"pid": 10**400},
+        {"since": float("inf")}, {"since": float("nan")}, {"since": 10**400}, {"done": 10**400},
+        {"paths": ["m.gguf"]}, {"paths": ["/\0"]}, {"paths": ["/\ud800"]}, {"paths": [1]},
+        {"files": [[10**400, 1]]}, {"files": [[1, -1]]}, {"error": [1]},
     ],
-    ids=str,
+    ids=lambda wrong: repr(wrong)[:40],
 )  # fmt: skip
 def test_wrong_fields(make: Make, wrong: dict[str, Any]) -> None:
     data = json.loads(make().to_json()) | wrong
-    with pytest.raises((ValueError, TypeError, KeyError, IndexError)):
+    with pytest.raises(userdir.UNREADABLE):
         Record.from_json(json.dumps(data).encode())
 
 
@@ -152,8 +161,23 @@ def test_every_error_survives(error: NumaloadError) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [{}, {"kind": "OSError"}, {"kind": "warnings"}, {"kind": "ReadError", "args": 5}],
+    [
+        {},
+        {"kind": "OSError"},
+        {"kind": "warnings"},
+        {"kind": "ReadError", "args": 5},
+        {"kind": "TensorNotFoundError", "args": [], "fields": {}},
+    ],
     ids=str,
 )
 def test_an_error_that_is_not_known(data: dict[str, Any]) -> None:
     assert isinstance(unpacked(data), errors.NumaloadError)
+    assert str(unpacked(data))
+
+
+def test_a_record_of_another_process_is_left_out(store: Path, make: Make) -> None:
+    records.write(make(state="failed"))
+    (path,) = (store / "prewarming").iterdir()
+    path.rename(path.with_name("1-1.json"))
+    with pytest.warns(NumaloadWarning, match="the record of another process"):
+        assert records.records() == []

@@ -231,7 +231,7 @@ def release(options: argparse.Namespace) -> int:
     for path in damaged:
         say(f"removed {path}, which could not be read")
     for path in foreign:
-        note(f"{path} stays: numaload did not make it")
+        note(f"{path} stays: numaload did not make it; remove it yourself if it may go")
     for one in done:
         later = (
             "; still in use, the memory comes back when the last process closes it"

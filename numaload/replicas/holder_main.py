@@ -135,7 +135,7 @@ def remove(name: str, parent: int) -> None:
     What does not look like a part of an entry stays, and with it what it lies in.
     """
     with suppress(OSError):
-        folder = os.open(name, DIRECTORY, dir_fd=parent)
+        folder = _below(name, parent)
         try:
             _empty(folder, _named(folder))
         finally:
@@ -143,17 +143,25 @@ def remove(name: str, parent: int) -> None:
         os.rmdir(name, dir_fd=parent)
 
 
+def _below(name: str, parent: int) -> int:
+    folder = os.open(name, DIRECTORY, dir_fd=parent)
+    if os.fstat(folder).st_dev != os.fstat(parent).st_dev:
+        os.close(folder)
+        raise PermissionError(1, "is another file system", name)
+    return folder
+
+
 def _named(folder: int) -> set[str] | None:
     """Names of replicas by the manifest; None where there is none. Raises: OSError."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         with open(os.open(MANIFEST, flags, dir_fd=folder), "rb") as file:
-            row = json.loads(file.read(MOST))
-        if type(row["version"]) is int:
+            row = json.loads(file.read(MOST), parse_int=str)  # they may be of any length
+        if row["version"].isdecimal():
             return {os.path.basename(str(path)) for path in row["model"]["paths"]}
     except FileNotFoundError:
         return None
-    except (LookupError, TypeError, ValueError, RecursionError):
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
         pass
     raise PermissionError(1, "is no manifest of an entry", MANIFEST)
 
@@ -167,14 +175,14 @@ def _empty(folder: int, names: set[str] | None) -> None:
     if not any(map(NODES.fullmatch, found)):
         for file in found:
             if file == MANIFEST or ASIDE.fullmatch(file):
-                os.unlink(file, dir_fd=folder)
+                with suppress(FileNotFoundError):  # others remove it at the same time
+                    os.unlink(file, dir_fd=folder)
 
 
 def _empty_node(node: str, folder: int, names: set[str] | None) -> None:
-    inside = os.open(node, DIRECTORY, dir_fd=folder)
+    inside = _below(node, folder)
     try:
-        same = os.fstat(inside).st_dev == os.fstat(folder).st_dev
-        for file in os.listdir(inside) if same else ():
+        for file in os.listdir(inside):
             with suppress(OSError):
                 if _is_replica(file, inside) if names is None else file in names:
                     os.unlink(file, dir_fd=inside)

@@ -92,15 +92,10 @@ def take_over() -> None:
         names = [name for name in names if isinstance(_read(name, old), Entry)]
         if not names:
             return
-        lock = _lock_file(old)
-        try:
-            if _try_lock(lock):  # else somebody builds there, and will look for it there
-                with userdir.opened() as store:
-                    for name in names:
-                        with suppress(OSError):  # it has been moved before
-                            os.rename(name, name, src_dir_fd=old, dst_dir_fd=store)
-        finally:
-            _unlock(lock)
+        with userdir.opened() as store, _alone(old) as alone:
+            for name in names if alone else ():
+                with suppress(OSError):  # it has been moved before
+                    os.rename(name, name, src_dir_fd=old, dst_dir_fd=store)
 
 
 def is_there(entry: Entry) -> bool:
@@ -154,18 +149,25 @@ def sweep() -> None:
     """Clear what killed processes left, unless someone is building now."""
     take_over()
     with userdir.opened(create=False) as store:
-        if store is None:
-            return
-        try:
-            lock = _lock_file(store)
-        except StoreError as error:
-            warn_once("lock", f"{error}; what killed processes left stays")
-            return
-        try:
-            if _try_lock(lock):
-                _sweep(store)
-        finally:
-            _unlock(lock)
+        if store is not None:
+            with _alone(store) as alone:
+                if alone:
+                    _sweep(store)
+
+
+@contextmanager
+def _alone(store: int | None) -> Iterator[bool]:
+    """Whether nobody builds there now, nor begins to before this ends."""
+    try:
+        lock = _lock_file(store)
+    except StoreError as error:
+        warn_once("lock", f"{error}; what others left there stays")
+        yield False
+        return
+    try:
+        yield _try_lock(lock)
+    finally:
+        _unlock(lock)
 
 
 def _lock_file(store: int | None) -> int:
@@ -354,7 +356,8 @@ def _end_damaged(name: str, store: int | None) -> None:
     """As far as the manifest, perhaps another version's, still tells of a holder."""
     with suppress(*userdir.UNREADABLE):
         with userdir.folder(name, store) as folder:
-            row = json.loads(userdir.read_owned(MANIFEST, folder))
+            data = userdir.read_owned(MANIFEST, folder)
+        row = json.loads(data, parse_int=lambda digits: int(digits[:20]))
         if row["pid_namespace"] == holder.namespace():
             number = userdir.number
             holder.end_holder(pid_of(row["holder"]), number(row["holder"]["start"]))
@@ -377,4 +380,4 @@ def _remove(name: str, store: int) -> None:
     remove(name, store)
     if _is_there(name, store):
         where = f"{userdir.path()}/{name}"
-        warn_once(where, f"{where} stays: something is in it that numaload did not make")
+        warn_once(where, f"{where} stays: numaload did not make all of it")

@@ -17,11 +17,13 @@ from functools import lru_cache
 from typing import Any
 
 from numaload.errors import StoreError, reason, warn_once
+from numaload.numa import syscalls
 from numaload.numa.mounts import mount_of
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 SPARE = 12  # descriptors that work in the store needs at a time, starting a holder most
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - what is made there is checked for its owner
+TMPFS = 0x01021994  # linux/magic.h
 MARKER = "numaload-store"  # a file: numaload made the folder. No dot: earlier versions clear those
 ENTRY = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{8}")  # with a dot in front: not there yet, or no more
 OURS = re.compile(rf"lock|known|prewarming|reading|\.?{ENTRY.pattern}|{MARKER}")
@@ -191,7 +193,8 @@ def _check(where: str, fd: int) -> None:
     if not _is_private(status):
         mode = stat.S_IMODE(status.st_mode)
         raise StoreError(f"{where} has mode {mode:04o}, expected 0700: chmod 700 {where}")
-    check_tmpfs(where)
+    if syscalls.file_system(fd) != TMPFS:
+        check_tmpfs(where)
     with _named(f"{where}/{MARKER}"):
         _check_made(where, fd)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import numaload as api
-from commands import sparse_model
+from commands import running, sparse_model
 from numaload.errors import NumaloadWarning, ReplicaNotFoundError, StoreError
 from numaload.mirrors.shared import mirror_shared
 from numaload.mirrors.wanted import Wanted
@@ -110,6 +110,20 @@ def test_a_damaged_manifest_is_left_out_and_said(
     assert stores.release_damaged() == ([str(bad)], [])
     assert not bad.exists()
     assert len(stores.entries()) == 1
+
+
+def test_a_number_of_any_length_keeps_no_memory(store: Path, model: str) -> None:
+    api.mirror(model, shared=True, hold=True).close()
+    (entry,) = stores.entries()
+    manifest = store / entry.name / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"chunk": ', f'"chunk": {"9" * 5000}'))
+    with pytest.warns(NumaloadWarning, match="no entry that can be read"):
+        assert stores.entries() == []
+    assert stores.release_damaged() == ([str(store / entry.name)], [])
+    assert entry.holder is not None
+    assert not running(entry.holder.pid)
+    assert not list(store.rglob("*.gguf"))
 
 
 @pytest.mark.parametrize("kind", ["empty", "no JSON", "deep", "a FIFO", "a file", "a link"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import json
 import os
 import platform
 import subprocess
@@ -59,7 +60,7 @@ from numaload.kernels.lanes import (
     widen_f16,
 )
 from numaload.kernels.loops import NARROW, STEP, Parts, build_loop, unchanged
-from numaload.kernels.target import machine, target
+from numaload.kernels.target import target
 
 Array = NDArray[Any]
 Bits = NDArray[np.uint32]
@@ -571,56 +572,89 @@ def test_stream_from_every_alignment(dtype: str, offset: int) -> None:
 # instructions ----------------------------------------------------------------------------------
 
 
+# {processor: (LLVM's name of it, features of which the kernels choose instructions)}
+PROCESSORS = {
+    "sse2": ("x86-64", "+sse2"),
+    "avx2": ("haswell", "+ssse3,+f16c"),
+    "zen5": ("znver5", "+ssse3,+f16c"),
+    "ice-lake": ("icelake-server", "+ssse3,+f16c"),
+    "sapphire-rapids": ("sapphirerapids", "+ssse3,+f16c"),
+}
+STORED = [*(("BF16", dtype) for dtype in registry.DTYPES), ("Q8_0", "float16")]
+# {(type, dtype): (instruction, the feature that has it)}
+CHOSEN = {
+    ("F16", "float32"): ("vcvtph2ps", "f16c"),
+    ("F32", "float16"): ("vcvtps2ph", "f16c"),
+    ("Q8_0", "float32"): ("vcvtph2ps", "f16c"),
+    ("IQ4_NL", "float32"): ("pshufb", "ssse3"),
+}
+# What would emit object code makes it legible.
+ASSEMBLE = """
+import json, sys
+from numaload.formats.qtypes import QuantType
+from numaload.kernels import compile as compiler, registry
+from numaload.kernels.target import machine
 class Printer:
-    """In the place of what emits object code: makes it legible."""
+    def emit_object(self, module):
+        return machine().emit_assembly(module).encode()
+compiler.machine = Printer
+for qtype, dtype in json.loads(sys.argv[1]):
+    parts = registry._parts(QuantType[qtype], dtype)
+    print(json.dumps(compiler.compile_kernel("case", dtype, parts).decode()))
+"""
 
-    def __init__(self, machine: Any) -> None:
-        self.machine = machine
 
-    def emit_object(self, module: Any) -> bytes:
-        text: str = self.machine.emit_assembly(module)
-        return text.encode()
-
-
-def assembly(qtype: QuantType, dtype: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    from numaload.kernels import compile as compiler
-
-    monkeypatch.setattr(compiler, "machine", lambda: Printer(machine()))
-    return compiler.compile_kernel("case", dtype, registry._parts(qtype, dtype)).decode()
+@cache
+def assembly(processor: str) -> dict[tuple[str, str], str]:
+    """{(type, dtype): instructions} for that processor, by a process that numba takes for one."""
+    jobs = sorted({*STORED, *CHOSEN})
+    cpu, features = PROCESSORS[processor]
+    done = subprocess.run(
+        [sys.executable, "-c", ASSEMBLE, json.dumps(jobs)], stdout=subprocess.PIPE, check=True,
+        env=os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features}, cwd=ROOT,
+    )  # fmt: skip
+    return dict(zip(jobs, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 @compiles
 @on_x86
-@pytest.mark.parametrize("dtype", registry.DTYPES)
-@pytest.mark.parametrize("qtype", [QuantType.BF16, QuantType.Q8_0], ids=lambda q: q.name)
-def test_stores_pass_the_caches(
-    qtype: QuantType, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_stores_pass_the_caches(processor: str) -> None:
     # No result shows it, and a compiler may drop the hint.
-    text = assembly(qtype, dtype, monkeypatch)
-    assert "movnt" in text
-    assert "sfence" in text
+    for job in STORED:
+        assert "movnt" in assembly(processor)[job], job
+        assert "sfence" in assembly(processor)[job], job
 
 
 @compiles
+@on_x86
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_uses_what_the_processor_has(processor: str) -> None:
+    for job, (instruction, feature) in CHOSEN.items():
+        has = f"+{feature}" in PROCESSORS[processor][1]
+        assert (instruction in assembly(processor)[job]) == has, job
+
+
 @on_x86
 @pytest.mark.parametrize(
-    ("qtype", "dtype", "feature", "instruction"),
+    ("asked", "last"),
     [
-        pytest.param(QuantType.F16, "float32", "f16c", "vcvtph2ps", id="widen"),
-        pytest.param(QuantType.F32, "float16", "f16c", "vcvtps2ph", id="narrow"),
-        pytest.param(QuantType.Q8_0, "float32", "f16c", "vcvtph2ps", id="scale"),
-        pytest.param(QuantType.IQ4_NL, "float32", "ssse3", "pshufb", id="lookup"),
+        (None, "-avx512fp16"),
+        ("", "-avx512fp16"),
+        ("+avx512fp16,+avx10.1", "+avx10.1"),
+        ("-avx512fp16,+avx10.1", "-avx512fp16"),  # which the latter would bring back
     ],
 )
-def test_uses_what_the_processor_has(
-    qtype: QuantType, dtype: str, feature: str, instruction: str, monkeypatch: pytest.MonkeyPatch
+def test_native_halves_only_where_they_are_asked_for(
+    asked: str | None, last: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = assembly(qtype, dtype, monkeypatch)
-    assert (instruction in text) == target().has(feature)
+    monkeypatch.delenv("NUMBA_CPU_FEATURES", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("NUMBA_CPU_FEATURES", asked)
+    assert target.__wrapped__().features.split(",")[-1] == last
 
 
-AGAIN = "(interpreted or half or halves or narrow or processor_has) and not numpy"
+AGAIN = "(interpreted or half or halves or narrow) and not numpy and not native"
 
 
 @compiles

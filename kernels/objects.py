@@ -8,6 +8,7 @@ from functools import cache
 
 import llvmlite.binding as llvm
 
+from numaload.forks import compiling
 from numaload.kernels import fromfile
 from numaload.kernels.target import machine
 
@@ -51,7 +52,8 @@ class _Linked:
 
 @cache
 def _from_file() -> tuple[_Linked, Callable[..., int]]:
-    linked = _Linked(fromfile.object_code(), fromfile.NAME)
+    with compiling:
+        linked = _Linked(fromfile.object_code(), fromfile.NAME)
     return linked, FROM_FILE(linked.address)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from numaload.forks import compiling
 from numaload.formats.qtypes import BLOCKS, QuantType
 
 if TYPE_CHECKING:
@@ -61,12 +62,6 @@ class SettingError(ValueError):
 
 
 _loaded: dict[tuple[QuantType, str], Kernel] = {}
-_lock = threading.RLock()
-# A fork waits until nothing is being compiled or linked: the child's copies of the locks of LLVM,
-# of numba and of imports would stay closed for ever.
-os.register_at_fork(
-    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-)
 
 
 def step(qtype: QuantType) -> tuple[int, int]:
@@ -87,7 +82,7 @@ def load(qtype: QuantType, dtype: str) -> Kernel | None:
         return None
     if (qtype, dtype) in _loaded:  # not to wait while another one compiles
         return _loaded[qtype, dtype]
-    with _lock:
+    with compiling:
         if (qtype, dtype) not in _loaded:
             make = _interpreted if interpreted() else Compiled
             _loaded[qtype, dtype] = _in_thread(lambda: make(qtype, dtype))

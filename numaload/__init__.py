@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from numaload import forks as _forks  # noqa: F401 - from now on forks wait, see there
 from numaload._version import __version__
 from numaload.numa import affinity as _affinity  # noqa: F401 - reads the allowed CPUs, see there
 

@@ -63,6 +63,53 @@ def test_a_child_forked_while_another_thread_compiles(tmp_path: Path) -> None:
     assert run(FORKING, tmp_path).stdout == "0\n"
 
 
+IMPORTING = """
+import os, sys, threading, warnings
+import numaload
+warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+importing, forking = threading.Event(), threading.Event()
+class Pause:
+    def find_spec(self, name, *_):
+        if name == sys.argv[1] and not importing.is_set():
+            importing.set()
+            forking.wait()
+def use():
+    import numpy as np
+    from numaload.dequantize import dequantize_blocks
+    from numaload.formats.qtypes import QuantType
+    from numaload.numa.topology import topology
+    from numaload.numa.workers import pool
+    out = np.zeros(256, np.float32)
+    blocks = np.full((1, 144), 0x21, "u1")
+    dequantize_blocks(blocks, QuantType.Q4_K, out.dtype, out, pool(topology()))
+    return float(out.sum())
+sys.meta_path.insert(0, Pause())
+os.register_at_fork(before=forking.set)
+found = []
+other = threading.Thread(target=lambda: found.append(use()))
+other.start()
+importing.wait()
+if (child := os.fork()) == 0:
+    os._exit(0 if use() else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+other.join()
+assert found == [use()]
+"""
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["numpy", "numaload.kernels.registry", "numba.core.types.functions"],  # the last one logs
+)
+def test_a_child_forked_while_another_thread_imports(tmp_path: Path, module: str) -> None:
+    """It finds no half of a module, nor does the parent wait for itself."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING, module], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"NUMALOAD_CACHE_DIR": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
 WAITING = """
 from numaload.kernels import compile as compiler
 use("Q8_0")

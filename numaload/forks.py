@@ -1,0 +1,48 @@
+"""A fork waits for what it would break in the child: a lock that another thread holds, of which
+the child's copy stays closed for ever.
+"""
+
+from __future__ import annotations
+
+# They take locks before a fork, in the order opposite to that of imports. Ours must come first, as
+# those who compile and import need theirs.
+import concurrent.futures.thread  # noqa: F401
+import logging  # noqa: F401
+import os
+import sys
+import threading
+from importlib import _bootstrap
+from typing import Any
+
+# Held while kernels are compiled or linked: numba and LLVM have locks of their own.
+compiling = threading.RLock()
+# Whose imports end by themselves. A program's own module may run a server while it is imported.
+_AWAITED = sys.stdlib_module_names | {
+    "gguf", "llvmlite", "ml_dtypes", "numaload", "numba", "numpy", "psutil", "rich", "torch",
+    "xxhash",
+}  # fmt: skip
+
+
+def _before() -> None:
+    compiling.acquire()
+    while locks := _imports_elsewhere():
+        compiling.release()  # an import may need it to end
+        for lock in locks:
+            lock.acquire()
+            lock.release()
+        compiling.acquire()
+
+
+def _imports_elsewhere() -> list[Any]:
+    """The locks of modules that other threads are importing."""
+    known: dict[str, Any] = vars(_bootstrap)["_module_locks"]  # nothing public tells
+    found = [reference() for reference in list(known.values())]
+    held = [lock for lock in found if lock is not None and lock.owner is not None]
+    if any(lock.owner == threading.get_ident() for lock in held):
+        return []  # the others may wait for what this thread imports
+    return [lock for lock in held if lock.name.partition(".")[0] in _AWAITED]
+
+
+os.register_at_fork(
+    before=_before, after_in_parent=compiling.release, after_in_child=compiling.release
+)

@@ -1,12 +1,21 @@
-"""Whether what a thread does is still wanted: asked by those who wait, and could wait long."""
+"""Whether what a thread does is still wanted, and how far it came: asked and told by who waits."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+from numaload.errors import CancelledError, UsageError
+
+L = TypeVar("L")
 
 _local = threading.local()
+_locks: WeakSet[Any] = WeakSet()
 
 
 @contextmanager
@@ -23,3 +32,71 @@ def until(over: Callable[[], bool]) -> Iterator[None]:
 def stopping() -> bool:
     """Whether nobody wants any more what this thread does now."""
     return any(over() for over in getattr(_local, "over", ()))
+
+
+def at_work() -> bool:
+    """Whether this thread works for another one. It must not wait for others that do.
+
+    Garbage is collected in any thread: also what would wait for that thread's own work.
+    """
+    return bool(getattr(_local, "over", ()))
+
+
+def renewed(lock: L) -> L:
+    """The same lock, which is open in forked children: whoever held it is not there."""
+    _locks.add(lock)
+    return lock
+
+
+def _renew() -> None:
+    for lock in list(_locks):
+        lock._at_fork_reinit()  # noqa: SLF001 - as the standard library's logging does
+
+
+os.register_at_fork(after_in_child=_renew)
+
+
+def check_process(pid: int) -> None:
+    """Raises: UsageError in a forked child of the process that began it."""
+    if os.getpid() != pid:
+        raise UsageError(
+            f"this was begun by process {pid}, whose threads its forked child {os.getpid()} does"
+            " not have: begin it again in the child, or before the end of it start no child that"
+            " goes on with it"
+        )
+
+
+class Steps:
+    """Bytes done, counted by threads, and told to the callback of the thread that waits for them.
+
+    It is called there with no lock held, so it may call anything.
+    """
+
+    def __init__(self, total: int, progress: Callable[[int, int], Any] | None) -> None:
+        self.total, self.progress, self.done = total, progress, 0
+        self.pid, self._teller = os.getpid(), threading.get_ident()
+        self._lock = threading.Lock()
+        # Numbers of bytes, and futures that have ended: what their waiter waits for.
+        self.news: SimpleQueue[Any] = SimpleQueue()
+        self.told = threading.Semaphore(0)
+
+    def begin(self) -> None:
+        if self.progress:
+            self.progress(0, self.total)
+            check_process(self.pid)
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self.done += nbytes
+            done, later = self.done, threading.get_ident() != self._teller
+            if self.progress and later:
+                self.news.put(done)
+        if not later:
+            self.tell(done)
+
+    def tell(self, done: int) -> None:
+        """Raises: CancelledError where the callback says so, and what it raises."""
+        if self.progress and self.progress(done, self.total) is False:
+            raise CancelledError("cancelled", done=done, total=self.total)
+        check_process(self.pid)
+        self.told.release()

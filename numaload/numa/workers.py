@@ -1,45 +1,58 @@
 """Threads pinned to the CPUs of a node, one pool per node.
 
 The caller's own threads are never touched. A task is a function of ``(start, stop)`` that releases
-the GIL for most of its time (pread, nogil kernels, hashing).
+the GIL for most of its time (pread, nogil kernels, hashing). What one of these threads hands to a
+pool it does itself: it would wait for itself.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from errno import EAGAIN, EINVAL
-from typing import TypeVar
+from queue import Empty
+from typing import Any, TypeVar
 
 from numaload.errors import NumaError
 from numaload.numa.affinity import pin
-from numaload.numa.stopping import until
+from numaload.numa.stopping import Steps, check_process, until
 from numaload.numa.threads import name_thread
 from numaload.numa.topology import Topology
 
 T = TypeVar("T")
 NOTICE_S = 0.5
 PIECES_EACH = 4  # so that a thread that was interrupted does not hold up the rest
+_local = threading.local()
 
 
 class Workers:
-    """``count`` threads that run only on ``cpus``. Their tasks raise NumaError if they cannot."""
+    """``count`` threads that run only on ``cpus``. Their tasks raise NumaError if they cannot.
+
+    hands_on: their tasks submit some to other pools, and do not wait for them.
+    """
 
     def __init__(
-        self, cpus: Iterable[int], count: int | None = None, name: str = "numaload"
+        self,
+        cpus: Iterable[int],
+        count: int | None = None,
+        name: str = "numaload",
+        *,
+        hands_on: bool = False,
     ) -> None:
         self.cpus = frozenset(cpus)
         if not self.cpus:
             raise NumaError("no CPUs to run threads on", call="sched_setaffinity", errno=EINVAL)
         self.count = count or len(self.cpus)
-        self.name = name
+        self.name, self.hands_on, self.pid = name, hands_on, os.getpid()
         self._refused: NumaError | None = None
         self._pool = ThreadPoolExecutor(self.count, name, initializer=self._pin)
 
     def _pin(self) -> None:
         name_thread(self.name)
+        _local.alone = not self.hands_on
         try:
             pin(self.cpus)
         except NumaError as error:
@@ -52,9 +65,12 @@ class Workers:
             return function(*arguments)
 
     def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
+        if getattr(_local, "alone", False):
+            return _done_here(function, *arguments)
         wanted = [True]  # emptied by ``finish``
         try:
-            future = self._pool.submit(self._run, wanted, function, *arguments)
+            with _alone():
+                future = self._pool.submit(self._run, wanted, function, *arguments)
         except RuntimeError as error:  # of threading, which keeps no errno
             raise NumaError(
                 f"no thread can be started ({error}): ulimit -u, or the cgroup's pids.max",
@@ -105,49 +121,106 @@ class Workers:
         return futures
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if os.getpid() == self.pid:  # a forked child has none of the threads
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def finish(futures: list[Future[T]], stop: threading.Event | None = None) -> list[T]:
+@contextmanager
+def _alone() -> Iterator[None]:
+    """What this thread submits inside it does itself: others may need a lock that it has.
+
+    It is garbage that does, collected at any moment, and signal handlers.
+    """
+    before, _local.alone = getattr(_local, "alone", False), True
+    try:
+        yield
+    finally:
+        _local.alone = before
+
+
+def _done_here(function: Callable[..., T], *arguments: object) -> Future[T]:
+    future: Future[T] = Future()
+    try:
+        future.set_result(function(*arguments))
+    except Exception as error:  # noqa: BLE001 - raised where it is waited for
+        future.set_exception(error)
+    return future
+
+
+def finish(
+    futures: list[Future[T]], stop: threading.Event | None = None, steps: Steps | None = None
+) -> list[T]:
     """Wait for all; at the first error, or Ctrl-C, cancel what has not begun and wait for the rest.
 
     stop: set in that case, for tasks that look at it. Those that wait for a network give up.
+    steps: how far the tasks come, which is told to its callback meanwhile, here.
     """
+    pid = os.getpid()
     try:
+        if steps is not None and steps.progress:
+            _tell(futures, steps)
         while not _settled(futures):
-            pass
+            check_process(pid)
         return [future.result() for future in futures if future.done()]
     except BaseException:
+        if os.getpid() != pid:  # forked by the callback; its parent has the threads
+            raise
         if stop is not None:
             stop.set()
         for future in futures:
             vars(future).get("wanted", []).clear()
             future.cancel()
-        wait(futures)
+        _wait(futures)
         raise
+
+
+def _tell(futures: list[Future[T]], steps: Steps) -> None:
+    """Until all have ended, or one with an error."""
+    with _alone():
+        for future in futures:
+            future.add_done_callback(steps.news.put)
+    left = len(futures)
+    while left:
+        try:
+            news = steps.news.get(timeout=NOTICE_S)
+        except Empty:  # Ctrl-C that came just as waiting began is noticed now
+            check_process(steps.pid)
+            continue
+        if not isinstance(news, Future):
+            steps.tell(news)
+            continue
+        left -= 1
+        if not news.cancelled() and news.exception():
+            return
+
+
+def _wait(futures: list[Future[T]], *how: Any) -> Any:
+    with _alone():  # it has locks of all these futures for a moment
+        return wait(futures, *how)
 
 
 def _settled(futures: list[Future[T]]) -> bool:
     """Waits, too. Ctrl-C that comes just as waiting begins would be noticed only at its end."""
-    done, running = wait(futures, NOTICE_S, FIRST_EXCEPTION)
+    done, running = _wait(futures, NOTICE_S, FIRST_EXCEPTION)
     return not running or any(not f.cancelled() and f.exception() for f in done)
 
 
 def _settle(futures: list[Future[None]], stop: threading.Event) -> None:
     """Until none runs any more, whatever signals come: they write to memory of their caller's."""
-    while True:
+    pid = os.getpid()
+    while os.getpid() == pid:
         try:
             stop.set()
             for future in futures:
                 future.cancel()
-            wait(futures)
+            _wait(futures)
         except KeyboardInterrupt:
             continue
         return
 
 
 _pools: dict[tuple[frozenset[int], int], Workers] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # garbage that is collected inside may need a pool
 
 
 def pool(topology: Topology, nodes: Collection[int] = (), count: int | None = None) -> Workers:
@@ -166,7 +239,7 @@ def _forget() -> None:
     """A forked child has none of its parent's threads."""
     global _lock  # noqa: PLW0603 - the old one may be held by a thread that is gone
     _pools.clear()
-    _lock = threading.Lock()
+    _lock = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_forget)

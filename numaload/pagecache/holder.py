@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 import numaload
 from numaload.errors import CancelledError, StoreError, warn_once
+from numaload.numa.stopping import check_process
 from numaload.pagecache import holder_main, records
 from numaload.pagecache.locking import chosen_of
 from numaload.pagecache.records import FAILED, KILLED, NAME, READING, Record
 from numaload.pagecache.report import PrewarmReport
 from numaload.replicas.holder import ask, end_holder, portable
-from numaload.storage import userdir
+from numaload.storage import following, userdir
 from numaload.storage.device import Device
 from numaload.storage.files import SourceFile
 from numaload.storage.plan import ReadPlan, Tried, Way
@@ -66,12 +67,17 @@ class PrewarmHolder:
         Raises: the error that ended it; StoreError if it was killed; CancelledError where the
         callback says so: that ends the waiting, not the process.
         """
+        following.check_free()
+        pid = os.getpid()
         while (record := self.record()) is None or record.state == READING:
             if record is None and not self._alive():
                 return None
             done, total = (record.done, record.total) if record else (0, 0)
-            if progress and total and progress(done, total) is False:
-                raise CancelledError("cancelled", done=done, total=total)
+            if progress and total:
+                more = progress(done, total)
+                check_process(pid)
+                if more is False:
+                    raise CancelledError("cancelled", done=done, total=total)
             time.sleep(PAUSE_S)
         if record.state in (FAILED, KILLED):
             records.remove(record)
@@ -139,6 +145,8 @@ def prewarm_held(
     StoreError.
     """
     begin = time.perf_counter()
+    if not background:
+        following.check_free()
     kept, said = _ensure(wanted)
     if kept is None:  # all was there
         return _report(said)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextvars import copy_context
 from typing import Any
 
-from numaload.errors import NotCopyable, NotCopyableError
+from numaload.errors import NotCopyable, UsageError
+from numaload.numa.stopping import check_process
 from numaload.pagecache.choice import Source, located
 from numaload.pagecache.prewarm import prewarm
 from numaload.pagecache.report import PrewarmReport
+from numaload.storage import following
 from numaload.storage.reader import Progress
 
 
@@ -22,9 +26,12 @@ class PrewarmJob(NotCopyable):
         self._cancelled = threading.Event()
         self._step = (0, 0)
         self._future: Future[PrewarmReport] = Future()
+        # In the context of its caller: its turn, if it has one, and how long it waits for networks.
+        run = copy_context().run
         self._thread = threading.Thread(
-            target=self._run, args=(located(what), options), name="numaload-prewarm"
+            target=run, args=(self._run, located(what), options), name="numaload-prewarm"
         )
+        self._pid, self._in_turn = os.getpid(), following.in_turn()
         self._thread.start()
 
     def progress(self) -> tuple[int, int]:
@@ -42,14 +49,19 @@ class PrewarmJob(NotCopyable):
     def result(self, timeout: float | None = None) -> PrewarmReport:
         """Wait for the report. Raises: what ``prewarm`` raises; TimeoutError after ``timeout`` s.
 
-        In a child that was forked meanwhile it is a NotCopyableError.
-        Ctrl-C ends the waiting alone; ``cancel`` ends the work.
+        Ctrl-C ends the waiting alone; ``cancel`` ends the work. UsageError in the callback of this
+        job, in that of a prewarm that may read what it reads, and in a forked child.
         """
+        check_process(self._pid)
+        if self._thread is threading.current_thread():
+            raise UsageError(
+                "result() in the progress callback of this job: it would wait for itself"
+            )
+        if not self._in_turn and self._thread.is_alive():
+            following.check_free()
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise TimeoutError(f"prewarming has not ended within {timeout} s")
-        if not self._future.done():  # its thread ended with fork
-            raise NotCopyableError("the process that was forked began this prewarming: ask there")
         return self._future.result()
 
     def _run(self, what: Source | Sequence[Source], options: dict[str, Any]) -> None:
@@ -70,12 +82,13 @@ class PrewarmJob(NotCopyable):
 
     def __exit__(self, *_: object) -> None:
         self.cancel()
-        self._thread.join()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
 
 
 def prewarm_async(what: Source | Sequence[Source], **options: Any) -> PrewarmJob:
     """Begin to prewarm in a thread, with the options of ``prewarm``; all errors are in ``result``.
 
-    progress: is called in threads of the prewarming.
+    progress: is called in a thread of the prewarming.
     """
     return PrewarmJob(what, options)

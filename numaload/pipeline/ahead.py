@@ -129,23 +129,26 @@ class Ahead:
                 )
             )
 
-    def stop(self) -> None:
+    def stop(self, *, wait: bool = True) -> None:
         self._stopped = True  # at once: a thread that waits for a network may have the lock
         with self._moved:
             self._moved.notify_all()
-        for thread in self._threads:
+        for thread in self._threads if wait else ():
             if thread.ident is not None:
                 thread.join()
 
     def _run(self, way: Way) -> None:
         name_thread("numaload-ahead")
+        with until(lambda: self._stopped):
+            self._read(way)
+
+    def _read(self, way: Way) -> None:
         into, own = IntoCache(), threading.get_ident()
         with self._moved:
             self._active += 1
         try:
-            with until(lambda: self._stopped):
-                while (piece := self._next(own)) is not None:
-                    into.read(piece.file, piece.start, piece.stop, way.name)
+            while (piece := self._next(own)) is not None:
+                into.read(piece.file, piece.start, piece.stop, way.name)
         except (OSError, CancelledError):
             with self._moved:
                 self._stopped = True

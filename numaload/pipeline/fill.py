@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from numaload.dequantize import DTYPES, LARGE, Conversion
 from numaload.errors import CancelledError, ReadError, UsageError
-from numaload.numa.stopping import until
+from numaload.numa.stopping import Steps, at_work, check_process, until
 from numaload.numa.workers import Workers, finish
 from numaload.pipeline.ahead import Ahead, Range
 from numaload.pipeline.pieces import Piece, Target, pieces
@@ -49,9 +50,9 @@ def fill(
         for target, (write, cut) in zip(targets, writers, strict=True):
             waiting.append(work.start(target, cut, write))
             if len(waiting) > QUEUED:
-                finish(waiting.popleft())
+                work.finish(waiting.popleft())
         while waiting:
-            finish(waiting.popleft())
+            work.finish(waiting.popleft())
 
 
 class Work:
@@ -62,16 +63,15 @@ class Work:
 
     def __init__(self, todo: Sequence[Extent], progress: Progress | None, ahead: int) -> None:
         self.workers: Workers = todo[0].tensor.workers()
-        self.total, self.done, self.progress = sum(t.nbytes for t in todo), 0, progress
-        self.lock, self.stopped, self.running = threading.Lock(), False, 0
+        self.steps = Steps(sum(t.nbytes for t in todo), progress)
+        self.lock, self.stop, self.running = threading.Lock(), threading.Event(), 0
         self.idle = threading.Condition(self.lock)
         ranges = _ranges(todo)
         self.ahead = Ahead(ranges, ahead)
         self.before = {(one.file, one.start): one.before for one in ranges}
 
     def __enter__(self) -> Work:
-        if self.progress:
-            self.progress(0, self.total)
+        self.steps.begin()
         try:
             self.ahead.start()
         except BaseException:  # Ctrl-C: it may have begun
@@ -80,6 +80,12 @@ class Work:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if os.getpid() != self.steps.pid:
+            return  # the threads are the parent's
+        if at_work():  # a stream that is garbage: what it is made of lives until it is done
+            self.stop.set()
+            self.ahead.stop(wait=False)
+            return
         if kind is not None:
             self._settle()
         self.ahead.stop()
@@ -91,8 +97,8 @@ class Work:
         """
         while True:
             try:
+                self.stop.set()
                 with self.idle:
-                    self.stopped = True
                     self.idle.wait_for(lambda: not self.running)
             except KeyboardInterrupt:
                 continue
@@ -103,17 +109,27 @@ class Work:
         todo, ready = iter(cut), self._ready(target)
 
         def work() -> None:
-            with until(lambda: self.stopped):
+            with until(self.stop.is_set):
                 while (piece := self._next(todo)) is not None:
                     try:
                         ready(piece)
                         _naming(target.tensor, write, piece)
-                        self._advance(target.bytes_of(piece.place.size))
+                        nbytes = target.bytes_of(piece.place.size)
+                        self.ahead.took(nbytes)
+                        self.steps.add(nbytes)
                     finally:
                         self._pause()
 
         count = min(self.workers.count, -(-target.nbytes // MOST_ALONE))
         return [self.workers.submit(work) for _ in range(count)]
+
+    def finish(self, futures: list[Future[None]]) -> None:
+        """Wait for them, and tell the callback meanwhile. Raises: CancelledError and theirs."""
+        finish(futures, self.stop, self.steps)
+
+    def check(self) -> None:
+        """Raises: UsageError in a forked child."""
+        check_process(self.steps.pid)
 
     def _ready(self, target: Target) -> Callable[[Piece], None]:
         """Waits until what a piece is made of was read ahead."""
@@ -131,8 +147,8 @@ class Work:
         """Raises: CancelledError for a piece that nobody will write."""
         with self.lock:
             piece = next(todo, None)
-            if piece is not None and self.stopped:
-                raise CancelledError("cancelled", done=self.done, total=self.total)
+            if piece is not None and self.stop.is_set():
+                raise CancelledError("cancelled", done=self.steps.done, total=self.steps.total)
             self.running += piece is not None
             return piece
 
@@ -141,14 +157,6 @@ class Work:
             self.running -= 1
             if not self.running:
                 self.idle.notify_all()
-
-    def _advance(self, nbytes: int) -> None:
-        self.ahead.took(nbytes)
-        with self.lock:
-            self.done += nbytes
-            if self.progress and self.progress(self.done, self.total) is False:
-                self.stopped = True
-                raise CancelledError("cancelled", done=self.done, total=self.total)
 
 
 def _naming(tensor: Tensor, write: Write, piece: Piece) -> None:

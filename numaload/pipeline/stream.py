@@ -22,7 +22,6 @@ from numaload.dtypes import (
     numpy_dtype,
 )
 from numaload.errors import NumaloadError, UnsupportedTypeError, UsageError
-from numaload.numa.workers import finish
 from numaload.pipeline.fill import Work, writer
 from numaload.pipeline.memory import Buffers
 from numaload.pipeline.pieces import Target
@@ -104,6 +103,7 @@ def _stream(
                 ready[0].wait()
                 given = time.perf_counter()
                 yield _taken(ready.popleft())
+                work.check()
                 is_slow = time.perf_counter() - given > SLOW_S
                 if is_slow and (not ready or ready[-1].done):
                     most = min(ahead, 2 * most)
@@ -165,14 +165,14 @@ class _Result:
 
     def __init__(self, tensor: Tensor, wanted: Wanted, buffers: Buffers, work: Work) -> None:
         self.tensor, self.wanted, self.nbytes = tensor, wanted, _nbytes(tensor, wanted)
-        self.kernel = _kernel(tensor, wanted)
+        self.kernel, self.work = _kernel(tensor, wanted), work
         self.error: NumaloadError | None = None
         try:
-            self._start(buffers, work)
+            self._start(buffers)
         except NumaloadError as error:  # comes when its turn has come
             self.error = error
 
-    def _start(self, buffers: Buffers, work: Work) -> None:
+    def _start(self, buffers: Buffers) -> None:
         tensor, kernel = self.tensor, self.kernel
         tensor.check_type()
         item, self.shape = (kernel, tensor.shape) if kernel else _as_in_file(tensor, self.wanted)
@@ -181,7 +181,7 @@ class _Result:
         place: NDArray[Any] = self.flat.view(DTYPES[kernel]) if kernel else self.flat
         target = Target(tensor, place, kernel)
         write, cut = writer(target)
-        self.futures = work.start(target, cut, write)
+        self.futures = self.work.start(target, cut, write)
 
     @property
     def done(self) -> bool:
@@ -199,7 +199,7 @@ class _Result:
         """Raises: what went wrong with it."""
         if self.error is not None:
             raise self.error
-        finish(self.futures)
+        self.work.finish(self.futures)
 
     def value(self) -> Any:
         """What was made of it. Raises: UnsupportedTypeError."""

@@ -143,11 +143,11 @@ class _Build:
             if len(self.groups) > 1:
                 self.pools = {n: self._copiers(n) for group in self.groups for n in group}
             self.reading.run(runs, plan, self._lead, cpus, "numaload-build")
-            finish(self.copies, self.reading.stop)
+            finish(self.copies, self.reading.stop, self.reading.steps)
         except KeyboardInterrupt:
             raise self.reading.cancelled("interrupted") from None
         finally:
-            self.reading.stop.set()
+            self.reading.end()
             for workers in self.pools.values():
                 workers.close()
             for source in self.sources:

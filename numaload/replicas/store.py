@@ -26,13 +26,14 @@ import json
 import os
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from numaload.errors import StoreError, check_limits, reason, warn_once
+from numaload.errors import StoreError, UsageError, check_limits, reason, warn_once
 from numaload.numa.lists import Group
 from numaload.replicas import holder
 from numaload.replicas.build import Built
@@ -42,6 +43,7 @@ from numaload.storage import userdir
 from numaload.storage.known import Model
 
 TOKEN_BYTES = 4
+_local = threading.local()
 
 
 def entries() -> list[Entry]:
@@ -134,15 +136,25 @@ def building() -> Iterator[int]:
     with userdir.opened() as store:
         if store is None:
             raise StoreError(f"{userdir.path()} cannot be made")
-        lock = _lock_file(store)
+        if getattr(_local, "builds", False):
+            raise UsageError(
+                "called in the progress callback of another mirror(shared=True): the store has one"
+                " builder at a time; call it when that has returned"
+            )
+        lock, pid = _lock_file(store), os.getpid()
         try:
             if not _try_lock(lock):
                 warn_once("building", "another process is building replicas; waiting for it")
                 fcntl.flock(lock, fcntl.LOCK_EX)
+            _local.builds = True
             _sweep(store)
             yield store
         finally:
-            _unlock(lock)
+            _local.builds = False
+            if os.getpid() == pid:
+                _unlock(lock)
+            else:  # forked meanwhile: the lock is the parent's
+                os.close(lock)
 
 
 def sweep() -> None:

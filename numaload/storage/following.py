@@ -21,9 +21,11 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from typing import NamedTuple
 
-from numaload.errors import CancelledError, StoreError, reason, warn_once
+from numaload.errors import CancelledError, StoreError, UsageError, reason, warn_once
+from numaload.numa.stopping import check_process
 from numaload.storage import userdir
 from numaload.storage.files import SourceFile
 from numaload.storage.reader import Progress
@@ -34,6 +36,7 @@ PAUSE_S = 0.05
 STILL_S = 30.0  # without progress, after which it is said whom this waits for
 RECORD = struct.Struct("<qQQ")  # process id, bytes done, bytes in all
 FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+_called: ContextVar[bool] = ContextVar("called", default=False)
 
 
 class Reader(NamedTuple):
@@ -61,7 +64,11 @@ class Turn:
     def tell(self, done: int, total: int) -> bool:
         """The progress of this process's own reading: to those who follow, then to the caller."""
         self.announce(Reader(os.getpid(), done, total))
-        return self.progress is None or self.progress(done, total) is not False
+        token = _called.set(True)
+        try:
+            return self.progress is None or self.progress(done, total) is not False
+        finally:
+            _called.reset(token)
 
     def announce(self, reader: Reader) -> None:
         for lock in self.locks:
@@ -74,10 +81,14 @@ def turn(files: Sequence[SourceFile], progress: Progress | None = None) -> Itera
     """Wait until nobody else of this user reads any of these files; meanwhile others wait for this.
 
     What is resident is to be asked inside. progress: is told how far the others are, in their
-    numbers; returning False cancels. Where the user's folder cannot be used, nobody waits.
+    numbers; returning False cancels. Where the user's folder cannot be used, nobody waits; nor in
+    the progress callback of another turn: those who are waited for may wait for that.
     Raises: CancelledError, while it waits.
     """
     mine = Turn(progress)
+    if in_turn():
+        yield mine
+        return
     with ExitStack() as held:
         try:
             _wait(mine, sorted({_name(file) for file in files}), held)
@@ -90,7 +101,26 @@ def turn(files: Sequence[SourceFile], progress: Progress | None = None) -> Itera
             if not isinstance(error, StoreError):
                 why = f"{userdir.path()}/{FOLDER}: {reason(error)}"
             warn_once(why, f"{why}; read without knowing who else reads these files")
-        yield mine
+        pid = os.getpid()
+        try:
+            yield mine
+        finally:
+            if os.getpid() != pid:  # forked meanwhile: the locks are the parent's
+                held.pop_all()
+
+
+def in_turn() -> bool:
+    """Whether this is called in the progress callback of a turn."""
+    return _called.get()
+
+
+def check_free() -> None:
+    """For who waits for others that may read. Raises: UsageError in the callback of a turn."""
+    if in_turn():
+        raise UsageError(
+            "called in the progress callback of prewarm: it waits for others, who may wait until"
+            " that has read the same files; call it when that has returned"
+        )
 
 
 def sweep() -> None:
@@ -171,15 +201,18 @@ def _give_back(lock: io.FileIO, name: str, folder: int | None) -> None:
 
 def _follow(mine: Turn, lock: io.FileIO) -> None:
     """Until it is nobody's. Raises: CancelledError where the callback says so."""
-    mine.seen, moved = _reader(lock), time.monotonic()
+    mine.seen, moved, pid = _reader(lock), time.monotonic(), os.getpid()
     while not _try_lock(lock):
         if _look(mine, lock):
             moved = time.monotonic()
         elif time.monotonic() - moved > STILL_S:
             _tell_that_it_waits(mine.seen)
         done, total = mine.seen.done, mine.seen.total
-        if mine.progress and total and mine.progress(done, total) is False:
-            raise _stopped("cancelled", mine.seen)
+        if mine.progress and total:
+            more = mine.progress(done, total)
+            check_process(pid)
+            if more is False:
+                raise _stopped("cancelled", mine.seen)
         time.sleep(PAUSE_S)
     _look(mine, lock)
     fcntl.flock(lock, fcntl.LOCK_UN)

@@ -87,7 +87,10 @@ def remember(model: Model) -> None:
             assert folder is not None  # noqa: S101 - it was made
             _clear(folder)
             fcntl.flock(folder, fcntl.LOCK_SH)
-            userdir.write_whole(_name(model.paths), model.to_json(), folder)
+            try:
+                userdir.write_whole(_name(model.paths), model.to_json(), folder)
+            finally:  # closing alone would leave it locked where a child was forked meanwhile
+                fcntl.flock(folder, fcntl.LOCK_UN)
             for name in _names(folder)[KEPT:]:
                 with suppress(OSError):
                     os.unlink(name, dir_fd=folder)
@@ -138,8 +141,11 @@ def _clear(folder: int) -> None:
     if left:
         with suppress(OSError):
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for name in left:
-                os.unlink(name, dir_fd=folder)
+            try:
+                for name in left:
+                    os.unlink(name, dir_fd=folder)
+            finally:
+                fcntl.flock(folder, fcntl.LOCK_UN)
 
 
 def _recalled(name: str, folder: int) -> Iterator[Model]:

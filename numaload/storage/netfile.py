@@ -21,6 +21,7 @@ from numaload.errors import (
 )
 from numaload.errors import reason as why
 from numaload.numa.netmounts import Network
+from numaload.numa.stopping import renewed
 from numaload.storage.netreader import CannotAskError, EndedError, Reader, RefusedError, Wait, pool
 from numaload.storage.netreader_main import MEMORY
 
@@ -90,7 +91,7 @@ class NetworkFile(NotCopyable):
         self.path = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
         self.wait = Wait(path, network, seconds_now())
         self.key, self.inode = next(_keys), (0, 0)
-        self._here, self._lock = -1, threading.Lock()
+        self._here, self._lock = -1, renewed(threading.RLock())
 
     def open(self) -> Status:
         """Raises also: OSError as open(2) does, CannotAskError."""

@@ -247,7 +247,7 @@ class Pool:
         self._clear()
 
     def _clear(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # garbage that is collected inside may close files
         self.idle: list[Reader] = []
         self.busy: set[Reader] = set()
         self.wanted: set[int] = set()
@@ -291,7 +291,7 @@ class Pool:
     def _take(self, fits: Callable[[Reader], bool]) -> Reader | None:
         with self.lock:
             for reader in reversed(self.idle):
-                if fits(reader):
+                if fits(reader) and not reader.dead:
                     self.idle.remove(reader)
                     return reader
         return None

@@ -5,6 +5,7 @@ What is done with a piece is the caller's: into the page cache, into replicas, i
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,13 +13,14 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from numaload.errors import CancelledError
-from numaload.numa.stopping import until
+from numaload.numa.stopping import Steps, until
 from numaload.numa.syscalls import PAGE
 from numaload.storage.plan import CHUNK, STRIPES, ReadPlan, Tried, Way
 
 TRY_BYTES = 96 << 20  # read by each candidate: 25 ms of a fast disk
 TRY_SHARE = 24  # trying takes no more than one part in so many of all bytes
 RATE_STEPS = 8  # reads a second, at least, where the rate is limited
+LOOK_S = 0.05  # between two looks at whether a thread still waits for the callback
 
 Progress = Callable[[int, int], Any]  # (bytes done, bytes in all); returning False cancels
 
@@ -48,10 +50,14 @@ class Reading:
     def __init__(
         self, total: int, progress: Progress | None = None, *, rate: int | None = None
     ) -> None:
-        self.total, self.progress, self.rate = total, progress, rate
-        self.done = self.taken = 0
+        self.total, self.rate, self.taken = total, rate, 0
+        self.steps = Steps(total, progress)
         self.begin = time.monotonic()
         self.lock, self.stop = threading.Lock(), threading.Event()
+
+    @property
+    def done(self) -> int:
+        return self.steps.done
 
     def run(
         self,
@@ -66,8 +72,8 @@ class Reading:
         work: called in threads of this reading's own, on these CPUs, with each piece.
         Raises: what ``work`` raises first; CancelledError after Ctrl-C.
         """
-        if self.progress and not self.done:
-            self.progress(0, self.total)
+        if not self.done:
+            self.steps.begin()
         if self.rate:
             most = max(PAGE, self.rate // RATE_STEPS // PAGE * PAGE)
             slower = [w._replace(chunk=min(w.chunk, most), threads=1) for w in plan.candidates]
@@ -105,12 +111,13 @@ class Reading:
                     work(piece, way)
                     self.advance(piece.nbytes)
 
-        workers = Workers(cpus, way.threads, name)
+        workers = Workers(cpus, way.threads, name, hands_on=True)
         try:
-            finish([workers.submit(reading) for _ in range(way.threads)], self.stop)
+            jobs = [workers.submit(reading) for _ in range(way.threads)]
+            finish(jobs, self.stop, self.steps)
             workers.close()
         except BaseException as error:
-            self.stop.set()  # Ctrl-C may come while threads are still being started
+            self.end()  # Ctrl-C may come while threads are still being started
             workers.close()
             if isinstance(error, KeyboardInterrupt):
                 raise self.cancelled("interrupted") from None
@@ -126,12 +133,16 @@ class Reading:
         self.stop.wait(max(0.0, due - time.monotonic()))
 
     def advance(self, nbytes: int) -> None:
-        """Raises: CancelledError where the callback says so."""
-        with self.lock:
-            self.done += nbytes
-            if self.progress and self.progress(self.done, self.total) is False:
-                self.stop.set()
-                raise self.cancelled("cancelled")
+        """Count it, and wait until the callback was told: no thread runs far ahead of it."""
+        self.steps.add(nbytes)
+        while self.steps.progress and not self.stop.is_set():
+            if self.steps.told.acquire(timeout=LOOK_S):
+                return
+
+    def end(self) -> None:
+        """Have the threads end. A forked child has none, and locks that they may have had."""
+        if os.getpid() == self.steps.pid:
+            self.stop.set()
 
     def cancelled(self, why: str) -> CancelledError:
         return CancelledError(why, done=self.done, total=self.total)

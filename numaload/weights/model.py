@@ -13,6 +13,7 @@ from numaload.formats.metadata import Metadata
 from numaload.numa.lists import Group, format_list
 from numaload.numa.mapping import Mapping as MemoryMapping
 from numaload.numa.mapping import map_file
+from numaload.numa.stopping import renewed
 from numaload.numa.topology import Topology, topology
 from numaload.storage.files import SourceFile
 from numaload.storage.known import Model
@@ -54,7 +55,7 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
         self._mappings[:] = mappings or self._mappings
         self._bases: dict[int, Any] = {}
         self._numbers: dict[tuple[int, str], Numbers] = {}
-        self._lock = RLock()
+        self._lock = renewed(RLock())
         self._tensors = {
             info.name: Tensor(info, self, index)
             for index, part in enumerate(parts)

@@ -335,7 +335,7 @@ if not child:
     ok = right() and not job.done()
     try:
         job.result()
-    except numaload.errors.NotCopyableError:
+    except numaload.errors.UsageError:
         pass
     mirror.close()
     weights.close()

@@ -125,9 +125,9 @@ def test_no_more_threads_than_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     counts: list[int] = []
 
     class Watched(Workers):
-        def __init__(self, cpus: Any, count: int, name: str) -> None:
+        def __init__(self, cpus: Any, count: int, name: str, **how: Any) -> None:
             counts.append(count)
-            super().__init__(cpus, count, name)
+            super().__init__(cpus, count, name, **how)
 
     monkeypatch.setattr(workers, "Workers", Watched)
     (tmp_path / "x").write_bytes(b"tiny")

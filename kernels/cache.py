@@ -2,8 +2,9 @@
 
 So no other version's code can be served, and processors that share a home do not meet. Files are
 written aside and renamed: processes that start at once may each compile, none sees half a file. It
-is code, so it is only taken from a folder that belongs to this user and that nobody else may write
-to, and everything goes through the descriptor that was checked.
+is code, so it is only taken from a file, and from a folder, that belongs to this user and that
+nobody else may write to or put another one in its place, and everything goes through the descriptor
+that was checked.
 """
 
 from __future__ import annotations
@@ -47,10 +48,14 @@ def problem() -> str:
     return _problem
 
 
-def _failed(error: OSError) -> None:
+def _say(text: str) -> None:
     global _problem  # noqa: PLW0603 - who calls kernels says it once
+    _problem = _problem or text
+
+
+def _failed(error: OSError) -> None:
     hint = f"set {VARIABLE} to the full path of a folder of your own on a disk"
-    _problem = _problem or f"compiled kernels are not kept, each process compiles: {error}; {hint}"
+    _say(f"compiled kernels are not kept, each process compiles: {error}; {hint}")
 
 
 def load(name: str) -> bytes | None:
@@ -89,14 +94,31 @@ def _opened(*, create: bool) -> Iterator[int]:
             os.mkdir(path, 0o700)
     folder = os.open(path, DIRECTORY)
     try:
-        found = os.fstat(folder)
-        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        if not _mine(os.fstat(folder)):
             raise PermissionError(f"{path} is not a folder that only this user may write to")
+        _check_above(path)
         with contextlib.suppress(OSError):
             os.utime(folder)  # it is in use
         yield folder
     finally:
         os.close(folder)
+
+
+def _mine(found: os.stat_result) -> bool:
+    """Whether it is this user's, and nobody else may write to it."""
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def _check_above(path: str) -> None:
+    """Raises: PermissionError if others may rename one of the folders that lead to it."""
+    trusted = {os.geteuid(), os.stat("/").st_uid}  # the latter is root, whatever its number here
+    above = os.path.realpath(path)
+    while above != "/":
+        above = os.path.dirname(above)
+        found = os.stat(above)
+        open_to_others = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
+        if found.st_uid not in trusted or open_to_others:
+            raise PermissionError(f"others than this user may rename what is in {above}")
 
 
 def _base() -> str:
@@ -148,8 +170,12 @@ def _digest(name: str, code: bytes) -> bytes:
 def _read(folder: int, name: str) -> bytes:
     with open(os.open(name, READ, dir_fd=folder), "rb") as file:
         found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-            raise PermissionError(f"{name} among the compiled kernels is not a file of this user")
+        if not stat.S_ISREG(found.st_mode) or not _mine(found):
+            _say(
+                f"{name} among the compiled kernels was not a file that only this user may write"
+                " to: it was not run, but compiled again"
+            )
+            return b""
         return file.read() if found.st_size <= LARGEST else b""
 
 

@@ -174,15 +174,27 @@ def test_processes_that_start_at_once(cache: Path, expected: str) -> None:
     assert say({"NUMALOAD_CACHE_DIR": str(cache)}) == f"{expected} {LINKED}"
 
 
-def test_a_named_pipe_among_the_files(run: Callable[..., str], cache: Path, expected: str) -> None:
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [pipe, lambda path: path.chmod(0o620), lambda path: path.chmod(0o602)],
+    ids=["named-pipe", "group", "others"],
+)
+def test_code_from_a_file_that_others_may_write_to_is_not_run(
+    run: Callable[..., str], cache: Path, expected: str, change: Callable[[Path], None]
+) -> None:
     """It neither hangs nor is it replaced without a word."""
     run()
     (folder,) = cache.iterdir()
-    (folder / "q4_k_to_bfloat16").unlink()
-    os.mkfifo(folder / "q4_k_to_bfloat16")
+    change(folder / "q4_k_to_bfloat16")
     said = run()
-    assert said.startswith(f"{expected} True 1 ")
-    assert "is not a file of this user" in said
+    assert said.startswith(f"{expected} True 1 q4_k_to_bfloat16 among the compiled kernels")
+    assert "compiled again" in said
+    assert run() == f"{expected} {LINKED}"
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -275,6 +287,21 @@ def test_code_from_a_folder_that_others_may_write_to_is_not_run(
     assert "is not a folder that only this user may write to" in said
 
 
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
+def test_code_below_a_folder_that_others_may_write_to_is_not_run(
+    run: Callable[..., str], cache: Path, expected: str, mode: int
+) -> None:
+    """They could put another folder of this user in its place, but for the sticky bit."""
+    run()
+    cache.parent.chmod(mode)
+    said = run()
+    if mode & stat.S_ISVTX:
+        assert said == f"{expected} {LINKED}"
+    else:
+        assert said.startswith(f"{expected} True 1 compiled kernels are not kept")
+        assert f"others than this user may rename what is in {cache.parent}" in said
+
+
 def test_code_from_somebody_elses_folder_is_not_run(
     run: Callable[..., str], cache: Path, expected: str
 ) -> None:
@@ -284,8 +311,11 @@ def test_code_from_somebody_elses_folder_is_not_run(
     (folder,) = cache.iterdir()
     os.chown(folder, USER, USER)
     assert "is not a folder that only this user may write to" in run()
+    os.chown(cache, USER, USER)
+    os.chown(folder, 0, 0)
+    assert f"others than this user may rename what is in {cache}" in run()
+    os.chown(cache, 0, 0)
     folder.rename(cache / "elsewhere")
-    os.chown(cache / "elsewhere", 0, 0)
     folder.symlink_to(cache / "elsewhere")
     said = run()
     assert said.startswith(f"{expected} True 1 compiled kernels are not kept")

@@ -140,10 +140,10 @@ def free_on(node: int, machine: Topology, *, bound: bool = True) -> int:
 
 
 def _store_need(needed: int) -> Need:
-    where = userdir.path()
-    while not os.path.isdir(where) and where != "/":
-        where = os.path.dirname(where)
     try:
+        where = userdir.path()
+        while not os.path.isdir(where) and where != "/":
+            where = os.path.dirname(where)
         userdir.check_tmpfs(where)
     except StoreError as error:
         return Need("the store", needed, 0, hint=str(error))

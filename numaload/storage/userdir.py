@@ -63,19 +63,31 @@ def opened(*, create: bool = True) -> Iterator[int | None]:
     where = path()
     if create:
         _make(where)
-    try:
-        fd = os.open(where, DIRECTORY)
-    except FileNotFoundError:
+    fd = _open(where)
+    if fd is None:
         yield None
         return
-    except OSError as error:
-        raise StoreError(f"{where}: expected a folder of yours: {reason(error)}") from error
     try:
         _check(where, fd)
         check_spare(fd)
         yield fd
     finally:
         os.close(fd)
+
+
+def _open(where: str) -> int | None:
+    try:
+        _check_owner(where, os.lstat(where))  # whose it is, also where it may not be opened
+        return os.open(where, DIRECTORY)
+    except FileNotFoundError:
+        return None
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"{where}: expected a folder of yours: {reason(error)}; set NUMALOAD_STORE to another"
+            " folder on a tmpfs"
+        ) from error
 
 
 def _make(where: str) -> None:
@@ -180,8 +192,8 @@ def check_spare(fd: int) -> None:
             os.close(one)
 
 
-def _check(where: str, fd: int) -> None:
-    status, user = os.fstat(fd), os.geteuid()
+def _check_owner(where: str, status: os.stat_result) -> None:
+    user = os.geteuid()
     if status.st_uid != user:
         owner: object = status.st_uid
         with suppress(KeyError):
@@ -190,6 +202,11 @@ def _check(where: str, fd: int) -> None:
             f"{where} belongs to user {owner}, expected {user}: ask {owner} to remove it, or set"
             " NUMALOAD_STORE to a folder of yours on a tmpfs"
         )
+
+
+def _check(where: str, fd: int) -> None:
+    status = os.fstat(fd)
+    _check_owner(where, status)
     if not _is_private(status):
         mode = stat.S_IMODE(status.st_mode)
         raise StoreError(f"{where} has mode {mode:04o}, expected 0700: chmod 700 {where}")

@@ -6,6 +6,8 @@ torch nor libnuma.
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from numaload import forks as _forks  # noqa: F401 - from now on forks wait, see there
@@ -93,3 +95,17 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _finish_imports() -> None:
+    """Wait for what other threads are importing of this package.
+
+    In a child that was forked meanwhile its lock would stay closed for ever.
+    """
+    from importlib import import_module
+
+    for name in [name for name in sys.modules if name.startswith("numaload.")]:
+        import_module(name)
+
+
+os.register_at_fork(before=_finish_imports)

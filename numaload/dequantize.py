@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from numaload.errors import UnsupportedTypeError, UsageError, warn_once
+from numaload.errors import NodeMemoryError, UnsupportedTypeError, UsageError, warn_once
 from numaload.formats.qtypes import BLOCKS, FLOATS, QuantType
 from numaload.kernels import registry
+from numaload.numa import memory
+from numaload.numa.mapping import MORE_ADDRESSES
 from numaload.numa.syscalls import memory_at
 from numaload.numa.workers import Workers
 
@@ -24,6 +28,7 @@ PIECE = 1 << 16  # weights of a big-endian file that a worker turns round at a t
 # Bytes of output: from here on it goes past the caches. It would push out what is in them, and be
 # gone itself before somebody reads the beginning.
 LARGE = 8 << 20
+LESS = "dequantize less of it at a time (rows=, expert=), or to a smaller dtype"
 LINE = 64  # bytes of a line of the caches
 
 Blocks = NDArray[np.uint8]  # (n_blocks, type_size)
@@ -173,6 +178,16 @@ def _swapping(kernel: registry.Kernel, width: int) -> registry.Kernel:
             kernel(little, floats[first:last], past_caches)
 
     return run
+
+
+def new_array(shape: Sequence[int], dtype: np.dtype[Any], what: str) -> NDArray[Any]:
+    """An array for floats of ``what``, uninitialized. Raises: NodeMemoryError."""
+    nbytes = prod(shape) * dtype.itemsize
+    memory.require(nbytes, f"{what} as {dtype.name}", LESS)
+    try:
+        return np.empty(shape, dtype)
+    except MemoryError as error:
+        raise NodeMemoryError(f"{what}: {error}: {MORE_ADDRESSES}", needed=nbytes) from error
 
 
 def as_output(out: Any, dtype: np.dtype[Any], size: int) -> NDArray[Any]:

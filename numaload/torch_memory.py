@@ -13,6 +13,7 @@ import numpy as np
 
 from numaload.dtypes import ITEMS, NAMES, item_shape
 from numaload.errors import UnsupportedTypeError, UsageError, warn_once
+from numaload.numa import memory
 from numaload.numa.mapping import map_private
 from numaload.numa.syscalls import HUGE, memory_at
 
@@ -109,7 +110,12 @@ def view(base: Any, start: int, nbytes: int, type_name: str, shape: tuple[int, .
 
 
 def converted(tensor: Any, device: Any, dtype: Any, what: str, *, copy: bool = True) -> Any:
-    """``tensor`` as another. Raises: UnsupportedTypeError where torch has no way to it."""
+    """``tensor`` as another.
+
+    Raises: UnsupportedTypeError where torch has no way to it, NodeMemoryError.
+    """
+    if copy or tensor.dtype != dtype:  # on other devices torch may stage it here
+        require(tensor.numel() * dtype.itemsize, what)
     try:
         return tensor.to(device, dtype, copy=copy)
     except NotImplementedError as error:
@@ -124,6 +130,17 @@ def of_bytes(flat: NDArray[np.uint8], dtype: Any, shape: Sequence[int]) -> Any:
     if not flat.size:
         return torch.empty(tuple(shape), dtype=dtype)
     return torch.from_numpy(flat).view(dtype).reshape(tuple(shape))
+
+
+def require(nbytes: int, what: str) -> None:
+    """Look whether there is memory for a tensor. Raises: NodeMemoryError."""
+    memory.require(nbytes, f"tensor {what!r}", "dequantize() fewer rows, or take a smaller dtype")
+
+
+def new(shape: Sequence[int], dtype: Any, what: str) -> Any:
+    """As ``empty``, if there is memory for it. Raises: NodeMemoryError."""
+    require(prod(shape) * dtype.itemsize, what)
+    return empty(shape, dtype)
 
 
 def empty(shape: Sequence[int], dtype: Any) -> Any:

@@ -155,7 +155,7 @@ class GGUFLoader(NotCopyable):
         blocks = _expert(tensor, data, expert_id, elements_per_expert)
         wanted = torch_memory.torch_dtype(_dtype_name(target_dtype), name)
         made = kernel_dtype(dtype_name(wanted))
-        out = torch_memory.empty(shape, torch_memory.torch_dtype(made, name))
+        out = torch_memory.new(shape, torch_memory.torch_dtype(made, name), name)
         flat = as_output(out, dtype_of(made), prod(shape))
         dequantize_blocks(
             blocks, qtype, dtype_of(made), flat, tensor.workers(),

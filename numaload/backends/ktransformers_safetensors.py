@@ -208,7 +208,8 @@ def _copied(tensors: Sequence[Tensor], count: tuple[int, ...]) -> Any:
     """
     first = tensors[0]
     first.check_type()
-    out = torch_memory.empty((first.nbytes * len(tensors),), torch_memory.torch_type("U8"))
+    nbytes = first.nbytes * len(tensors)
+    out = torch_memory.new((nbytes,), torch_memory.torch_type("U8"), first.name)
     rows = out.numpy().reshape(len(tensors), -1)
     for row, tensor in zip(rows, tensors, strict=True):
         source = np.frombuffer(tensor.buffer, np.uint8)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from numaload.dtypes import ITEMS, NAMES, dtype_name, kernel_dtype
-from numaload.errors import NodeMemoryError, UnsupportedTypeError
+from numaload.errors import UnsupportedTypeError
 from numaload.formats.safetensors import SafeTensorInfo
 from numaload.numa import memory
 from numaload.pipeline import Target, fill
@@ -19,7 +19,6 @@ from numaload.torch_memory import array_of, empty, import_torch, torch_dtype
 from numaload.weights import Tensor, Weights
 
 ALIGNMENT = 64  # bytes, as torch's own
-LEAST_FREE = 64 << 20  # bytes that stay free beside the result
 MOST_BETWEEN = 4096  # bytes that are read for nothing rather than begin anew
 
 
@@ -70,25 +69,14 @@ def load_all(
     runs = list(_runs([plan for plan in plans if plan.straight]))
     alone = [plan for plan in plans if not plan.straight]
     placed, total = _placed(runs, alone)
-    _check_room(total, weights.paths[0])
+    what = f"{weights.paths[0]}: its tensors"
+    memory.require(total, what, "nothing was loaded: free memory, or a smaller dtype")
     flat = empty((total,), import_torch().uint8).numpy()
     made |= {plan.load.name: _result(plan, flat, placed[plan.load.name]) for plan in plans}
     targets = [_run_target(weights, run, flat, placed[run[0].load.name]) for run in runs]
     targets += [_target(plan, made[plan.load.name]) for plan in alone]
     fill(sorted(targets, key=lambda target: target.order), progress=progress)
     return {load.name: _converted(made[load.name], dtype) for load in loads}
-
-
-def _check_room(nbytes: int, path: str) -> None:
-    """Raises: NodeMemoryError rather than have the kernel kill someone later."""
-    room = memory.available()
-    if nbytes + LEAST_FREE > room.free:
-        raise NodeMemoryError(
-            f"{path}: its tensors take {nbytes} bytes, {room.name} has room for {room.free};"
-            " nothing was loaded",
-            needed=nbytes,
-            free=room.free,
-        )
 
 
 def _order(plan: Plan) -> tuple[int, int]:

@@ -15,10 +15,8 @@ from numaload.errors import NodeMemoryError, StateDictError, UsageError, printab
 from numaload.numa import memory
 from numaload.pipeline import Target, fill
 from numaload.storage.reader import Progress
-from numaload.torch_memory import array_of, empty, import_torch, torch_dtype, torch_type
+from numaload.torch_memory import array_of, empty, import_torch, new, torch_dtype, torch_type
 from numaload.weights import Tensor, Weights
-
-LEAST_FREE = 64 << 20  # bytes that stay free beside the result
 
 
 class Found(NamedTuple):
@@ -225,14 +223,8 @@ def _check_room(parameters: list[Parameter]) -> None:
     """Raises: NodeMemoryError rather than have the kernel kill someone later."""
     new = [one for one in parameters if not one.in_place and one.device.type == "cpu"]
     nbytes = sum(one.old.numel() * one.dtype.itemsize for one in new)
-    room = memory.available()
-    if nbytes and nbytes + LEAST_FREE > room.free:
-        raise NodeMemoryError(
-            f"{nbytes} bytes ({nbytes / 2**30:.1f} GiB) are needed for the parameters, {room.name}"
-            f" has room for {room.free} ({room.free / 2**30:.1f} GiB); nothing was loaded",
-            needed=nbytes,
-            free=room.free,
-        )
+    if nbytes:
+        memory.require(nbytes, "the new parameters", "nothing was loaded: free memory")
 
 
 class _Filling:
@@ -272,10 +264,10 @@ class _Filling:
         """A CPU tensor of the share, by kernels where they can, else as in the file."""
         tensor = found.tensor
         if tensor.has_kernel:
-            made = empty(found.shape, torch_dtype(kernel_dtype(wanted), tensor.name))
+            made = new(found.shape, torch_dtype(kernel_dtype(wanted), tensor.name), tensor.name)
         else:
             tensor.check_native()
-            made = empty(found.shape, torch_type(tensor.type_name))
+            made = new(found.shape, torch_type(tensor.type_name), tensor.name)
         self._fill([_target(found, made)])
         return made
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from numaload.numa import memory
 from numaload.numa.mapping import map_private
 
 
 def prefaulted(nbytes: int) -> NDArray[np.uint8]:
-    """``nbytes`` that begin at a huge page, written once."""
-    memory = np.frombuffer(map_private(nbytes).view(write=True), np.uint8)
-    memory[:] = 1
-    return memory
+    """``nbytes`` that begin at a huge page, written once. Raises: NodeMemoryError."""
+    memory.require(nbytes, "memory to measure in", "measure less: --size, --threads")
+    touched = np.frombuffer(map_private(nbytes).view(write=True), np.uint8)
+    touched[:] = 1
+    return touched
 
 
 def huge_pages() -> str:

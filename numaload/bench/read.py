@@ -18,7 +18,7 @@ from numaload.bench.read_turn import CHUNK, Done, Subject, Turn, Unavailable
 from numaload.bench.read_wanted import DUELS
 from numaload.bench.read_ways import CACHE, Way, chosen
 from numaload.errors import NumaloadError, ReadError, UsageError
-from numaload.numa.memory import available
+from numaload.numa.memory import LEAST_FREE, UNKNOWN, available
 from numaload.storage.files import SourceFile, model_paths
 from numaload.storage.residency import residency
 
@@ -229,7 +229,9 @@ class _Bench:
         if not wanted:
             return
         room = available().free
-        room -= room // 8 + (self.file.size if state == WARM else 0)
+        if room == UNKNOWN:
+            return
+        room -= LEAST_FREE + room // 8 + (self.file.size if state == WARM else 0)
         if wanted > room:
             self._note("there was not room to touch the memory before that all ways need")
         prefaulted(max(CHUNK, min(TIMES * wanted + SPARE, room)))

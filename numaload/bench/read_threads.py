@@ -15,6 +15,7 @@ from numaload.bench.read_turn import CHUNK, Done, Run, Turn, Unavailable, whole_
 from numaload.errors import ReadError
 from numaload.numa import syscalls
 from numaload.numa.mapping import Mapping, map_file, map_private
+from numaload.numa.memory import require
 from numaload.numa.syscalls import HUGE, PAGE
 from numaload.numa.workers import Workers, finish
 
@@ -37,6 +38,7 @@ def buffered(turn: Turn, count: int, *, chunk: int = CHUNK, each: bool) -> Run:
 def into_memory(turn: Turn, count: int, *, past_cache: bool) -> Run:
     """Into memory that nobody has touched: a thread makes its chunk's pages, then fills them."""
     fd = direct_descriptor(turn) if past_cache else turn.open()
+    require(turn.nbytes, "memory to read the file into", "measure with a smaller file")
     memory = map_private(whole_pages(turn.nbytes))
     turn.callback(memory.close)
     view = memory.view(write=True)

@@ -24,6 +24,8 @@ def folders(
         if controllers and controller not in controllers.split(","):
             continue
         root, version = (f"{base}/{controller}", 1) if controllers else (base, 2)
+        if version == 2 and os.path.isdir(f"{base}/unified"):  # beside version 1, by systemd
+            root = f"{base}/unified"
         # Inside a container the path may be the host's; then only the root is there.
         while True:
             folder = f"{root}{group}".rstrip("/")

@@ -12,9 +12,11 @@ import os
 import weakref
 from collections.abc import Collection
 
-from numaload.errors import ClosedError, NotCopyable, NumaError, UsageError
+from numaload.errors import ClosedError, NodeMemoryError, NotCopyable, NumaError, UsageError
 from numaload.numa import syscalls
 from numaload.numa.syscalls import HUGE, PAGE
+
+MORE_ADDRESSES = "raise ulimit -v and -d, or set vm.overcommit_memory to another value than 2"
 
 
 class Mapping(NotCopyable):
@@ -62,8 +64,17 @@ def map_file(fd: int, length: int, *, write: bool = False) -> Mapping:
 
 
 def map_private(length: int) -> Mapping:
-    """Zeroed memory of this process, with huge pages asked for where the kernel gives them."""
-    mapping = _map(length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Zeroed memory of this process, with huge pages asked for where the kernel gives them.
+
+    Raises: NodeMemoryError where the process may not have so much address space.
+    """
+    prot, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    try:
+        mapping = _map(length, prot, flags)
+    except NumaError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise NodeMemoryError(f"{error}: {MORE_ADDRESSES}", needed=length) from error
     if length >= HUGE:
         syscalls.madvise(mapping.address, mapping.length, syscalls.MADV_HUGEPAGE)
     return mapping

@@ -1,16 +1,27 @@
-"""How much memory is left: per node, for this process's cgroups, for the machine."""
+"""How much memory is left: per node, for this process's cgroups, for the machine.
+
+What the kernel does not show is unknown, which is not "none": it refuses nothing.
+"""
 
 from __future__ import annotations
 
 import os
+import resource
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from numaload.errors import check_limits
+from numaload.errors import NodeMemoryError, check_limits
 from numaload.numa.cgroups import folders
 
 # Never planned for: what the kernel, other programs and page tables need to go on.
 RESERVE_SHARE, RESERVE_MIN, RESERVE_MAX = 50, 64 << 20, 1 << 30
+UNKNOWN = 1 << 62  # bytes free where the kernel does not say
+LEAST_FREE = 16 << 20  # bytes that ``require`` leaves: threads, page tables, others
+# ``require`` looks at limits for every larger result, and once for so many bytes of small ones.
+SMALL = 1 << 20
+TRUSTED = 256 << 20  # bytes that may be allocated, at most, between two looks
+TRUSTED_S = 0.05  # seconds after which large results are looked at anew
 
 
 class Limit(NamedTuple):
@@ -43,35 +54,50 @@ def reserve(total: int) -> int:
     return min(RESERVE_MAX, max(RESERVE_MIN, total // RESERVE_SHARE))
 
 
-def node_free(node: int, sys_root: str = "/sys", proc_root: str = "/proc") -> int:
+def node_free(node: int, sys_root: str = "/sys", proc_root: str = "/proc") -> int | None:
     """Bytes that strictly bound memory can take on this node without an OOM kill.
 
-    Free pages and clean page cache, less a reserve. FilePages would be wrong: it counts shared
-    memory, which cannot be given back.
+    Free pages and clean page cache, less a reserve. None where the kernel does not say; an absent
+    node has none.
     """
     base = f"{sys_root}/devices/system/node"
-    # Only a kernel without NUMA has all memory on one node; an absent node has none.
-    path = f"{base}/node{node}/meminfo" if os.path.isdir(base) else f"{proc_root}/meminfo"
+    there = os.path.isdir(base) and bool(os.listdir(base))
+    # Only a kernel without NUMA has all memory on one node.
+    path = f"{base}/node{node}/meminfo" if there else f"{proc_root}/meminfo"
     info = fields(path)
+    if "MemFree" not in info:
+        return 0 if there and not os.path.isdir(f"{base}/node{node}") else None
+    return max(0, _estimated(info) - reserve(info.get("MemTotal", 0)))
+
+
+def _estimated(info: dict[str, int]) -> int:
+    """FilePages would be wrong: it counts shared memory, which cannot be given back."""
     cache = info.get("Active(file)", 0) + info.get("Inactive(file)", 0)
     clean = max(0, cache - info.get("Dirty", 0) - info.get("Writeback", 0))
     slab = info.get("SReclaimable", 0) // 2  # part of it stays in use
-    return max(0, info.get("MemFree", 0) + clean + slab - reserve(info.get("MemTotal", 0)))
+    return info["MemFree"] + clean + slab
 
 
-def node_unused(node: int, sys_root: str = "/sys") -> int:
+def node_unused(node: int, sys_root: str = "/sys") -> int | None:
     """Bytes of free pages of this node, less a reserve: what unbound memory can take there.
 
     Where only page cache could make room, the kernel takes another node's free pages instead.
+    None where the kernel does not say.
     """
     info = fields(f"{sys_root}/devices/system/node/node{node}/meminfo")
-    return max(0, info.get("MemFree", 0) - reserve(info.get("MemTotal", 0)))
+    if "MemFree" not in info:
+        return None
+    return max(0, info["MemFree"] - reserve(info.get("MemTotal", 0)))
 
 
-def machine_available(proc_root: str = "/proc") -> Limit:
-    """What the kernel thinks can be used without swapping (MemAvailable)."""
-    free = fields(f"{proc_root}/meminfo").get("MemAvailable", 0)
-    return Limit("this machine (MemAvailable)", free)
+def machine_available(proc_root: str = "/proc") -> Limit | None:
+    """What can be used without swapping, as the kernel thinks; None where it does not say."""
+    info = fields(f"{proc_root}/meminfo")
+    if "MemAvailable" in info:
+        return Limit("this machine (MemAvailable)", info["MemAvailable"])
+    if "MemFree" in info:  # Linux before 3.14
+        return Limit("this machine (MemFree and page cache)", _estimated(info))
+    return None
 
 
 def cgroup_limits(sys_root: str = "/sys", proc_root: str = "/proc") -> Iterator[Limit]:
@@ -105,7 +131,66 @@ def _number(path: str) -> int | None:
         return None  # "max", or no such limit
 
 
+def known_limits(sys_root: str = "/sys", proc_root: str = "/proc") -> list[Limit]:
+    """The machine's and the cgroups', as far as the kernel shows them."""
+    machine = machine_available(proc_root)
+    return [*([machine] if machine else []), *cgroup_limits(sys_root, proc_root)]
+
+
 def available(sys_root: str = "/sys", proc_root: str = "/proc") -> Limit:
-    """The tightest of the machine's and the cgroups' limits."""
-    limits = [machine_available(proc_root), *cgroup_limits(sys_root, proc_root)]
-    return min(limits, key=lambda limit: limit.free)
+    """The tightest of them; UNKNOWN bytes are free where none is shown."""
+    return tightest(known_limits(sys_root, proc_root))
+
+
+def tightest(limits: list[Limit]) -> Limit:
+    unknown = Limit("unknown", UNKNOWN)
+    return min(limits, key=lambda limit: limit.free, default=unknown)
+
+
+def _process_limits() -> Iterator[Limit]:
+    """Of ulimit -v and -d, where they are set; statm: proc_pid_statm(5)."""
+    for name, which, column in (("v", resource.RLIMIT_AS, 0), ("d", resource.RLIMIT_DATA, 5)):
+        soft, _ = resource.getrlimit(which)
+        if soft == resource.RLIM_INFINITY:
+            continue
+        try:
+            with open("/proc/self/statm", encoding="ascii") as file:
+                used = int(file.read().split()[column]) * resource.getpagesize()
+        except OSError as error:
+            check_limits(error, "/proc/self/statm")
+            continue
+        yield Limit(f"this process (ulimit -{name})", max(0, soft - used))
+
+
+_trusted, _looked = SMALL, 0.0  # bytes that may be allocated without a look, and when it was
+
+
+def require(
+    nbytes: int, what: str, way_out: str, *, node: int | None = None, least: int = LEAST_FREE
+) -> None:
+    """Look whether ``nbytes`` more of this process's memory fit, before they are allocated.
+
+    The kernel would not refuse them but kill, later, when they are touched. A look takes 0.1 ms,
+    so one is good for some bytes more, and for small results that come soon after it.
+    node: that they are to be bound to. least: bytes that are to stay free.
+    Raises: NodeMemoryError with numbers and the way out.
+    """
+    global _trusted, _looked  # noqa: PLW0603 - there is one process
+    now = time.monotonic()
+    if node is None and nbytes <= _trusted and (nbytes < SMALL or now < _looked + TRUSTED_S):
+        _trusted -= nbytes
+        return
+    limits = [available(), *_process_limits()]
+    on_node = None if node is None else node_free(node)
+    if on_node is not None:
+        limits.append(Limit(f"node {node}", on_node))
+    name, free = tightest(limits)
+    if nbytes + least > free:
+        raise NodeMemoryError(
+            f"{what}: needs {nbytes} bytes ({nbytes / 2**30:.2f} GiB) and {least} more to go on,"
+            f" {name} has room for {free} ({free / 2**30:.2f} GiB); {way_out}",
+            node=node,
+            needed=nbytes,
+            free=free,
+        )
+    _trusted, _looked = min(TRUSTED, (free - nbytes - least) // 8), now

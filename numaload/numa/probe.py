@@ -39,7 +39,7 @@ def _land(node: int) -> set[int]:
     """The node that a page bound to ``node`` is on; empty where nobody tells."""
     with map_private(PAGE) as mapping:
         bind(mapping, [node])
-        if not memory.node_free(node):  # a page bound to a full node may cost a process its life
+        if memory.node_free(node) == 0:  # a page bound to a full node may cost a process its life
             return set()
         with mapping.view(write=True) as view:
             view[0] = 1

@@ -92,9 +92,10 @@ class Room:
     def _tightest(self) -> memory.Limit:
         limits = [memory.available()]
         if self.nodes:
-            free = sum(memory.node_free(node) for node in self.nodes)
-            limits.append(memory.Limit(f"node {format_list(self.nodes)}", free))
-        return min(limits, key=lambda limit: limit.free)
+            free = [memory.node_free(node) for node in self.nodes]
+            if (known := [nbytes for nbytes in free if nbytes is not None]) and known == free:
+                limits.append(memory.Limit(f"node {format_list(self.nodes)}", sum(known)))
+        return memory.tightest(limits)
 
     def look(self, done: int, piece: Piece) -> bool:
         """After ``piece``: whether there is room for more. ``done``: bytes read so far."""

@@ -13,9 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from numaload.errors import NodeMemoryError
+from numaload.numa import memory
 from numaload.numa.mapping import Mapping, map_private
 from numaload.numa.syscalls import HUGE, memory_at
 
+WAY_OUT = "let go of tensors that were taken, give a smaller ahead=, or stream to a smaller dtype"
+LEAST_FREE = 4 << 20  # bytes beside the buffers: threads, and what Python needs
 WASTE = 2  # times what is needed: larger ranges are left for larger tensors
 
 
@@ -26,14 +30,26 @@ class Buffers:
         self.most = most
         self._free: deque[Mapping] = deque()  # arrays die in any thread, at any time: no locks
 
-    def take(self, nbytes: int) -> NDArray[np.uint8]:
-        """``nbytes`` of uninitialized memory; it comes back with the last array over it."""
+    def take(self, nbytes: int, under_way: int = 0, what: str = "a tensor") -> NDArray[np.uint8]:
+        """``nbytes`` of uninitialized memory; it comes back with the last array over it.
+
+        under_way: bytes that were taken and perhaps not touched yet. Raises: NodeMemoryError.
+        """
         if nbytes < HUGE:
+            memory.require(nbytes, what, WAY_OUT, least=LEAST_FREE)
             return np.empty(nbytes, np.uint8)
-        mapping = self._found(nbytes) or map_private(nbytes)
+        mapping = self._found(nbytes) or self._mapped(nbytes, under_way, what)
         lease: Any = memory_at(mapping.address, nbytes)
         weakref.finalize(lease, self._back, mapping).atexit = False
         return np.frombuffer(memoryview(lease).cast("B"), np.uint8)
+
+    def _mapped(self, nbytes: int, under_way: int, what: str) -> Mapping:
+        try:
+            memory.require(nbytes + under_way, what, WAY_OUT, least=LEAST_FREE)
+        except NodeMemoryError:
+            self._free.clear()  # none of them was large enough
+            memory.require(nbytes + under_way, what, WAY_OUT, least=LEAST_FREE)
+        return map_private(nbytes)
 
     def _found(self, nbytes: int) -> Mapping | None:
         for _ in range(len(self._free)):

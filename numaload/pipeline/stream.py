@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Iterable
+from contextlib import suppress
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +23,12 @@ from numaload.dtypes import (
     item_shape,
     numpy_dtype,
 )
-from numaload.errors import NumaloadError, UnsupportedTypeError, UsageError
-from numaload.pipeline.fill import Work, writer
-from numaload.pipeline.memory import Buffers
+from numaload.errors import NodeMemoryError, NumaloadError, UnsupportedTypeError, UsageError
+from numaload.kernels import registry
+from numaload.numa import memory
+from numaload.numa.workers import finish
+from numaload.pipeline.fill import READ, Work, writer
+from numaload.pipeline.memory import LEAST_FREE, WAY_OUT, Buffers
 from numaload.pipeline.pieces import Target
 from numaload.storage.reader import Progress
 from numaload.weights import Tensor, Weights
@@ -34,6 +39,7 @@ AHEAD = 256 << 20
 # is used again soon is in caches still.
 FIRST = 64 << 20
 SLOW_S = 1e-3
+SCARCE = 1 << 30  # bytes of room; of more, what compiling takes is no matter
 MOST = 1000  # tensors that are ready: each has a price, however small it is
 
 
@@ -53,10 +59,11 @@ def stream(
     row), for blocks, and in numpy for F4 and F6. They are the caller's own: written to as any.
     ahead: bytes of results that may be ready or under way at a time (one tensor always is), that
     may be read ahead of the files, and of memory that is kept for later tensors once nothing holds
-    it any more.
+    it any more. Less where memory has no room for it: limits are looked at once, at the start.
     names: only these. progress(bytes of the files done, in all): returning False cancels.
     Raises: TensorNotFoundError, UsageError at once; at the tensor that has it, after those before:
-    UnsupportedTypeError, UnknownQuantTypeError, ReadError, FileChangedError, CancelledError.
+    UnsupportedTypeError, UnknownQuantTypeError, ReadError, FileChangedError, CancelledError,
+    NodeMemoryError where two of the largest tensors do not fit, or what the caller keeps.
     """
     wanted = _wanted(dtype)
     if ahead < 0:
@@ -90,6 +97,7 @@ def _stream(
 ) -> Generator[tuple[str, Any], None, None]:
     if not tensors:
         return
+    ahead = min(ahead, _room(tensors, wanted))
     buffers, todo = Buffers(ahead), deque(tensors)
     ready: deque[_Result] = deque()
     nbytes, most = 0, min(ahead, FIRST)  # of those that are ready or under way
@@ -97,8 +105,12 @@ def _stream(
         try:
             while todo or ready:
                 while todo and _fits(len(ready), nbytes, _nbytes(todo[0], wanted), most, ahead):
-                    ready.append(_Result(todo.popleft(), wanted, buffers, work))
+                    ready.append(_Result(todo[0], wanted, buffers, work, nbytes))
+                    if len(ready) > 1 and isinstance(ready[-1].error, NodeMemoryError):
+                        ready.pop()  # there may be room once those before are taken
+                        break
                     nbytes += ready[-1].nbytes
+                    todo.popleft()
                 nbytes -= ready[0].nbytes
                 ready[0].wait()
                 given = time.perf_counter()
@@ -109,6 +121,25 @@ def _stream(
                     most = min(ahead, 2 * most)
         finally:
             buffers.close()
+
+
+def _room(tensors: list[Tensor], wanted: Wanted) -> int:
+    """Bytes ahead that memory has room for, beside a tensor and the one that the caller still has.
+
+    Raises: NodeMemoryError where it has none for these two.
+    """
+    room = memory.available().free
+    if room < SCARCE:
+        for qtype in {tensor.qtype for tensor in tensors if _kernel(tensor, wanted)}:
+            with suppress(registry.SettingError):  # which its tensors tell
+                registry.load(qtype, wanted.dtype or "")  # compiling takes more than a tensor
+        room = memory.available().free
+    sizes = [0, *(_nbytes(tensor, wanted) for tensor in tensors)]
+    least = max(map(sum, pairwise(sizes)))
+    own = LEAST_FREE + tensors[0].workers().count * READ
+    if least + own > room:
+        memory.require(least, "a tensor and the one before it", WAY_OUT, least=own)
+    return max(0, room - least - own) // 2  # ahead, and kept for later
 
 
 def _fits(count: int, nbytes: int, more: int, most: int, ahead: int) -> bool:
@@ -163,21 +194,23 @@ def _as_in_file(tensor: Tensor, wanted: Wanted) -> tuple[str, tuple[int, ...]]:
 class _Result:
     """One tensor under way."""
 
-    def __init__(self, tensor: Tensor, wanted: Wanted, buffers: Buffers, work: Work) -> None:
+    def __init__(
+        self, tensor: Tensor, wanted: Wanted, buffers: Buffers, work: Work, under_way: int
+    ) -> None:
         self.tensor, self.wanted, self.nbytes = tensor, wanted, _nbytes(tensor, wanted)
         self.kernel, self.work = _kernel(tensor, wanted), work
         self.error: NumaloadError | None = None
         try:
-            self._start(buffers)
+            self._start(buffers, under_way)
         except NumaloadError as error:  # comes when its turn has come
             self.error = error
 
-    def _start(self, buffers: Buffers) -> None:
+    def _start(self, buffers: Buffers, under_way: int) -> None:
         tensor, kernel = self.tensor, self.kernel
         tensor.check_type()
         item, self.shape = (kernel, tensor.shape) if kernel else _as_in_file(tensor, self.wanted)
         self.dtype = self._find(item)
-        self.flat = buffers.take(self.nbytes)
+        self.flat = buffers.take(self.nbytes, under_way, f"tensor {tensor.name!r}")
         place: NDArray[Any] = self.flat.view(DTYPES[kernel]) if kernel else self.flat
         target = Target(tensor, place, kernel)
         write, cut = writer(target)
@@ -211,6 +244,7 @@ class _Result:
             return made
         if self.wanted.torch:
             return made.to(self._find(self.wanted.dtype))
+        memory.require(self.tensor.size * 4, f"tensor {self.tensor.name!r}", WAY_OUT)
         with np.errstate(all="ignore"):  # what is too large is infinite, as kernels have it
             return made.astype(DTYPES[self.wanted.dtype])
 

@@ -25,19 +25,21 @@ LEAST_FREE = 32 << 20  # on a node that is being filled, on top of what free_on 
 
 @dataclass(frozen=True)
 class Need:
-    """One limit and what would be taken of it, in bytes."""
+    """One limit and what would be taken of it, in bytes. free: None where that is unknown."""
 
     name: str
     needed: int
-    free: int
+    free: int | None
     node: int | None = None
     hint: str = ""  # what else can be done where it does not fit
 
     @property
     def fits(self) -> bool:
-        return self.needed <= self.free
+        return self.free is None or self.needed <= self.free
 
     def __str__(self) -> str:
+        if self.free is None:
+            return f"{self.name}: needs {_gib(self.needed)}, the kernel does not say what it has"
         sign = "fits" if self.fits else "does NOT fit"
         hint = f" ({self.hint})" if self.hint else ""
         return f"{self.name}: needs {_gib(self.needed)}, has {_gib(self.free)}: {sign}{hint}"
@@ -67,7 +69,7 @@ class Plan:
                 f"replicas do not fit, nothing was built: {text}",
                 node=short[0].node,
                 needed=short[0].needed,
-                free=short[0].free,
+                free=short[0].free or 0,
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,8 +101,10 @@ def plan(
     total = sum(footprint(model) * len(groups) for model, groups in builds)
     needs = [_node_need(node, per_node[node], machine, bound=bound) for node in sorted(per_node)]
     if total:
-        limits = [memory.machine_available(), *memory.cgroup_limits()]
-        needs += [Need(limit.name, total, max(0, limit.free - LEAST_FREE)) for limit in limits]
+        needs += [
+            Need(limit.name, total, max(0, limit.free - LEAST_FREE))
+            for limit in memory.known_limits()
+        ]
         if kept != PRIVATE:
             # A manifest, folders and links come on top, and are all that held replicas take there.
             small = SMALL + total // SMALL_SHARE
@@ -110,9 +114,11 @@ def plan(
 
 def _node_need(node: int, needed: int, machine: Topology, *, bound: bool) -> Need:
     # Filling stops at LEAST_FREE: what fits only without it would be rolled back at its end.
-    free = max(0, free_on(node, machine, bound=bound) - LEAST_FREE)
-    hint = ""
-    if not bound and free < needed <= free_on(node, machine) - LEAST_FREE:
+    free, strictly = free_on(node, machine, bound=bound), free_on(node, machine)
+    if free is None or strictly is None:
+        return Need(f"node {node}", needed, None, node)
+    free, hint = max(0, free - LEAST_FREE), ""
+    if not bound and free < needed <= strictly - LEAST_FREE:
         hint = (
             "the rest is page cache, which the kernel gives up only for memory that is bound:"
             " allow binding, or drop the cache"
@@ -130,12 +136,16 @@ def footprint(model: Model) -> int:
     return sum(-(-identity.size // PAGE) * PAGE for identity in model.identities)
 
 
-def free_on(node: int, machine: Topology, *, bound: bool = True) -> int:
-    """Bytes that may be put on this node: if not bound, page cache there makes no room."""
-    if [n.id for n in machine.nodes.values() if n.has_memory] == [node]:
+def free_on(node: int, machine: Topology, *, bound: bool = True) -> int | None:
+    """Bytes that may be put on this node: if not bound, page cache there makes no room.
+
+    None where the kernel does not say.
+    """
+    whole = memory.machine_available()
+    if whole and [n.id for n in machine.nodes.values() if n.has_memory] == [node]:
         # The only memory there is: the kernel's own estimate is better than one from its parts.
         total = machine.nodes[node].memory_total
-        return max(0, memory.machine_available().free - memory.reserve(total))
+        return max(0, whole.free - memory.reserve(total))
     return memory.node_free(node) if bound else memory.node_unused(node)
 
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from numaload.errors import NodeMemoryError
 from numaload.numa.lists import Group
-from numaload.numa.memory import Limit, cgroup_limits
+from numaload.numa.memory import Limit, cgroup_limits, tightest
 from numaload.numa.topology import Topology
 from numaload.replicas.plan import LEAST_FREE, free_on
 
@@ -72,8 +72,10 @@ class Room:
         """None where there is room. What others are filling may be filled already or not: in doubt
         they are to be waited for, until less than the result is pending.
         """
-        limits = [Limit(f"node {node}", free_on(node, self.machine, bound=self.bound))]
-        name, free = min([*limits, *cgroup_limits()], key=lambda limit: limit.free)
+        limits, on_node = [*cgroup_limits()], free_on(node, self.machine, bound=self.bound)
+        if on_node is not None:
+            limits.append(Limit(f"node {node}", on_node))
+        name, free = tightest(limits)
         with self.lock:
             pending, needed = self.pending[node], nbytes + LEAST_FREE
             if free >= pending + needed:

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from numaload.errors import NodeMemoryError
 from numaload.numa import memory
 from numaload.numa.mapping import Mapping, map_private
 from numaload.numa.syscalls import PAGE
@@ -18,7 +17,7 @@ from numaload.storage.reader import Piece, Progress, Reading
 from numaload.storage.residency import Residency, give_back, present, residency
 from numaload.storage.ways import IntoMemory
 
-PAGE_TABLES, LEAST_FREE = 512, 32 << 20  # a byte for so many copied; bytes that stay free
+PAGE_TABLES = 512  # bytes copied for each byte of these
 LOOK_EVERY = 256 << 20  # bytes copied between two looks at what memory is left
 MOST_THREADS = 8  # that copy what is in RAM: memory is busy with fewer
 
@@ -47,15 +46,8 @@ def copy_files(files: Sequence[SourceFile], progress: Progress | None = None) ->
 
 
 def _check_room(nbytes: int, state: str) -> None:
-    room = memory.available()
-    if nbytes + nbytes // PAGE_TABLES + LEAST_FREE > room.free:
-        raise NodeMemoryError(
-            f"{nbytes} bytes ({nbytes / 2**30:.1f} GiB) are to be copied, {room.name} has room for"
-            f" {room.free} ({room.free / 2**30:.1f} GiB); {state}: free memory, or open without"
-            " copy=True",
-            needed=nbytes,
-            free=room.free,
-        )
+    way_out = f"{state}: free memory, or open without copy=True"
+    memory.require(nbytes + nbytes // PAGE_TABLES, "a copy of the files", way_out)
 
 
 def plan_for(files: Sequence[SourceFile], before: Sequence[Residency]) -> ReadPlan:

@@ -103,11 +103,9 @@ class Slice:
 
     def dequantize(self, dtype: Any = "float32") -> Any:
         """Floats of the part, in ``shape``: a new array. Raises: as Tensor.dequantize."""
-        import numpy as np
+        from numaload.dequantize import dtype_of, new_array
 
-        from numaload.dequantize import dtype_of
-
-        out = np.empty(self.shape, dtype_of(dtype))
+        out = new_array(self.shape, dtype_of(dtype), f"part of tensor {self.name!r}")
         part = (self.range.start, self.range.stop)
         for expert, floats in enumerate(out):
             if self._columns:
@@ -171,7 +169,8 @@ class Slices(NotCopyable, Mapping[str, Tensor | Slice]):
         made = Slices(self.weights, self.part, self.parts)
         slices = list(made._slices.values())
         offsets, total = _layout(slices)
-        _check_room(total, node)
+        way_out = "nothing was copied: divide into more parts, or free memory"
+        memory.require(total, "experts' parts", way_out, node=node)
         mapping = map_private(total)
         try:
             if node is not None:
@@ -223,21 +222,6 @@ def _layout(slices: list[Slice]) -> tuple[list[int], int]:
         offsets.append(total)
         total += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
     return offsets, total
-
-
-def _check_room(nbytes: int, node: int | None) -> None:
-    limits = [memory.available()]
-    if node is not None:
-        limits.append(memory.Limit(f"node {node}", memory.node_free(node)))
-    tightest = min(limits, key=lambda limit: limit.free)
-    if nbytes > tightest.free:
-        raise NodeMemoryError(
-            f"{nbytes} bytes of experts' parts: {tightest.name} has room for {tightest.free};"
-            " nothing was copied",
-            node=node,
-            needed=nbytes,
-            free=tightest.free,
-        )
 
 
 def _fill(

@@ -184,18 +184,16 @@ class Tensor:
         out: any C-contiguous buffer of that item size and element count, torch tensors included.
         Returns: ``out``, or a new array: ``shape``, or (rows, columns), or ``shape[1:]``.
         Bit-exact with ggml. Raises: UnsupportedTypeError (naming the tensor, its type and why),
-        UnknownQuantTypeError, UsageError.
+        UnknownQuantTypeError, UsageError, NodeMemoryError where a new array does not fit.
         """
-        import numpy as np
-
-        from numaload.dequantize import as_output, dequantize_blocks, dtype_of
+        from numaload.dequantize import as_output, dequantize_blocks, dtype_of, new_array
 
         wanted = dtype_of(dtype)
         start, stop, shape = self._selection(rows, expert)
         qtype = self.qtype
         _, type_size = BLOCKS[qtype]
         blocks = self.blocks[start:stop].reshape(-1, type_size)
-        result = np.empty(shape, wanted) if out is None else out
+        result = new_array(shape, wanted, f"tensor {self.name!r}") if out is None else out
         flat = as_output(result, wanted, prod(shape))
         if flat.size:
             dequantize_blocks(
@@ -211,7 +209,8 @@ class Tensor:
         uint8, (..., bytes per row). Read-only memory: writing to it ends the process.
         dtype: a name, torch's or numpy's; converted in parallel into memory of its own.
         device: other than "cpu" it is copied there.
-        Raises: UsageError without torch, UnsupportedTypeError, UnknownQuantTypeError.
+        Raises: UsageError without torch, UnsupportedTypeError, UnknownQuantTypeError,
+        NodeMemoryError for what is converted and does not fit.
         """
         if dtype is None:
             found = self._raw_tensor()
@@ -223,7 +222,7 @@ class Tensor:
         if not self._has_kernel_to(name):
             return torch_memory.converted(self._own_order(), device, wanted, self.name)
         made = kernel_dtype(name)
-        out = torch_memory.empty(self.shape, torch_memory.torch_dtype(made, self.name))
+        out = torch_memory.new(self.shape, torch_memory.torch_dtype(made, self.name), self.name)
         self.dequantize(made, out=out)
         return torch_memory.converted(out, device, wanted, self.name, copy=False)
 
@@ -237,8 +236,9 @@ class Tensor:
             return self._raw_tensor()
         import numpy as np
 
-        from numaload.torch_memory import of_bytes, torch_type
+        from numaload.torch_memory import of_bytes, require, torch_type
 
+        require(self.nbytes, self.name)
         dtype = torch_type(self.type_name)
         numbers = np.frombuffer(self.buffer, f"u{dtype.itemsize}").byteswap()
         return of_bytes(numbers.view(np.uint8), dtype, self.shape)

@@ -338,6 +338,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
     weights = tensors_file(tmp_path / "m.gguf", a=values(4, 8))
     monkeypatch.setattr(memory, "available", lambda: memory.Limit("this machine", 1 << 20))
+    monkeypatch.setattr(memory, "_trusted", 0)
     module = module_of({"a": (4, 8)}, device="meta")
     with pytest.raises(NodeMemoryError, match="this machine has room for 1048576"):
         api.load_state_dict(module, weights)

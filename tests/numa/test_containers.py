@@ -191,7 +191,7 @@ def test_someone_else_fills_the_node_half_way(
     """It had room when it was planned; nobody is killed, and all of it comes back."""
     node, tests = nodes[1], os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     big = sparse_model(tmp_path / "big.gguf", 256 * MIB)
-    take = node_free(node) - 128 * MIB  # leaves less than the replica needs
+    take = (node_free(node) or 0) - 128 * MIB  # leaves less than the replica needs
     hog = subprocess.Popen(
         [sys.executable, "-c", HOG, str(node), str(take), tests], text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -142,6 +142,7 @@ def test_no_cgroups_at_all(tmp_path: Path) -> None:
 def test_available_is_the_tightest(tmp_path: Path) -> None:
     roots = member_of(tmp_path, "0::/job")
     machine = machine_available(roots["proc_root"])
+    assert machine is not None
     assert machine.free == 6 * GIB
     cgroup(tmp_path, 2, "/job", str(100 * GIB), GIB)
     assert available(**roots) == machine
@@ -150,4 +151,6 @@ def test_available_is_the_tightest(tmp_path: Path) -> None:
 
 
 def test_this_machine_has_room() -> None:
-    assert 0 < available().free <= machine_available().free
+    machine = machine_available()
+    assert machine is not None
+    assert 0 < available().free <= machine.free

@@ -42,9 +42,11 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     room = {"node": 100 * GIB, "machine": 1000 * GIB, "cgroup": 1000 * GIB, "tmpfs": 1000 * GIB}
     monkeypatch.setattr(memory, "node_free", lambda _: room["node"])
     monkeypatch.setattr(
-        memory, "machine_available", lambda: memory.Limit("machine", room["machine"])
+        memory, "machine_available", lambda *_: memory.Limit("machine", room["machine"])
     )
-    monkeypatch.setattr(memory, "cgroup_limits", lambda: [memory.Limit("cgroup", room["cgroup"])])
+    monkeypatch.setattr(
+        memory, "cgroup_limits", lambda *_: [memory.Limit("cgroup", room["cgroup"])]
+    )
     monkeypatch.setattr(plans, "_store_need", lambda n: plans.Need("tmpfs", n, room["tmpfs"]))
     return room
 

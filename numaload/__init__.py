@@ -7,10 +7,9 @@ torch nor libnuma.
 from __future__ import annotations
 
 import os
-import sys
+from _thread import RLock
 from typing import TYPE_CHECKING, Any
 
-from numaload import forks as _forks  # noqa: F401 - from now on forks wait, see there
 from numaload._version import __version__
 from numaload.numa import affinity as _affinity  # noqa: F401 - reads the allowed CPUs, see there
 
@@ -81,11 +80,23 @@ _PLACES: dict[str, tuple[str, str | None]] = {
 }
 
 
+# What makes forks wait for imports takes 10 ms to import, which the command line does without. A
+# fork waits for that, too.
+_first_use = RLock()
+os.register_at_fork(
+    before=_first_use.acquire,
+    after_in_parent=_first_use.release,
+    after_in_child=_first_use.release,
+)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'numaload' has no attribute {name!r}")
     from importlib import import_module
 
+    with _first_use:
+        import_module("numaload.forks")
     module, attribute = _PLACES[name]
     found = import_module(f"numaload.{module}")
     value = found if attribute is None else getattr(found, attribute)
@@ -95,17 +106,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-def _finish_imports() -> None:
-    """Wait for what other threads are importing of this package.
-
-    In a child that was forked meanwhile its lock would stay closed for ever.
-    """
-    from importlib import import_module
-
-    for name in [name for name in sys.modules if name.startswith("numaload.")]:
-        import_module(name)
-
-
-os.register_at_fork(before=_finish_imports)

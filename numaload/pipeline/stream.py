@@ -26,7 +26,6 @@ from numaload.dtypes import (
 from numaload.errors import NodeMemoryError, NumaloadError, UnsupportedTypeError, UsageError
 from numaload.kernels import registry
 from numaload.numa import memory
-from numaload.numa.workers import finish
 from numaload.pipeline.fill import READ, Work, writer
 from numaload.pipeline.memory import LEAST_FREE, WAY_OUT, Buffers
 from numaload.pipeline.pieces import Target

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from numaload.errors import NodeMemoryError, NotCopyable, TensorNotFoundError, UsageError
+from numaload.errors import NotCopyable, TensorNotFoundError, UsageError
 from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.numa import memory
 from numaload.numa.mapping import Mapping as MemoryMapping

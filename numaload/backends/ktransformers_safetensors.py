@@ -120,16 +120,16 @@ class SafeTensorLoader(NotCopyable):
         if self.has_tensor(f"{layer}.ffn_gate_exps.weight"):
             return self._merged(layer)
         short = self.has_tensor(f"{key}.0.up.weight")
-        pattern = f"{key}.{{}}.{{}}.weight" if short else f"{key}.{{}}.{{}}_proj.weight"
+        ending = ".weight" if short else "_proj.weight"
         count = 0
-        while self.has_tensor(pattern.format(count, "up")):
+        while self.has_tensor(f"{key}.{count}.up{ending}"):
             count += 1
         if not count:
             message = f"no experts {key!r} in the files below"
             raise ModelNotFoundError(message, path=self._folder)
         found: dict[str, Any] = {}
         for name in PROJECTIONS:
-            names = [pattern.format(number, name) for number in range(count)]
+            names = [f"{key}.{number}.{name}{ending}" for number in range(count)]
             found[name], found[f"{name}_type"] = self._stacked(names)
         return found
 

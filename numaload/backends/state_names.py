@@ -77,11 +77,14 @@ def _by_own_name(weights: Weights, key: str, parameter: Any) -> list[Share]:
     experts = EXPERTS.fullmatch(key)
     if key in weights or experts is None or parameter.ndim != 3:
         return [Share(key, whole)]
-    names = [f"{experts['layer']}.experts.{{}}.{w}_proj.weight" for w in HALVES[experts["which"]]]
+    stem, halves = f"{experts['layer']}.experts", HALVES[experts["which"]]
     return [
-        Share(name.format(number), partial(_part_of_expert, number, half, len(names)))
+        Share(
+            f"{stem}.{number}.{name}_proj.weight",
+            partial(_part_of_expert, number, half, len(halves)),
+        )
         for number in range(parameter.shape[0])
-        for half, name in enumerate(names)
+        for half, name in enumerate(halves)
     ]
 
 

@@ -105,16 +105,14 @@ def print_table(
 
     figures: all columns but the first are numbers, though written as text.
     """
-    cells = [[printable(cell) for cell in row] for row in rows]
+    names, *cells = [[printable(cell) for cell in row] for row in (header, *rows)]
     # One long name shall not pad a hundred thousand others.
-    widths = [
-        min(max(len(h), *(len(r[i]) for r in cells), 0), WIDEST) for i, h in enumerate(header)
-    ]
+    widths = [min(max(len(h), *(len(r[i]) for r in cells), 0), WIDEST) for i, h in enumerate(names)]
     right = [
         (figures and i > 0) or (all(isinstance(row[i], int) for row in rows) and bool(rows))
         for i in range(len(header))
     ]
-    for line in [list(header), *cells]:
+    for line in [names, *cells]:
         parts = [
             c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)
         ]

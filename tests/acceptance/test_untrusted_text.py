@@ -25,6 +25,7 @@ from commands import LIMIT_S, Numaload
 from numaload import errors
 from numaload.backends.kt_kernel_loader import Loader
 from numaload.backends.kt_kernel_workers import Worker
+from numaload.backends.ktransformers import SafeTensorLoader
 from numaload.backends.lora import open_adapter
 from numaload.cli.output import print_table, say
 from numaload.errors import LONGEST, printable
@@ -278,7 +279,7 @@ def test_what_objects_say_of_themselves_is_safe_to_print(weights: api.Weights) -
 
 
 def test_a_table_shows_names_escaped(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table(["name"], [[EVIL], ["\x1b" * 10**6]])
+    print_table([EVIL], [[EVIL], ["\x1b" * 10**6]])
     say(EVIL)
     out = capsys.readouterr().out
     assert safe(out)
@@ -292,3 +293,17 @@ def test_metadata_of_kt_kernel_s_loader_is_printed_escaped(
     out = capsys.readouterr().out
     assert safe(out)
     assert PLAIN in out
+
+
+def test_braces_in_names_stand_for_nothing(tmp_path: Path) -> None:
+    torch_modules = pytest.importorskip("torch_modules", exc_type=ImportError)
+    layer = "model.{0}{x}%s"
+    names = [f"{layer}.experts.{i}.{p}_proj.weight" for i in (0, 1) for p in ("up", "gate", "down")]
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(sb.model(dict.fromkeys(names, ("F32", (2, 2)))))
+    found = SafeTensorLoader(tmp_path).load_experts(f"{layer}.experts")
+    assert found["down"].shape[0] == 2
+    halves = {f"{layer}.experts.gate_up_proj": (2, 4, 2), f"{layer}.experts.down_proj": (2, 2, 2)}
+    module = torch_modules.module_of(halves)
+    with api.open(path) as weights:
+        assert not api.load_state_dict(module, weights).missing_keys

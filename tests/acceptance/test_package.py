@@ -86,7 +86,24 @@ def test_every_package_is_listed() -> None:
     assert sorted(found) == sorted(listed)
 
 
-def test_kernels_have_one_identity() -> None:
-    done = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, text=True,
-                          capture_output=True, check=False)  # fmt: skip
-    assert "import numaload.kernels, not kernels" in done.stderr
+def in_checkout(program: str, path: Path) -> str:
+    return run(sys.executable, "-c", program, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(path)})
+
+
+def test_kernels_of_the_checkout_are_no_package_for_others(tmp_path: Path) -> None:
+    """transformers asks for a package of that name, and takes one without a file for none."""
+    program = "import kernels; print(kernels.__file__, *kernels.__path__)\nfrom kernels import "
+    assert in_checkout(f"{program}__doc__", tmp_path) == "None\n"
+    with pytest.raises(AssertionError, match="cannot import name 'lanes'"):
+        in_checkout(f"{program}lanes", tmp_path)
+
+
+def test_another_package_of_that_name_is_found_from_the_checkout(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text("from kernels.layer import Mode")
+    (tmp_path / "kernels/layer.py").write_text("Mode = 5")
+    program = (
+        "from kernels import Mode, layer; import kernels\n"
+        "from numaload.kernels import lanes; print(kernels.__file__, Mode)"
+    )
+    assert in_checkout(program, tmp_path) == f"{tmp_path}/kernels/__init__.py 5\n"

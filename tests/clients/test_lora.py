@@ -6,7 +6,6 @@ docs/lora.md: its blocks of code run as they stand there.
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ import lora_files as lf
 from numaload.backends.lora import open_adapter
 
 ROOT = Path(__file__).parents[2]
-# transformers imports whatever is called kernels, which from this folder is numaload's.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -113,7 +113,8 @@ def test_only_objects_knows_ctypes(name: str) -> None:
 
 
 def test_package_imports_nothing() -> None:
-    assert imported("__init__") == set()
+    # But for finding the package that others mean by this folder's name.
+    assert imported("__init__") == {"importlib.machinery", "importlib.util", "os", "sys"}
 
 
 # compiling -------------------------------------------------------------------------------------

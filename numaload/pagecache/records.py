@@ -135,13 +135,11 @@ def sweep() -> None:
 def take_over() -> None:
     """Move the records here that processes of an earlier version write."""
     with userdir.earlier(FOLDER) as old:
-        found = os.listdir(old) if old is not None else []
-        names = [name for name in found if any(_read(name, old))]
-        if names:
-            with userdir.within(FOLDER) as folder:
-                for name in names:
-                    with suppress(FileNotFoundError):
-                        os.rename(name, name, src_dir_fd=old, dst_dir_fd=folder)
+        for name in os.listdir(old) if old is not None else ():
+            with suppress(*userdir.UNREADABLE):  # no record
+                _parsed(name, old)
+                with userdir.within(FOLDER) as folder:
+                    os.rename(name, name, src_dir_fd=old, dst_dir_fd=folder)
 
 
 def records() -> list[Record]:
@@ -154,15 +152,21 @@ def records() -> list[Record]:
     return sorted(found, key=lambda record: record.since)
 
 
+def _parsed(name: str, folder: int | None) -> Record:
+    """Raises: userdir.UNREADABLE."""
+    assert folder is not None  # noqa: S101 - names come from it
+    record = Record.from_json(userdir.read_owned(name, folder))
+    if record.name != name:
+        raise ValueError("the record of another process")
+    return record
+
+
 def _read(name: str, folder: int | None) -> Iterator[Record]:
     if not RECORD.fullmatch(name):
         return
     with suppress(FileNotFoundError):  # it ended just now
         try:
-            assert folder is not None  # noqa: S101 - names come from it
-            record = Record.from_json(userdir.read_owned(name, folder))
-            if record.name != name:
-                raise ValueError("the record of another process")
+            record = _parsed(name, folder)
         except FileNotFoundError:
             raise
         except userdir.UNREADABLE as error:

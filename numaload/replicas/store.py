@@ -5,7 +5,7 @@
     /dev/shm/numaload-1000/           0700, this user's
         numaload-store                numaload made this folder
         lock                          held while something is built: two plans cannot share room
-        known/KEY.json                models that were used since boot
+        known/HASH.json               models that were used since boot
         KEY.TOKEN/                    one entry: appears by one rename, disappears by one
             manifest.json             whose replicas, on which nodes, checksums
             node0/model.gguf          0400; the file itself, so that other engines can map it too

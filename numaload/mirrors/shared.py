@@ -24,10 +24,16 @@ from numaload.weights import Weights
 
 
 def plan_shared(
-    models: Sequence[Weights], machine: Topology, wanted: Wanted, *, bound: bool = True
+    models: Sequence[Weights],
+    machine: Topology,
+    wanted: Wanted,
+    *,
+    bound: bool = True,
+    building: bool = False,
 ) -> Plan:
     """What ``mirror_shared`` would build: groups of nodes that have no replica of a model yet.
 
+    building: else a store that cannot be used is said, and the plan made as if it were empty.
     Raises: StoreError where what is there is not what is wanted: without a holder, or not bound.
     """
     builds = []
@@ -35,7 +41,7 @@ def plan_shared(
     for weights in models:
         model = weights.model()
         if model.key not in there:
-            found = _found(model)
+            found = _found(model, building=building)
             _check_kind(weights, [e for g, e in found.items() if g in wanted.groups], wanted)
             there[model.key] = set(found)
         builds.append((model, [g for g in wanted.groups if g not in there[model.key]]))
@@ -43,11 +49,12 @@ def plan_shared(
     return plan(builds, machine, kept=HELD if wanted.hold else STORED, bound=bound)
 
 
-def _found(model: known.Model) -> dict[Group, Entry]:
-    """Whoever builds has checked the store; to plan, a bad one must not stop."""
+def _found(model: known.Model, *, building: bool) -> dict[Group, Entry]:
     try:
         return store.find(model)
     except StoreError as error:
+        if building:
+            raise
         warn_once(str(error), f"{error}; planned as if nothing were in the store")
         return {}
 
@@ -98,7 +105,9 @@ def _mirror_shared(
     with store.building() as folder:
         bound = can_bind(wanted, machine)
         todo = with_room(
-            lambda: plan_shared(models, machine, wanted, bound=bound), models, bound=bound
+            lambda: plan_shared(models, machine, wanted, bound=bound, building=True),
+            models,
+            bound=bound,
         )
         if announce:
             announce(todo)

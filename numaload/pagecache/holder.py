@@ -214,13 +214,13 @@ def _alone() -> Iterator[None]:
     """So that two who ask for the same at the same time start one process."""
     with userdir.within(records.FOLDER) as folder:
         assert folder is not None  # noqa: S101 - it was made
-        fcntl.flock(folder, fcntl.LOCK_EX)
+        userdir.flock(folder, fcntl.LOCK_EX)
         try:
             records.sweep()
             yield
         finally:
             # Closing alone would leave it locked where a child was forked meanwhile.
-            fcntl.flock(folder, fcntl.LOCK_UN)
+            userdir.flock(folder, fcntl.LOCK_UN)
 
 
 def _waited(kept: PrewarmHolder, progress: Progress | None) -> PrewarmReport | None:

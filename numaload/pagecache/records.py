@@ -118,14 +118,14 @@ def remove(record: Record) -> bool:
 
 def is_there(record: Record) -> bool:
     with userdir.within(FOLDER, create=False) as folder:
-        return folder is not None and record.name in os.listdir(folder)
+        return folder is not None and record.name in userdir.listed(folder)
 
 
 def sweep() -> None:
     """Clear what holders left that were killed while they wrote."""
     take_over()
     with userdir.within(FOLDER, create=False) as folder:
-        for name in os.listdir(folder) if folder is not None else ():
+        for name in userdir.listed(folder) if folder is not None else ():
             match = ASIDE.fullmatch(name)
             if match and not alive(int(match[1]), int(match[2])):
                 with suppress(OSError):
@@ -135,7 +135,7 @@ def sweep() -> None:
 def take_over() -> None:
     """Move the records here that processes of an earlier version write."""
     with userdir.earlier(FOLDER) as old:
-        for name in os.listdir(old) if old is not None else ():
+        for name in userdir.listed(old) if old is not None else ():
             with suppress(*userdir.UNREADABLE):  # no record
                 _parsed(name, old)
                 with userdir.within(FOLDER) as folder:
@@ -147,7 +147,7 @@ def records() -> list[Record]:
     take_over()
     found: list[Record] = []
     with userdir.within(FOLDER, create=False) as folder:
-        for name in os.listdir(folder) if folder is not None else ():
+        for name in userdir.listed(folder) if folder is not None else ():
             found.extend(_read(name, folder))
     return sorted(found, key=lambda record: record.since)
 

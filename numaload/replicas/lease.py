@@ -38,7 +38,7 @@ class Lease(NotCopyable):
                 raise FileNotFoundError
             self.fd = os.open(entry.name, userdir.DIRECTORY, dir_fd=store)
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_SH)
+            userdir.flock(self.fd, fcntl.LOCK_SH)
         except BaseException:
             self.close()
             raise

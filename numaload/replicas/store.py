@@ -84,7 +84,7 @@ def _read(name: str, store: int | None) -> Entry | str:
 
 
 def _entry_names(store: int) -> list[str]:
-    return [name for name in os.listdir(store) if userdir.ENTRY.fullmatch(name)]
+    return [name for name in userdir.listed(store) if userdir.ENTRY.fullmatch(name)]
 
 
 def take_over() -> None:
@@ -145,7 +145,7 @@ def building() -> Iterator[int]:
         try:
             if not _try_lock(lock):
                 warn_once("building", "another process is building replicas; waiting for it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                userdir.flock(lock, fcntl.LOCK_EX)
             _local.builds = True
             _sweep(store)
             yield store
@@ -191,21 +191,19 @@ def _lock_file(store: int | None) -> int:
 
 
 def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return userdir.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _unlock(fd: int) -> None:
     """Closing alone would leave it locked where a child was forked meanwhile."""
-    fcntl.flock(fd, fcntl.LOCK_UN)
-    os.close(fd)
+    try:
+        userdir.flock(fd, fcntl.LOCK_UN)
+    finally:
+        os.close(fd)
 
 
 def _sweep(store: int) -> None:
-    for name in os.listdir(store):
+    for name in userdir.listed(store):
         if name.startswith(".") and userdir.ENTRY.fullmatch(name[1:]):
             _remove(name, store)
     for name in _entry_names(store):
@@ -353,7 +351,7 @@ def release_damaged() -> tuple[list[str], list[str]]:
     with userdir.opened(create=False) as store:
         if store is None:
             return [], []
-        stays = {name for name in os.listdir(store) if not userdir.OURS.fullmatch(name)}
+        stays = {name for name in userdir.listed(store) if not userdir.OURS.fullmatch(name)}
         damaged = _scan()[1]
         for name in damaged:
             _end_damaged(name, store)
@@ -392,4 +390,4 @@ def _remove(name: str, store: int) -> None:
     remove(name, store)
     if _is_there(name, store):
         where = f"{userdir.path()}/{name}"
-        warn_once(where, f"{where} stays: numaload did not make all of it")
+        warn_once(where, f"{where} stays: not all of it can be removed, or is numaload's")

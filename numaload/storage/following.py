@@ -126,7 +126,7 @@ def check_free() -> None:
 def sweep() -> None:
     """Clear what killed readers left."""
     with userdir.within(FOLDER, create=False) as folder:
-        for name in os.listdir(folder) if folder is not None else ():
+        for name in userdir.listed(folder) if folder is not None else ():
             with suppress(OSError):
                 if NAME.fullmatch(name) and _is_lock(os.lstat(name, dir_fd=folder)):
                     lock, free = _lock(name, folder)

@@ -128,7 +128,7 @@ def _name(paths: Sequence[str]) -> str:
 def _names(folder: int) -> list[str]:
     """Of all records, latest first."""
     times = {}
-    for name in os.listdir(folder):
+    for name in userdir.listed(folder):
         if RECORD.fullmatch(name):
             with suppress(FileNotFoundError):
                 times[name] = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime_ns
@@ -137,7 +137,7 @@ def _names(folder: int) -> list[str]:
 
 def _clear(folder: int) -> None:
     """Take away what writers left that were killed: those alive hold the folder."""
-    left = [name for name in os.listdir(folder) if ASIDE.fullmatch(name)]
+    left = [name for name in userdir.listed(folder) if ASIDE.fullmatch(name)]
     if left:
         with suppress(OSError):
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,6 +7,7 @@ nothing is removed but what has the form of what numaload makes.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
 import re
@@ -95,12 +96,12 @@ def _make(where: str) -> None:
     for folder in (os.path.dirname(where), where):
         if not os.path.isdir(folder):
             check_tmpfs(os.path.dirname(folder))
-            with suppress(FileExistsError), _named(folder):
+            with suppress(FileExistsError), named(folder):
                 os.mkdir(folder, 0o700)
 
 
 @contextmanager
-def _named(where: str) -> Iterator[None]:
+def named(where: str) -> Iterator[None]:
     """Say where it is that something failed. Raises: StoreError."""
     try:
         yield
@@ -212,7 +213,7 @@ def _check(where: str, fd: int) -> None:
         raise StoreError(f"{where} has mode {mode:04o}, expected 0700: chmod 700 {where}")
     if syscalls.file_system(fd) != TMPFS:
         check_tmpfs(where)
-    with _named(f"{where}/{MARKER}"):
+    with named(f"{where}/{MARKER}"):
         _check_made(where, fd)
 
 
@@ -222,7 +223,7 @@ def _is_private(status: os.stat_result) -> bool:
 
 def _check_made(where: str, fd: int) -> None:
     """Mark what is empty, which may have been made just now, or has an earlier version's names."""
-    names = os.listdir(fd)
+    names = listed(fd)
     if MARKER in names:
         return
     foreign = sorted(name for name in names if not OURS.fullmatch(name))
@@ -253,6 +254,20 @@ def read_owned(name: str, folder: int) -> bytes:
         os.close(fd)
 
 
+def listed(folder: int) -> list[str]:
+    """The names in a folder of the user's. Raises: StoreError."""
+    with named(path()):
+        return os.listdir(folder)
+
+
+def flock(fd: int, how: int) -> bool:
+    """Whether it is locked now, or unlocked; False if others have it. Raises: StoreError."""
+    with named(path()), suppress(BlockingIOError):
+        fcntl.flock(fd, how)
+        return True
+    return False
+
+
 def write_whole(name: str, data: bytes, folder: int) -> None:
     """Write a small file so that others see all of it or nothing."""
     aside = f".{name}.{os.urandom(4).hex()}"  # other threads may write the same name
@@ -269,7 +284,7 @@ def write_whole(name: str, data: bytes, folder: int) -> None:
 
 def check_tmpfs(where: str) -> None:
     """Raises: StoreError elsewhere: other file systems ignore where memory is bound to."""
-    with _named(where):
+    with named(where):
         mount = mount_of(where)
     if mount is not None and mount.kind != "tmpfs":
         raise StoreError(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from numaload.backends.state_names import COMPUTED, NameMap, Share, shares_of, whole
 from numaload.dequantize import DTYPES, Conversion
 from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, kernel_dtype
-from numaload.errors import StateDictError, UsageError, printable, warn_once
+from numaload.errors import NodeMemoryError, StateDictError, UsageError, printable, warn_once
 from numaload.numa import memory
 from numaload.pipeline import Target, fill
 from numaload.storage.reader import Progress
@@ -76,6 +76,8 @@ def load_state_dict(
     of a file are read in its order, and nothing is held twice.
     strict, missing and unexpected keys, sizes: as in ``torch.nn.Module.load_state_dict``; of tied
     parameters one name is enough. progress(bytes of the files done, in all): False cancels.
+    Nothing is left on the meta device: buffers that no file holds are computed by transformers'
+    models, in parts that hold no parameters; where that cannot be it is a StateDictError.
     Raises: StateDictError (a RuntimeError), NodeMemoryError, UsageError, UnsupportedTypeError,
     UnknownQuantTypeError before anything is touched; ReadError, FileChangedError, CancelledError:
     then parameters that are filled in place may be partly new, and no others have changed.
@@ -89,11 +91,14 @@ def load_state_dict(
             _check_type(found.tensor, dtype_name(parameter.dtype))
     _check_room(parameters)
     with torch.no_grad():
+        computed = _computed_buffers(module, device)
+        plan.check_meta(computed)
         _Filling(parameters, progress).run()
         for parameter in parameters:
             if not parameter.same:
                 _assign(module, parameter)
-        _computed_buffers(module, device)
+        for buffers, name, values in computed.values():
+            buffers[name] = values
     return torch.nn.modules.module._IncompatibleKeys(plan.missing, plan.unexpected)  # noqa: SLF001
 
 
@@ -140,6 +145,25 @@ class _Plan:
                 f"Error(s) in loading state_dict for {kind} from {path}:{lines}",
                 missing=self.missing,
                 unexpected=self.unexpected,
+            )
+
+    def check_meta(self, computed: Mapping[str, Any]) -> None:
+        """Raises: StateDictError for what would be on the meta device still."""
+        left = [
+            name
+            for one, founds in self.found.items()
+            if not founds and self.tensors[one].device.type == "meta"
+            for name in self.tied[one]
+        ]
+        left += [name for name, _, _ in _unfilled(self.module) if name not in computed]
+        if left:
+            raise StateDictError(
+                f"{type(self.module).__name__} from {self.weights.paths[0]}: {_quoted(left)} would"
+                " be left on the meta device: the file does not hold them, and nothing computes"
+                " them without touching parameters. Nothing was loaded: make the module in memory,"
+                " or with only its parameters on meta, as accelerate.init_empty_weights()"
+                " does; or have transformers' from_pretrained load it",
+                missing=left,
             )
 
     def _mismatches(self) -> Iterator[str]:
@@ -331,40 +355,46 @@ def _assign(module: Any, parameter: Parameter) -> None:
         table[leaf] = new  # type: ignore[index]
 
 
-def _computed_buffers(module: Any, device: Any) -> None:
-    """Buffers that no file holds: a module made on the meta device has them there.
-
-    Models of transformers can compute theirs again (rotary embeddings).
-    """
-    left: list[str] = []
-    can = hasattr(module, "_init_weights")
+def _unfilled(module: Any) -> Iterator[tuple[str, Any, str]]:
+    """(full name, part, its name there) of each buffer on the meta device that no file holds."""
     for path, part in module.named_modules():
-        names = _computed(part)
-        if names and can and not any(True for _ in part.parameters(recurse=False)):
-            _compute(module, part, names, device or "cpu")
-            names = [name for name in names if part._buffers[name].isnan().any()]  # noqa: SLF001
-        left += [f"{path}.{name}".lstrip(".") for name in names]
-    if left:
-        warn_once(
-            f"meta-buffers-{type(module).__name__}",
-            f"buffers that no file holds are without values: {', '.join(left)}; make the module"
-            " with only its parameters on the meta device, as accelerate.init_empty_weights() does",
-        )
+        unsaved = part._non_persistent_buffers_set  # noqa: SLF001
+        for name, buffer in part.named_buffers(recurse=False):
+            if name in unsaved and buffer.device.type == "meta":
+                yield f"{path}.{name}".lstrip("."), part, name
 
 
-def _computed(part: Any) -> list[str]:
-    """Non-persistent buffers of this module alone that are on the meta device."""
-    unsaved = part._non_persistent_buffers_set  # noqa: SLF001
-    found = part.named_buffers(recurse=False)
-    return [name for name, buffer in found if name in unsaved and buffer.device.type == "meta"]
+def _computed_buffers(module: Any, device: Any) -> dict[str, tuple[dict[str, Any], str, Any]]:
+    """{full name: (buffers of its part, name there, values)}; the module stays as it is.
+
+    Models of transformers can compute theirs again (rotary embeddings). They do it by initializing
+    the part, with whatever is in it: so only where nothing of that comes from a file.
+    """
+    found: dict[str, tuple[dict[str, Any], str, Any]] = {}
+    parts: dict[Any, list[tuple[str, str]]] = {}
+    for full, part, name in _unfilled(module):
+        parts.setdefault(part, []).append((full, name))
+    for part, names in parts.items():
+        if not hasattr(module, "_init_weights") or part.state_dict():
+            continue
+        once, again = (_computed(module, part, names, device or "cpu", fill) for fill in (0, 1))
+        for full, name in names:
+            if once[name].equal(again[name]):  # and not what it was filled with before
+                found[full] = (part._buffers, name, once[name])  # noqa: SLF001
+    return found
 
 
-def _compute(module: Any, part: Any, names: list[str], device: Any) -> None:
-    torch = import_torch()
-    for name in names:
-        old = part._buffers[name]  # noqa: SLF001
-        fill_with = torch.nan if old.is_floating_point() else 0  # what is not computed shall show
-        part._buffers[name] = torch.full(  # noqa: SLF001
-            old.shape, fill_with, dtype=old.dtype, device=device
-        )
-    module._init_weights(part)  # noqa: SLF001 - where transformers computes them
+def _computed(
+    module: Any, part: Any, names: list[tuple[str, str]], device: Any, fill_with: int
+) -> dict[str, Any]:
+    torch, before = import_torch(), dict(part._buffers)  # noqa: SLF001
+    try:
+        for _, name in names:
+            old = before[name]
+            part._buffers[name] = torch.full(  # noqa: SLF001
+                old.shape, fill_with, dtype=old.dtype, device=device
+            )
+        module._init_weights(part)  # noqa: SLF001 - where transformers computes them
+        return dict(part._buffers)  # noqa: SLF001
+    finally:
+        part._buffers.update(before)  # noqa: SLF001

@@ -355,12 +355,98 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     check(module.cpu(), made.expected, torch.bfloat16)
 
 
-def test_buffers_that_nobody_can_compute_are_named(tmp_path: Path) -> None:
+class Angles(torch.nn.Module):  # type: ignore[misc, name-defined]
+    """Computed from nothing but itself, as rotary embeddings are."""
+
+    def __init__(self, unknown: str = "") -> None:
+        super().__init__()
+        self.register_buffer("angles", torch.arange(3.0), persistent=False)
+        if unknown:
+            dtype = getattr(torch, unknown)
+            self.register_buffer("unknown", torch.ones(2, dtype=dtype), persistent=False)
+
+
+class Embeddings(torch.nn.Module):  # type: ignore[misc, name-defined]
+    """Positions beside parameters: its own, or those of a part of it."""
+
+    def __init__(self, *, own: bool) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.arange(4), persistent=False)
+        if own:
+            self.weight = torch.nn.Parameter(torch.zeros(4, 8))
+        else:
+            self.tokens = torch.nn.Embedding(4, 8)
+
+
+class Model(torch.nn.Module):  # type: ignore[misc, name-defined]
+    """It initializes its parts as models of transformers do."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part())
+
+    def _init_weights(self, part: Any) -> None:
+        for parameter in part.parameters():
+            parameter.normal_()
+        if isinstance(part, Angles):
+            part.angles.copy_(torch.arange(3.0))
+        if isinstance(part, Embeddings):
+            part.positions.copy_(torch.arange(4))
+
+
+def on(device: str, **parts: Any) -> Any:
+    with torch.device(device):
+        return Model(**parts)
+
+
+def test_buffers_that_parts_of_their_own_have_are_computed(tmp_path: Path) -> None:
+    weights = tensors_file(tmp_path / "m.gguf", a__weight=values(4, 8))
+    module = on("meta", a=lambda: torch.nn.Embedding(4, 8), rotary=Angles)
+    api.load_state_dict(module, weights)
+    assert torch.equal(module.a.weight, weights["a.weight"].torch("float32"))
+    assert module.rotary.angles.tolist() == [0, 1, 2]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "beside parameters": (
+        {"x": lambda: Embeddings(own=True)}, '"x.positions"', {"x__weight": (4, 8)}
+    ),
+    "above parameters": (
+        {"x": lambda: Embeddings(own=False)}, '"x.positions"', {"x__tokens__weight": (4, 8)}
+    ),
+    "not computed": ({"x": lambda: Angles("float32")}, '"x.unknown"', {}),
+    "not computed, integers": ({"x": lambda: Angles("int64")}, '"x.unknown"', {}),
+    "not computed, bools": ({"x": lambda: Angles("bool")}, '"x.unknown"', {}),
+    "missing parameters": ({"x": lambda: torch.nn.Embedding(4, 8)}, '"x.weight"', {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_be_left_on_meta_is_refused(tmp_path: Path, case: str) -> None:
+    """Before anything is touched: whoever goes on would compute with nothing, or with noise."""
+    parts, named, more = REFUSED[case]
+    arrays = {name: values(*shape) for name, shape in more.items()}
+    weights = tensors_file(tmp_path / "m.gguf", a__weight=values(4, 8), **arrays)
+    parts = {"a": lambda: torch.nn.Embedding(4, 8)} | parts
+    module = on("meta", **parts)
+    with pytest.raises(StateDictError, match=f"{named} would be left on the meta device") as caught:
+        api.load_state_dict(module, weights, strict=False)
+    assert caught.value.missing == [named.strip('"')]
+    assert {one.device.type for one in (*module.parameters(), *module.buffers())} == {"meta"}
+    module = on("cpu", **parts)
+    api.load_state_dict(module, weights, strict=False)
+    for name, tensor in weights.items():
+        assert torch.equal(module.get_parameter(name), tensor.torch("float32"))
+
+
+def test_buffers_that_nobody_can_compute_are_refused(tmp_path: Path) -> None:
     weights = tensors_file(tmp_path / "m.gguf", a=values(4, 8))
     module = module_of({"a": (4, 8)}, device="meta")
     module.register_buffer("angles", torch.zeros(3, device="meta"), persistent=False)
-    with pytest.warns(api.errors.NumaloadWarning, match="without values: angles"):
+    with pytest.raises(StateDictError, match='"angles" would be left on the meta device'):
         api.load_state_dict(module, weights)
+    assert module.a.device.type == "meta"
 
 
 PROGRAM = """

@@ -121,6 +121,35 @@ def test_a_base_model_without_a_head(tmp_path: Path) -> None:
     assert (result.missing_keys, result.unexpected_keys) == ([], ["output.weight"])
 
 
+VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "vocab_size": 50, "max_position_embeddings": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_embeddings_that_transformers_would_initialize_again(tmp_path: Path, kind: str) -> None:
+    """Positions beside them are on the meta device: then nothing is loaded, and in memory it is."""
+    config = getattr(transformers, f"{kind}Config")(text_config=TEXT, vision_config=VISION)
+    make = getattr(transformers, f"{kind}Model")
+    made = make(config)
+    made.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = make(config)
+    with api.open(tmp_path) as weights:
+        with pytest.raises(api.errors.StateDictError, match=r"embeddings\.position_ids"):
+            api.load_state_dict(model, weights)
+        assert all(one.device.type == "meta" for one in model.parameters())
+        model = make(config)
+        api.load_state_dict(model, weights)
+    for key, tensor in made.state_dict().items():
+        assert torch.equal(model.state_dict()[key], tensor), key
+
+
 def test_a_safetensors_checkpoint(tmp_path: Path) -> None:
     """As save_pretrained writes it, sharded."""
     model = model_of("qwen3moe", "cpu", torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Cgroups (version 2) for tests that run under limits. Only root makes them."""
+"""Cgroups for tests that run under limits. Only root makes them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path("/sys/fs/cgroup")
+VERSION_1 = ROOT / "memory"
 
 
 @contextmanager
@@ -31,3 +32,19 @@ def cgroup(limits: Mapping[str, str]) -> Iterator[str]:
         yield str(folder)
     finally:
         folder.rmdir()
+
+
+@contextmanager
+def memory_limit(nbytes: int) -> Iterator[str]:
+    """A new group that may use so much memory, of whichever version limits it here."""
+    if os.geteuid() or not (VERSION_1 / "memory.limit_in_bytes").exists():
+        with cgroup({"memory.max": str(nbytes)}) as folder:
+            yield folder
+        return
+    made = VERSION_1 / f"numaload-test-{secrets.token_hex(4)}"
+    made.mkdir()
+    try:
+        (made / "memory.limit_in_bytes").write_text(str(nbytes))
+        yield str(made)
+    finally:
+        made.rmdir()

@@ -226,8 +226,10 @@ def _copy(out: NDArray[np.uint8], source: NDArray[np.uint8], start: int, stop: i
 def _scaled(weights: Any, scales: Any) -> Any:
     """A band of 128 rows at a time: their floats before scaling need room as well."""
     torch = torch_memory.import_torch()
-    rows, columns = weights.shape
-    out = torch.empty(rows, columns, dtype=torch.get_default_dtype(), device=weights.device)
+    (rows, columns), dtype = weights.shape, torch.get_default_dtype()
+    if weights.device.type == "cpu":
+        torch_memory.require(rows * columns * dtype.itemsize, "scaled")
+    out = torch.empty(rows, columns, dtype=dtype, device=weights.device)
     for band, scale in enumerate(scales.to(torch.float32)):
         some = slice(band * SCALED, (band + 1) * SCALED)
         factors = scale.repeat_interleave(SCALED)[:columns]

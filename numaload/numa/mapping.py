@@ -16,6 +16,7 @@ from numaload.errors import ClosedError, NodeMemoryError, NotCopyable, NumaError
 from numaload.numa import syscalls
 from numaload.numa.syscalls import HUGE, PAGE
 
+NO_MAPS = "its file system maps no files, as FUSE with direct_io: open it with copy=True"
 MORE_ADDRESSES = "raise ulimit -v and -d, or set vm.overcommit_memory to another value than 2"
 
 
@@ -58,9 +59,14 @@ class Mapping(NotCopyable):
 
 
 def map_file(fd: int, length: int, *, write: bool = False) -> Mapping:
-    """A shared mapping of the first ``length`` bytes of a file."""
+    """A shared mapping of the first ``length`` bytes of a file. Raises: NumaError."""
     prot = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
-    return _map(length, prot, mmap.MAP_SHARED, fd)
+    try:
+        return _map(length, prot, mmap.MAP_SHARED, fd)
+    except NumaError as error:
+        if error.errno == errno.ENODEV:
+            error.args = (error.errno, f"{error}: {NO_MAPS}")
+        raise
 
 
 def map_private(length: int) -> Mapping:

@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 from numaload.errors import NodeMemoryError, check_limits
 from numaload.numa.cgroups import folders
+from numaload.numa.sysfs import Reader
 
 # Never planned for: what the kernel, other programs and page tables need to go on.
 RESERVE_SHARE, RESERVE_MIN, RESERVE_MAX = 50, 64 << 20, 1 << 30
 UNKNOWN = 1 << 62  # bytes free where the kernel does not say
 LEAST_FREE = 16 << 20  # bytes that ``require`` leaves: threads, page tables, others
-# ``require`` looks at limits for every larger result, and once for so many bytes of small ones.
-SMALL = 1 << 20
-TRUSTED = 256 << 20  # bytes that may be allocated, at most, between two looks
-TRUSTED_S = 0.05  # seconds after which large results are looked at anew
+TRUSTED = 256 << 20  # bytes that may be allocated, at most, between two looks at limits
+# Limits may have changed after TRUSTED_S seconds: results of SMALL bytes and more look anew.
+SMALL, TRUSTED_S = 1 << 20, 0.05
 
 
 class Limit(NamedTuple):
@@ -61,7 +61,7 @@ def node_free(node: int, sys_root: str = "/sys", proc_root: str = "/proc") -> in
     node has none.
     """
     base = f"{sys_root}/devices/system/node"
-    there = os.path.isdir(base) and bool(os.listdir(base))
+    there = bool(Reader().names(base))
     # Only a kernel without NUMA has all memory on one node.
     path = f"{base}/node{node}/meminfo" if there else f"{proc_root}/meminfo"
     info = fields(path)
@@ -104,12 +104,17 @@ def cgroup_limits(sys_root: str = "/sys", proc_root: str = "/proc") -> Iterator[
     """Room under every memory limit above this process; page cache counts as room."""
     for folder, maximum, current in _cgroup_folders(sys_root, proc_root):
         limit, used = _number(f"{folder}/{maximum}"), _number(f"{folder}/{current}")
-        if limit is None or used is None or limit >= 1 << 60:
+        if limit is None or used is None:
             continue
         stat = fields(f"{folder}/memory.stat")
+        # Version 1 tells there what limits this group from above, also where that is hidden.
+        above = stat.get("hierarchical_memory_limit", limit)
+        if min(limit, above) >= 1 << 60:
+            continue
         prefix = "total_" if "total_inactive_file" in stat else ""  # version 1: with descendants
         cache = sum(stat.get(prefix + key, 0) for key in ("inactive_file", "active_file"))
-        yield Limit(f"cgroup {folder} ({maximum})", max(0, limit - used + cache))
+        name = maximum if limit <= above else "memory.stat: hierarchical_memory_limit"
+        yield Limit(f"cgroup {folder} ({name})", max(0, min(limit, above) - used + cache))
 
 
 def _cgroup_folders(sys_root: str, proc_root: str) -> Iterator[tuple[str, str, str]]:
@@ -156,7 +161,7 @@ def _process_limits() -> Iterator[Limit]:
         try:
             with open("/proc/self/statm", encoding="ascii") as file:
                 used = int(file.read().split()[column]) * resource.getpagesize()
-        except OSError as error:
+        except (OSError, IndexError) as error:  # hidden, or empty
             check_limits(error, "/proc/self/statm")
             continue
         yield Limit(f"this process (ulimit -{name})", max(0, soft - used))
@@ -171,7 +176,7 @@ def require(
     """Look whether ``nbytes`` more of this process's memory fit, before they are allocated.
 
     The kernel would not refuse them but kill, later, when they are touched. A look takes 0.1 ms,
-    so one is good for some bytes more, and for small results that come soon after it.
+    so it is good for some bytes more: an eighth of what was free then.
     node: that they are to be bound to. least: bytes that are to stay free.
     Raises: NodeMemoryError with numbers and the way out.
     """

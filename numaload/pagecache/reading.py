@@ -21,6 +21,10 @@ from numaload.storage.ways import IntoCache
 
 POLICIES = {"bind": syscalls.MPOL_BIND, "interleave": syscalls.MPOL_INTERLEAVE}
 LOOK_EVERY = 128 << 20  # bytes read between two looks at what memory is left
+NOT_KEPT = (
+    "its file system keeps no pages in RAM (as FUSE with direct_io, 9p without a cache, DAX):"
+    " there is nothing to prewarm"
+)
 HEAD = 8 << 20  # bytes of what was read first: if they go, memory is full
 
 
@@ -75,10 +79,14 @@ class Room:
         self.head: Piece | None = None
         self.next_look, self.stopped = LOOK_EVERY, ""
 
+    @property
+    def is_enough(self) -> bool:
+        return self.absent + self.resident <= self._tightest().free
+
     def check(self) -> None:
         """Raises: NodeMemoryError, with numbers."""
-        tightest = self._tightest()
-        if self.absent + self.resident > tightest.free:
+        if not self.is_enough:
+            tightest = self._tightest()
             gib = self.absent / 2**30
             raise NodeMemoryError(
                 f"{self.absent} bytes ({gib:.1f} GiB) are to be read"
@@ -99,7 +107,11 @@ class Room:
 
     def look(self, done: int, piece: Piece) -> bool:
         """After ``piece``: whether there is room for more. ``done``: bytes read so far."""
-        self.head = self.head or piece
+        if self.head is None:
+            self.head = piece
+            found = residency(self.files[piece.which], piece.offset, piece.stop)
+            if found.known and not found.resident:
+                self.stopped = NOT_KEPT
         if self.stopped or done < self.next_look or done >= self.absent:
             return not self.stopped
         self.next_look = done + LOOK_EVERY

@@ -7,14 +7,22 @@ from pathlib import Path
 import pytest
 
 from machines import XEON, Roots, write_proc
+from numaload.errors import NodeMemoryError
+from numaload.numa import memory
 from numaload.numa.memory import (
+    LEAST_FREE,
     RESERVE_MAX,
     RESERVE_MIN,
+    SMALL,
+    TRUSTED,
+    UNKNOWN,
     available,
     cgroup_limits,
     fields,
     machine_available,
     node_free,
+    node_unused,
+    require,
     reserve,
 )
 
@@ -130,6 +138,15 @@ def test_version_1(tmp_path: Path) -> None:
     assert "memory.limit_in_bytes" in limits[0].name
 
 
+def test_version_1_where_the_groups_above_are_hidden(tmp_path: Path) -> None:
+    roots = member_of(tmp_path, "4:memory:/")
+    unlimited = "9223372036854771712"
+    cgroup(tmp_path, 1, "/", unlimited, 400, "hierarchical_memory_limit 1000\ninactive_file 50")
+    assert [limit.free for limit in cgroup_limits(**roots)] == [650]
+    cgroup(tmp_path, 1, "/", unlimited, 400, f"hierarchical_memory_limit {unlimited}")
+    assert list(cgroup_limits(**roots)) == []
+
+
 @pytest.mark.parametrize("rows", [[], ["0::/../../elsewhere"], ["0::/gone (deleted)"]])
 def test_no_limit_to_be_found(rows: list[str], tmp_path: Path) -> None:
     assert list(cgroup_limits(**member_of(tmp_path, *rows))) == []
@@ -154,3 +171,82 @@ def test_this_machine_has_room() -> None:
     machine = machine_available()
     assert machine is not None
     assert 0 < available().free <= machine.free
+
+
+@pytest.mark.parametrize("text", [None, ""], ids=["absent", "empty"])
+def test_what_the_kernel_does_not_show_is_unknown(text: str | None, tmp_path: Path) -> None:
+    roots = XEON.write(tmp_path)
+    hidden = [tmp_path / "proc/meminfo", tmp_path / "sys/devices/system/node/node1/meminfo"]
+    for path in hidden:
+        path.unlink(missing_ok=True)
+        if text is not None:
+            path.write_text(text)
+    assert machine_available(roots["proc_root"]) is None
+    assert (node_free(1, **roots), node_unused(1, roots["sys_root"])) == (None, None)
+    assert available(**roots).free == UNKNOWN
+
+
+def test_nothing_at_all_is_shown(tmp_path: Path) -> None:
+    roots = {"sys_root": str(tmp_path / "sys"), "proc_root": str(tmp_path / "proc")}
+    assert node_free(0, **roots) is None
+    assert available(**roots).free == UNKNOWN
+
+
+def test_kernels_before_memavailable(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemFree: 100 kB\nActive(file): 50 kB\nDirty: 20 kB\n")
+    found = machine_available(str(tmp_path))
+    assert found is not None
+    assert found.free == 130 << 10
+
+
+def test_version_2_beside_version_1(tmp_path: Path) -> None:
+    roots = member_of(tmp_path, "4:cpu:/job", "0::/job")
+    cgroup(tmp_path, 2, "/unified/job", "5000", 1000)
+    assert [limit.free for limit in cgroup_limits(**roots)] == [4000]
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What each look found: plenty."""
+    seen: list[int] = []
+
+    def look() -> memory.Limit:
+        seen.append(1 << 40)
+        return memory.Limit("this group", seen[-1])
+
+    monkeypatch.setattr(memory, "available", look)
+    monkeypatch.setattr(memory, "_trusted", 0)
+    return seen
+
+
+def test_small_results_cost_a_look_once_in_many_bytes(looks: list[int]) -> None:
+    for _ in range(2 * TRUSTED // (SMALL // 2)):
+        require(SMALL // 2, "a row", "take less")
+    assert 2 <= len(looks) <= 4
+
+
+def test_large_results_are_looked_at_once_each(
+    looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "TRUSTED_S", 0.0)  # as if some time went by
+    for _ in range(3):
+        require(64 << 20, "a tensor", "take less")
+    assert len(looks) == 3
+
+
+def test_what_does_not_fit_says_numbers_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda: memory.Limit("this group", GIB))
+    monkeypatch.setattr(memory, "_trusted", 0)
+    require(GIB - LEAST_FREE, "a tensor", "take less")
+    with pytest.raises(
+        NodeMemoryError, match=r"this group has room for 1073741824 .*; take less"
+    ) as e:
+        require(GIB, "a tensor", "take less")
+    assert (e.value.needed, e.value.free) == (GIB, GIB)
+
+
+def test_an_unknown_limit_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda: memory.Limit("unknown", UNKNOWN))
+    monkeypatch.setattr(memory, "_trusted", 0)
+    monkeypatch.setattr(memory, "node_free", lambda _: None)
+    require(1 << 50, "a tensor", "take less", node=0)

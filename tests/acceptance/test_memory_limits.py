@@ -1,0 +1,106 @@
+"""Whatever allocates looks at limits first: smaller buffers, then a named error, never a kill."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import confined
+from cgroups import memory_limit
+from commands import LIMIT_S, Numaload
+from numaload.demo import write_model
+
+MIB = 1 << 20
+PROGRAM = """
+import json, sys
+import numpy as np
+import numaload
+
+def used(call):
+    try:
+        call()
+    except numaload.errors.NodeMemoryError as error:
+        return str(error)
+    return ""
+
+weights = numaload.open(sys.argv[1])
+first = next(iter(weights.values()))
+first.dequantize()
+CALLS = {
+    "stream": lambda: sum(a.nbytes for _, a in numaload.stream(weights, "bfloat16")),
+    "kept": lambda: list(numaload.stream(weights, "float32")),
+    "dequantize": lambda: [tensor.dequantize() for tensor in weights.values()],
+    "copy": lambda: numaload.open(sys.argv[1], copy=True).close(),
+    "cast": lambda: [tensor.torch("float64") for tensor in weights.values()],
+}
+print(json.dumps(used(CALLS[sys.argv[2]])))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("large")
+    (path,) = write_model(str(folder / "model.gguf"), 200 * MIB)
+    return path
+
+
+def said_in(nbytes: int, *words: str) -> str:
+    """The error of a call in a group of so much memory, or an empty string; it is not killed."""
+    command = [sys.executable, "-c", PROGRAM, *words]
+    with memory_limit(nbytes) as group:
+        within = [sys.executable, confined.__file__, "--cgroup", group, "--", *command]
+        done = subprocess.run(
+            within, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return str(json.loads(done.stdout))
+
+
+def test_a_stream_in_a_small_group_is_smaller(numaload: Numaload, large: str) -> None:
+    numaload.python(PROGRAM, large, "stream")  # kernels are compiled outside
+    assert said_in(100 * MIB, large, "stream") == ""
+
+
+@pytest.mark.parametrize(
+    ("call", "mib"),
+    [("kept", 200), ("dequantize", 200), ("copy", 150), ("cast", 600)],
+)
+def test_what_does_not_fit_into_a_group_is_a_named_error(large: str, call: str, mib: int) -> None:
+    if call == "cast":
+        pytest.importorskip("torch")
+    said = said_in(mib * MIB, large, call)
+    assert "has room for" in said
+    assert "memory.limit_in_bytes" in said or "memory.max" in said
+
+
+LIMITED = """
+import json, resource, sys
+import numaload
+
+weights = numaload.open(sys.argv[1])
+tensors = sorted(weights.values(), key=lambda tensor: tensor.size)
+tensors[-1].dequantize()  # kernels and threads are there
+with open("/proc/self/statm") as file:
+    columns = file.read().split()
+column = 0 if sys.argv[2] == "AS" else 5
+limit = int(columns[column]) * resource.getpagesize() + (8 << 20)
+resource.setrlimit(getattr(resource, "RLIMIT_" + sys.argv[2]), (limit, limit))
+said = []
+for call in (tensors[-1].dequantize, lambda: list(numaload.stream(weights)),
+             lambda: numaload.open(sys.argv[1], copy=True)):
+    try:
+        kept = call()
+    except numaload.errors.NumaloadError as error:
+        said.append([type(error).__name__, str(error)])
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.parametrize("limit", ["AS", "DATA"])
+def test_limits_of_the_process_are_named(numaload: Numaload, large: str, limit: str) -> None:
+    said = numaload.python(LIMITED, large, limit)
+    assert [name for name, _ in said] == ["NodeMemoryError"] * 3
+    assert all("ulimit -" in text for _, text in said), said

@@ -64,8 +64,7 @@ def print_nodes(machine: Topology) -> None:
 
     header = ["node", "memory", "free", "distances", "CPUs"]
     rows = [
-        [node.id, size(node.memory_total), size(node.memory_free), _distances(node), _cpus(node)]
-        for node in machine.nodes.values()
+        [node.id, *_memory(node), _distances(node), _cpus(node)] for node in machine.nodes.values()
     ]
     print_table(header, rows)
     say(f"all: {format_list(machine.all) or 'none'}")
@@ -75,6 +74,12 @@ def print_nodes(machine: Topology) -> None:
         say(machine.copies_note)
     if machine.quota is not None:
         say(f"cpu quota {machine.quota:.4g} of {len(machine.cpus)} CPUs (cgroup)")
+
+
+def _memory(node: Node) -> tuple[str, str]:
+    if node.has_memory and not node.memory_total:
+        return "unknown", "unknown"
+    return size(node.memory_total), size(node.memory_free)
 
 
 def gpu_line(gpu: Gpu) -> str:

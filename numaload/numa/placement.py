@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from numaload.errors import NumaError, PlacementError, warn_once
+from numaload.errors import NumaError, PlacementError, check_limits, warn_once
 from numaload.numa import pagemap, syscalls
 from numaload.numa.lists import format_list
 from numaload.numa.mapping import Mapping
@@ -26,6 +26,7 @@ from numaload.numa.syscalls import HUGE, PAGE
 PROC, NODES = "/proc/self", "/sys/devices/system/node"
 ABSENT = -1  # in the counts: pages that are not in RAM, or not mapped here
 SAMPLES = 10_000
+ASKED = 1 << 30  # bytes whose pages move_pages is asked about at a time
 LEAST_SHARE = 0.9  # of a fair part, on each of the nodes that share a replica
 INDIVISIBLE = 16 << 20  # bytes of a file that one node may have to fill alone
 
@@ -131,21 +132,45 @@ def _inside(areas: Sequence[Area], ranges: Sequence[Range]) -> Iterator[Counter[
 def count_pages(ranges: Sequence[Range]) -> Iterator[dict[int, int]]:
     """For each (address, length): {node: pages mapped there}, from /proc/self/numa_maps.
 
-    A kernel without NUMA has neither that file nor nodes: there, what is mapped is on node 0.
-    Raises: NumaError.
+    Where that file is hidden, by move_pages. A kernel without NUMA has neither, and no nodes:
+    there, what is mapped is on node 0. Raises: NumaError.
     """
+    areas, why = [], "empty"
     try:
         with open(f"{PROC}/numa_maps", encoding="utf-8", errors="replace", newline="\n") as file:
             areas = parse_numa_maps(file)
     except OSError as error:
+        check_limits(error, f"{PROC}/numa_maps")
+        why = error.strerror or str(error)
+    if areas:  # every process has some
+        return _inside(areas, ranges)
+    try:
+        return iter([_by_move_pages(*one) for one in ranges])
+    except NumaError as error:
         if os.path.isdir(NODES):
             raise NumaError(
-                f"{PROC}/numa_maps: {error.strerror}", call="numa_maps", errno=error.errno or 0
+                f"{PROC}/numa_maps: {why}, and {error}: nothing tells where pages are",
+                call="numa_maps",
+                errno=error.errno or 0,
             ) from error
+    try:
         with open(f"{PROC}/smaps", encoding="utf-8", errors="replace", newline="\n") as file:
             found = parse_smaps(file, ("Rss:",))
-        areas = [Area(start, {0: nbytes // PAGE}) for start, nbytes in found]
-    return _inside(areas, ranges)
+    except OSError as error:
+        check_limits(error, f"{PROC}/smaps")
+        raise NumaError(
+            f"{PROC}/smaps: {error.strerror}", call="smaps", errno=error.errno or 0
+        ) from error
+    return _inside([Area(start, {0: nbytes // PAGE}) for start, nbytes in found], ranges)
+
+
+def _by_move_pages(address: int, length: int) -> dict[int, int]:
+    counts: Counter[int] = Counter()
+    for start in range(address, address + length, ASKED):
+        stop = min(start + ASKED, address + length)
+        nodes = syscalls.pages_nodes(range(start, stop, PAGE))
+        counts.update(node for node in nodes if node >= 0)
+    return dict(counts)
 
 
 def parse_numa_maps(lines: Iterable[str]) -> list[Area]:

@@ -284,8 +284,13 @@ def openmp_places() -> list[frozenset[int]] | None:
     None where that is not known: there is no OpenMP library, or another that must not be asked,
     since the question itself would make it pin. Source: OpenMP 4.5, 3.2.23 to 3.2.25.
     """
-    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        paths = {line.split(maxsplit=5)[5].rstrip("\n") for line in file if ".so" in line}
+    try:
+        with open(
+            "/proc/self/maps", encoding="utf-8", errors="surrogateescape", newline="\n"
+        ) as file:
+            paths = {line.split(maxsplit=5)[5].rstrip("\n") for line in file if ".so" in line}
+    except OSError:
+        return None
     names = {path: os.path.basename(path) for path in paths}
     known = [path for path, name in names.items() if name.startswith("libgomp")]
     asked_not = any(name.startswith(("libiomp", "libomp")) for name in names.values())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from numaload.errors import UsageError, warn_once
@@ -206,14 +206,18 @@ def _nodes(
     files: Reader, base: str, allowed: frozenset[int], mems: frozenset[int] | None
 ) -> dict[int, Node]:
     ids = _node_ids(files, base)
-    listed = frozenset(files.ids(f"{base}/has_memory") or ())
+    listed = files.ids(f"{base}/has_memory")
     distances = _distances(files, base, ids)
     nodes = {}
     for i in ids:
         may = mems is None or i in mems
-        node = _node(files, f"{base}/node{i}", i, i in listed, allowed, may, distances[i])
+        has = listed is None or i in listed
+        node = _node(files, f"{base}/node{i}", i, has, allowed, may, distances[i])
         if node is not None:
             nodes[i] = node
+    if nodes and not any(node.cpus for node in nodes.values()):
+        files.note(base, "no node shows its CPUs: all that this process may use count for each")
+        nodes = {i: replace(n, cpus=allowed, usable_cpus=allowed) for i, n in nodes.items()}
     return nodes
 
 
@@ -245,7 +249,9 @@ def _node(
     memory_allowed: bool,
     distances: dict[int, int],
 ) -> Node | None:
-    """None if it went away meanwhile. listed: the kernel's list of nodes with memory has it."""
+    """None if it went away meanwhile. listed: whether the kernel's list of nodes with memory has
+    it, if there is such a list.
+    """
     seen = Reader()
     cpus = frozenset(_cpus(seen, path))
     memory = fields(f"{path}/meminfo")

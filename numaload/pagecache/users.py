@@ -29,11 +29,12 @@ class User:
 
 
 def users_of(file: SourceFile) -> tuple[list[User], int]:
-    """Those that map it, and how many processes could not be looked at."""
+    """Those that map it, and how many processes, at least, could not be looked at."""
     pids = sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
     name = real_path(file.path)
     seen = [_look(pid, file.opened, name) for pid in pids]
-    return [user for user in seen if isinstance(user, User)], seen.count(UNSEEN)
+    hidden = not os.path.exists("/proc/1")  # mounted with hidepid=2: all of other users
+    return [user for user in seen if isinstance(user, User)], seen.count(UNSEEN) + hidden
 
 
 def _look(pid: int, file: Identity, name: str) -> User | str | None:

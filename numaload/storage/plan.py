@@ -212,7 +212,9 @@ def huge_reads() -> bool:
     """Whether this kernel reads huge folios where an advised mapping is touched."""
     numbers = os.uname().release.split(".")[:2]
     version = tuple(int("".join(filter(str.isdigit, n)) or 0) for n in numbers)
-    return version >= MADV_HUGEPAGE_READS and os.path.isdir("/sys/kernel/mm/transparent_hugepage")
+    mm = "/sys/kernel/mm"  # where it is hidden the kernel may have them
+    none = os.path.isdir(mm) and not os.path.isdir(f"{mm}/transparent_hugepage")
+    return version >= MADV_HUGEPAGE_READS and not none
 
 
 def _forced(candidates: Sequence[Way], forced: Forced) -> Sequence[Way]:

@@ -7,6 +7,7 @@ ranges and the second about those where something is and something is not.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from numaload.errors import NumaError
 from numaload.numa import syscalls
 from numaload.numa.mapping import Mapping, map_file, populate_read
 from numaload.numa.placement import count_pages
@@ -30,6 +32,7 @@ PRESENT_RUN = re.compile(rb"[^\0]+")
 # File systems of which a file's pages are those of another file: cachestat finds none.
 # overlayfs, FUSE (where it passes through), aufs, shiftfs: linux/magic.h and their sources.
 STACKED = {0x794C7630, 0x65735546, 0x61756673, 0x6A656A62}
+HUGETLBFS = 0x958458F6  # of linux/magic.h: all of a file is in memory, which no call tells
 
 TRIES, PAUSE_S = 5, 0.005  # pages that are just being read cannot be dropped yet
 
@@ -102,6 +105,8 @@ def residency(file: SourceFile, start: int = 0, stop: int | None = None) -> Resi
         known, absent = file.far.resident(start, stop)
         return Residency(stop - start, tuple(absent), known, start)
     with _Search(file) as search:
+        if not search.counts and syscalls.file_system(file.fd) == HUGETLBFS:
+            return Residency(stop - start, (), True, start)
         if not search.possible:
             return Residency(stop - start, ((start, stop),) * (start < stop), False, start)
         return Residency(stop - start, tuple(_joined(search.absent(start, stop))), True, start)
@@ -130,9 +135,16 @@ class _Search:
                 yield from self.absent(max(start, edge), min(stop, edge + part))
 
     def _one_by_one(self, start: int, stop: int) -> Iterator[Run]:
+        try:
+            address = self._mapped().address
+        except NumaError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            yield start, stop  # its file system maps no files, and so keeps no pages
+            return
         for edge in range(start - start % PAGE, stop, STEP):
             length = min(STEP, stop - edge)
-            vector = syscalls.mincore(self._mapped().address + edge, length)
+            vector = syscalls.mincore(address + edge, length)
             for match in ABSENT_RUN.finditer(vector):
                 first, last = (edge + border * PAGE for border in match.span())
                 yield max(start, first), min(stop, last)
@@ -176,6 +188,8 @@ def cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
     if file.far is not None:
         return file.far.placed(found.start, found.size, found.absent)
     on: Counter[int] = Counter()
+    if not found.resident:
+        return {}
     with map_quietly(file) as mapping:
         for start, stop in present(found):
             for offset in range(start, stop, LOOK):

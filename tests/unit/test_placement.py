@@ -142,6 +142,7 @@ def test_a_kernel_without_numa_has_everything_on_node_0(
     """It has no numa_maps. The same range, counted by what smaps says is there."""
     (tmp_path / "smaps").symlink_to("/proc/self/smaps")
     monkeypatch.setattr(placement, "PROC", str(tmp_path))
+    monkeypatch.setattr(syscalls, "pages_nodes", refused)
     with map_private(64 * PAGE) as mapping:
         mapping.view(write=True)[: 9 * PAGE] = bytes(9 * PAGE)
         with pytest.raises(NumaError, match="numa_maps: No such file"):
@@ -254,9 +255,6 @@ def test_many_pages_are_sampled_at_random_from_all_ranges(asked: list[int]) -> N
 
 
 def test_a_refused_sample_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(_: list[int]) -> list[int]:
-        raise NumaError("move_pages: refused", call="move_pages", errno=errno.EPERM)
-
     monkeypatch.setattr(syscalls, "pages_nodes", refused)
     monkeypatch.setattr(errors, "_said", set())
     with pytest.warns(NumaloadWarning, match="verified by numa_maps alone"):
@@ -264,13 +262,46 @@ def test_a_refused_sample_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert placement.sample([(0, PAGE)]) == {}
 
 
-def test_kernel_without_page_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that tell where pages are cannot be opened."""
+
     def absent(path: str, *_: Any, **__: Any) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
 
     monkeypatch.setattr(placement, "open", absent, raising=False)
     monkeypatch.setattr(pagemap, "open", absent, raising=False)
-    with pytest.raises(NumaError, match="/proc/self/numa_maps: No such file") as caught:
-        count_pages([(0, PAGE)])
-    assert (caught.value.call, caught.value.errno) == ("numa_maps", errno.ENOENT)
+
+
+def refused(_: Any) -> list[int]:
+    raise NumaError("move_pages: refused", call="move_pages", errno=errno.EPERM)
+
+
+@pytest.mark.usefixtures("hidden")
+def test_where_page_counts_are_hidden_move_pages_tells() -> None:
+    with map_private(64 * PAGE) as mapping:
+        mapping.view(write=True)[: 9 * PAGE] = bytes(9 * PAGE)
+        (counts,) = count_pages([mapping.range])
+    assert sum(counts.values()) == 9
     assert list(placement._huge_bytes([(0, PAGE)])) == [0]
+
+
+def test_page_counts_that_are_empty_are_hidden_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numa_maps").touch()  # as where /dev/null is mounted over it
+    monkeypatch.setattr(placement, "PROC", str(tmp_path))
+    with map_private(PAGE) as mapping:
+        mapping.view(write=True)[0] = 1
+        assert [sum(counts.values()) for counts in count_pages([mapping.range])] == [1]
+
+
+@pytest.mark.usefixtures("hidden")
+def test_where_nothing_tells_where_pages_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(syscalls, "pages_nodes", refused)
+    with pytest.raises(NumaError, match=r"numa_maps: No such file.*refused") as caught:
+        count_pages([(0, PAGE)])
+    assert caught.value.call == "numa_maps"
+    monkeypatch.setattr(placement, "NODES", "/nowhere")
+    with pytest.raises(NumaError, match="smaps: No such file"):
+        count_pages([(0, PAGE)])

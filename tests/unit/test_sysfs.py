@@ -145,7 +145,7 @@ ODD_FILES = {
     "no-distances": ("node1/distance", None, {"distances": {}}),
     "no-possible": ("possible", None, {"distances": {1: 10}}),
     "no-meminfo": ("node1/meminfo", None, {"memory_total": 0, "has_memory": True}),
-    "empty-cpulist": ("node1/cpulist", "", {"cpus": []}),
+    "empty-cpulist": ("node1/cpulist", "", {"why_not": ""}),  # of all nodes: it is hidden
     "no-online": ("online", None, {"id": 1}),
     "folder-of-offline-node": ("node2/cpulist", "8-11\n", {"id": 1}),
     "folder-of-another-name": ("nodes/cpulist", "8-11\n", {"id": 1}),

@@ -19,6 +19,7 @@ import atexit
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import Any
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells say
@@ -42,6 +43,32 @@ def take_over() -> None:
         _taken = True
 
 
+def open_standard() -> None:
+    """Have /dev/null where stdin, stdout or stderr is closed.
+
+    A model's file, or a replica, would get its number, and then what is printed.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+
+
+def raise_open_files() -> None:
+    """Raise the soft limit of open files to the hard one, as anybody may: models have many files.
+
+    For this process, the command line, which waits with poll(2): select(2) fails beyond 1024.
+    """
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def guard() -> None:
     """Watch for Ctrl-C that is not delivered, where network file systems are mounted."""
     from numaload.numa.netmounts import any_mounted
@@ -56,10 +83,11 @@ def _watch() -> None:
     import time
 
     found = 0
-    while found < LOOKS:
-        time.sleep(LOOK_S)
-        found = found + 1 if _undelivered() else 0
-    _end()
+    with suppress(OSError):  # it is hidden: nothing is known
+        while found < LOOKS:
+            time.sleep(LOOK_S)
+            found = found + 1 if _undelivered() else 0
+        _end()
 
 
 def _undelivered() -> bool:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; its exit status. Without ``argv`` this process is the command: see interrupts."""
+    if argv is None:
+        interrupts.open_standard()
+        interrupts.raise_open_files()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments in (["--version"], ["-V"]):  # before anything that takes time to load
-        print(f"numaload {__version__}")
-        return 0
     try:
         if argv is None:
             interrupts.take_over()
@@ -29,25 +29,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if not (interrupts.came() or isinstance(error, KeyboardInterrupt)):
             raise
-        print("numaload: error: interrupted", file=sys.stderr)
+        from numaload.cli.output import complain
+
+        complain("interrupted")
         return interrupts.finished(interrupts.INTERRUPTED)
 
 
 def _run(arguments: list[str]) -> int:
     import io
 
-    from numaload.cli import waiting
-    from numaload.cli.output import complain, show_warnings
+    from numaload.cli.output import complain
     from numaload.errors import CancelledError, NumaloadError, UsageError
 
-    options = _parse(arguments)
-    waiting.obey(options)
-    interrupts.guard()
-    show_warnings()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
-        status = int(options.run(options))
+        status = _status(arguments)
         sys.stdout.flush()  # a full disk or a reader that left shall be an error here
         return status  # noqa: TRY300 - both belong to the attempt
     except UsageError as error:
@@ -66,14 +63,31 @@ def _run(arguments: list[str]) -> int:
         return 1
 
 
+def _status(arguments: list[str]) -> int:
+    if arguments in (["--version"], ["-V"]):  # before anything that takes time to load
+        print(f"numaload {__version__}")
+        return 0
+    try:
+        options = _parse(arguments)
+    except SystemExit:  # of argparse, which may have printed help
+        sys.stdout.flush()
+        raise
+    from numaload.cli import waiting
+    from numaload.cli.output import show_warnings
+
+    waiting.obey(options)
+    interrupts.guard()
+    show_warnings()
+    return int(options.run(options))
+
+
 def _drop_output() -> None:
-    """Closing a stream that cannot be written must not raise once more when Python ends."""
-    import os
+    from numaload.cli.output import drop
 
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop(sys.stdout)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from numaload.errors import printable
 
@@ -25,11 +26,24 @@ def say(text: object) -> None:
 
 
 def complain(text: object) -> None:
-    print(f"numaload: error: {printable(text)}", file=sys.stderr)
+    _tell(f"error: {printable(text)}")
 
 
 def note(text: object) -> None:
-    print(f"numaload: {printable(text)}", file=sys.stderr)
+    _tell(printable(text))
+
+
+def _tell(line: str) -> None:
+    """Print a message on stderr. A full disk there, or a reader that left, stops no work."""
+    try:
+        print(f"numaload: {line}", file=sys.stderr, flush=True)
+    except OSError:
+        drop(sys.stderr)
+
+
+def drop(stream: TextIO) -> None:
+    """Have what cannot be written go nowhere: closing it must not fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), stream.fileno())
 
 
 def show_step(name: object) -> None:
@@ -42,7 +56,7 @@ def show_warnings() -> None:
     """Fallbacks as one line each, without Python's file and line."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"numaload: warning: {printable(message)}", file=sys.stderr)
+        _tell(f"warning: {printable(message)}")
 
     warnings.showwarning = show
     warnings.simplefilter("always")

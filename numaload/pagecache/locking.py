@@ -20,7 +20,7 @@ from numaload.numa import memory, syscalls
 from numaload.numa.mapping import Mapping
 from numaload.numa.syscalls import PAGE
 from numaload.pagecache.choice import Runs, choose, models_of, real
-from numaload.storage.files import SourceFile
+from numaload.storage.files import SourceFile, make_room_for
 from numaload.storage.residency import LOOK, map_present, map_quietly
 
 FIX = (
@@ -123,6 +123,7 @@ def chosen_of(
     models = models_of(list(paths))
     chosen = choose(models, tensors, layers)
     names = dict.fromkeys(real(path) for its in models for path in its)
+    make_room_for(len(names))
     with ExitStack() as opened:
         files = [opened.enter_context(SourceFile(name)) for name in names]
         part = chosen.runs if chosen else {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from numaload.errors import FileChangedError, NotCopyable, ReadError, reason, warn_once
@@ -17,6 +18,8 @@ from numaload.numa.netmounts import Network, is_network, mount_on, network_of
 if TYPE_CHECKING:
     from numaload.storage.netfile import NetworkFile, Status
 
+MANY_FILES = 64  # of a model: fewer never need another limit
+MOST_EACH = 16  # descriptors for each: the file, its replicas, direct reads, a holder's
 HEAD_BYTES = 1 << 20  # of the file's start, which holds the header, go into the identity
 
 KINDS = {
@@ -267,6 +270,25 @@ class SourceFile(NotCopyable):
             self._fd = far.leave()  # locks may be held by whoever is collecting garbage
         if getattr(self, "_fd", -1) >= 0:
             self.close()
+
+
+def make_room_for(count: int) -> None:
+    """Raise the soft limit of open files where a model of so many files needs it, as anybody may.
+
+    A library leaves its process's limits alone otherwise: select(2) fails beyond 1024.
+    """
+    if count < MANY_FILES:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = MOST_EACH * count
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        text = f"{count} files: up to {needed} may be open now (ulimit -n was {soft})"
+        warn_once("open files", text)
 
 
 def read_whole(path: str, most: int) -> bytes:

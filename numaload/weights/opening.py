@@ -12,7 +12,7 @@ from numaload.formats.metadata import ReadAt
 from numaload.formats.shards import SUFFIX, Shards, check_shards, find_shards, is_layout
 from numaload.formats.splits import check_splits, sibling_paths, split_count, split_link
 from numaload.numa.mapping import Mapping as MemoryMapping
-from numaload.storage.files import SourceFile, absolute, reached, read_whole
+from numaload.storage.files import SourceFile, absolute, make_room_for, reached, read_whole
 from numaload.storage.files import io_timeout as waiting
 from numaload.storage.reader import Progress
 from numaload.weights.model import AnyHeader, Part, Weights
@@ -102,6 +102,7 @@ def _splits(given: str, opened: list[SourceFile]) -> list[Part]:
     paths = sibling_paths(given) if count > 1 else [given]
     if len(paths) != count:
         raise SplitError(f"named as one of {len(paths)} files, split.count is {count}", path=given)
+    make_room_for(count)
     for path in paths:
         if path != given:
             files[path] = _open_file(path, gguf.parse_header, opened)
@@ -114,6 +115,7 @@ def _shards(given: str, opened: list[SourceFile]) -> list[Part]:
 
 
 def _checked(shards: Shards, opened: list[SourceFile]) -> list[Part]:
+    make_room_for(len(shards.paths))
     files = [_open_file(path, safetensors.parse_header, opened) for path in shards.paths]
     check_shards(shards, [header for _, header in files])
     return [Part(*file) for file in files]

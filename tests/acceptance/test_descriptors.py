@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import resource
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 
 import numaload as api
@@ -171,3 +176,44 @@ def test_no_descriptor_is_left_behind(store: Path, tmp_path: Path) -> None:
         once()
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+MANY = """
+import json, resource, sys
+import numaload
+
+with numaload.open(sys.argv[1]) as weights:
+    total = sum(tensor.nbytes for tensor in weights.values())
+numaload.prewarm(sys.argv[1])
+numaload.mirror(sys.argv[1], shared=True).close()
+print(json.dumps([len(weights.paths), total, resource.getrlimit(resource.RLIMIT_NOFILE)[0]]))
+"""
+
+
+def test_more_files_than_the_soft_limit_allows(numaload: Numaload, tmp_path: Path) -> None:
+    """The command line raises it when it begins, the API where a model has so many files."""
+    count, soft = 150, 100
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 8 * count:
+        pytest.skip("the hard limit allows no more")
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama", split_max_tensors=1)
+    for i in range(count):
+        writer.add_tensor(f"blk.{i}.w", np.zeros(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path = min(map(str, tmp_path.glob("m-*.gguf")))
+
+    def run(*command: str) -> str:
+        line = f'ulimit -S -n {soft}; exec "$0" "$@"'
+        return subprocess.run(
+            ["sh", "-c", line, *command], capture_output=True, text=True, check=True,
+            env=numaload.environment, timeout=LIMIT_S,
+        ).stdout  # fmt: skip
+
+    run(*numaload.command("mirror", path))
+    assert "all checksums right" in run(*numaload.command("verify", path))
+    run(*numaload.command("release"))
+    files, total, limit = json.loads(run(sys.executable, "-W", "ignore", "-c", MANY, path))
+    assert (files, total) == (count, count * 128)
+    assert limit > soft

@@ -31,7 +31,7 @@ LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS, RELEASE = 1, 2, 3, 14, 15, 17, 18
 FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR = 25, 26, 27, 28, 29
 INTERRUPT, DESTROY, BATCH_FORGET = 36, 38, 42
 UNANSWERED = (FORGET, INTERRUPT, BATCH_FORGET)
-ASYNC_READ, MAX_PAGES, KEEP_CACHE = 1 << 0, 1 << 22, 1 << 1
+ASYNC_READ, MAX_PAGES, DIRECT_IO, KEEP_CACHE = 1 << 0, 1 << 22, 1 << 0, 1 << 1
 
 IN, OUT = struct.Struct("<IIQQIIIHH"), struct.Struct("<IiQ")
 INIT_OUT = struct.Struct("<IIIIHHIIHHI28x")
@@ -59,6 +59,7 @@ class Server:
         self.folder, self.fd = folder, fd
         self.names = sorted(os.listdir(folder))
         self.stalled, self.slow_s, self.flushes = "", 0.0, False
+        self.opened = KEEP_CACHE
         self.broken: dict[str, int] = {}  # a byte that gives EIO
         self.sizes: dict[str, int] = {}  # other than they are
         self.waiting: list[bytes] = []
@@ -96,6 +97,8 @@ class Server:
             self.broken[rest[0]] = int(rest[1])
         elif what == "size":
             self.sizes[rest[0]] = int(rest[1])
+        elif what == "open":
+            self.opened = {"direct": DIRECT_IO, "anew": 0}[rest[0]]
         elif what == "flushes":
             self.flushes = True
         elif what == "work":
@@ -187,7 +190,7 @@ class Server:
         return ATTR_OUT.pack(VALID_S, 0, 0) + self.attributes(node)
 
     def open(self, *_: object) -> bytes:
-        return OPEN_OUT.pack(0, KEEP_CACHE, 0)
+        return OPEN_OUT.pack(0, self.opened, 0)
 
     def read(self, node: int, body: bytes) -> bytes:
         name = self.name(node)

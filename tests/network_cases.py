@@ -453,3 +453,19 @@ def test_many_threads_at_once(volume: Volume) -> None:
         assert 1 <= len(readers()) <= 6
     assert wrong == []
     none_left()
+
+
+@pytest.mark.parametrize(
+    ("opened", "why"),
+    [("direct", "keeps no pages in RAM"), ("anew", "FUSE without keep_cache")],
+)
+def test_a_file_system_that_keeps_no_pages_is_named(
+    volume: Volume, numaload: Numaload, opened: str, why: str
+) -> None:
+    """With memory enough, it is not short."""
+    volume.server.tell("open", opened)
+    done = numaload("prewarm", volume.model, status=1)
+    assert why in done.stderr
+    assert "memory is short" not in done.stderr
+    numaload("mirror", volume.model)
+    assert "all checksums right" in numaload("verify", volume.model).stdout

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 
 from numaload.errors import SplitError, UsageError
@@ -17,7 +18,7 @@ from numaload.pagecache.reading import POLICIES, Placing, Room, landing, read_in
 from numaload.pagecache.report import PrewarmReport
 from numaload.storage import following, known
 from numaload.storage.device import device_of
-from numaload.storage.files import SourceFile, reached
+from numaload.storage.files import SourceFile, make_room_for, reached
 from numaload.storage.files import io_timeout as waiting
 from numaload.storage.plan import CACHE, Forced, ReadPlan, make_plan
 from numaload.storage.reader import Progress
@@ -25,6 +26,10 @@ from numaload.storage.residency import Residency, cached_on, residency
 
 __all__ = ["PrewarmReport", "Source", "prewarm"]
 
+GIVEN_UP = (
+    "memory has room: another program, or its file system (as FUSE without keep_cache), gave up"
+    " what was read"
+)
 LITTLE = 16  # a share of the bytes that may be read once more
 
 Announce = Callable[[ReadPlan], None]
@@ -101,6 +106,7 @@ def _on_files(
     # A file that was given twice, or through a link too, is one file.
     names = {path: real(path) for paths in models for path in paths}
     whole = {names[path]: path for path in names}
+    make_room_for(len(whole))
     files = [SourceFile(path) for path in whole.values()]
     try:
         ranges = chosen.runs if chosen else {}
@@ -184,6 +190,17 @@ class _Prewarming:
             known &= all(one.known for one in found)
         return _Seen(absent, known)
 
+    def _look_anew(self) -> _Seen:
+        """As the next program that opens them finds them: some network file systems have the
+        kernel forget a file's pages whenever it is opened.
+        """
+        with ExitStack() as opened:
+            files = [
+                opened.enter_context(SourceFile(file.path)) if file.is_network else file
+                for file in self.files
+            ]
+            return replace(self, files=files)._look()  # noqa: SLF001 - of this very class
+
     @property
     def _is_part(self) -> bool:
         """Whether only some tensors are meant: then what lies beside them stays where it is."""
@@ -222,12 +239,14 @@ class _Prewarming:
         done, report.plan = read(seen.absent, plan, room, progress)
         report.read, report.stopped = done, room.stopped
         report.threads = report.plan.way.threads
-        after = self._look() if seen.known else _Seen([() for _ in self.files], known=False)
+        after = self._look_anew() if seen.known else _Seen([() for _ in self.files], known=False)
         lost = after.nbytes
         if not room.stopped and 0 < lost <= report.size // LITTLE:
             # Some machines page out what is idle at any time: this is not what lacks memory.
             report.read += read(after.absent, report.plan, room, None)[0]
             after = self._look()
+        elif lost and not room.stopped and room.is_enough:
+            report.stopped = GIVEN_UP
         return after
 
     def _place(self, report: PrewarmReport, seen: _Seen) -> None:

@@ -138,9 +138,12 @@ class Mirror(NotCopyable):
 
 
 def _current_cpu() -> int:
-    """The CPU this thread was last seen on (field 39 of /proc/thread-self/stat)."""
-    with open("/proc/thread-self/stat", encoding="ascii", errors="replace") as file:
-        return int(file.read().rpartition(")")[2].split()[36])
+    """The CPU this thread was last seen on (field 39 of /proc/thread-self/stat); -1: unknown."""
+    try:
+        with open("/proc/thread-self/stat", encoding="ascii", errors="replace") as file:
+            return int(file.read().rpartition(")")[2].split()[36])
+    except (OSError, IndexError):
+        return -1
 
 
 def report_of(

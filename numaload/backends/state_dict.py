@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from numaload.backends.state_names import COMPUTED, NameMap, Share, shares_of, whole
 from numaload.dequantize import DTYPES, Conversion
 from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, kernel_dtype
-from numaload.errors import NodeMemoryError, StateDictError, UsageError, printable, warn_once
+from numaload.errors import StateDictError, UsageError, printable
 from numaload.numa import memory
 from numaload.pipeline import Target, fill
 from numaload.storage.reader import Progress

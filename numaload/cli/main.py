@@ -38,29 +38,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     import io
 
-    from numaload.cli.output import complain
-    from numaload.errors import CancelledError, NumaloadError, UsageError
-
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         status = _status(arguments)
         sys.stdout.flush()  # a full disk or a reader that left shall be an error here
         return status  # noqa: TRY300 - both belong to the attempt
-    except UsageError as error:
-        complain(str(error))
-        return 2
-    except CancelledError as error:
+    except Exception as error:  # noqa: BLE001 - what has no name is raised again
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """Say what went wrong; the exit status. Imports only now: --version has no time for it."""
+    from numaload.cli.output import complain
+    from numaload.errors import CancelledError, NumaloadError, UsageError
+
+    if isinstance(error, CancelledError):
         complain(f"{error} after {error.done} of {error.total} bytes")
         return interrupts.INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has seen enough
+    if not isinstance(error, (NumaloadError, OSError)):
+        raise error
+    if not isinstance(error, BrokenPipeError):  # or else whoever read our output has seen enough
+        complain(error)
+    if not isinstance(error, NumaloadError):
         _drop_output()
-        return 1
-    except (NumaloadError, OSError) as error:
-        complain(str(error))
-        if not isinstance(error, NumaloadError):
-            _drop_output()
-        return 1
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def _status(arguments: list[str]) -> int:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from numaload.errors import ReadError
-from numaload.numa.mounts import mount_of
+from numaload.numa.mounts import mount_of, real
 from numaload.numa.sysfs import Reader, number_in
 
 # PCI classes and subclasses of what computes or draws (PCI Code and ID Assignment, 03h and 12h).
@@ -77,7 +77,7 @@ def _gpu(
     files: Reader, folder: str, kind: str
 ) -> tuple[str, str, str, str, int | None, frozenset[int]]:
     ids = [files.text(f"{folder}/{name}") or "unknown" for name in ("vendor", "device")]
-    driver = os.path.realpath(f"{folder}/driver")
+    driver = real(f"{folder}/driver")
     return (
         os.path.basename(folder),
         kind,
@@ -121,7 +121,7 @@ def disk_of(
     if major == 0:  # nfs, btrfs, overlay, tmpfs
         return FileDevice(path, kind, "", (), (), f"no block device: {kind}")
     link = f"{sys_root}/dev/block/{major}:{minor}"
-    start, top = os.path.realpath(link), os.path.realpath(sys_root)
+    start, top = real(link), real(sys_root)
     if not os.path.isdir(start):
         return FileDevice(path, kind, f"{major}:{minor}", (), (), f"{link} is not there")
     disks = sorted(disks_under(files, start))
@@ -155,7 +155,7 @@ def disks_under(files: Reader, start: str) -> set[str]:
         if here in seen:
             continue
         seen.add(here)
-        slaves = [os.path.realpath(f"{here}/slaves/{n}") for n in files.names(f"{here}/slaves")]
+        slaves = [real(f"{here}/slaves/{n}") for n in files.names(f"{here}/slaves")]
         if os.path.isfile(f"{here}/partition"):
             todo.append(os.path.dirname(here))
         elif slaves:
@@ -171,7 +171,7 @@ def _nodes_of(files: Reader, disk: str, top: str) -> Iterator[int]:
     starts = [disk]
     if os.path.basename(os.path.dirname(above)) == "nvme-subsystem":  # multipath
         names = (name for name in files.names(above) if NVME.fullmatch(name))
-        starts = [os.path.realpath(f"{above}/{name}") for name in names]
+        starts = [real(f"{above}/{name}") for name in names]
     for start in starts:
         folder = start
         while folder.startswith(f"{top}/"):

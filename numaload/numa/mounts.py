@@ -32,11 +32,19 @@ def mount_of(path: str, proc_root: str = "/proc", device: str | None = None) -> 
     if device is None:
         number = os.stat(path).st_dev
         device = f"{os.major(number)}:{os.minor(number)}"
-    real, found = os.path.realpath(path), list(_mounts(proc_root))
+    name, found = real(path), list(_mounts(proc_root))
     listed = [mount for mount in found if mount.device == device]
-    above = [mount for mount in listed or found if below(real, mount.point)]
+    above = [mount for mount in listed or found if below(name, mount.point)]
     # Of mounts on one point the last is on top.
     return max(reversed(above or listed), key=lambda mount: len(mount.point), default=None)
+
+
+def real(path: str) -> str:
+    """The name without links; as it is given where one of them cannot be read."""
+    try:
+        return os.path.realpath(path)
+    except OSError:  # of reading a link that was there just before
+        return os.path.abspath(path)
 
 
 def below(path: str, folder: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from numaload.errors import ReadError, printable, reason
 from numaload.numa.devices import disks_under
-from numaload.numa.mounts import Mount, mount_of
+from numaload.numa.mounts import Mount, mount_of, real
 from numaload.numa.netmounts import network_of
 from numaload.numa.sysfs import Reader
 
@@ -125,7 +125,7 @@ def _below(mount: Mount | None) -> tuple[int, int] | None:
 
 def _of_disks(file_system: str, numbers: tuple[int, int], sys_root: str) -> Device:
     files = Reader()
-    start = os.path.realpath(f"{sys_root}/dev/block/{numbers[0]}:{numbers[1]}")
+    start = real(f"{sys_root}/dev/block/{numbers[0]}:{numbers[1]}")
     if not os.path.isdir(start):
         return Device("unknown", f"{numbers[0]}:{numbers[1]}", file_system)
     disks = sorted(disks_under(files, start))
@@ -154,7 +154,7 @@ def _kind(files: Reader, block: str) -> str:
         return kind
     if not name.startswith("sd"):
         return "unknown"
-    if "/session" in os.path.realpath(block):  # of iSCSI
+    if "/session" in real(block):  # of iSCSI
         return "remote"
     said = f"{files.text(f'{block}/device/vendor')} {files.text(f'{block}/device/model')}"
     if MADE_UP.search(said):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from numaload.errors import FileChangedError, NotCopyable, ReadError, reason, warn_once
 from numaload.formats.shards import SUFFIX, find_shards, is_layout
 from numaload.formats.splits import sibling_paths
+from numaload.numa.mounts import real
 from numaload.numa.netmounts import Network, is_network, mount_on, network_of
 
 if TYPE_CHECKING:
@@ -331,7 +332,7 @@ def real_path(path: str) -> str:
     """The name without links. Where a network does not soon tell, the one that is given."""
     network = network_of(path)
     if network is None:
-        return os.path.realpath(path)
+        return real(path)
     from numaload.storage.netfile import name_of
 
     return name_of(path, network)

@@ -51,4 +51,4 @@ def pinned_to(cpus: frozenset[int]) -> Iterator[None]:
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        pin(frozenset(before))

@@ -146,7 +146,10 @@ def _in_thread(function: Callable[[], Kernel]) -> Kernel:
             errors.append(error)
 
     thread = threading.Thread(target=run, name="numaload compiles")
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # no more threads may be started: better here than not at all
+        run()
     while thread.is_alive():
         try:
             thread.join()

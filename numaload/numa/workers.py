@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from copy import copy
 from errno import EAGAIN, EINVAL
 from queue import Empty
 from typing import Any, TypeVar
@@ -60,7 +61,7 @@ class Workers:
 
     def _run(self, wanted: list[bool], function: Callable[..., T], *arguments: object) -> T:
         if self._refused is not None:
-            raise self._refused
+            raise copy(self._refused)  # which would keep what the task was given
         with until(lambda: not wanted):
             return function(*arguments)
 

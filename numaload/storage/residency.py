@@ -175,7 +175,10 @@ def _joined(runs: Iterator[Run]) -> Iterator[Run]:
 
 def may_ask(file: SourceFile) -> bool:
     """Whether mincore(2) tells the truth about this file."""
-    owner = os.fstat(file.fd).st_uid
+    try:
+        owner = os.fstat(file.fd).st_uid
+    except OSError:  # then that is not known
+        return False
     return os.geteuid() in (0, owner) or os.access(f"/proc/self/fd/{file.fd}", os.W_OK)
 
 

@@ -76,7 +76,9 @@ def guard() -> None:
     if _taken and any_mounted():
         import threading
 
-        threading.Thread(target=_watch, name="numaload-guard", daemon=True).start()
+        thread = threading.Thread(target=_watch, name="numaload-guard", daemon=True)
+        with suppress(RuntimeError):  # no more threads allowed: the work may need none
+            thread.start()
 
 
 def _watch() -> None:

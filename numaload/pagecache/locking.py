@@ -157,9 +157,11 @@ class LockingMeanwhile:
                 took = time.monotonic() - begin
 
     def __enter__(self) -> LockingMeanwhile:
-        self._thread.start()
+        with suppress(RuntimeError):  # no more threads allowed: all is locked in the end
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        if self._thread.ident is not None:  # it was started
+            self._thread.join()

@@ -278,11 +278,11 @@ def test_looking_for_close_names_ends(tmp_path: Path, missing: str) -> None:
         path = tmp_path / f"{count}.gguf"
         path.write_bytes(many_tensors(count, "t" * 30 + "{}"))
         with api.open(path) as weights:
-            start = time.perf_counter()
+            start = time.thread_time()  # of this thread alone: others keep the CPUs busy
             with pytest.raises(errors.TensorNotFoundError) as caught:
                 weights[missing]
             str(caught.value)
-            return time.perf_counter() - start
+            return time.thread_time() - start
 
     few = errors.COMPARED
     assert min(seconds(4 * few) / seconds(few) for _ in range(3)) < 2.5

@@ -24,7 +24,7 @@ from numaload.pagecache import holder, records
 
 MIB = 1 << 20
 SIZE = 120 * MIB
-SLOWLY = ("--max-rate", "30M")
+SLOWLY = ("--max-rate", "15M")  # 8 s: others start meanwhile, also on a busy machine
 SMALL = 40 * MIB  # of private memory: an interpreter, and no numpy
 ROOT = os.geteuid() == 0
 

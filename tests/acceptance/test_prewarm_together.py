@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -51,6 +52,19 @@ def start_reader(numaload: Numaload, path: str, *words: str) -> subprocess.Popen
     return job
 
 
+def started(
+    numaload: Numaload, reader: subprocess.Popen[str], *words: str, program: Any = None
+) -> Any:
+    """Another one that follows the reader, which stands still until it does."""
+    reader.send_signal(signal.SIGSTOP)
+    program = program or numaload.command("prewarm", *words)
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    job = subprocess.Popen(program, text=True, env=numaload.environment, **pipes)
+    wait_for(lambda: follows(job.pid) or job.poll() is not None, "it to follow")
+    reader.send_signal(signal.SIGCONT)
+    return job
+
+
 def once(report: Any) -> bool:
     """What was absent was read, by nobody else; a little, that was paged out meanwhile, again."""
     again = report["read"] - (report["size"] - report["resident_before"])
@@ -65,7 +79,7 @@ def answer(job: subprocess.Popen[str], status: int = 0) -> Any:
 
 def test_one_reads_and_the_others_follow(numaload: Numaload, big: str) -> None:
     reader = start_reader(numaload, big)
-    followers = [numaload.start("prewarm", big, "--json") for _ in range(3)]
+    followers = [started(numaload, reader, big, "--json") for _ in range(3)]
     told = [answer(job) for job in followers]
     own = answer(reader)
     size = os.path.getsize(big)
@@ -83,7 +97,7 @@ def test_one_reads_and_the_others_follow(numaload: Numaload, big: str) -> None:
 
 def test_a_followers_progress_is_the_readers(numaload: Numaload, big: str) -> None:
     reader = start_reader(numaload, big)
-    told = numaload.python(FOLLOWER, big)
+    told = answer(started(numaload, reader, program=[sys.executable, "-c", FOLLOWER, big]))
     own = answer(reader)
     assert told["report"]["followed"] == reader.pid
     theirs = [done for done, total in told["seen"] if total == own["read"]]
@@ -93,9 +107,8 @@ def test_a_followers_progress_is_the_readers(numaload: Numaload, big: str) -> No
 
 def test_when_the_reader_is_killed_a_follower_goes_on(numaload: Numaload, big: str) -> None:
     reader = start_reader(numaload, big)
-    followers = [numaload.start("prewarm", big, "--json") for _ in range(2)]
     wait_for(lambda: resident(big) > 40 * MIB, "the reader to come some way")
-    wait_for(lambda: all(follows(job.pid) for job in followers), "them to follow")
+    followers = [started(numaload, reader, big, "--json") for _ in range(2)]
     reader.kill()
     reader.communicate(timeout=LIMIT_S)
     told = [answer(job) for job in followers]
@@ -109,8 +122,7 @@ def test_when_the_reader_is_killed_a_follower_goes_on(numaload: Numaload, big: s
 
 def test_when_the_reader_is_interrupted_a_follower_goes_on(numaload: Numaload, big: str) -> None:
     reader = start_reader(numaload, big)
-    follower = numaload.start("prewarm", big, "--json")
-    wait_for(lambda: follows(follower.pid), "it to follow")
+    follower = started(numaload, reader, big, "--json")
     reader.send_signal(signal.SIGINT)
     assert "interrupted after" in answer(reader, 130)
     told = answer(follower)
@@ -123,8 +135,8 @@ def test_when_the_reader_is_interrupted_a_follower_goes_on(numaload: Numaload, b
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_follower_ends_alone(numaload: Numaload, big: str, times: int) -> None:
     reader = start_reader(numaload, big)
-    follower = numaload.start("prewarm", big)
-    wait_for(lambda: follows(follower.pid), "it to follow")
+    follower = started(numaload, reader, big)
+    reader.send_signal(signal.SIGSTOP)
     for _ in range(times):
         follower.send_signal(signal.SIGINT)
     _, errors = follower.communicate(timeout=LIMIT_S)
@@ -132,6 +144,7 @@ def test_a_follower_ends_alone(numaload: Numaload, big: str, times: int) -> None
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert reader.poll() is None
+    reader.send_signal(signal.SIGCONT)
     own = answer(reader)
     assert once(own)
     assert locks(numaload) == []

@@ -5,6 +5,7 @@ What only a network does, staying silent in the middle of a read, is in tests/ne
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -184,6 +186,16 @@ def test_waiting_is_said_once(path: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "Ctrl-C ends it" in str(said[0].message)
 
 
+def when_asked(then: Callable[[], object]) -> threading.Thread:
+    """A thread that does this once a process is being asked."""
+
+    def run() -> None:
+        wait_for(lambda: bool(pool.busy), "a question")
+        then()
+
+    return threading.Thread(target=run)
+
+
 def test_starting_one_is_not_the_server_s_time(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,14 +203,23 @@ def test_starting_one_is_not_the_server_s_time(
     slow.write_text(f'#!/bin/sh\nsleep 0.5\nexec {sys.executable} "$@"\n')
     slow.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(slow))
-    with io_timeout(0.2), SourceFile(path) as file:
+    looks = itertools.count()
+
+    def clock() -> float:
+        """Half a minute passes while the first one starts, and none afterwards."""
+        return 0.0 if next(looks) < 2 else netreader.START_S / 2
+
+    monkeypatch.setattr(netreader, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(netreader, "SAY_S", netreader.START_S)
+    with io_timeout(netreader.START_S / 3), SourceFile(path) as file:
         assert len(file.read_at(0, SIZE)) == SIZE
+    assert next(looks) > 3
 
 
 def test_ctrl_c(path: str) -> None:
     with SourceFile(path) as file:
         pid = stopped()
-        comes = threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,))
+        comes = when_asked(lambda: signal.raise_signal(signal.SIGINT))
         comes.start()
         with pytest.raises(KeyboardInterrupt):
             file.read_at(0, 1)
@@ -210,7 +231,7 @@ def test_what_nobody_wants_any_more(path: str) -> None:
     over = threading.Event()
     with SourceFile(path) as file:
         pid = stopped()
-        threading.Timer(0.2, over.set).start()
+        when_asked(over.set).start()
         with until(over.is_set), pytest.raises(CancelledError):
             file.read_at(0, 1)
         assert not running(pid)

@@ -182,7 +182,7 @@ def _record(row: dict[str, Any]) -> Record:
     from numaload.replicas.holder import namespace
     from numaload.replicas.holder_main import started
 
-    with open("/proc/self/comm", "w", encoding="ascii") as file:
+    with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
         file.write(NAME)
     return Record(
         pid=os.getpid(),

@@ -214,13 +214,13 @@ def answer(pid: int, error: str | None) -> None:
 def hold(line: bytes) -> int:
     """Publish, answer, and stay until SIGTERM."""
     try:
-        with open("/proc/self/comm", "w", encoding="ascii") as file:
+        with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
             file.write(NAME)
         null = os.open(os.devnull, os.O_RDWR)
         held = Held(line)
         held.tend()
     except (OSError, KeyError, TypeError, ValueError) as error:
-        answer(0, str(error) or type(error).__name__)
+        answer(0, getattr(error, "strerror", None) or str(error) or type(error).__name__)
         return 1
     try:
         answer(os.getpid(), None)

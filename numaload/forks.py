@@ -11,6 +11,7 @@ import logging  # noqa: F401
 import os
 import sys
 import threading
+from contextlib import suppress
 from importlib import _bootstrap
 from typing import Any
 
@@ -43,6 +44,9 @@ def _imports_elsewhere() -> list[Any]:
     return [lock for lock in held if lock.name.partition(".")[0] in _AWAITED]
 
 
-os.register_at_fork(
-    before=_before, after_in_parent=compiling.release, after_in_child=compiling.release
-)
+def _after() -> None:
+    with suppress(RuntimeError):  # imported while this very fork waited for that
+        compiling.release()
+
+
+os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after)

@@ -95,7 +95,7 @@ def is_reader(pid: int) -> bool:
 def entries(numaload: Numaload) -> list[str]:
     """What is left in the store but for its locks and the list of models used."""
     names = (str(path.relative_to(numaload.store)) for path in numaload.store.rglob("*"))
-    return [name for name in names if not name.startswith(("known", "lock", "reading"))]
+    return [name for name in names if not name.startswith(("known", "lock", "numaload", "reading"))]
 
 
 def nothing_left(numaload: Numaload, before: int) -> None:

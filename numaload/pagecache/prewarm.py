@@ -30,7 +30,7 @@ GIVEN_UP = (
     "memory has room: another program, or its file system (as FUSE without keep_cache), gave up"
     " what was read"
 )
-LITTLE = 16  # a share of the bytes that may be read once more
+LITTLE, AGAIN = 16, 3  # a share of the bytes that may be read again, and how often
 
 Announce = Callable[[ReadPlan], None]
 
@@ -240,12 +240,12 @@ class _Prewarming:
         report.read, report.stopped = done, room.stopped
         report.threads = report.plan.way.threads
         after = self._look_anew() if seen.known else _Seen([() for _ in self.files], known=False)
-        lost = after.nbytes
-        if not room.stopped and 0 < lost <= report.size // LITTLE:
+        for _ in range(AGAIN):
             # Some machines page out what is idle at any time: this is not what lacks memory.
-            report.read += read(after.absent, report.plan, room, None)[0]
-            after = self._look()
-        elif lost and not room.stopped and room.is_enough:
+            if not room.stopped and 0 < after.nbytes <= report.size // LITTLE:
+                report.read += read(after.absent, report.plan, room, None)[0]
+                after = self._look()
+        if after.nbytes and not room.stopped and room.is_enough:
             report.stopped = GIVEN_UP
         return after
 

@@ -145,11 +145,12 @@ AS_SOMEBODY_ELSE = """
 import os, sys
 sys.path[:] = eval(sys.argv[1])
 import numaload, numaload.pagecache.prewarm, numaload.weights, numaload.errors
+verbs = numaload.open, numaload.prewarm  # imports: Python's own files may be root's alone
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
-for use in (numaload.open, numaload.prewarm):
+for verb in verbs:
     try:
-        use(sys.argv[2])
+        verb(sys.argv[2])
     except numaload.errors.ReadError as error:
         print(error)
 """

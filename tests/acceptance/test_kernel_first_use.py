@@ -67,6 +67,7 @@ IMPORTING = """
 import os, sys, threading, warnings
 import numaload
 warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+topology = numaload.topology  # the first use: from now on forks wait
 importing, forking = threading.Event(), threading.Event()
 class Pause:
     def find_spec(self, name, *_):
@@ -77,7 +78,6 @@ def use():
     import numpy as np
     from numaload.dequantize import dequantize_blocks
     from numaload.formats.qtypes import QuantType
-    from numaload.numa.topology import topology
     from numaload.numa.workers import pool
     out = np.zeros(256, np.float32)
     blocks = np.full((1, 144), 0x21, "u1")

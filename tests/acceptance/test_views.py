@@ -112,7 +112,7 @@ def test_attach_holds_only_what_it_uses(mirror: api.Mirror, model: str) -> None:
     """A mirror of some nodes does not keep the replicas of others in use."""
     mirror.close()
     (entry,) = stores.entries()
-    other = dataclasses.replace(entry, name=f"{entry.name}x", groups=((77,),))
+    other = dataclasses.replace(entry, name=f"{entry.name[:-8]}{0:08x}", groups=((77,),))
     root = os.path.dirname(os.path.dirname(os.path.dirname(entry.path(entry.groups[0], 0))))
     os.mkdir(f"{root}/{other.name}", 0o700)
     Path(f"{root}/{other.name}/manifest.json").write_text(json.dumps(other.manifest()))

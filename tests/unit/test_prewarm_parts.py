@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from numaload.cli.output import print_json
 from numaload.numa import syscalls
 from numaload.pagecache import prewarm
 from numaload.storage import known
+from numaload.storage.ways import IntoCache
 
 pytestmark = pytest.mark.usefixtures("store")
 NODE = api.topology().all[0]
@@ -55,12 +57,18 @@ def test_a_file_given_twice_or_through_a_link_counts_once(
     assert len(report.paths) == 1
 
 
-def test_the_policy_ends_with_the_threads_of_the_job(cold: str) -> None:
-    before = syscalls.get_mempolicy()
+def test_the_policy_ends_with_the_threads_of_the_job(
+    cold: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, read = syscalls.get_mempolicy(), IntoCache.read
     seen: list[tuple[int, list[int]]] = []
-    api.prewarm(
-        cold, nodes=NODE, policy="bind", progress=lambda *_: seen.append(syscalls.get_mempolicy())
-    )
+
+    def noting(self: IntoCache, *piece: Any) -> None:
+        seen.append(syscalls.get_mempolicy())
+        read(self, *piece)
+
+    monkeypatch.setattr(IntoCache, "read", noting)
+    api.prewarm(cold, nodes=NODE, policy="bind")
     assert seen[-1] == (syscalls.MPOL_BIND, [NODE])
     assert syscalls.get_mempolicy() == before
     assert not [t for t in threading.enumerate() if t.name.startswith("numaload-prewarm")]

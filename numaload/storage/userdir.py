@@ -8,6 +8,7 @@ nothing is removed but what has the form of what numaload makes.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pwd
 import re
@@ -222,18 +223,27 @@ def _is_private(status: os.stat_result) -> bool:
 
 
 def _check_made(where: str, fd: int) -> None:
-    """Mark what is empty, which may have been made just now, or has an earlier version's names."""
+    """Mark what is empty, which may have been made just now, or an earlier version's store."""
     names = listed(fd)
     if MARKER in names:
         return
     foreign = sorted(name for name in names if not OURS.fullmatch(name))
-    if foreign:
+    if foreign and not any(_is_entry(name, fd) for name in names):
         raise StoreError(
             f"{where}: numaload did not make it, found {foreign[0]} in it: move that elsewhere, or"
             " set NUMALOAD_STORE to another folder on a tmpfs"
         )
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     os.close(os.open(MARKER, flags, 0o600, dir_fd=fd))
+
+
+def _is_entry(name: str, store: int) -> bool:
+    """Whether this is an entry by its name and its manifest."""
+    if not ENTRY.fullmatch(name):
+        return False
+    with suppress(*UNREADABLE), folder(name, store) as inside:
+        return "checksums" in json.loads(read_owned("manifest.json", inside))
+    return False
 
 
 def read_owned(name: str, folder: int) -> bytes:

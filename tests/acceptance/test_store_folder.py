@@ -109,7 +109,9 @@ def test_a_folder_without_the_marker(base: Path, small: str, kind: str) -> None:
     if kind == "an earlier version's":
         api.mirror(small, shared=True).close()
         (own / userdir.MARKER).unlink()
+        (own / "notes.txt").touch()
         api.attach(small).close()
+        assert (own / "notes.txt").exists()
     else:
         own.mkdir(mode=0o700)
     if kind == "a user's":

@@ -48,13 +48,12 @@ def open_standard() -> None:
 
     A model's file, or a replica, would get its number, and then what is printed.
     """
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(fd, True)
-    os.close(fd)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
-            setattr(sys, name, stream)
+            with suppress(OSError):  # then what is printed goes nowhere all the same
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number free
+                stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
+                setattr(sys, name, stream)
 
 
 def raise_open_files() -> None:

@@ -100,13 +100,13 @@ class SourceFile(NotCopyable):
         self.network = network_of(path)
         try:
             status = self._open()
-        except OSError as error:
+        except BaseException as error:
             self.close()
-            if isinstance(error, ReadError):
+            if isinstance(error, ReadError) or not isinstance(error, (OSError, ValueError)):
                 raise
-            raise ReadError(reason(error), path=path) from error
-        except ValueError as error:  # a NUL in it
-            raise ReadError(str(error), path=path) from error
+            # ValueError: a NUL in it.
+            why = reason(error) if isinstance(error, OSError) else str(error)
+            raise ReadError(why, path=self.path) from error
         if not stat.S_ISREG(status.st_mode):
             self.close()
             kind = KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")

@@ -189,14 +189,13 @@ def _try_lock(lock: io.FileIO) -> bool:
 
 
 def _give_back(lock: io.FileIO, name: str, folder: int | None) -> None:
-    try:
-        with suppress(FileNotFoundError):
+    with lock:
+        with suppress(OSError):  # the next sweep takes it away
             if os.fstat(lock.fileno()).st_nlink:
                 os.unlink(name, dir_fd=folder)
-        # Closing alone would leave it locked where a child was forked meanwhile.
-        fcntl.flock(lock, fcntl.LOCK_UN)
-    finally:
-        lock.close()
+        with suppress(OSError):
+            # Closing alone would leave it locked where a child was forked meanwhile.
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def _follow(mine: Turn, lock: io.FileIO) -> None:

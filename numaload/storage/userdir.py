@@ -70,7 +70,8 @@ def opened(*, create: bool = True) -> Iterator[int | None]:
         yield None
         return
     try:
-        _check(where, fd)
+        with named(where):
+            _check(where, fd)
         check_spare(fd)
         yield fd
     finally:

@@ -47,6 +47,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A file that is taken for one of a network."""
     monkeypatch.setattr(files, "network_of", lambda _: SERVER)
     monkeypatch.setattr(files, "mount_on", lambda _: None)
+    monkeypatch.setattr(netreader, "REAP_S", 60.0)  # a busy machine takes its time
     (tmp_path / "file").write_bytes(random.Random(6).randbytes(SIZE))
     yield str(tmp_path / "file")
     assert pool.idle == []
@@ -173,11 +174,17 @@ def test_what_is_no_time(seconds: float) -> None:
 
 
 def test_waiting_is_said_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(netreader, "SAY_S", 0.2)
-    monkeypatch.setattr("numaload.errors._said", set())
+    said_so: set[str] = set()
+    monkeypatch.setattr("numaload.errors._said", said_so)
+
+    def go_on() -> None:
+        wait_for(lambda: bool(said_so), "it to be said")
+        os.kill(pid, signal.SIGCONT)
+
     with SourceFile(path) as file:
         pid = stopped()
-        goes_on = threading.Timer(0.6, os.kill, (pid, signal.SIGCONT))
+        monkeypatch.setattr(netreader, "SAY_S", 0.2)
+        goes_on = threading.Thread(target=go_on)
         goes_on.start()
         with pytest.warns(NumaloadWarning, match="waiting for server:/models") as said:
             assert len(file.read_at(0, SIZE)) == SIZE

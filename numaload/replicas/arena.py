@@ -181,10 +181,19 @@ def _memory_file() -> int:
     return os.memfd_create(MEMFD, flags)
 
 
+def _resize(fd: int, size: int) -> None:
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        raise StoreError(
+            f"no memory file of {size} bytes for a replica: {reason(error)}"
+        ) from error
+
+
 def _of_file(fd: int, size: int, group: Group, *, bound: bool) -> Arena:
     try:
         userdir.check_spare(fd)
-        os.ftruncate(fd, size)
+        _resize(fd, size)
         mapping = map_file(fd, size, write=True)
     except BaseException:
         os.close(fd)

@@ -155,11 +155,12 @@ def _store_need(needed: int) -> Need:
         while not os.path.isdir(where) and where != "/":
             where = os.path.dirname(where)
         userdir.check_tmpfs(where)
+        with userdir.named(where):
+            status = os.statvfs(where)
+            free = status.f_bavail * status.f_frsize
+            hint = "" if needed <= free else logout.tmpfs_limit_note(where, needed)
     except StoreError as error:
         return Need("the store", needed, 0, hint=str(error))
-    status = os.statvfs(where)
-    free = status.f_bavail * status.f_frsize
-    hint = "" if needed <= free else logout.tmpfs_limit_note(where, needed)
     return Need(f"tmpfs {where}", needed, free, hint=hint)
 
 

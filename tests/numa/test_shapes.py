@@ -10,15 +10,16 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import numaload as api
 from commands import Numaload
 from numaload.demo import write_model
+from numaload.storage.ways import IntoMemory
 from witness import PAGE, by_move_pages, by_numa_maps, cpus_of
 
 NODES = Path("/sys/devices/system/node")
@@ -154,17 +155,22 @@ def test_every_thread_reads_the_nearest_replica(mirror: api.Mirror) -> None:
         assert found == {nearest(node, everything())}
 
 
-def test_a_replica_is_built_by_the_nearest_cpus(store: Path, small: str) -> None:
+def test_a_replica_is_built_by_the_nearest_cpus(
+    store: Path, small: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if len(with_memory()) < 2:
         pytest.skip("nothing is copied within a process here")
+    seen: list[set[int]] = []
+    read = IntoMemory.read
+
+    def noting(self: IntoMemory, *place: Any) -> None:
+        seen.append(set(os.sched_getaffinity(0)))
+        read(self, *place)
+
+    monkeypatch.setattr(IntoMemory, "read", noting)
     for node in with_memory():
-        seen: list[set[int]] = []
-
-        def watch(done: int, total: int, seen: list[set[int]] = seen) -> None:
-            if threading.current_thread() is not threading.main_thread():
-                seen.append(set(os.sched_getaffinity(0)))
-
-        with api.mirror(small, nodes=node, progress=watch) as mirror:
+        seen.clear()
+        with api.mirror(small, nodes=node) as mirror:
             assert mirror.report.kind == "private"
             tensor = mirror.view(node)[NAME]
             assert set(by_move_pages(tensor.address, tensor.nbytes)) == {node}

@@ -243,11 +243,16 @@ class SourceFile(NotCopyable):
             done += count
 
     def drop_cache(self, offset: int, nbytes: int) -> None:
-        """Give page cache back. Pages that someone maps or writes stay."""
+        """Give page cache back. Pages that someone maps or writes stay. Raises: ReadError."""
         if self._far is not None:
             self._far.drop(offset, nbytes)
-        else:
+            return
+        try:
             os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise ReadError(
+                f"page cache cannot be given back: {reason(error)}", path=self.path, offset=offset
+            ) from error
 
     def close(self) -> None:
         self.closed = True

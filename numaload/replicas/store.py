@@ -106,10 +106,11 @@ def is_there(entry: Entry) -> bool:
 
 
 def _is_there(name: str, store: int | None) -> bool:
-    try:
-        os.stat(name, dir_fd=store, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
+    with userdir.named(f"{userdir.path()}/{name}"):
+        try:
+            os.stat(name, dir_fd=store, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
     return True
 
 

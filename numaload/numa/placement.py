@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 from numaload.errors import NumaError, PlacementError, check_limits, warn_once
 from numaload.numa import pagemap, syscalls
 from numaload.numa.lists import format_list
-from numaload.numa.mapping import Mapping
+from numaload.numa.mapping import Mapping, populate_read
 from numaload.numa.syscalls import HUGE, PAGE
 
 PROC, NODES = "/proc/self", "/sys/devices/system/node"
 ABSENT = -1  # in the counts: pages that are not in RAM, or not mapped here
 SAMPLES = 10_000
+AGAIN = 4  # times that the kernel is asked where it says that pages are not mapped
 ASKED = 1 << 30  # bytes whose pages move_pages is asked about at a time
 LEAST_SHARE = 0.9  # of a fair part, on each of the nodes that share a replica
 INDIVISIBLE = 16 << 20  # bytes of a file that one node may have to fill alone
@@ -52,6 +53,10 @@ class Placement:
     @property
     def placed(self) -> int:
         return sum(self.on.get(node, 0) for node in self.asked)
+
+    @property
+    def absent(self) -> int:
+        return self.on.get(ABSENT, 0) + self.sampled.get(ABSENT, 0)
 
     @property
     def elsewhere(self) -> int:
@@ -87,11 +92,24 @@ class Placement:
 def locate(groups: Sequence[tuple[list[int], Sequence[Mapping]]]) -> list[Placement]:
     """Ask the kernel about several replicas at once: [(nodes asked for, its mappings), ...].
 
-    One reading of numa_maps, and of smaps where that is needed, serves all of them: both walk the
-    page tables of the whole process.
+    The kernel unmaps idle pages of a tmpfs at any time (reclaim, DAMON's pageout): where it says
+    that some are not mapped, they are mapped again, and it is asked again.
     """
-    if not groups:
-        return []
+    placements: list[Placement] = []
+    for _ in range(AGAIN if groups else 0):
+        placements = _ask(groups)
+        for (_, mappings), found in zip(groups, placements, strict=True):
+            for mapping in mappings if found.absent else ():
+                populate_read(mapping)
+        if not any(found.absent for found in placements):
+            break
+    return placements
+
+
+def _ask(groups: Sequence[tuple[list[int], Sequence[Mapping]]]) -> list[Placement]:
+    """One reading of numa_maps, and of smaps where that is needed, serves all replicas:
+    both walk the page tables of the whole process.
+    """
     live = [[m.range for m in mappings if m.length] for _, mappings in groups]
     counts = count_pages([r for ranges in live for r in ranges])
     huge = _huge_bytes([r for ranges in live for r in ranges])

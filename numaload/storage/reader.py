@@ -108,7 +108,12 @@ class Reading:
                     if piece is None:
                         return
                     self._pace(piece.nbytes)
-                    work(piece, way)
+                    try:
+                        work(piece, way)
+                    except CancelledError:
+                        if self.stop.is_set():  # not an error: another thread read enough
+                            return
+                        raise
                     self.advance(piece.nbytes)
 
         workers = Workers(cpus, way.threads, name, hands_on=True)

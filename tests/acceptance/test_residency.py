@@ -12,7 +12,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from commands import LIMIT_S, Numaload, evict, resident
 from confined import DOCKER
 from numaload.cli.pagecache import CLEAR, HOME, bar
 from numaload.numa import syscalls
+from numaload.numa.mapping import map_file, populate_read
 from safetensors_builder import model as safetensors_model
 
 TIB = 1 << 40
@@ -61,22 +62,25 @@ def test_of_a_cold_model_nothing_is_there_and_nothing_comes(cold: list[str]) -> 
     assert [resident(path) for path in cold] == [0] * len(cold)  # the headers neither
 
 
-def warmed(paths: list[str]) -> api.ResidencyReport:
-    """Some machines page out what is idle at any time: as often as it takes."""
-    for _ in range(20):
-        api.prewarm(paths[0])
-        report = api.residency(paths[-1])
-        if report.resident == report.size:
-            break
-    return report
+@pytest.fixture
+def warm(cold: list[str]) -> Iterator[list[str]]:
+    """Locked in RAM: some machines page out what is idle at any time."""
+    with ExitStack() as locked:
+        for path in cold:
+            fd = os.open(path, os.O_RDONLY)
+            locked.callback(os.close, fd)
+            mapping = locked.enter_context(map_file(fd, os.path.getsize(path)))
+            assert not syscalls.mlock_on_fault(mapping.address, mapping.length)
+            populate_read(mapping)
+        yield cold
 
 
-def test_of_a_warm_model_all_is_there(cold: list[str]) -> None:
-    report = warmed(cold)
+def test_of_a_warm_model_all_is_there(warm: list[str]) -> None:
+    report = api.residency(warm[-1])
     assert report.resident == report.size
     assert all(file.how in ("cachestat", "mincore") for file in report.files)
     assert all(set(file.cells) == {1.0} for file in report.files)
-    with api.open(cold[0]) as weights:
+    with api.open(warm[0]) as weights:
         assert {n: t.nbytes for n, t in weights.items()} == {
             n: t.resident for n, t in report.tensors.items()
         }
@@ -257,13 +261,12 @@ def test_status_shows_a_bar_and_tensors(cold: list[str], numaload: Numaload) -> 
     assert NAME not in numaload("status", cold[0]).stdout
 
 
-def test_status_as_json(cold: list[str], numaload: Numaload) -> None:
-    warmed(cold)
-    for row in numaload.json("status", cold[0])["page_cache"]:
+def test_status_as_json(warm: list[str], numaload: Numaload) -> None:
+    for row in numaload.json("status", warm[0])["page_cache"]:
         assert {"path", "size", "resident", "known", "on_nodes"} <= set(row)
         assert "tensors" not in row
         assert row["resident"] == row["size"] == sum(row["on_nodes"].values())
-    rows = numaload.json("status", cold[0], "--tensors")["page_cache"]
+    rows = numaload.json("status", warm[0], "--tensors")["page_cache"]
     assert all(t["resident"] == t["nbytes"] for row in rows for t in row["tensors"])
 
 

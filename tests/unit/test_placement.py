@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import mmap
+import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 from numaload import errors
 from numaload.errors import NumaError, NumaloadWarning, PlacementError
 from numaload.numa import pagemap, placement, syscalls
-from numaload.numa.mapping import bind, map_private
+from numaload.numa.mapping import Mapping, bind, map_file, map_private, populate_read
 from numaload.numa.placement import (
     ABSENT,
     HUGE_FIELDS,
@@ -26,6 +29,17 @@ from numaload.numa.syscalls import HUGE, PAGE
 from numaload.numa.topology import topology
 
 NODE = topology().usable[0]
+
+
+def map_memory(length: int) -> Mapping:
+    """Pages of a tmpfs, as a replica has them."""
+    fd = os.memfd_create("numaload-test")
+    try:
+        os.ftruncate(fd, length)
+        return map_file(fd, length)
+    finally:
+        os.close(fd)
+
 
 # Lines as kernels print them; the counts are in base pages.
 NUMA_MAPS: dict[str, tuple[str, dict[int, int]]] = {
@@ -188,6 +202,29 @@ def test_locate_several_at_once() -> None:
     assert found[1].sampled == {NODE: 2}
     assert found[1].right
     assert found[2].right
+
+
+@pytest.mark.parametrize("when", ["before the counts", "before the sample"])
+def test_what_the_kernel_unmapped_is_mapped_again(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its reclaim does with idle pages of a tmpfs, which stay in RAM."""
+    with map_memory(4 * PAGE) as mapping:
+        populate_read(mapping)
+        if when == "before the sample":
+            asked = placement.sample
+
+            def sample(ranges: Sequence[tuple[int, int]]) -> dict[int, int]:
+                monkeypatch.setattr(placement, "sample", asked)
+                assert not syscalls.madvise(mapping.address, PAGE, mmap.MADV_DONTNEED)
+                return asked(ranges)
+
+            monkeypatch.setattr(placement, "sample", sample)
+        else:
+            assert not syscalls.madvise(mapping.address, PAGE, mmap.MADV_DONTNEED)
+        (found,) = locate([([NODE], [mapping])])
+    assert found.right
+    assert found.on == found.sampled == {NODE: 4}
 
 
 @pytest.mark.parametrize(

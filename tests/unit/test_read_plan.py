@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import numaload as api
 from numaload.errors import CancelledError, UsageError
+from numaload.numa.stopping import stopping
 from numaload.storage import plan, reader
 from numaload.storage.device import Device
 from numaload.storage.plan import (
@@ -225,6 +226,26 @@ def test_an_error_ends_the_reading_in_all_threads() -> None:
         job.run([[(0, 10 * GIB)]], made, work, CPUS, "numaload-test")
     assert len(done) <= 9
     assert not [t for t in threading.enumerate() if t.name.startswith("numaload-test")]
+
+
+def test_a_thread_that_read_enough_ends_the_others_without_an_error() -> None:
+    """Those that ask a network file system give up as soon as nobody wants the answer."""
+    waiting = threading.Event()
+
+    def work(piece: Piece, _: Way) -> None:
+        if piece.offset == 0:
+            assert waiting.wait(60)
+            job.stop.set()
+        else:
+            waiting.set()
+            assert job.stop.wait(60)
+            assert stopping()
+            raise CancelledError("interrupted")
+
+    made = make_plan(CACHE, device(), 10 * MIB).forced_to([Way(BUFFERED, 2, MIB)])
+    job = Reading(10 * MIB)
+    job.run([[(0, 10 * MIB)]], made, work, CPUS, "numaload-test")
+    assert job.done == MIB
 
 
 def test_cancelled_while_it_waits_for_its_rate() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from numaload.cli import pagecache, prewarming, threads
 from numaload.cli.output import complain, note, print_json, say, size
@@ -41,22 +41,32 @@ def add_verbs(verbs: Any) -> None:
             pagecache.add_options(parser)
 
 
-def _chosen(files: list[str]) -> tuple[list[Any], list[str]]:
-    """Entries of the store for these files, and those of the files that have none.
+class _Chosen(NamedTuple):
+    """Entries of the store for some files.
 
-    They are found by path, through links too: the file may have changed or gone.
+    missing: those of the files that have none. damaged: of all the store, if no files were named,
+    what cannot be read, {name: why}.
     """
+
+    entries: list[Any]
+    missing: list[str]
+    damaged: dict[str, str]
+
+
+def _chosen(files: list[str]) -> _Chosen:
+    """They are found by path, through links too: the file may have changed or gone."""
     from numaload.replicas import store
 
     store.sweep()
-    entries = store.entries()
+    entries, damaged = store.scan()
     if not files:
-        return entries, []
+        return _Chosen(entries, [], damaged)
     names = [_names(entry.model.paths) for entry in entries]
     wanted = _wanted(files)
     every = set().union(*wanted.values())
     chosen = [entry for entry, its in zip(entries, names, strict=True) if its & every]
-    return chosen, [file for file in files if not any(its & wanted[file] for its in names)]
+    missing = [file for file in files if not any(its & wanted[file] for its in names)]
+    return _Chosen(chosen, missing, {})
 
 
 def _wanted(files: list[str]) -> dict[str, set[str]]:
@@ -77,6 +87,12 @@ def _names(paths: Any) -> set[str]:
 def _complain_none(missing: list[str]) -> None:
     for file in missing:
         complain(f"{file}: no replicas of it in the store: numaload mirror {file}")
+
+
+def _complain_damaged(damaged: dict[str, str]) -> bool:
+    for why in damaged.values():
+        complain(why)
+    return bool(damaged)
 
 
 def _siblings(find: Any, path: str) -> list[str]:
@@ -111,14 +127,15 @@ def _used() -> list[str]:
 def _show_status(options: argparse.Namespace, files: pagecache.Files) -> int:
     from numaload.errors import StoreError
 
-    stored, warming, cached, usable = [], [], files.look(), True
+    stored, warming, cached, whole = [], [], files.look(), False
     try:
-        stored = [row for row in map(_entry_status, _chosen(options.files)[0]) if row]
+        chosen = _chosen(options.files)
+        stored = [row for row in map(_entry_status, chosen.entries) if row]
         warming = prewarming.look(_wanted(options.files))
+        whole = not _complain_damaged(chosen.damaged)
     except StoreError as error:
         complain(str(error))
-        usable = False
-    stored_all = usable and not any(row.get("error") for row in (*stored, *warming))
+    stored_all = whole and not any(row.get("error") for row in (*stored, *warming))
     if options.json:
         rows = pagecache.as_rows(cached, tensors=options.tensors)
         told = {"replicas": stored, "prewarming": warming, "page_cache": rows}
@@ -185,11 +202,12 @@ def verify(options: argparse.Namespace) -> int:
     from numaload.mirrors.shared import verify_entry
     from numaload.numa.topology import topology
 
-    entries, missing = _chosen(options.files)
+    entries, missing, damaged = _chosen(options.files)
     _complain_none(missing)
-    if not entries and not missing:
+    _complain_damaged(damaged)
+    if not (entries or missing or damaged):
         complain("nothing in the store: numaload mirror MODEL.gguf")
-    right, rows, machine = bool(entries) and not missing, [], topology()
+    right, rows, machine = bool(entries) and not (missing or damaged), [], topology()
     for entry in entries:
         path, source = entry.model.paths[0], entry.model.state()
         try:
@@ -213,18 +231,23 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def release(options: argparse.Namespace) -> int:
+    import os
+
     from numaload.replicas import store
 
-    chosen, missing = _chosen(options.files)
+    damaged, foreign = ([], []) if options.files else store.release_damaged()
+    chosen, missing, unread = _chosen(options.files)
+    named = {os.path.basename(path) for path in foreign}
+    unread = {name: why for name, why in unread.items() if name not in named}
     ended = prewarming.release(_wanted(options.files))
     missing = [file for file in missing if file not in ended.files]
     _complain_none(missing)
-    damaged, foreign = ([], []) if options.files else store.release_damaged()
+    _complain_damaged(unread)
     done = store.release(chosen)
     failed = [one for one in done if one.error]
     for one in failed:
         complain(f"{one.entry.model.paths[0]}: {one.error}")
-    status = 1 if missing or failed or ended.failed else 0
+    status = 1 if missing or unread or failed or ended.failed else 0
     if options.json:
         print_json([*done, *ended.rows])
         return status

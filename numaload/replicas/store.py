@@ -48,18 +48,14 @@ _local = threading.local()
 
 def entries() -> list[Entry]:
     """Everything in the store, oldest first; what cannot be read is left out and said."""
-    found, damaged = _scan()
+    found, damaged = scan()
     for name, why in damaged.items():
-        warn_once(
-            f"damaged {name}",
-            f"{userdir.path()}/{name}: no entry that can be read ({why}); left out;"
-            " numaload release without FILE takes away what numaload made of it",
-        )
+        warn_once(f"damaged {name}", why)
     return found
 
 
-def _scan() -> tuple[list[Entry], dict[str, str]]:
-    """Entries, oldest first, and {name: what is wrong with it} of what is none."""
+def scan() -> tuple[list[Entry], dict[str, str]]:
+    """Entries, oldest first, and of what is in the place of one {name: what is wrong with it}."""
     found: list[Entry] = []
     damaged: dict[str, str] = {}
     take_over()
@@ -69,7 +65,10 @@ def _scan() -> tuple[list[Entry], dict[str, str]]:
             if isinstance(entry, Entry):
                 found.append(entry)
             elif _is_there(name, store):  # or else it was released by someone just now
-                damaged[name] = entry
+                damaged[name] = (
+                    f"{userdir.path()}/{name}: no entry that can be read ({entry}); left out;"
+                    " numaload release without FILE takes away what numaload made of it"
+                )
     return sorted(found, key=lambda entry: entry.created), damaged
 
 
@@ -353,7 +352,7 @@ def release_damaged() -> tuple[list[str], list[str]]:
         if store is None:
             return [], []
         stays = {name for name in userdir.listed(store) if not userdir.OURS.fullmatch(name)}
-        damaged = _scan()[1]
+        damaged = scan()[1]
         for name in damaged:
             _end_damaged(name, store)
             remove(name, store)

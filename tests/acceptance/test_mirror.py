@@ -370,7 +370,9 @@ def test_one_damaged_replica_hides_no_other(
     for name in left_over(numaload):
         manifest = numaload.store / name / "manifest.json"
         manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | {"version": 1}))
-    assert "no entry that can be read" in numaload("status").stderr
+    for verb in ("status", "verify"):
+        assert "error: " + str(numaload.store) in numaload(verb, status=1).stderr
+    assert "no entry that can be read" in numaload("mirror", own_model[0]).stderr
     assert "removed" in numaload("release").stdout
     assert left_over(numaload) == []
 

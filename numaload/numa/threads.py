@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from errno import EACCES, EINVAL, EPERM, ESRCH
+from errno import EACCES, EAGAIN, EINVAL, EPERM, ESRCH
 from typing import Any, NamedTuple
 
 from numaload.errors import NumaError, UsageError, check_limits
@@ -15,6 +15,7 @@ from numaload.numa.lists import parse_list
 from numaload.numa.sysfs import Reader
 from numaload.numa.topology import Topology
 
+MORE = "raise ulimit -u, or the cgroup's pids.max"
 LARGEST_PID = (1 << 31) - 1  # of pid_t; kernels stop at 2^22
 ENDED = "ZXx"  # states of threads that never run again
 # What follows the name in /proc/PID/stat, counted from 0.
@@ -100,6 +101,11 @@ def name_thread(name: str) -> None:
     """
     with suppress(OSError), open("/proc/thread-self/comm", "w", encoding="utf-8") as file:
         file.write(name)
+
+
+def no_thread(error: RuntimeError) -> NumaError:
+    """What threading says, which keeps no errno, where the kernel starts no more threads."""
+    return NumaError(f"no thread can be started ({error}): {MORE}", call="clone", errno=EAGAIN)
 
 
 def _listed(folder: int) -> list[int]:

@@ -13,14 +13,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from copy import copy
-from errno import EAGAIN, EINVAL
+from errno import EINVAL
+from functools import partial
 from queue import Empty
 from typing import Any, TypeVar
 
 from numaload.errors import NumaError
 from numaload.numa.affinity import pin
 from numaload.numa.stopping import Steps, check_process, until
-from numaload.numa.threads import name_thread
+from numaload.numa.threads import name_thread, no_thread
 from numaload.numa.topology import Topology
 
 T = TypeVar("T")
@@ -59,25 +60,24 @@ class Workers:
         except NumaError as error:
             self._refused = error  # raised from here it would break the pool and lose its name
 
-    def _run(self, wanted: list[bool], function: Callable[..., T], *arguments: object) -> T:
+    def _run(self, wanted: list[bool], task: list[Callable[[], T]]) -> T:
         if self._refused is not None:
             raise copy(self._refused)  # which would keep what the task was given
         with until(lambda: not wanted):
-            return function(*arguments)
+            return task.pop()()
 
     def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
         if getattr(_local, "alone", False):
             return _done_here(function, *arguments)
         wanted = [True]  # emptied by ``finish``
+        task: list[Callable[[], T]] = [partial(function, *arguments)]
         try:
             with _alone():
-                future = self._pool.submit(self._run, wanted, function, *arguments)
-        except RuntimeError as error:  # of threading, which keeps no errno
-            raise NumaError(
-                f"no thread can be started ({error}): ulimit -u, or the cgroup's pids.max",
-                call="clone",
-                errno=EAGAIN,
-            ) from error
+                future = self._pool.submit(self._run, wanted, task)
+        except RuntimeError as error:
+            wanted.clear()
+            task.clear()  # it stays in the pool's queue, and would keep what it was given
+            raise no_thread(error) from error
         vars(future)["wanted"] = wanted
         return future
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from numaload.errors import NotCopyable, UsageError
 from numaload.numa.stopping import check_process
+from numaload.numa.threads import no_thread
 from numaload.pagecache.choice import Source, located
 from numaload.pagecache.prewarm import prewarm
 from numaload.pagecache.report import PrewarmReport
@@ -32,7 +33,10 @@ class PrewarmJob(NotCopyable):
             target=run, args=(self._run, located(what), options), name="numaload-prewarm"
         )
         self._pid, self._in_turn = os.getpid(), following.in_turn()
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise no_thread(error) from error
 
     def progress(self) -> tuple[int, int]:
         """(bytes read, bytes to be read); (0, 0) until that is known."""
@@ -87,8 +91,9 @@ class PrewarmJob(NotCopyable):
 
 
 def prewarm_async(what: Source | Sequence[Source], **options: Any) -> PrewarmJob:
-    """Begin to prewarm in a thread, with the options of ``prewarm``; all errors are in ``result``.
+    """Begin to prewarm in a thread, with the options of ``prewarm``; its errors are in ``result``.
 
     progress: is called in a thread of the prewarming.
+    Raises: NumaError where no thread can be started.
     """
     return PrewarmJob(what, options)

@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 from numaload.errors import CancelledError, warn_once
 from numaload.numa.stopping import until
-from numaload.numa.threads import name_thread
+from numaload.numa.threads import name_thread, no_thread
 from numaload.storage.device import device_of
 from numaload.storage.files import SourceFile
 from numaload.storage.plan import CACHE, CHUNK, Way, make_plan
 from numaload.storage.residency import residency
 from numaload.storage.ways import IntoCache
 
-NO_THREAD = "raise ulimit -u, or the cgroup's pids.max"
 LEAST_THREADS = 4  # where two do not make the storage seek
 # Bytes that a thread brings in between two turns in Python, for which it waits behind threads that
 # convert. The first are smaller: there is work for those at once.
@@ -72,8 +71,8 @@ class Ahead:
             self._threads.append(thread)  # before it runs: Ctrl-C may come at any time
             try:
                 thread.start()
-            except RuntimeError as error:  # of threading, which keeps no errno
-                warn_once("ahead", f"files are not read ahead: {error}: {NO_THREAD}")
+            except RuntimeError as error:
+                warn_once("ahead", f"files are not read ahead: {no_thread(error)}")
                 return
 
     def _way(self) -> Way | None:

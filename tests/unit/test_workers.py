@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import numaload as api
 from machines import APART, XEON, Machine
 from numaload.errors import NumaError, UsageError
 from numaload.numa.affinity import ALLOWED, pinned_to
@@ -151,6 +154,25 @@ def test_a_thread_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = len(running)
     time.sleep(0.2)
     assert len(running) == seen < 8
+
+
+def test_a_thread_that_cannot_start_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what it was given, though its pool stays: replicas would stay mapped."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    workers = Workers(HERE, 2)
+    given = threading.Event()
+    gone = weakref.ref(given)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(NumaError, match="no thread can be started"):
+        workers.submit(given.set)
+    with pytest.raises(NumaError, match="no thread can be started"):
+        api.prewarm_async(__file__)
+    del given
+    gc.collect()  # the error's traceback
+    assert gone() is None
 
 
 TWICE = """

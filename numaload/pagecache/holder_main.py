@@ -178,12 +178,12 @@ class Holder:
 
 
 def _record(row: dict[str, Any]) -> Record:
+    """Raises: OSError where it cannot be known again."""
     from numaload.pagecache.records import NAME, Record
     from numaload.replicas.holder import namespace
-    from numaload.replicas.holder_main import started
+    from numaload.replicas.holder_main import rename, started
 
-    with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
-        file.write(NAME)
+    rename(NAME)
     return Record(
         pid=os.getpid(),
         start=started(os.getpid()),
@@ -225,7 +225,16 @@ def main() -> int:
     row = json.loads(line)
     sys.path[:] = row["path"]
     os.environ["NUMALOAD_STORE"] = row["store"]
-    return Holder(row).run()
+    try:
+        holder = Holder(row)
+    except OSError as error:
+        from numaload.errors import StoreError, reason
+        from numaload.pagecache.records import packed
+
+        told = packed(StoreError(f"{error.filename or '/proc'}: {reason(error)}"))
+        os.write(1, json.dumps({"pid": 0, "start": 0, "error": told, "report": None}).encode())
+        return 1
+    return holder.run()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from itertools import pairwise
 from math import hypot
 from typing import Any, NamedTuple
 
-from numaload.errors import FormatError
+from numaload.errors import FormatError, ReadError, reason
 from numaload.formats import gguf, safetensors
 from numaload.formats.metadata import ReadAt
 from numaload.formats.shards import SUFFIX
@@ -140,7 +140,10 @@ def spans_of(file: SourceFile) -> list[Span]:
     Raises: FormatError if it is no model, ReadError.
     """
     before = absent_runs(file, 0, HEAD)
-    os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead
+    try:
+        os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead
+    except OSError as error:
+        raise ReadError(f"posix_fadvise: {reason(error)}", path=file.path) from error
     end = 0
     try:
         start = file.read_at(0, min(START, file.size))

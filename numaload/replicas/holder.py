@@ -138,11 +138,12 @@ def alive(pid: int, start: int, called: str = holder_main.NAME) -> bool:
 
 
 def namespace() -> str:
-    """Of the ids of processes; empty, and so nobody's, where that cannot be read."""
+    """Of the ids of processes. Raises: StoreError where that cannot be read."""
+    path = "/proc/self/ns/pid"
     try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
+        return os.readlink(path)
+    except OSError as error:
+        raise StoreError(f"{path}: {reason(error)}: which process holds is unknown") from error
 
 
 def end_holder(pid: int, start: int, called: str = holder_main.NAME) -> bool:

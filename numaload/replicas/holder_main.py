@@ -207,6 +207,19 @@ def started(pid: int) -> int:
         return int(file.read().rpartition(b")")[2].split()[19])  # field 22
 
 
+def rename(name: str) -> None:
+    """Take the name by which holders are known: no process of another name is ever ended.
+
+    Raises: OSError.
+    """
+    try:
+        with open("/proc/self/comm", "w", encoding="ascii") as file:
+            file.write(name)
+    except OSError as error:
+        error.filename = "/proc/self/comm"
+        raise
+
+
 def answer(pid: int, error: str | None) -> None:
     os.write(1, json.dumps({"pid": pid, "error": error}).encode() + b"\n")
 
@@ -214,13 +227,14 @@ def answer(pid: int, error: str | None) -> None:
 def hold(line: bytes) -> int:
     """Publish, answer, and stay until SIGTERM."""
     try:
-        with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
-            file.write(NAME)
+        rename(NAME)
         null = os.open(os.devnull, os.O_RDWR)
         held = Held(line)
         held.tend()
     except (OSError, KeyError, TypeError, ValueError) as error:
-        answer(0, getattr(error, "strerror", None) or str(error) or type(error).__name__)
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        path = getattr(error, "filename", None)
+        answer(0, why if path is None else f"{path}: {why}")
         return 1
     try:
         answer(os.getpid(), None)

@@ -79,7 +79,8 @@ def _read(name: str, store: int | None) -> Entry | str:
             return Entry.from_json(name, userdir.read_owned(MANIFEST, folder))
     except userdir.UNREADABLE as error:
         check_limits(error, f"{userdir.path()}/{name}")  # no damage that may be released
-        return str(error) or type(error).__name__
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        return why or type(error).__name__
 
 
 def _entry_names(store: int) -> list[str]:
@@ -379,11 +380,10 @@ def _take_away(name: str, store: int | None) -> None:
     try:
         os.rename(name, f".{name}", src_dir_fd=store, dst_dir_fd=store)
     except FileNotFoundError:
-        return
+        pass
     except OSError:  # what an earlier one of the name left is in the way
         _remove(name, store)
-    else:
-        _remove(f".{name}", store)
+    _remove(f".{name}", store)  # also what a holder could not remove
 
 
 def _remove(name: str, store: int) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,23 @@ def sparse_model(path: Path, nbytes: int) -> str:
 
 
 def used_bytes(path: Path) -> int:
-    """What is in use of the file system that holds ``path``."""
-    while not path.exists():
-        path = path.parent
-    status = os.statvfs(path)
-    return (status.f_blocks - status.f_bfree) * status.f_frsize
+    """What files below ``path`` take, also those that have no name there any more, or had none.
+
+    Counted file by file: others use the same tmpfs meanwhile.
+    """
+    if path.is_mount():
+        room = os.statvfs(path)
+        return (room.f_blocks - room.f_bfree) * room.f_frsize
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    for process in filter(str.isdecimal, os.listdir("/proc")):
+        for open_or_mapped in (f"/proc/{process}/fd", f"/proc/{process}/map_files"):
+            with suppress(OSError):  # it is gone, or another user's
+                paths += [f"{open_or_mapped}/{name}" for name in os.listdir(open_or_mapped)]
+    found: dict[tuple[int, int], int] = {}
+    for one in paths:
+        with suppress(OSError):
+            if one.startswith("/proc/") and not os.readlink(one).startswith(f"{path}/"):
+                continue
+            status = os.stat(one, follow_symlinks=one.startswith("/proc/"))
+            found[status.st_dev, status.st_ino] = status.st_blocks * 512
+    return sum(found.values())

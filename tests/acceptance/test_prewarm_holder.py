@@ -385,8 +385,8 @@ def test_a_thread_of_this_process(store: Path, big: str) -> None:
             job.result(timeout=0.01)
         report = job.result()
     assert job.done()
-    assert report.read > KEPT * SIZE
-    assert job.progress() == (report.read, report.read)
+    done, total = job.progress()
+    assert KEPT * SIZE < done == total <= report.read  # what was paged out since was read again
 
 
 def test_a_thread_that_is_cancelled(store: Path, big: str) -> None:

@@ -44,29 +44,30 @@ def add_verbs(verbs: Any) -> None:
 class _Chosen(NamedTuple):
     """Entries of the store for some files.
 
-    missing: those of the files that have none. damaged: of all the store, if no files were named,
-    what cannot be read, {name: why}.
+    missing: those of the files that have none. Of all the store, if no files were named: damaged,
+    what cannot be read, {name: why}; stays, why leftovers of entries cannot be cleared.
     """
 
     entries: list[Any]
     missing: list[str]
     damaged: dict[str, str]
+    stays: list[str]
 
 
 def _chosen(files: list[str]) -> _Chosen:
     """They are found by path, through links too: the file may have changed or gone."""
     from numaload.replicas import store
 
-    store.sweep()
+    stays = store.sweep()
     entries, damaged = store.scan()
     if not files:
-        return _Chosen(entries, [], damaged)
+        return _Chosen(entries, [], damaged, stays)
     names = [_names(entry.model.paths) for entry in entries]
     wanted = _wanted(files)
     every = set().union(*wanted.values())
     chosen = [entry for entry, its in zip(entries, names, strict=True) if its & every]
     missing = [file for file in files if not any(its & wanted[file] for its in names)]
-    return _Chosen(chosen, missing, {})
+    return _Chosen(chosen, missing, {}, [])
 
 
 def _wanted(files: list[str]) -> dict[str, set[str]]:
@@ -202,7 +203,7 @@ def verify(options: argparse.Namespace) -> int:
     from numaload.mirrors.shared import verify_entry
     from numaload.numa.topology import topology
 
-    entries, missing, damaged = _chosen(options.files)
+    entries, missing, damaged, _ = _chosen(options.files)
     _complain_none(missing)
     _complain_damaged(damaged)
     if not (entries or missing or damaged):
@@ -236,26 +237,30 @@ def release(options: argparse.Namespace) -> int:
     from numaload.replicas import store
 
     damaged, foreign = ([], []) if options.files else store.release_damaged()
-    chosen, missing, unread = _chosen(options.files)
+    chosen, missing, unread, stays = _chosen(options.files)
     named = {os.path.basename(path) for path in foreign}
     unread = {name: why for name, why in unread.items() if name not in named}
     ended = prewarming.release(_wanted(options.files))
     missing = [file for file in missing if file not in ended.files]
     _complain_none(missing)
     _complain_damaged(unread)
+    for why in stays:
+        complain(why)
     done = store.release(chosen)
     failed = [one for one in done if one.error]
     for one in failed:
         complain(f"{one.entry.model.paths[0]}: {one.error}")
-    status = 1 if missing or unread or failed or ended.failed else 0
+    status = 1 if missing or unread or stays or failed or ended.failed else 0
     if options.json:
         print_json([*done, *ended.rows])
         return status
     for path in damaged:
         say(f"removed {path}, which could not be read")
     for path in foreign:
-        note(f"{path} stays: numaload did not make it; remove it yourself if it may go")
+        note(f"{path} stays: it is not as numaload makes it; remove it yourself if it may go")
     for one in done:
+        if one.error:
+            continue
         later = (
             "; still in use, the memory comes back when the last process closes it"
             if one.in_use
@@ -263,6 +268,6 @@ def release(options: argparse.Namespace) -> int:
         )
         say(f"released {one.entry.model.paths[0]}: {size(one.nbytes)}{later}")
     prewarming.tell_released(ended)
-    if not done and not damaged and not missing and not ended.rows:
+    if not (done or damaged or unread or stays or missing or ended.rows):
         say("nothing was in the store")
     return status

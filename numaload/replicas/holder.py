@@ -22,6 +22,7 @@ from typing import Any
 
 from numaload.errors import StoreError, reason
 from numaload.replicas import holder_main
+from numaload.storage.userdir import MARKER
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h, since Linux 5.1
@@ -46,6 +47,7 @@ def start_holder(
         fds = [_above_standard(fd, copies) for _, _, fd in links]
         row = {
             "store": portable(store_path),
+            "marker": MARKER,
             "name": name,
             "locked": True,
             "manifest": manifest | {"holder": {"files": [identity(fd) for fd in fds]}},

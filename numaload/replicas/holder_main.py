@@ -2,7 +2,7 @@
 
 It gets memfds that are filled, one line of JSON on its standard input, and answers with one line:
 
-    {"store": path, "name": entry, "manifest": {...}, "locked": true,
+    {"store": path, "marker": name, "name": entry, "manifest": {...}, "locked": true,
      "links": [["node0", "model.gguf", descriptor], ...]}
     {"pid": 4711, "error": null}
 
@@ -16,6 +16,7 @@ stays as it was.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -41,6 +42,7 @@ class Held:
     def __init__(self, line: bytes) -> None:
         row, pid = json.loads(line), os.getpid()
         self.store, self.name, self.locked = row["store"], row["name"], row["locked"]
+        self.marker, self.device = row["marker"], 0
         self.links = [(node, name, f"/proc/{pid}/fd/{fd}") for node, name, fd in row["links"]]
         row["manifest"]["holder"].update(pid=pid, start=started(pid))
         self.manifest = json.dumps(row["manifest"]).encode()
@@ -51,6 +53,7 @@ class Held:
         try:
             if self._is_there(store):
                 return
+            self._check(store)
             if self.locked:  # by the builder, for the first time
                 self._write(store)
                 return
@@ -63,6 +66,18 @@ class Held:
                 os.close(lock)
         finally:
             os.close(store)
+
+    def _check(self, store: int) -> None:
+        """Mark the folder if it is empty, as after a logout. Raises: OSError if it is not ours."""
+        device = os.fstat(store).st_dev
+        self.device = self.device or device
+        if device != self.device:
+            raise PermissionError(1, "is on another file system than before", self.store)
+        found = os.listdir(store)
+        if found and self.marker not in found:
+            raise PermissionError(1, "was not made by numaload", self.store)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        os.close(os.open(self.marker, flags, 0o600, dir_fd=store))
 
     def _is_there(self, store: int) -> bool:
         inside = [MANIFEST, *(f"{node}/{name}" for node, name, _ in self.links)]
@@ -143,6 +158,32 @@ def remove(name: str, parent: int) -> None:
         os.rmdir(name, dir_fd=parent)
 
 
+def left(name: str, parent: int) -> bool:
+    """Whether replicas of this entry are there, as far as its folder can be opened."""
+    try:
+        folder = _below(name, parent)
+    except PermissionError as error:
+        return error.errno == errno.EACCES
+    except OSError:  # there is none, or something else
+        return False
+    try:
+        sizes = _named(folder)
+        nodes = filter(NODES.fullmatch, os.listdir(folder))
+        return any(_holds(node, folder, sizes or {}) for node in nodes)
+    except OSError as error:
+        return error.errno == errno.EACCES
+    finally:
+        os.close(folder)
+
+
+def _holds(node: str, folder: int, sizes: dict[str, str]) -> bool:
+    inside = _below(node, folder)
+    try:
+        return any(_is_replica(file, inside, sizes) for file in sizes.keys() & os.listdir(inside))
+    finally:
+        os.close(inside)
+
+
 def _below(name: str, parent: int) -> int:
     folder = os.open(name, DIRECTORY, dir_fd=parent)
     if os.fstat(folder).st_dev != os.fstat(parent).st_dev:
@@ -151,26 +192,33 @@ def _below(name: str, parent: int) -> int:
     return folder
 
 
-def _named(folder: int) -> set[str] | None:
-    """Names of replicas by the manifest; None where there is none. Raises: OSError."""
+def _named(folder: int) -> dict[str, str] | None:
+    """{name of a replica: its size} by the manifest; None where there is none. Raises: OSError."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with open(os.open(MANIFEST, flags, dir_fd=folder), "rb") as file:
-            row = json.loads(file.read(MOST), parse_int=str)  # they may be of any length
-        if row["version"].isdecimal():
-            return {os.path.basename(str(path)) for path in row["model"]["paths"]}
+        fd = os.open(MANIFEST, flags, dir_fd=folder)
     except FileNotFoundError:
         return None
+    try:
+        with open(fd, "rb", closefd=False) as file:  # not of a folder
+            row = json.loads(file.read(MOST), parse_int=str)  # they may be of any length
+        if row["version"].isdecimal():
+            sizes = {os.path.basename(str(path)): "" for path in row["model"]["paths"]}
+            with suppress(LookupError, TypeError):  # damaged: the mode of a replica is enough
+                sizes.update(zip(sizes, (i[2] for i in row["model"]["identities"])))  # noqa: B905
+            return sizes
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
         pass
+    finally:
+        os.close(fd)
     raise PermissionError(1, "is no manifest of an entry", MANIFEST)
 
 
-def _empty(folder: int, names: set[str] | None) -> None:
+def _empty(folder: int, sizes: dict[str, str] | None) -> None:
     """The manifest goes last: it tells who goes on after a kill which files are replicas."""
     for node in filter(NODES.fullmatch, os.listdir(folder)):
         with suppress(OSError):  # the others are removed all the same
-            _empty_node(node, folder, names)
+            _empty_node(node, folder, sizes)
     found = os.listdir(folder)
     if not any(map(NODES.fullmatch, found)):
         for file in found:
@@ -179,23 +227,25 @@ def _empty(folder: int, names: set[str] | None) -> None:
                     os.unlink(file, dir_fd=folder)
 
 
-def _empty_node(node: str, folder: int, names: set[str] | None) -> None:
+def _empty_node(node: str, folder: int, sizes: dict[str, str] | None) -> None:
     inside = _below(node, folder)
     try:
         for file in os.listdir(inside):
             with suppress(OSError):
-                if _is_replica(file, inside) if names is None else file in names:
+                if (sizes is None or file in sizes) and _is_replica(file, inside, sizes or {}):
                     os.unlink(file, dir_fd=inside)
     finally:
         os.close(inside)
     os.rmdir(node, dir_fd=folder)
 
 
-def _is_replica(name: str, folder: int) -> bool:
+def _is_replica(name: str, folder: int, sizes: dict[str, str]) -> bool:
+    """Whether it looks like one: a holder's link, or a file of its mode or its size."""
     status = os.stat(name, dir_fd=folder, follow_symlinks=False)
     if stat.S_ISLNK(status.st_mode):
         return LINK.fullmatch(os.readlink(name, dir_fd=folder)) is not None
-    return status.st_mode == stat.S_IFREG | REPLICA_MODE
+    is_its_size = stat.S_ISREG(status.st_mode) and str(status.st_size) == sizes.get(name)
+    return is_its_size or status.st_mode == stat.S_IFREG | REPLICA_MODE
 
 
 def started(pid: int) -> int:
@@ -233,7 +283,7 @@ def hold(line: bytes) -> int:
         held.tend()
     except (OSError, KeyError, TypeError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        path = getattr(error, "filename", None)
+        path = getattr(error, "filename2", None) or getattr(error, "filename", None)
         answer(0, why if path is None else f"{path}: {why}")
         return 1
     try:

@@ -25,17 +25,24 @@ import fcntl
 import json
 import os
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from errno import EEXIST, ENOENT, ENOTEMPTY
 from typing import Any
 
-from numaload.errors import StoreError, UsageError, check_limits, reason, warn_once
+from numaload.errors import (
+    ReplicaNotFoundError,
+    StoreError,
+    UsageError,
+    check_limits,
+    reason,
+    warn_once,
+)
 from numaload.numa.lists import Group
-from numaload.replicas import holder
+from numaload.replicas import holder, holder_main
 from numaload.replicas.build import Built
 from numaload.replicas.entry import Entry, Holder, folder_of, pid_of
 from numaload.replicas.holder_main import LOCK, MANIFEST, remove
@@ -43,6 +50,7 @@ from numaload.storage import userdir
 from numaload.storage.known import Model
 
 TOKEN_BYTES = 4
+PAUSES_S = (0.01,) * 10  # in which others may end what they began to remove
 _local = threading.local()
 
 
@@ -94,10 +102,15 @@ def take_over() -> None:
         names = [name for name in names if isinstance(_read(name, old), Entry)]
         if not names:
             return
-        with userdir.opened() as store, _alone(old) as alone:
+        where = os.path.dirname(userdir.path())
+        with userdir.opened() as store, _alone(old, where) as alone:
             for name in names if alone else ():
-                with suppress(OSError):  # it has been moved before
+                try:
                     os.rename(name, name, src_dir_fd=old, dst_dir_fd=store)
+                except OSError as error:  # noqa: PERF203 - the others are moved all the same
+                    if error.errno not in (ENOENT, ENOTEMPTY, EEXIST):  # it was moved before
+                        why = f"{where}/{name}: {reason(error)}: of an earlier version, stays there"
+                        warn_once(why, why)
 
 
 def is_there(entry: Entry) -> bool:
@@ -158,21 +171,25 @@ def building() -> Iterator[int]:
                 os.close(lock)
 
 
-def sweep() -> None:
-    """Clear what killed processes left, unless someone is building now."""
+def sweep() -> list[str]:
+    """Clear what killed processes left, unless someone is building now; why replicas stay."""
     take_over()
     with userdir.opened(create=False) as store:
         if store is not None:
             with _alone(store) as alone:
                 if alone:
-                    _sweep(store)
+                    return _sweep(store)
+    return []
 
 
 @contextmanager
-def _alone(store: int | None) -> Iterator[bool]:
-    """Whether nobody builds there now, nor begins to before this ends."""
+def _alone(store: int | None, where: str = "") -> Iterator[bool]:
+    """Whether nobody builds there now, nor begins to before this ends.
+
+    where: of which folder it is, where that is not the store's.
+    """
     try:
-        lock = _lock_file(store)
+        lock = _lock_file(store, where)
     except StoreError as error:
         warn_once("lock", f"{error}; what others left there stays")
         yield False
@@ -183,12 +200,12 @@ def _alone(store: int | None) -> Iterator[bool]:
         _unlock(lock)
 
 
-def _lock_file(store: int | None) -> int:
+def _lock_file(store: int | None, where: str = "") -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         return os.open(LOCK, flags, 0o600, dir_fd=store)
     except OSError as error:
-        raise StoreError(f"{userdir.path()}/{LOCK}: {reason(error)}") from error
+        raise StoreError(f"{where or userdir.path()}/{LOCK}: {reason(error)}") from error
 
 
 def _try_lock(fd: int) -> bool:
@@ -203,10 +220,10 @@ def _unlock(fd: int) -> None:
         os.close(fd)
 
 
-def _sweep(store: int) -> None:
-    for name in userdir.listed(store):
-        if name.startswith(".") and userdir.ENTRY.fullmatch(name[1:]):
-            _remove(name, store)
+def _sweep(store: int) -> list[str]:
+    """Why some replicas stay, which is said once, too."""
+    left = [name for name in userdir.listed(store) if userdir.ENTRY.fullmatch(name[1:])]
+    stays = [_remove(name, store) for name in left if name.startswith(".")]
     for name in _entry_names(store):
         entry = _read(name, store)
         lost = _lost(entry) if isinstance(entry, Entry) else None
@@ -216,7 +233,11 @@ def _sweep(store: int) -> None:
                 f"process {lost.pid}, which held the replicas of {entry.model.paths[0]}, is gone,"
                 " and they with it: it was killed, or its container ended",
             )
-            _take_away(name, store)
+            stays.append(_take_away(name, store))
+    stays = [why for why in stays if why]
+    for why in stays:
+        warn_once(why, why)
+    return stays
 
 
 def _lost(entry: Entry) -> Holder | None:
@@ -282,11 +303,15 @@ def _publish_held(entry: Entry, built: Built, store: int) -> Entry:
     manifest = entry.manifest() | {"pid_namespace": holder.namespace()}
     pid = holder.start_holder(userdir.path(), entry.name, manifest, links)
     published = _read(entry.name, store)
-    if isinstance(published, str):
-        os.kill(pid, signal.SIGTERM)
-        where = f"{userdir.path()}/{entry.name}"
-        raise StoreError(f"{where}: its holder wrote no manifest that can be read: {published}")
-    return published
+    if isinstance(published, Entry):
+        return published
+    there = _is_there(entry.name, store)
+    with suppress(OSError):  # it has ended, if its entry was released
+        holder.end_holder(pid, holder_main.started(pid))
+    where = f"{userdir.path()}/{entry.name}"
+    if not there:
+        raise ReplicaNotFoundError(f"{where}: released while it was published")
+    raise StoreError(f"{where}: its holder wrote no manifest that can be read: {published}")
 
 
 @dataclass(frozen=True)
@@ -322,7 +347,7 @@ def release(chosen: Sequence[Entry]) -> list[Released]:
             except OSError:  # what is wrong with it shows when it is taken away
                 in_use = False
             error = _end(entry.holder) if entry.holder else ""
-            _take_away(entry.name, store)
+            error = _take_away(entry.name, store) or error
             done.append(Released(entry, entry.nbytes, in_use, error))
     return done
 
@@ -374,20 +399,28 @@ def _end_damaged(name: str, store: int | None) -> None:
             holder.end_holder(pid_of(row["holder"]), number(row["holder"]["start"]))
 
 
-def _take_away(name: str, store: int | None) -> None:
-    """Others may release and sweep at the same time."""
+def _take_away(name: str, store: int | None) -> str:
+    """Take an entry away. Why its replicas stay, or an empty string."""
     assert store is not None  # noqa: S101 - what has a name is in a store
+    why = ""
     try:
         os.rename(name, f".{name}", src_dir_fd=store, dst_dir_fd=store)
     except FileNotFoundError:
         pass
     except OSError:  # what an earlier one of the name left is in the way
-        _remove(name, store)
-    _remove(f".{name}", store)  # also what a holder could not remove
+        why = _remove(name, store)
+    return _remove(f".{name}", store) or why  # also what a holder could not remove
 
 
-def _remove(name: str, store: int) -> None:
-    remove(name, store)
-    if _is_there(name, store):
-        where = f"{userdir.path()}/{name}"
-        warn_once(where, f"{where} stays: not all of it can be removed, or is numaload's")
+def _remove(name: str, store: int) -> str:
+    """Why its replicas stay, or an empty string. Others may remove it at the same time."""
+    for pause in PAUSES_S:
+        remove(name, store)
+        if not _is_there(name, store):
+            return ""
+        time.sleep(pause)
+    why = f"{userdir.path()}/{name} stays: not all of it can be removed, or is numaload's"
+    if holder_main.left(name, store):
+        return why
+    warn_once(why, why)
+    return ""

@@ -12,15 +12,18 @@ import json
 import os
 import pwd
 import re
+import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import ENOENT
 from functools import lru_cache
 from typing import Any
 
 from numaload.errors import StoreError, reason, warn_once
 from numaload.numa import syscalls
 from numaload.numa.mounts import mount_of
+from numaload.storage.files import absolute
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 SPARE = 12  # descriptors that work in the store needs at a time, starting a holder most
@@ -49,10 +52,10 @@ def path() -> str:
 @lru_cache
 def _base(given: str) -> str:
     # Absolute: paths of replicas are printed for others. Once: a process may change its folder.
-    try:
-        return os.path.abspath(given)
-    except OSError as error:
-        raise StoreError(f"NUMALOAD_STORE={given}: {reason(error)}: give it from /") from error
+    whole = absolute(given)
+    if not os.path.isabs(whole):
+        raise StoreError(f"NUMALOAD_STORE={given}: {os.strerror(ENOENT)}: give it from /")
+    return whole
 
 
 @contextmanager
@@ -154,11 +157,10 @@ def within(name: str, *, create: bool = True) -> Iterator[int | None]:
     to be made also for that.
     """
     with opened(create=create) as store:
-        if store is None:
-            yield None
-            return
         fd, where = -1, f"{path()}/{name}"
         try:
+            if store is None:
+                raise FileNotFoundError(ENOENT, where)
             if create:
                 with suppress(FileExistsError):
                     os.mkdir(name, 0o700, dir_fd=store)
@@ -170,6 +172,8 @@ def within(name: str, *, create: bool = True) -> Iterator[int | None]:
             if create:
                 raise StoreError(said) from error
             warn_once(where, f"{said}; left out")
+        if create and fd < 0:
+            raise StoreError(f"{where}: was removed while it was made")
         try:
             yield None if fd < 0 else fd
         finally:
@@ -211,8 +215,11 @@ def _check(where: str, fd: int) -> None:
     status = os.fstat(fd)
     _check_owner(where, status)
     if not _is_private(status):
-        mode = stat.S_IMODE(status.st_mode)
-        raise StoreError(f"{where} has mode {mode:04o}, expected 0700: chmod 700 {where}")
+        said = f"{where} has mode {stat.S_IMODE(status.st_mode):04o}, expected 0700"
+        way_out = "set NUMALOAD_STORE to another folder on a tmpfs"  # others may use this one
+        if _is_marked(fd):
+            way_out = f"chmod 700 {shlex.quote(where)}"
+        raise StoreError(f"{said}: {way_out}")
     if syscalls.file_system(fd) != TMPFS:
         check_tmpfs(where)
     with named(f"{where}/{MARKER}"):
@@ -225,10 +232,10 @@ def _is_private(status: os.stat_result) -> bool:
 
 def _check_made(where: str, fd: int) -> None:
     """Mark what is empty, which may have been made just now, or an earlier version's store."""
-    names = listed(fd)
-    if MARKER in names:
+    if _is_marked(fd):
         return
-    foreign = sorted(name for name in names if not OURS.fullmatch(name))
+    names = listed(fd)
+    foreign = sorted(name for name in names if name == MARKER or not OURS.fullmatch(name))
     if foreign and not any(_is_entry(name, fd) for name in names):
         raise StoreError(
             f"{where}: numaload did not make it, found {foreign[0]} in it: move that elsewhere, or"
@@ -236,6 +243,13 @@ def _check_made(where: str, fd: int) -> None:
         )
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     os.close(os.open(MARKER, flags, 0o600, dir_fd=fd))
+
+
+def _is_marked(store: int) -> bool:
+    with suppress(FileNotFoundError):
+        status = os.stat(MARKER, dir_fd=store, follow_symlinks=False)
+        return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+    return False
 
 
 def _is_entry(name: str, store: int) -> bool:

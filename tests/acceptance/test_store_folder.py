@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import numaload as api
-from commands import Numaload, running, sparse_model, wait_for
+from commands import LIMIT_S, Numaload, running, sparse_model, wait_for
 from numaload.errors import NumaloadWarning, StoreError
 from numaload.numa.mounts import mount_of
+from numaload.replicas import holder
 from numaload.replicas import store as stores
 from numaload.storage import userdir
 
@@ -152,6 +156,7 @@ def test_an_earlier_version_s_replicas_are_taken_over(
     assert (base / entry.name).exists()
     as_before()
     (base / "thesis.txt").touch()
+    (base / userdir.MARKER).touch()  # which earlier holders did not look for
     numaload = Numaload(base)
     if hold:
         numaload("status")
@@ -243,3 +248,105 @@ def test_something_else_in_a_place_of_the_store_does_not_stop_release(
             place.symlink_to("/")
     assert "m.gguf" in Numaload(base)("release").stdout
     assert not list((base / OWN).rglob("*.gguf"))
+
+
+def test_a_store_that_is_removed_meanwhile_is_an_error(
+    base: Path, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at logout: an error or a warning, and no file in the working folder."""
+    real = os.mkdir
+
+    def mkdir(path: Any, *arguments: Any, **options: Any) -> None:
+        if "dir_fd" in options:
+            shutil.rmtree(userdir.path(), ignore_errors=True)
+        real(path, *arguments, **options)
+
+    monkeypatch.chdir(tmp_path)
+    api.evict(small)
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with pytest.warns(NumaloadWarning, match="removed while it was made"):
+        api.prewarm(small)
+    with pytest.raises(StoreError, match="removed while it was made"):
+        api.prewarm(small, lock=True)
+    assert os.listdir(tmp_path) == [os.path.basename(small)]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_replicas_that_cannot_be_removed_are_not_released(base: Path, small: str) -> None:
+    api.mirror(small, shared=True).close()
+    program = f"""
+        mount --bind {base} {base} && mount -o remount,bind,ro {base} || exit 77
+        {shlex.join(Numaload(base).command("release"))}; echo "status $?"
+    """
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", program], capture_output=True, text=True,
+        env=Numaload(base).environment, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+    if done.returncode in (1, 77):
+        pytest.skip("nothing can be mounted here")
+    assert "status 1" in done.stdout
+    assert "released" not in done.stdout
+    assert "stays" in done.stderr
+    assert len(stores.entries()) == 1
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a FIFO", "a link"])
+def test_what_is_only_called_as_the_marker_is_none(base: Path, kind: str) -> None:
+    store = Path(userdir.path())
+    store.mkdir(mode=0o700)
+    (store / "thesis.txt").touch()
+    marker = store / userdir.MARKER
+    if kind == "a folder":
+        marker.mkdir()
+    elif kind == "a FIFO":
+        os.mkfifo(marker)
+    else:
+        marker.symlink_to("x")
+    with pytest.raises(StoreError, match="numaload did not make it"):
+        stores.entries()
+
+
+def test_a_folder_that_others_use_is_not_to_be_closed(base: Path) -> None:
+    store = Path(userdir.path())
+    store.mkdir()
+    store.chmod(0o1777)
+    with pytest.raises(StoreError, match="set NUMALOAD_STORE to another") as caught:
+        stores.entries()
+    assert "chmod" not in str(caught.value)
+    store.chmod(0o700)
+    with stores.building():
+        store.chmod(0o755)
+    with pytest.raises(StoreError, match=f"chmod 700 {store}"):
+        stores.entries()
+
+
+def test_what_was_lost_to_release_while_it_was_published_is_built_again(
+    base: Path, small: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, pids = holder.start_holder, []
+
+    def start(*arguments: Any) -> int:
+        pids.append(real(*arguments))
+        if len(pids) == 1:
+            stores.release(stores.entries())
+        return pids[-1]
+
+    monkeypatch.setattr(holder, "start_holder", start)
+    with pytest.warns(NumaloadWarning, match="released while it was published; mirrored once more"):
+        api.mirror(small, shared=True, hold=True).close()
+    assert [running(pid) for pid in pids] == [False, True]
+    stores.release(stores.entries())
+
+
+def test_what_is_not_a_replica_s_size_or_mode_stays(base: Path, small: str) -> None:
+    """Whatever the manifest, which anybody may have edited, says of its name."""
+    api.mirror(small, shared=True).close()
+    (entry,) = stores.entries()
+    replica = Path(entry.path(entry.groups[0], 0))
+    replica.unlink()
+    replica.write_text("precious")
+    with pytest.warns(NumaloadWarning, match="stays: not all of it"):
+        (done,) = stores.release([entry])
+    (left,) = [path for path in Path(userdir.path()).rglob("*") if path.name == replica.name]
+    assert left.read_text() == "precious"
+    assert not done.error

@@ -21,6 +21,7 @@ import pytest
 from commands import running, wait_for
 from numaload.errors import StoreError
 from numaload.replicas import holder, holder_main
+from numaload.storage.userdir import MARKER
 
 NAME = "0123456789abcdef0123456789abcdef.cafecafe"
 MANIFEST = {"version": 1, "model": {"paths": ["/x/m.gguf"]}}
@@ -73,6 +74,11 @@ def start(store: Path) -> Iterator[Start]:
         holder.end_holder(pid, began)
 
 
+def listed(store: Path) -> list[str]:
+    """What is in the store beside its marker."""
+    return sorted(set(os.listdir(store)) - {MARKER})
+
+
 def test_an_entry_of_links_that_every_process_can_read(store: Path, start: Start) -> None:
     files = [("node0", "m-00001.gguf"), ("node0", "m-00002.gguf"), ("node3", "m-00001.gguf")]
     pid = start(files, seconds=1.5)
@@ -88,7 +94,7 @@ def test_an_entry_of_links_that_every_process_can_read(store: Path, start: Start
     assert found["holder"]["start"] == start_time(pid)
     seen = [os.stat(store / NAME / node / name) for node, name in files]
     assert found["holder"]["files"] == [[s.st_dev, s.st_ino] for s in seen]
-    assert sorted(os.listdir(store)) == [NAME]
+    assert listed(store) == [NAME]
     assert stat.S_IMODE(os.stat(store / NAME).st_mode) == 0o700
 
 
@@ -144,7 +150,7 @@ def test_it_outlives_its_builder_and_the_session(store: Path, number: signal.Sig
         assert (store / NAME / "node0" / "m.gguf").read_bytes() == b"held"
     finally:
         assert holder.end_holder(pid, began)
-    assert os.listdir(store) == []
+    assert listed(store) == []
 
 
 def test_ending_it_takes_the_entry_away_and_frees_the_memory(store: Path, start: Start) -> None:
@@ -153,7 +159,7 @@ def test_ending_it_takes_the_entry_away_and_frees_the_memory(store: Path, start:
     reader = os.open(store / NAME / "node0" / "m.gguf", os.O_RDONLY)
     try:
         assert holder.end_holder(pid, began)
-        assert os.listdir(store) == []
+        assert listed(store) == []
         assert not holder.alive(pid, began)
         assert not holder.end_holder(pid, began)
         # Whoever has it open keeps it: it hurts nobody.
@@ -190,9 +196,9 @@ def test_it_publishes_again_what_somebody_removed(store: Path, start: Start, wha
     assert path.read_bytes() == PAGES
     assert manifest_of(store) == before
     assert stat.S_IMODE(os.stat(store).st_mode) == 0o700
-    assert sorted(os.listdir(store)) == [NAME, "lock"]
+    assert listed(store) == [NAME, "lock"]
     assert holder.end_holder(pid, start_time(pid))
-    assert os.listdir(store) == ["lock"]
+    assert listed(store) == ["lock"]
 
 
 def test_it_waits_for_who_builds(store: Path, start: Start) -> None:
@@ -203,13 +209,13 @@ def test_it_waits_for_who_builds(store: Path, start: Start) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         shutil.rmtree(store / NAME)
         time.sleep(2.5 * holder_main.INTERVAL_S)
-        assert os.listdir(store) == ["lock"]
+        assert listed(store) == ["lock"]
         fcntl.flock(lock, fcntl.LOCK_UN)
         wait_for((store / NAME).exists, "the entry to come back", 60)
         fcntl.flock(lock, fcntl.LOCK_EX)
         shutil.rmtree(store / NAME)
         assert holder.end_holder(pid, start_time(pid))
-        assert os.listdir(store) == ["lock"]
+        assert listed(store) == ["lock"]
     finally:
         os.close(lock)
 
@@ -227,7 +233,7 @@ def test_it_does_not_publish_into_a_folder_that_is_not_safe(
         store.mkdir()
         store.chmod(0o755)
     time.sleep(2.5 * holder_main.INTERVAL_S)
-    assert os.listdir(store) == []
+    assert listed(store) == []
     if kind == "a link":
         store.unlink()
     else:
@@ -307,7 +313,7 @@ def test_a_builder_that_dies_while_it_asks_leaves_nothing(store: Path, cut: int)
     line = json.dumps(row).encode() + b"\n"
     done = run_script(line[:cut])
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
-    assert os.listdir(store) == []
+    assert listed(store) == []
 
 
 @pytest.mark.parametrize("line", [b"{\n", b"[]\n", b"{}\n", b'{"store": 1}\n', b"\xff\n"])
@@ -332,7 +338,7 @@ def test_a_builder_that_does_not_wait_for_the_answer(store: Path) -> None:
         os.close(write)
         job.communicate(json.dumps(row).encode() + b"\n")
     wait_for(lambda: group_is_gone(job.pid), "the holder to end", 60)
-    assert os.listdir(store) == []
+    assert listed(store) == []
 
 
 def group_is_gone(pid: int) -> bool:
@@ -355,6 +361,7 @@ def test_a_store_that_cannot_be_written_is_an_error(store: Path, kind: str) -> N
         store.chmod(0o755)
     else:
         store.mkdir(mode=0o700)
+        (store / MARKER).touch()
         (store / f".{NAME}").mkdir()
         (store / NAME).touch()
     fd, before = memfd(), descriptors()
@@ -410,7 +417,7 @@ def test_ctrl_c_while_it_is_started_leaves_nothing(
         start()
     (found,) = seen
     wait_for(lambda: not holder.alive(found["pid"], found["start"]), "the holder to end")
-    assert os.listdir(store) == []
+    assert listed(store) == []
 
 
 def test_descriptors_of_a_process_without_standard_input(store: Path) -> None:
@@ -459,3 +466,28 @@ def test_seals_where_the_kernel_has_fewer(kernel: str, monkeypatch: pytest.Monke
 
 def test_the_kernel_keeps_the_whole_name() -> None:
     assert len(holder_main.NAME) <= 15
+
+
+@pytest.mark.parametrize("kind", ["a folder of the user's", "a link to a disk"])
+def test_it_publishes_nowhere_else_than_at_first(
+    kind: str, store: Path, start: Start, tmp_path: Path
+) -> None:
+    pid, folder, away = start(), store.parent, store.parent.with_name(f"{store.parent.name}-away")
+    if kind == "a link to a disk":
+        os.rename(folder, away)
+        folder.symlink_to(tmp_path)
+    else:
+        mine = folder / "mine"
+        mine.mkdir(mode=0o700)
+        (mine / "thesis.txt").touch()
+        os.rename(store, away)
+        os.rename(mine, store)
+    time.sleep(2.5 * holder_main.INTERVAL_S)
+    assert running(pid)
+    assert listed(store) == ([] if kind == "a link to a disk" else ["thesis.txt"])
+    assert not (store / MARKER).exists()
+    if kind == "a link to a disk":
+        folder.unlink()
+        os.rename(away, folder)
+    else:
+        shutil.rmtree(away)

@@ -168,15 +168,19 @@ def _digest(name: str, code: bytes) -> bytes:
 
 
 def _read(folder: int, name: str) -> bytes:
-    with open(os.open(name, READ, dir_fd=folder), "rb") as file:
-        found = os.fstat(file.fileno())
+    fd = os.open(name, READ, dir_fd=folder)
+    try:
+        found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or not _mine(found):
             _say(
                 f"{name} among the compiled kernels was not a file that only this user may write"
                 " to: it was not run, but compiled again"
             )
             return b""
-        return file.read() if found.st_size <= LARGEST else b""
+        with open(fd, "rb", closefd=False) as file:
+            return file.read() if found.st_size <= LARGEST else b""
+    finally:  # of a folder, open() raises and leaves it open
+        os.close(fd)
 
 
 def _write(folder: int, name: str, content: bytes) -> None:

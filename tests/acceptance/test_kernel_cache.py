@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from numaload.kernels import cache as kernels
+
 ROOT = Path(__file__).parents[2]
 USER = 12345  # nobody that exists
 
@@ -195,6 +197,24 @@ def test_code_from_a_file_that_others_may_write_to_is_not_run(
     assert said.startswith(f"{expected} True 1 q4_k_to_bfloat16 among the compiled kernels")
     assert "compiled again" in said
     assert run() == f"{expected} {LINKED}"
+
+
+@pytest.fixture
+def kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The path of a file that this process keeps as a kernel, in a cache that has no problem."""
+    monkeypatch.setenv("NUMALOAD_CACHE_DIR", str(cache))
+    monkeypatch.setattr("numaload.kernels.cache._problem", "")
+    kernels.save("q4_k_to_float32", b"code")
+    return cache / f"kernels-{kernels.version()}" / "q4_k_to_float32"
+
+
+def test_a_folder_in_place_of_a_kernel_leaves_no_descriptor_open(kept: Path) -> None:
+    kept.unlink()
+    kept.mkdir()
+    kernels.load(kept.name)
+    before = os.listdir("/proc/self/fd")
+    assert kernels.load(kept.name) is None
+    assert os.listdir("/proc/self/fd") == before
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {

@@ -10,6 +10,7 @@ that was checked.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -21,6 +22,7 @@ from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 
+from numaload.errors import reason
 from numaload.formats.qtypes import BLOCKS
 from numaload.kernels.target import target
 
@@ -33,6 +35,7 @@ LARGEST = 16 << 20  # bytes; a kernel has some thousands
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Not to wait for somebody's named pipe.
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+NO_FILE = {errno.ELOOP, errno.ENXIO}  # what opening a link, and a socket, fails with
 WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # numba's variables that change the code; the processor's are in `target`.
 SETTINGS = (
@@ -55,14 +58,16 @@ def _say(text: str) -> None:
 
 def _failed(error: OSError) -> None:
     hint = f"set {VARIABLE} to the full path of a folder of your own on a disk"
-    _say(f"compiled kernels are not kept, each process compiles: {error}; {hint}")
+    where = f"{error.filename}: " if error.filename else ""
+    _say(f"compiled kernels are not kept, each process compiles: {where}{reason(error)}; {hint}")
 
 
 def load(name: str) -> bytes | None:
     """The object file kept under ``name``, None if there is none that is whole."""
     try:
-        with _opened(create=False) as folder:
-            content = _read(folder, name)
+        path = _path(name)
+        with _opened(path, create=False) as folder:
+            content = _read(folder, path)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -75,7 +80,7 @@ def load(name: str) -> bytes | None:
 def save(name: str, code: bytes) -> None:
     """Keep an object file; what prevents it is in `problem`."""
     try:
-        with _opened(create=True) as folder:
+        with _opened(_path(name), create=True) as folder:
             _write(folder, name, MAGIC + _digest(name, code) + code)
     except OSError as error:
         _failed(error)
@@ -85,9 +90,9 @@ def save(name: str, code: bytes) -> None:
 
 
 @contextmanager
-def _opened(*, create: bool) -> Iterator[int]:
-    """A descriptor of this version's folder, which is this user's alone. Raises: OSError."""
-    path = os.path.join(_base(), f"kernels-{version()}")
+def _opened(kernel: str, *, create: bool) -> Iterator[int]:
+    """Open the folder of this kernel, which is this user's alone. Raises: OSError that names it."""
+    path = os.path.dirname(kernel)
     if create:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -99,7 +104,11 @@ def _opened(*, create: bool) -> Iterator[int]:
         _check_above(path)
         with contextlib.suppress(OSError):
             os.utime(folder)  # it is in use
-        yield folder
+        try:
+            yield folder
+        except OSError as error:
+            error.filename = kernel  # from the root; it has a name inside the folder, or none
+            raise
     finally:
         os.close(folder)
 
@@ -119,6 +128,11 @@ def _check_above(path: str) -> None:
         open_to_others = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
         if found.st_uid not in trusted or open_to_others:
             raise PermissionError(f"others than this user may rename what is in {above}")
+
+
+def _path(name: str) -> str:
+    """Return where this version keeps the kernel. Raises: OSError."""
+    return os.path.join(_base(), f"kernels-{version()}", name)
 
 
 def _base() -> str:
@@ -167,20 +181,30 @@ def _digest(name: str, code: bytes) -> bytes:
     return hashlib.sha256(name.encode() + b"\n" + code).digest()
 
 
-def _read(folder: int, name: str) -> bytes:
-    fd = os.open(name, READ, dir_fd=folder)
+def _read(folder: int, path: str) -> bytes:
+    try:
+        fd = os.open(os.path.basename(path), READ, dir_fd=folder)
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        _say_foreign(path)
+        return b""
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or not _mine(found):
-            _say(
-                f"{name} among the compiled kernels was not a file that only this user may write"
-                " to: it was not run, but compiled again"
-            )
+            _say_foreign(path)
             return b""
         with open(fd, "rb", closefd=False) as file:
             return file.read() if found.st_size <= LARGEST else b""
     finally:  # of a folder, open() raises and leaves it open
         os.close(fd)
+
+
+def _say_foreign(path: str) -> None:
+    _say(
+        f"{path} was not a file that only this user may write to: it was not run, but compiled"
+        " again"
+    )
 
 
 def _write(folder: int, name: str, content: bytes) -> None:

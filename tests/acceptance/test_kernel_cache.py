@@ -192,9 +192,10 @@ def test_code_from_a_file_that_others_may_write_to_is_not_run(
     """It neither hangs nor is it replaced without a word."""
     run()
     (folder,) = cache.iterdir()
-    change(folder / "q4_k_to_bfloat16")
+    kernel = folder / "q4_k_to_bfloat16"
+    change(kernel)
     said = run()
-    assert said.startswith(f"{expected} True 1 q4_k_to_bfloat16 among the compiled kernels")
+    assert said.startswith(f"{expected} True 1 {kernel} was not a file that only this user may")
     assert "compiled again" in said
     assert run() == f"{expected} {LINKED}"
 
@@ -215,6 +216,38 @@ def test_a_folder_in_place_of_a_kernel_leaves_no_descriptor_open(kept: Path) -> 
     before = os.listdir("/proc/self/fd")
     assert kernels.load(kept.name) is None
     assert os.listdir("/proc/self/fd") == before
+
+
+def bound_socket(path: Path) -> None:
+    os.mknod(path, stat.S_IFSOCK | 0o600)
+
+
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "folder": Path.mkdir,
+    "link": lambda path: path.symlink_to("/dev/zero"),
+    "socket": bound_socket,
+    "named-pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("make", NO_FILES.values(), ids=NO_FILES)
+def test_what_is_no_file_in_place_of_a_kernel_is_named(
+    kept: Path, make: Callable[[Path], object]
+) -> None:
+    kept.unlink()
+    make(kept)
+    assert kernels.load(kept.name) is None
+    assert kernels.problem() == (
+        f"{kept} was not a file that only this user may write to: it was not run, but compiled"
+        " again"
+    )
+
+
+def test_a_kernel_that_cannot_be_kept_is_named(kept: Path) -> None:
+    kept.unlink()
+    kept.mkdir()
+    kernels.save(kept.name, b"code")
+    assert f"not kept, each process compiles: {kept}: Is a directory; set" in kernels.problem()
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {

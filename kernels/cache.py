@@ -236,7 +236,19 @@ def _remove(path: str) -> None:
     folder = os.open(path, DIRECTORY)
     try:
         for name in filter(FILE.fullmatch, os.listdir(folder)):
-            os.unlink(name, dir_fd=folder)
+            if _is_ours(folder, name):
+                os.unlink(name, dir_fd=folder)
     finally:
         os.close(folder)
     os.rmdir(path)
+
+
+def _is_ours(folder: int, name: str) -> bool:
+    """Return whether this is a file that begins as kernels of every version do."""
+    with contextlib.suppress(OSError):  # a link, say
+        fd = os.open(name, READ, dir_fd=folder)
+        try:
+            return stat.S_ISREG(os.fstat(fd).st_mode) and os.read(fd, len(MAGIC)) == MAGIC
+        finally:
+            os.close(fd)
+    return False

@@ -391,6 +391,18 @@ def test_folders_of_old_versions_go_and_nothing_else(run: Callable[..., str], ca
     assert {path for path in old if path.exists()} == {old[1], *old[4:]}
 
 
+def test_files_of_others_stay_in_a_folder_named_as_an_old_version(kept: Path) -> None:
+    for i in range(kernels.KEPT + 1):
+        shutil.copytree(kept.parent, kept.parents[1] / f"kernels-{i:032x}")
+    old = kept.parents[1] / f"kernels-{0:032x}"
+    (old / "notes").write_text("not ours")
+    (old / "a_link").symlink_to(kept)
+    os.mkfifo(old / "a_pipe")
+    os.utime(old, (1e9, 1e9))
+    kernels.save("q6_k_to_float32", b"code")
+    assert {path.name for path in old.iterdir()} == {"notes", "a_link", "a_pipe"}
+
+
 def test_a_version_in_use_is_not_an_old_one(run: Callable[..., str], cache: Path) -> None:
     run()
     (ours,) = cache.iterdir()

@@ -27,7 +27,7 @@ class HasPaths(Protocol):
     def paths(self) -> list[str]: ...
 
 
-Source = str | os.PathLike[str] | HasPaths
+Source = str | bytes | os.PathLike[str] | HasPaths
 
 
 class Chosen(NamedTuple):
@@ -38,24 +38,27 @@ class Chosen(NamedTuple):
 
 
 def located(what: Source | Sequence[Source]) -> list[Source]:
-    """Each of them, names from the root, for those who open them later."""
-    if isinstance(what, (str, os.PathLike)):
+    """Each of them, names from the root, for those who open them later. Raises: UsageError."""
+    if isinstance(what, (str, bytes, os.PathLike)):
         return [absolute(os.fsdecode(what))]
-    if isinstance(what, Sequence):
+    if isinstance(what, Sequence) and not isinstance(what, (bytes, bytearray, memoryview)):
         return [one for each in what for one in located(each)]
+    if not hasattr(what, "paths"):
+        raise UsageError(f"{type(what).__name__}: expected a path or opened weights")
     return [what]
 
 
 def models_of(what: Source | Sequence[Source]) -> list[list[str]]:
     """The files of each, of which several may have been given.
 
-    Raises: SplitError, ReadError; FileChangedError for weights whose names other files have now.
+    Raises: UsageError, SplitError, ReadError; FileChangedError for weights whose names other files
+    have now.
     """
     return [list(paths) for paths in dict.fromkeys(map(_files, located(what)))]
 
 
 def _files(what: Source) -> tuple[str, ...]:
-    if isinstance(what, (str, os.PathLike)):
+    if isinstance(what, (str, bytes, os.PathLike)):
         return tuple(model_paths(os.fsdecode(what)))
     for part in getattr(what, "parts", ()):  # none where only paths were given
         part.file.check_name()

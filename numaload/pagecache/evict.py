@@ -79,7 +79,7 @@ def evict(what: Source | Sequence[Source]) -> EvictReport:
 
     what: a path, of any file, opened weights (they map the file once tensors were looked at, and
     keep what they map), or several of them.
-    Raises: ReadError, SplitError. What stays in RAM is no error: see the report.
+    Raises: ReadError, SplitError, UsageError. What stays in RAM is no error: see the report.
     """
     paths = {real(path): path for paths in models_of(what) for path in paths}
     done = []

@@ -119,7 +119,7 @@ def residency(what: Source | Sequence[Source], *, tensors: bool = True) -> Resid
 
     what: a path (of safetensors also an index or a folder), opened weights, or several of them.
     tensors: each tensor too, of which the headers tell; they do not stay in RAM either.
-    Raises: ReadError, SplitError, NumaError.
+    Raises: ReadError, SplitError, NumaError, UsageError.
     """
     report, nodes = ResidencyReport([]), nodes_with_memory()
     paths = {real(path): path for paths in models_of(what) for path in paths}

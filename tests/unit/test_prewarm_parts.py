@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +56,22 @@ def test_a_file_given_twice_or_through_a_link_counts_once(
     report = api.prewarm([cold, "file", str(tmp_path / "link")])
     assert report.size == os.path.getsize(cold)
     assert len(report.paths) == 1
+
+
+VERBS = [api.prewarm, api.evict, api.residency, lambda what: api.prewarm_async(what).result()]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=["prewarm", "evict", "residency", "prewarm_async"])
+def test_verbs_take_names_as_bytes_and_refuse_what_names_no_file(
+    cold: str, verb: Callable[[Any], Any]
+) -> None:
+    assert cold in str(verb(os.fsencode(cold)).to_dict())
+    for what in (None, 5, [None], bytearray(b"/a"), {cold}):
+        named = type(what[0] if isinstance(what, list) else what).__name__
+        with pytest.raises(
+            api.errors.UsageError, match=f"^{named}: expected a path or opened weights$"
+        ):
+            verb(what)
 
 
 def test_the_policy_ends_with_the_threads_of_the_job(

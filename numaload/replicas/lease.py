@@ -48,8 +48,8 @@ class Lease(NotCopyable):
         model = self.entry.model
         with self._gone(), userdir.folder(folder_of(group), self.fd) as folder:
             return [
-                _map_replica(os.path.basename(path), identity.size, folder, self.entry.holder)
-                for path, identity in zip(model.paths, model.identities, strict=True)
+                _map_replica(self.entry.path(group, i), identity.size, folder, self.entry.holder)
+                for i, identity in enumerate(model.identities)
             ]
 
     @contextmanager
@@ -79,29 +79,31 @@ class Lease(NotCopyable):
         self.close()
 
 
-def _map_replica(name: str, size: int, folder: int, held_by: Holder | None) -> Mapping:
+def _map_replica(path: str, size: int, folder: int, held_by: Holder | None) -> Mapping:
     if held_by is not None:
-        fd = _open_held(name, folder, held_by)
+        fd = _open_held(path, folder, held_by)
     else:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=folder)
+        fd = os.open(
+            os.path.basename(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=folder
+        )
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            raise StoreError(f"replica {name} is not a file of this user's")
+            raise StoreError(f"replica {path} is not a file of this user's")
         if status.st_size != size:
-            raise StoreError(f"replica {name} has {status.st_size} bytes, expected {size}")
+            raise StoreError(f"replica {path} has {status.st_size} bytes, expected {size}")
         return map_file(fd, size)
     finally:
         os.close(fd)
 
 
-def _open_held(name: str, folder: int, held_by: Holder) -> int:
+def _open_held(path: str, folder: int, held_by: Holder) -> int:
     """What the link leads to, looked at before it is opened: another process may have the pid."""
-    found = os.open(name, os.O_PATH | os.O_CLOEXEC, dir_fd=folder)
+    found = os.open(os.path.basename(path), os.O_PATH | os.O_CLOEXEC, dir_fd=folder)
     try:
         status = os.fstat(found)
         if (status.st_dev, status.st_ino) not in held_by.files:
-            raise StoreError(f"replica {name} is not what process {held_by.pid} was given to hold")
+            raise StoreError(f"replica {path} is not what process {held_by.pid} was given to hold")
         return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(found)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from numaload.mirrors.shared import mirror_shared
 from numaload.mirrors.wanted import Wanted
 from numaload.replicas import store as stores
 from numaload.replicas.arena import store_memory
+from numaload.replicas.entry import Holder
 from numaload.replicas.lease import Lease
 from numaload.replicas.plan import Plan
 from numaload.storage import known, userdir
@@ -160,6 +163,28 @@ def test_an_entry_that_is_released_before_it_is_used(store: Path, model: str) ->
         Lease(entry)
     assert stores.release([entry]) == []  # a second process was as fast
     assert descriptors() == before
+
+
+def a_folder(replica: Path) -> None:
+    replica.unlink()
+    replica.mkdir()
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], Holder | None]] = {
+    "has 5 bytes, expected": (lambda replica: os.truncate(replica, 5), None),
+    "is not a file of this user's": (a_folder, None),
+    "is not what process 1 was given to hold": (Path.stat, Holder(1, 0, "", frozenset())),
+}
+
+
+@pytest.mark.parametrize("said", BROKEN)
+def test_a_replica_that_is_another_file_now_is_named(store: Path, model: str, said: str) -> None:
+    entry_at(store, model)
+    (entry,) = stores.entries()
+    path, (change, holder) = entry.path(entry.groups[0], 0), BROKEN[said]
+    change(Path(path))
+    with pytest.raises(StoreError, match=f"^replica {re.escape(path)} {said}"):
+        Lease(replace(entry, holder=holder)).map(entry.groups[0])
 
 
 def test_replicas_released_while_they_are_mirrored(store: Path, model: str, tmp_path: Path) -> None:

@@ -87,11 +87,14 @@ def remember(model: Model) -> None:
             assert folder is not None  # noqa: S101 - it was made
             _clear(folder)
             fcntl.flock(folder, fcntl.LOCK_SH)
+            written = _name(model.paths)
             try:
-                userdir.write_whole(_name(model.paths), model.to_json(), folder)
+                userdir.write_whole(written, model.to_json(), folder)
             finally:  # closing alone would leave it locked where a child was forked meanwhile
                 fcntl.flock(folder, fcntl.LOCK_UN)
-            for name in _names(folder)[KEPT:]:
+            # Those of before the clock was set back look later than the one just written.
+            others = [name for name in _names(folder) if name != written]
+            for name in others[KEPT - 1 :]:
                 with suppress(OSError):
                     os.unlink(name, dir_fd=folder)
     except OSError as error:

@@ -435,6 +435,16 @@ def test_records_of_known_models_do_not_pile_up(store: Path) -> None:
     assert len(known.recall()) == known.KEPT - 1
 
 
+def test_a_clock_set_back_does_not_drop_the_record_just_written(store: Path) -> None:
+    for i in range(known.KEPT):
+        known.remember(a_model(f"/{i}/a", i))
+    for record in (store / "known").iterdir():
+        os.utime(record, (1e10, 1e10))
+    known.remember(a_model("/b", 1))
+    assert a_model("/b", 1) in known.recall()
+    assert len(os.listdir(store / "known")) == known.KEPT
+
+
 def test_what_became_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"data")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numaload.dtypes import ITEMS, NAMES, item_shape
-from numaload.errors import UnsupportedTypeError, UsageError, warn_once
+from numaload.errors import UnsupportedTypeError, UsageError, printable, warn_once
 from numaload.numa import memory
 from numaload.numa.mapping import map_private
 from numaload.numa.syscalls import HUGE, memory_at
@@ -160,11 +160,64 @@ def array_of(tensor: Any) -> NDArray[Any]:
     """A CPU tensor as a numpy array over the same memory and strides.
 
     float32 as such, all others as unsigned integers of their size.
+    Raises: UsageError for a tensor without memory: torch's array of it has none either.
     """
     torch = import_torch()
     plain = tensor.detach()
+    if not has_memory(plain):
+        raise UsageError(f"a tensor of shape {tuple(plain.shape)} has no memory of its size")
     if plain.dtype == torch.float32:
         return plain.numpy()  # type: ignore[no-any-return]
     signed = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     size = plain.dtype.itemsize
     return plain.view(signed[size]).numpy().view(f"u{size}")  # type: ignore[no-any-return]
+
+
+def has_memory(tensor: Any) -> bool:
+    """Return whether the storage, which may be resized under a strided tensor, holds all of it."""
+    if not tensor.numel():
+        return True
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in dims)
+    room: int = tensor.untyped_storage().nbytes()
+    return bool(tensor.data_ptr()) and (last + 1) * tensor.element_size() <= room
+
+
+def unfit(tensor: Any) -> str:
+    """Return why values cannot be written to a tensor, empty where they can."""
+    torch = import_torch()
+    if torch.nn.parameter.is_lazy(tensor):
+        return "it is not initialized: its shape is not known yet"
+    if hasattr(tensor, "fake_mode") or torch._is_functional_tensor(tensor):  # noqa: SLF001
+        return "it is a fake or functional tensor, made for tracing"
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        return f"it is no plain dense tensor ({tensor.layout}, {tensor.dtype})"
+    if tensor.is_neg() or tensor.is_conj():
+        return "it is a negated or conjugated view of other values"
+    replaced = tensor.device.type == "meta"  # by one with memory of its own
+    if not replaced and not has_memory(tensor):
+        return "its storage is empty, or smaller than it"
+    overlap = not replaced and _overlaps(tensor)
+    return "its elements overlap in memory, as those of expand() do" if overlap else ""
+
+
+def _overlaps(tensor: Any) -> bool:
+    """Return whether elements may share memory."""
+    reach = 0  # of the dims with smaller strides, in elements
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return bool(tensor.numel())
+            reach += (size - 1) * stride
+    return False
+
+
+def checked_device(device: Any) -> Any:
+    """Return torch's, with an index: "cuda" is "cuda:0". Raises: UsageError."""
+    try:
+        found = import_torch().empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError, ValueError, ImportError) as error:
+        raise UsageError(f"device {printable(repr(device))}: {printable(error)}") from error
+    if found.type == "meta":
+        raise UsageError(f"device {printable(repr(device))}: the meta device holds no values")
+    return found

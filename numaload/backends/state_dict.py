@@ -15,7 +15,16 @@ from numaload.errors import StateDictError, UsageError, printable
 from numaload.numa import memory
 from numaload.pipeline import Target, fill
 from numaload.storage.reader import Progress
-from numaload.torch_memory import array_of, empty, import_torch, new, torch_dtype, torch_type
+from numaload.torch_memory import (
+    array_of,
+    checked_device,
+    empty,
+    import_torch,
+    new,
+    torch_dtype,
+    torch_type,
+    unfit,
+)
 from numaload.weights import Tensor, Weights
 
 
@@ -28,6 +37,14 @@ class Found(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.tensor.shape if self.share.expert is None else self.tensor.shape[1:]
+
+
+class Place(NamedTuple):
+    """Where a part of the module holds a tensor: ``table`` is its _parameters or _buffers."""
+
+    part: Any  # a torch module
+    table: dict[str, Any]
+    leaf: str
 
 
 @dataclass
@@ -83,22 +100,25 @@ def load_state_dict(
     then parameters that are filled in place may be partly new, and no others have changed.
     """
     torch = import_torch()
+    device = None if device is None else checked_device(device)
     plan = _Plan(module, weights, name_map)
     plan.check(strict=strict)
     parameters = [one for one in plan.parameters(dtype, device) if one.found]
+    plan.check_places(parameters)
     for parameter in parameters:
         for found in parameter.found:
             _check_type(found.tensor, dtype_name(parameter.dtype))
     _check_room(parameters)
     with torch.no_grad():
-        computed = _computed_buffers(module, device)
+        computed = _computed_buffers(plan, device)
         plan.check_meta(computed)
         _Filling(parameters, progress).run()
         for parameter in parameters:
             if not parameter.same:
-                _assign(module, parameter)
-        for buffers, name, values in computed.values():
-            buffers[name] = values
+                _assign(plan.places[id(parameter.old)], parameter)
+        for one, values in computed.items():
+            for place in plan.places[one]:
+                place.table[place.leaf] = values
     return torch.nn.modules.module._IncompatibleKeys(plan.missing, plan.unexpected)  # noqa: SLF001
 
 
@@ -110,12 +130,15 @@ class _Plan:
         self.tied: dict[int, list[str]] = {}  # by id
         self.tensors: dict[int, Any] = {}
         self.missing: list[str] = []
+        if not (name_map is None or callable(name_map) or hasattr(name_map, "get")):
+            raise UsageError(f"name_map: expected a dict or a function, found {name_map!r}")
         for name, tensor in module.state_dict(keep_vars=True).items():
             if hasattr(tensor, "data_ptr"):
                 self.tied.setdefault(id(tensor), []).append(name)
                 self.tensors[id(tensor)] = tensor
             else:  # the extra state of a module, which is no tensor
                 self.missing.append(name)
+        self.places = _places(module)
         keys = {name: self.tensors[one] for one, names in self.tied.items() for name in names}
         shares = shares_of(weights, keys, name_map)
         self.found = {one: self._find(shares, one) for one in self.tied}
@@ -126,6 +149,12 @@ class _Plan:
         """Of the first name whose tensors are all there."""
         for name in self.tied[one]:
             wanted = shares(name, self.tensors[one])
+            for share in wanted:
+                if not isinstance(share.name, str):
+                    raise UsageError(
+                        f"name_map: expected a tensor's name or None for {name!r},"
+                        f" found {share.name!r}"
+                    )
             if wanted and all(share.name in self.weights for share in wanted):
                 return [Found(share, self.weights[share.name]) for share in wanted]
         self.missing.extend(self.tied[one])
@@ -147,15 +176,38 @@ class _Plan:
                 unexpected=self.unexpected,
             )
 
-    def check_meta(self, computed: Mapping[str, Any]) -> None:
+    def check_places(self, parameters: list[Parameter]) -> None:
+        """Raises: StateDictError for new values that the module would not have."""
+        lost = [one for one in parameters if id(one.old) not in self.places]
+        again = self.module.state_dict(keep_vars=True) if lost else {}
+        names = [
+            one.names[0]
+            for one in lost  # a copy is at another address each time
+            if not one.same or again[one.names[0]].data_ptr() != one.old.data_ptr()
+        ]
+        if names:
+            raise StateDictError(
+                f"{type(self.module).__name__} from {printable(self.weights.paths[0])}:"
+                f" {_quoted(names)} of state_dict() cannot be put into the module: no part of it"
+                " has them as parameters or buffers that can be replaced. Nothing was loaded: load"
+                " into the module before it is wrapped or scripted, without dtype= and device="
+            )
+
+    def check_meta(self, computed: Mapping[int, Any]) -> None:
         """Raises: StateDictError for what would be on the meta device still."""
+        module = self.module
+        named = [(name, self.tensors[one]) for one, names in self.tied.items() for name in names]
+        for every in (module.named_parameters, module.named_buffers):
+            # state_dict() need not show all of them.
+            hidden = every(remove_duplicate=False)
+            named += [(name, tensor) for name, tensor in hidden if id(tensor) not in self.tied]
         left = [
             name
-            for one, founds in self.found.items()
-            if not founds and self.tensors[one].device.type == "meta"
-            for name in self.tied[one]
+            for name, tensor in named
+            if tensor.device.type == "meta"
+            and not self.found.get(id(tensor))
+            and id(tensor) not in computed
         ]
-        left += [name for name, _, _ in _unfilled(self.module) if name not in computed]
         if left:
             raise StateDictError(
                 f"{type(self.module).__name__} from {self.weights.paths[0]}: {_quoted(left)} would"
@@ -168,6 +220,10 @@ class _Plan:
 
     def _mismatches(self) -> Iterator[str]:
         for one, founds in self.found.items():
+            problem = unfit(self.tensors[one]) if founds else ""
+            if problem:
+                yield printable(f"{self.tied[one][0]} cannot be filled: {problem}.")
+                continue
             for found in founds:
                 problem = _mismatch(found, self.tensors[one])
                 if problem:
@@ -202,10 +258,9 @@ def _quoted(names: list[str]) -> str:
 
 
 def _device(tensor: Any, device: Any) -> Any:
-    torch = import_torch()
     if device is not None:
-        return torch.empty(0, device=device).device  # with an index: "cuda" is "cuda:0"
-    return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+        return device
+    return import_torch().device("cpu") if tensor.device.type == "meta" else tensor.device
 
 
 def _mismatch(found: Found, parameter: Any) -> str:
@@ -282,7 +337,9 @@ class _Filling:
         for found in one.found:
             place = found.share.view(one.new)
             made = self._made(found, dtype_name(one.dtype))
-            place.copy_(made.reshape(place.shape))
+            # Only within inference_mode may its tensors be written to; without, it turns grad on.
+            with torch.inference_mode(one.new.is_inference()), torch.no_grad():
+                place.copy_(made.reshape(place.shape))
 
     def _made(self, found: Found, wanted: str) -> Any:
         """A CPU tensor of the share, by kernels where they can, else as in the file."""
@@ -340,61 +397,82 @@ def _size(found: Found) -> int:
     return int(found.tensor.size // found.tensor.shape[0])
 
 
-def _assign(module: Any, parameter: Parameter) -> None:
-    """Put the new tensor into the module under all its names."""
+def _assign(places: list[Place], parameter: Parameter) -> None:
+    """Put the new tensor wherever the module holds the old one."""
     torch = import_torch()
     old, new = parameter.old, parameter.new
     if isinstance(old, torch.nn.Parameter):
         new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
         new.__dict__.update(old.__dict__)
-    for name in parameter.names:
-        path, _, leaf = name.rpartition(".")
-        holder = module.get_submodule(path)
-        kind: Mapping[str, Any] = holder._parameters  # noqa: SLF001 - setattr refuses some
-        table = kind if leaf in kind else holder._buffers  # noqa: SLF001
-        table[leaf] = new  # type: ignore[index]
+    for place in places:
+        place.table[place.leaf] = new  # setattr refuses some
 
 
-def _unfilled(module: Any) -> Iterator[tuple[str, Any, str]]:
-    """(full name, part, its name there) of each buffer on the meta device that no file holds."""
-    for path, part in module.named_modules():
-        unsaved = part._non_persistent_buffers_set  # noqa: SLF001
-        for name, buffer in part.named_buffers(recurse=False):
-            if name in unsaved and buffer.device.type == "meta":
-                yield f"{path}.{name}".lstrip("."), part, name
+def _places(module: Any) -> dict[int, list[Place]]:
+    """Map the id of every tensor to where it is held: keys of state_dict() need be no paths."""
+    found: dict[int, list[Place]] = {}
+    for _, part in module.named_modules():
+        for table in (part._parameters, part._buffers):  # noqa: SLF001
+            if isinstance(table, dict):  # those of torch.jit refuse other dtypes
+                held = [(leaf, tensor) for leaf, tensor in table.items() if tensor is not None]
+                for leaf, tensor in held:
+                    found.setdefault(id(tensor), []).append(Place(part, table, leaf))
+    return found
 
 
-def _computed_buffers(module: Any, device: Any) -> dict[str, tuple[dict[str, Any], str, Any]]:
-    """{full name: (buffers of its part, name there, values)}; the module stays as it is.
+def _unfilled(plan: _Plan) -> Iterator[tuple[int, Place]]:
+    """Yield each buffer on the meta device that state_dict() does not have, by its id."""
+    for one, places in plan.places.items():
+        for place in places:
+            unsaved = place.leaf in place.part._non_persistent_buffers_set  # noqa: SLF001
+            on_meta = place.table[place.leaf].device.type == "meta"
+            if unsaved and on_meta and one not in plan.tied:
+                yield one, place
+
+
+def _computed_buffers(plan: _Plan, device: Any) -> dict[int, Any]:
+    """Return {id: values} of such buffers; the module stays as it is.
 
     Models of transformers can compute theirs again (rotary embeddings). They do it by initializing
     the part, with whatever is in it: so only where nothing of that comes from a file.
     """
-    found: dict[str, tuple[dict[str, Any], str, Any]] = {}
-    parts: dict[Any, list[tuple[str, str]]] = {}
-    for full, part, name in _unfilled(module):
-        parts.setdefault(part, []).append((full, name))
-    for part, names in parts.items():
-        if not hasattr(module, "_init_weights") or part.state_dict():
+    found: dict[int, Any] = {}
+    parts: dict[Any, list[tuple[int, str]]] = {}
+    for one, place in _unfilled(plan):
+        parts.setdefault(place.part, []).append((one, place.leaf))
+    for part, leaves in parts.items():
+        if not hasattr(plan.module, "_init_weights") or part.state_dict():
             continue
-        once, again = (_computed(module, part, names, device or "cpu", fill) for fill in (0, 1))
-        for full, name in names:
-            if once[name].equal(again[name]):  # and not what it was filled with before
-                found[full] = (part._buffers, name, once[name])  # noqa: SLF001
+        if next(part.parameters(), None) is not None:  # that state_dict() does not show
+            continue
+        once, again = (
+            _computed(plan.module, part, leaves, device or "cpu", fill_with) for fill_with in (0, 1)
+        )
+        for one, leaf in leaves:
+            if once[leaf].equal(again[leaf]):  # and not what it was filled with before
+                found.setdefault(one, once[leaf])
     return found
 
 
 def _computed(
-    module: Any, part: Any, names: list[tuple[str, str]], device: Any, fill_with: int
+    module: Any, part: Any, leaves: list[tuple[int, str]], device: Any, fill_with: int
 ) -> dict[str, Any]:
-    torch, before = import_torch(), dict(part._buffers)  # noqa: SLF001
+    """Return the part's buffers after it was initialized with copies of the other ones."""
+    torch = import_torch()
+    before = [(one._buffers, dict(one._buffers)) for one in part.modules()]  # noqa: SLF001
+    made: dict[int, Any] = {}
     try:
-        for _, name in names:
-            old = before[name]
-            part._buffers[name] = torch.full(  # noqa: SLF001
-                old.shape, fill_with, dtype=old.dtype, device=device
-            )
+        for buffers, old in before:
+            for leaf, tensor in old.items():
+                buffers[leaf] = None if tensor is None else tensor.clone()
+        for one, leaf in leaves:
+            old_one = before[0][1][leaf]
+            if one not in made:
+                made[one] = torch.full(old_one.shape, fill_with, dtype=old_one.dtype, device=device)
+            part._buffers[leaf] = made[one]  # noqa: SLF001
         module._init_weights(part)  # noqa: SLF001 - where transformers computes them
         return dict(part._buffers)  # noqa: SLF001
     finally:
-        part._buffers.update(before)  # noqa: SLF001
+        for buffers, old in before:
+            buffers.clear()
+            buffers.update(old)

@@ -449,6 +449,214 @@ def test_buffers_that_nobody_can_compute_are_refused(tmp_path: Path) -> None:
     assert module.a.device.type == "meta"
 
 
+def holding(tensor: Any, *, buffer: bool = False) -> Any:
+    """A module with ``b.weight``, 2 zeros, and this tensor as ``a.weight``."""
+    module = module_of({"b.weight": (2,)})
+    module.a = torch.nn.Module()
+    if buffer:
+        module.a.register_buffer("weight", tensor)
+    else:
+        module.a.weight = torch.nn.Parameter(tensor, requires_grad=False)
+    return module
+
+
+def two_tensors(path: Path) -> Any:
+    """Of the parameters of ``holding``. b.weight is first in the file, and so is filled first."""
+    return tensors_file(path, b__weight=values(2), a__weight=values(4, 8))
+
+
+def wrapped(device: str) -> Any:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    module = module_of({"b.weight": (2,)}, device=device)
+    module.a = checkpoint_wrapper(torch.nn.Linear(8, 4, bias=False, device=device))
+    return module
+
+
+def renamed(device: str) -> Any:
+    module = module_of({"b.weight": (2,), "c.weight": (4, 8)}, device=device)
+
+    def rename(_: Any, state: Any, *__: Any) -> None:
+        state["a.weight"] = state.pop("c.weight")
+
+    module._register_state_dict_hook(rename)
+    return module
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("made", [wrapped, renamed])
+def test_keys_that_are_no_paths_of_attributes(tmp_path: Path, made: Any, device: str) -> None:
+    weights, module = two_tensors(tmp_path / "m.gguf"), made(device)
+    api.load_state_dict(module, weights, dtype="bfloat16")
+    check(module, {k: t.dequantize() for k, t in weights.items()}, torch.bfloat16)
+    assert {one.dtype for one in module.parameters()} == {torch.bfloat16}
+    assert not list(module.buffers())
+
+
+def scripted() -> tuple[Any, dict[str, Any]]:
+    module = torch.nn.Sequential(torch.nn.Linear(8, 4, bias=False))
+    return torch.jit.script(module), {"dtype": "bfloat16", "name_map": {"0.weight": "a.weight"}}
+
+
+def copied() -> tuple[Any, dict[str, Any]]:
+    module = module_of({"a.weight": (4, 8)})
+
+    def copy(_: Any, state: Any, *__: Any) -> None:
+        state["a.weight"] = state["a.weight"].detach().clone()
+
+    module._register_state_dict_hook(copy)
+    return module, {}
+
+
+@pytest.mark.parametrize("made", [scripted, copied])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_cannot_be_put_into_the_module_is_refused(tmp_path: Path, made: Any) -> None:
+    weights = tensors_file(tmp_path / "m.gguf", a__weight=values(4, 8))
+    module, options = made()
+    (before,) = [one.clone() for one in module.parameters()]
+    with pytest.raises(StateDictError, match=r'weight" of state_dict\(\) cannot be put'):
+        api.load_state_dict(module, weights, **options)
+    assert torch.equal(next(module.parameters()), before)
+
+
+class Hidden(torch.nn.Module):  # type: ignore[misc, name-defined]
+    """Of what it holds state_dict() shows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+        self.register_buffer("kept", torch.zeros(2))
+
+    def _save_to_state_dict(self, *_: Any) -> None: ...
+
+
+class Twice(torch.nn.Module):  # type: ignore[misc, name-defined]
+    """One buffer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("one", torch.zeros(3), persistent=False)
+        self.register_buffer("two", self.one, persistent=False)
+
+
+@pytest.mark.parametrize("kind", [Hidden, Twice])
+def test_what_state_dict_does_not_show_is_not_left_on_meta(tmp_path: Path, kind: Any) -> None:
+    weights = tensors_file(tmp_path / "m.gguf", a__weight=values(4, 8))
+    module = on("meta", a=lambda: torch.nn.Embedding(4, 8), x=kind)
+    with pytest.raises(StateDictError, match="left on the meta device") as caught:
+        api.load_state_dict(module, weights)
+    names = ["weight", "kept"] if kind is Hidden else ["one", "two"]
+    assert caught.value.missing == [f"x.{name}" for name in names]
+    assert {one.device.type for one in (*module.parameters(), *module.buffers())} == {"meta"}
+
+
+def test_a_computed_buffer_stays_tied(tmp_path: Path) -> None:
+    weights = tensors_file(tmp_path / "m.gguf", a__weight=values(4, 8))
+    module = on("meta", a=lambda: torch.nn.Embedding(4, 8), x=Angles)
+    module.x.register_buffer("again", module.x.angles, persistent=False)
+    api.load_state_dict(module, weights)
+    assert module.x.again is module.x.angles
+    assert module.x.angles.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("unknown", ["", "float32"], ids=["loaded", "refused"])
+def test_computing_buffers_changes_no_others(tmp_path: Path, unknown: str) -> None:
+    class Counting(Model):
+        def _init_weights(self, part: Any) -> None:
+            super()._init_weights(part)
+            if isinstance(part, Angles):
+                part.count.add_(1)
+
+    weights = tensors_file(tmp_path / "m.gguf", a__weight=values(4, 8))
+    with torch.device("meta"):
+        module = Counting(a=lambda: torch.nn.Embedding(4, 8), x=lambda: Angles(unknown))
+    count = torch.zeros(1)
+    module.x.register_buffer("count", count, persistent=False)
+    if unknown:
+        with pytest.raises(StateDictError, match=r"x\.unknown"):
+            api.load_state_dict(module, weights)
+    else:
+        api.load_state_dict(module, weights)
+        assert module.x.angles.tolist() == [0, 1, 2]
+    assert module.x.count is count
+    assert not count.any()
+
+
+def emptied(nbytes: int) -> Any:
+    tensor = torch.zeros(4, 8)
+    tensor.untyped_storage().resize_(nbytes)
+    return tensor
+
+
+def fake() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.zeros(4, 8)
+
+
+UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
+    "no storage": (lambda: emptied(0), "storage is empty"),
+    "half a storage": (lambda: emptied(64), "smaller than it"),
+    "uninitialized": (lambda: torch.nn.LazyLinear(4).weight, "not initialized"),
+    "sparse": (lambda: torch.zeros(4, 8).to_sparse(), "no plain dense"),
+    "expanded": (lambda: torch.zeros(1, 8).expand(4, 8), "overlap"),
+    "overlapping": (lambda: torch.zeros(99).as_strided((4, 8), (1, 1)), "overlap"),
+    "negated": (lambda: torch._neg_view(torch.zeros(4, 8)), "negated or conjugated"),
+    "conjugated": (lambda: torch.zeros(4, 8, dtype=torch.complex64).conj(), "or conjugated"),
+    "fake": (fake, "for tracing"),
+    "functional": (lambda: torch._to_functional_tensor(torch.zeros(4, 8)), "for tracing"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_tensors_that_cannot_be_filled_are_refused_first(tmp_path: Path, case: str) -> None:
+    made, said = UNFIT[case]
+    weights, module = two_tensors(tmp_path / "m.gguf"), holding(made(), buffer=True)
+    with pytest.raises(StateDictError, match=rf"a\.weight cannot be filled: .*{said}"):
+        api.load_state_dict(module, weights)
+    assert not module.b.weight.any()
+
+
+def test_no_array_of_a_tensor_without_memory() -> None:
+    from numaload.torch_memory import array_of
+
+    with pytest.raises(UsageError, match="no memory"):
+        array_of(emptied(0))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("within", [True, False])
+def test_inference_mode(tmp_path: Path, *, inside: bool, within: bool) -> None:
+    """Of the tensors and of the caller; not contiguous: these are filled by torch."""
+    weights = two_tensors(tmp_path / "m.gguf")
+    with torch.inference_mode(inside):
+        module = holding(torch.zeros(8, 4).t())
+    module.a.weight.requires_grad_(requires_grad=not inside)
+    with torch.inference_mode(within):
+        api.load_state_dict(module, weights)
+    check(module, {k: t.dequantize() for k, t in weights.items()}, torch.float32)
+
+
+@pytest.mark.parametrize("device", ["meta", "\x1b[1mjunk", 1.5, "cuda"])
+def test_devices_that_cannot_be(tmp_path: Path, device: Any) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    weights, module = two_tensors(tmp_path / "m.gguf"), holding(torch.zeros(4, 8))
+    with pytest.raises(UsageError, match="device") as caught:
+        api.load_state_dict(module, weights, device=device)
+    assert "\x1b" not in caught.value.args[0]
+    assert module.a.weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("answer", [3, b"a.weight", ("a.weight",), "list"])
+def test_name_maps_that_name_nothing(tmp_path: Path, answer: Any) -> None:
+    weights, module = two_tensors(tmp_path / "m.gguf"), holding(torch.zeros(4, 8))
+    name_map: Any = ["a.weight"] if answer == "list" else lambda _: answer
+    with pytest.raises(UsageError, match="name_map"):
+        api.load_state_dict(module, weights, name_map, strict=False)
+
+
 PROGRAM = """
 import json, resource, sys, torch
 import numaload

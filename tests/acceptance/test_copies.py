@@ -64,8 +64,7 @@ def sums(held: Held) -> list[int]:
 
 
 def in_a_module(held: Held) -> Any:
-    import torch
-
+    torch = pytest.importorskip("torch")
     module = torch.nn.Linear(2, 2)
     module.weights = held.weights
     return module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from numaload.errors import ReadError, TensorNotFoundError, UsageError
 from numaload.numa.lists import parse_list
@@ -38,14 +38,12 @@ class Chosen(NamedTuple):
 
 
 def located(what: Source | Sequence[Source]) -> list[Source]:
-    """Each of them, names from the root, for those who open them later. Raises: UsageError."""
+    """Each of them, names from the root, for those who open them later."""
     if isinstance(what, (str, bytes, os.PathLike)):
         return [absolute(os.fsdecode(what))]
     if isinstance(what, Sequence) and not isinstance(what, (bytes, bytearray, memoryview)):
         return [one for each in what for one in located(each)]
-    if not hasattr(what, "paths"):
-        raise UsageError(f"{type(what).__name__}: expected a path or opened weights")
-    return [what]
+    return [cast("HasPaths", what)]
 
 
 def models_of(what: Source | Sequence[Source]) -> list[list[str]]:
@@ -60,6 +58,8 @@ def models_of(what: Source | Sequence[Source]) -> list[list[str]]:
 def _files(what: Source) -> tuple[str, ...]:
     if isinstance(what, (str, bytes, os.PathLike)):
         return tuple(model_paths(os.fsdecode(what)))
+    if not hasattr(what, "paths"):
+        raise UsageError(f"{type(what).__name__}: expected a path or opened weights")
     for part in getattr(what, "parts", ()):  # none where only paths were given
         part.file.check_name()
     return tuple(what.paths)

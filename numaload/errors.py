@@ -44,7 +44,7 @@ what was found as it is.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from errno import EMFILE, ENFILE
 from itertools import islice
@@ -60,10 +60,18 @@ def printable(text: object, most: int = LONGEST) -> str:
     line breaks, what turns the direction of text, what has no width, and bytes that are no text.
     Doing it twice changes nothing.
     """
-    shown = _shortened(str(text), most)
+    shown = _shortened(_as_text(text, str), most)
     if shown.isprintable():
         return shown
     return _shortened("".join(c if c.isprintable() else repr(c)[1:-1] for c in shown), most)
+
+
+def _as_text(value: object, how: Callable[[Any], str]) -> str:
+    """Return the text of a value, or its type's name: Python refuses that of very large numbers."""
+    try:
+        return how(value)
+    except ValueError:
+        return f"<{type(value).__name__}>"
 
 
 def _shortened(text: str, most: int) -> str:
@@ -88,7 +96,7 @@ class NumaloadError(Exception):
         return printable(super().__str__())
 
     def __repr__(self) -> str:
-        return printable(super().__repr__())
+        return printable(_as_text(self, Exception.__repr__))
 
 
 def _rebuilt(kind: type[NumaloadError], args: tuple[Any, ...], fields: dict[str, Any]) -> Any:
@@ -160,7 +168,7 @@ class _LookupError(NumaloadError, KeyError):
 
     def _close(self) -> list[str]:
         # Files that are not trusted have as many names as they like, and comparing takes its time.
-        name = str(self.name)
+        name = _as_text(self.name, str)
         if len(name) > LONGEST_COMPARED:
             return []
         known = (key for key in map(str, self._known) if len(key) <= LONGEST_COMPARED)
@@ -173,7 +181,7 @@ class _LookupError(NumaloadError, KeyError):
         # Only when it is shown: ``get`` of what may be absent is no error to anyone.
         close = self._close()
         hint = f"; close: {', '.join(close)}" if close else ""
-        return printable(f"no {self.kind} {self.name!r}{hint}")
+        return printable(f"no {self.kind} {_as_text(self.name, repr)}{hint}")
 
 
 class TensorNotFoundError(_LookupError):

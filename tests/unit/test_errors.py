@@ -108,3 +108,14 @@ def test_only_so_many_names_are_compared() -> None:
     found = errors.TensorNotFoundError("blk.1.weights", names)
     assert "close: blk.1.weight" in str(found)
     assert next(names) == f"blk.{errors.COMPARED}.weight"
+
+
+@pytest.mark.parametrize("kind", [errors.TensorNotFoundError, errors.MetadataKeyError])
+def test_a_key_that_python_writes_no_text_of_has_its_type_named(
+    kind: type[errors.TensorNotFoundError],
+) -> None:
+    error = kind(10**5000, ["blk.0"])
+    assert str(error) == f"no {kind.kind} <int>"
+    assert repr(error) == f"<{kind.__name__}>"
+    assert str(copy.copy(error)) == str(error)
+    assert errors.printable(10**5000) == "<int>"

@@ -50,6 +50,7 @@ class Workers:
         self.count = count or len(self.cpus)
         self.name, self.hands_on, self.pid = name, hands_on, os.getpid()
         self._refused: NumaError | None = None
+        self._closed = False
         self._pool = ThreadPoolExecutor(self.count, name, initializer=self._pin)
 
     def _pin(self) -> None:
@@ -77,6 +78,8 @@ class Workers:
         except RuntimeError as error:
             wanted.clear()
             task.clear()  # it stays in the pool's queue, and would keep what it was given
+            if "shutdown" in str(error) and not self._closed:  # the main thread has ended
+                return _done_here(function, *arguments)
             raise no_thread(error) from error
         vars(future)["wanted"] = wanted
         return future
@@ -122,6 +125,7 @@ class Workers:
         return futures
 
     def close(self) -> None:
+        self._closed = True
         if os.getpid() == self.pid:  # a forked child has none of the threads
             self._pool.shutdown(wait=True, cancel_futures=True)
 

@@ -175,6 +175,33 @@ def test_a_thread_that_cannot_start_keeps_nothing(monkeypatch: pytest.MonkeyPatc
     assert gone() is None
 
 
+OUTLIVES = """
+import os, threading, time
+from numaload.numa.workers import Workers
+workers = Workers(os.sched_getaffinity(0), 2)
+def late():
+    time.sleep(0.3)
+    seen = []
+    workers.ranges(lambda start, stop: seen.extend(range(start, stop)), 100)
+    print(sorted(seen) == list(range(100)))
+threading.Thread(target=late).start()
+"""
+
+
+def test_a_thread_that_outlives_the_main_thread_works_by_itself() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OUTLIVES], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+def test_a_closed_pool_takes_no_work() -> None:
+    workers = Workers(HERE, 2)
+    workers.close()
+    with pytest.raises(NumaError, match="after shutdown"):
+        workers.submit(int)
+
+
 TWICE = """
 import os, signal, sys, threading, time, traceback
 from numaload.numa.workers import Workers

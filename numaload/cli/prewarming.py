@@ -31,22 +31,28 @@ def look(wanted: Wanted) -> list[dict[str, Any]]:
     following.sweep()
     records.sweep()
     rows = []
-    for record in _chosen(records.records(), wanted):
+    for record, _ in _chosen(records.records(), wanted):
         if record.state in (records.FAILED, records.KILLED):
             records.remove(record)
         rows.append(_row(record))
     return rows
 
 
-def _chosen(found: Iterable[Any], wanted: Wanted) -> list[Any]:
-    every = {name for names in wanted.values() for name in names}
-    return [record for record in found if not wanted or every & _names(record)]
+def _chosen(found: Iterable[Any], wanted: Wanted) -> list[tuple[Any, set[str]]]:
+    """Return the records to tell of, each with the files asked for that it has."""
+    rows = [(record, _matched(record, wanted)) for record in found]
+    return [(record, files) for record, files in rows if files or not wanted]
 
 
-def _names(record: Any) -> set[str]:
+def _matched(record: Any, wanted: Wanted) -> set[str]:
+    """Return the files asked for that the record has. Links are followed once, and for the rest."""
     from numaload.storage.files import real_path
 
-    return {name for path in record.paths for name in (path, real_path(path))}
+    files = {file for file, names in wanted.items() if not set(names).isdisjoint(record.paths)}
+    if len(files) < len(wanted):
+        real = set(map(real_path, set(record.paths)))
+        files |= {file for file, names in wanted.items() if not real.isdisjoint(names)}
+    return files
 
 
 def _row(record: Any) -> dict[str, Any]:
@@ -129,8 +135,8 @@ def release(wanted: Wanted) -> Released:
     following.sweep()
     records.sweep()
     done = Released([], set())
-    for record in _chosen(records.records(), wanted):
-        done.files.update(file for file, names in wanted.items() if _names(record) & set(names))
+    for record, files in _chosen(records.records(), wanted):
+        done.files.update(files)
         row = _row(record) | {"failed": False}
         try:
             if record.state in (records.FAILED, records.KILLED):

@@ -25,6 +25,7 @@ FOLDER = "prewarming"
 NAME = "numaload-warm"  # of the process: at most 15 characters
 READING, HELD, FAILED, KILLED = "reading", "held", "failed", "killed"
 STATES = (READING, HELD, FAILED)
+MOST_PATHS = 1 << 14  # models have thousands at most; following the links of one takes 0.25 ms
 RECORD = re.compile(r"(\d{1,18})-(\d{1,18})\.json")
 ASIDE = re.compile(rf"\.{RECORD.pattern}\.[0-9a-f]{{8}}")  # as userdir.write_whole names it
 FieldsOf = dict[str, Any]
@@ -79,6 +80,8 @@ class Record:
         number(data["pid"], least=1, below=1 << 31)
         if data["state"] not in STATES or type(data["lock"]) is not bool:
             raise ValueError("no state that is known")
+        if len(data["paths"]) > MOST_PATHS:
+            raise ValueError(f"more than {MOST_PATHS} paths")
         data["paths"] = userdir.paths(data["paths"])
         if not data["paths"] or len(data["paths"]) != len(data["files"]):
             raise ValueError("wrong paths")

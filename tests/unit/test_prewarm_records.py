@@ -18,7 +18,7 @@ from numaload.pagecache import records
 from numaload.pagecache.holder import PrewarmHolder
 from numaload.pagecache.records import Record, packed, unpacked
 from numaload.replicas import holder
-from numaload.storage import userdir
+from numaload.storage import files, userdir
 
 Make = Callable[..., Record]
 
@@ -124,6 +124,42 @@ def test_only_those_of_the_files_asked_for(store: Path, make: Make, tmp_path: Pa
     assert prewarming.look({"x": {str(tmp_path / "other.gguf")}}) == []
     assert prewarming.release({"x": {str(tmp_path / "other.gguf")}}).files == set()
     assert prewarming.release({"x": {str(tmp_path / "m.gguf")}}).files == {"x"}
+
+
+def test_a_file_is_found_by_the_real_path_of_a_link(
+    store: Path, make: Make, tmp_path: Path
+) -> None:
+    link = tmp_path / "link.gguf"
+    link.symlink_to(tmp_path / "m.gguf")
+    records.write(make(state="failed", paths=(str(link),)))
+    wanted = {"m": {str(tmp_path / "m.gguf")}, "l": {str(link)}, "x": {str(tmp_path / "x.gguf")}}
+    assert prewarming.release(wanted).files == {"m", "l"}
+
+
+def test_links_of_a_record_are_followed_once_at_most(
+    store: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed: list[str] = []
+
+    def follow(path: str) -> str:
+        followed.append(path)
+        return path
+
+    monkeypatch.setattr(files, "real_path", follow)
+    record = make(state="failed")
+    records.write(record)
+    assert prewarming.release({str(i): {f"/{i}"} for i in range(3)}).files == set()
+    assert followed == [record.paths[0]]
+    assert prewarming.release({"x": {record.paths[0]}}).files == {"x"}
+    assert followed == [record.paths[0]]
+
+
+def test_a_record_of_too_many_paths_is_none(make: Make) -> None:
+    most = records.MOST_PATHS
+    record = make(paths=("/m",) * most, files=((1, 1),) * most)
+    assert Record.from_json(record.to_json()) == record
+    with pytest.raises(ValueError, match="more than 16384 paths"):
+        Record.from_json(make(paths=("/m",) * (most + 1)).to_json())
 
 
 def test_what_covers_a_file(make: Make) -> None:

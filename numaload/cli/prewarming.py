@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from numaload.cli.output import complain, note, say, size
 
+NOTES = 5  # of a process that are shown as text
 Wanted = Mapping[str, Collection[str]]  # {FILE: all paths that it may be known by}; empty: all
 
 
@@ -102,8 +103,10 @@ def show(rows: Iterable[dict[str, Any]]) -> None:
         if row["error"]:
             complain(f"{row['paths'][0]}: {row['error']}")
         say(f"  process {row['pid']}: {_what(row)}: {_does(row)}")
-        for text in row["notes"]:
+        for text in row["notes"][:NOTES]:
             note(text)
+        if len(row["notes"]) > NOTES:
+            note(f"and {len(row['notes']) - NOTES} more notes")
 
 
 def _what(row: dict[str, Any]) -> str:

@@ -162,6 +162,16 @@ def test_a_record_of_too_many_paths_is_none(make: Make) -> None:
         Record.from_json(make(paths=("/m",) * (most + 1)).to_json())
 
 
+def test_only_the_first_notes_are_shown(
+    store: Path, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records.write(make(state="failed", notes=tuple(f"note {i}" for i in range(1000))))
+    prewarming.show(prewarming.look({}))
+    said = capsys.readouterr()
+    assert (said.out + said.err).count(": note ") == prewarming.NOTES
+    assert "and 995 more notes" in said.out + said.err
+
+
 def test_what_covers_a_file(make: Make) -> None:
     whole, part = make(lock=True), make(part=("attn", ""))
     (inode,) = whole.files

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -180,14 +181,16 @@ def _swapping(kernel: registry.Kernel, width: int) -> registry.Kernel:
     return run
 
 
-def new_array(shape: Sequence[int], dtype: np.dtype[Any], what: str) -> NDArray[Any]:
-    """An array for floats of ``what``, uninitialized. Raises: NodeMemoryError."""
+@contextmanager
+def new_array(shape: Sequence[int], dtype: np.dtype[Any], what: str) -> Iterator[NDArray[Any]]:
+    """Make an array for floats of ``what``, to be filled inside. Raises: NodeMemoryError."""
     nbytes = prod(shape) * dtype.itemsize
-    memory.require(nbytes, f"{what} as {dtype.name}", LESS)
-    try:
-        return np.empty(shape, dtype)
-    except MemoryError as error:
-        raise NodeMemoryError(f"{what}: {error}: {MORE_ADDRESSES}", needed=nbytes) from error
+    with memory.promise(nbytes, f"{what} as {dtype.name}", LESS):
+        try:
+            array = np.empty(shape, dtype)
+        except MemoryError as error:
+            raise NodeMemoryError(f"{what}: {error}: {MORE_ADDRESSES}", needed=nbytes) from error
+        yield array
 
 
 def as_output(out: Any, dtype: np.dtype[Any], size: int) -> NDArray[Any]:

@@ -114,10 +114,11 @@ def converted(tensor: Any, device: Any, dtype: Any, what: str, *, copy: bool = T
 
     Raises: UnsupportedTypeError where torch has no way to it, NodeMemoryError.
     """
-    if copy or tensor.dtype != dtype:  # on other devices torch may stage it here
-        require(tensor.numel() * dtype.itemsize, what)
+    # On other devices torch may stage it here.
+    nbytes = tensor.numel() * dtype.itemsize if copy or tensor.dtype != dtype else 0
     try:
-        return tensor.to(device, dtype, copy=copy)
+        with promise(nbytes, what):
+            return tensor.to(device, dtype, copy=copy)
     except NotImplementedError as error:
         raise UnsupportedTypeError(
             f"tensor {what!r}: torch cannot turn {tensor.dtype} into {dtype}: {error}"
@@ -134,7 +135,13 @@ def of_bytes(flat: NDArray[np.uint8], dtype: Any, shape: Sequence[int]) -> Any:
 
 def require(nbytes: int, what: str) -> None:
     """Look whether there is memory for a tensor. Raises: NodeMemoryError."""
-    memory.require(nbytes, f"tensor {what!r}", "dequantize() fewer rows, or take a smaller dtype")
+    promise(nbytes, what).end()
+
+
+def promise(nbytes: int, what: str) -> memory.Promise:
+    """Look for it, and count it until it is filled. Raises: NodeMemoryError."""
+    less = "dequantize() fewer rows, or take a smaller dtype"
+    return memory.promise(nbytes, f"tensor {what!r}", less)
 
 
 def new(shape: Sequence[int], dtype: Any, what: str) -> Any:

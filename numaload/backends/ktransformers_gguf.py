@@ -155,12 +155,14 @@ class GGUFLoader(NotCopyable):
         blocks = _expert(tensor, data, expert_id, elements_per_expert)
         wanted = torch_memory.torch_dtype(_dtype_name(target_dtype), name)
         made = kernel_dtype(dtype_name(wanted))
-        out = torch_memory.new(shape, torch_memory.torch_dtype(made, name), name)
-        flat = as_output(out, dtype_of(made), prod(shape))
-        dequantize_blocks(
-            blocks, qtype, dtype_of(made), flat, tensor.workers(),
-            name=tensor.name, byte_order=tensor.byte_order,
-        )  # fmt: skip
+        kind = torch_memory.torch_dtype(made, name)
+        with torch_memory.promise(prod(shape) * kind.itemsize, name):
+            out = torch_memory.empty(shape, kind)
+            flat = as_output(out, dtype_of(made), prod(shape))
+            dequantize_blocks(
+                blocks, qtype, dtype_of(made), flat, tensor.workers(),
+                name=tensor.name, byte_order=tensor.byte_order,
+            )  # fmt: skip
         return out.to(device, wanted)
 
     def load_gguf_tensor(self, name: str, device: str = "cpu", target_dtype: Any = None) -> Any:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from numaload.errors import NodeMemoryError, check_limits
 from numaload.numa.cgroups import folders
+from numaload.numa.stopping import renewed
 from numaload.numa.sysfs import Reader
 
 # Never planned for: what the kernel, other programs and page tables need to go on.
@@ -22,6 +24,8 @@ LEAST_FREE = 16 << 20  # bytes that ``require`` leaves: threads, page tables, ot
 TRUSTED = 256 << 20  # bytes that may be allocated, at most, between two looks at limits
 # Limits may have changed after TRUSTED_S seconds: results of SMALL bytes and more look anew.
 SMALL, TRUSTED_S = 1 << 20, 0.05
+# Seconds to wait, at most, for what other threads fill, and between two looks meanwhile.
+WAIT_S, PAUSE_S = 10.0, 0.005
 
 
 class Limit(NamedTuple):
@@ -168,34 +172,104 @@ def _process_limits() -> Iterator[Limit]:
 
 
 _trusted, _looked = SMALL, 0.0  # bytes that may be allocated without a look, and when it was
+_promised: dict[int, int] = {}  # {thread: bytes that it has a promise of}
+_lock = renewed(threading.RLock())  # also of these; a signal handler may allocate inside
+os.register_at_fork(after_in_child=_promised.clear)
+
+
+class Promise:
+    """Counts bytes as used that were found free and are not touched yet, for looks of all threads.
+
+    The kernel counts what is touched: what is promised meanwhile may be counted twice.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._left, self._thread = nbytes, threading.get_ident()
+        _promised[self._thread] = _promised.get(self._thread, 0) + nbytes
+
+    def end(self, nbytes: int | None = None) -> None:
+        """Take back ``nbytes``, which are touched now; None: all that are left."""
+        with _lock:
+            done = self._left if nbytes is None else min(nbytes, self._left)
+            self._left -= done
+            left = _promised.pop(self._thread, 0) - done
+            if left > 0:
+                _promised[self._thread] = left
+
+    def __enter__(self) -> Promise:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def __del__(self) -> None:
+        """Leave nothing behind where Ctrl-C came before it was entered."""
+        self.end()
 
 
 def require(
     nbytes: int, what: str, way_out: str, *, node: int | None = None, least: int = LEAST_FREE
 ) -> None:
+    """Look whether ``nbytes`` fit, as ``promise``, and count them no longer."""
+    promise(nbytes, what, way_out, node=node, least=least).end()
+
+
+def promise(
+    nbytes: int, what: str, way_out: str, *, node: int | None = None, least: int = LEAST_FREE
+) -> Promise:
     """Look whether ``nbytes`` more of this process's memory fit, before they are allocated.
 
     The kernel would not refuse them but kill, later, when they are touched. A look takes 0.1 ms,
-    so it is good for some bytes more: an eighth of what was free then.
+    so it is good for some bytes more: an eighth of what was free then. Where only what other
+    threads fill leaves no room, wait for these.
     node: that they are to be bound to. least: bytes that are to stay free.
-    Raises: NodeMemoryError with numbers and the way out.
+    Returns: what counts them until it ends. Raises: NodeMemoryError with numbers and the way out.
     """
-    global _trusted, _looked  # noqa: PLW0603 - there is one process
-    now = time.monotonic()
-    if node is None and nbytes <= _trusted and (nbytes < SMALL or now < _looked + TRUSTED_S):
-        _trusted -= nbytes
-        return
-    limits = [available(), *_process_limits()]
+    begun = time.monotonic()
+    while True:
+        with _lock:
+            if _is_trusted(nbytes, node):
+                return Promise(nbytes)
+            shared, *own = _limits(node)
+            promised, mine = sum(_promised.values()), _promised.get(threading.get_ident(), 0)
+            name, free = tightest([shared._replace(free=shared.free - promised), *own])
+            if nbytes + least <= free:
+                _trust(free - nbytes - least)
+                return Promise(nbytes)
+        later = tightest([shared._replace(free=shared.free - mine), *own]).free
+        if nbytes + least > later or time.monotonic() > begun + WAIT_S:
+            break
+        time.sleep(PAUSE_S)
+    free = max(0, free)
+    raise NodeMemoryError(
+        f"{what}: needs {nbytes} bytes ({nbytes / 2**30:.2f} GiB) and {least} more to go on,"
+        f" {name} has room for {free} ({free / 2**30:.2f} GiB); {way_out}",
+        node=node,
+        needed=nbytes,
+        free=free,
+    )
+
+
+def _limits(node: int | None) -> list[Limit]:
+    """Return the limit of what all nodes have touched, then those that no promise is counted in.
+
+    ulimit counts what is allocated, touched or not; promised bytes may be on any node.
+    """
     on_node = None if node is None else node_free(node)
-    if on_node is not None:
-        limits.append(Limit(f"node {node}", on_node))
-    name, free = tightest(limits)
-    if nbytes + least > free:
-        raise NodeMemoryError(
-            f"{what}: needs {nbytes} bytes ({nbytes / 2**30:.2f} GiB) and {least} more to go on,"
-            f" {name} has room for {free} ({free / 2**30:.2f} GiB); {way_out}",
-            node=node,
-            needed=nbytes,
-            free=free,
-        )
-    _trusted, _looked = min(TRUSTED, (free - nbytes - least) // 8), now
+    of_node = [] if on_node is None else [Limit(f"node {node}", on_node)]
+    return [available(), *_process_limits(), *of_node]
+
+
+def _is_trusted(nbytes: int, node: int | None) -> bool:
+    """Return whether the last look is good for these bytes too, which it then is no more."""
+    global _trusted  # noqa: PLW0603 - there is one process
+    lately = nbytes < SMALL or time.monotonic() < _looked + TRUSTED_S
+    trusted = node is None and nbytes <= _trusted and lately
+    _trusted -= nbytes if trusted else 0
+    return trusted
+
+
+def _trust(left: int) -> None:
+    """Let an eighth of what is left be allocated without another look."""
+    global _trusted, _looked
+    _trusted, _looked = min(TRUSTED, left // 8), time.monotonic()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from numaload.errors import NodeMemoryError
 from numaload.numa import memory
 from numaload.numa.mapping import Mapping, map_private
+from numaload.numa.memory import Promise
 from numaload.numa.syscalls import HUGE, memory_at
 
 WAY_OUT = "let go of tensors that were taken, give a smaller ahead=, or stream to a smaller dtype"
@@ -30,26 +31,33 @@ class Buffers:
         self.most = most
         self._free: deque[Mapping] = deque()  # arrays die in any thread, at any time: no locks
 
-    def take(self, nbytes: int, under_way: int = 0, what: str = "a tensor") -> NDArray[np.uint8]:
+    def take(self, nbytes: int, what: str = "a tensor") -> tuple[NDArray[np.uint8], Promise | None]:
         """``nbytes`` of uninitialized memory; it comes back with the last array over it.
 
-        under_way: bytes that were taken and perhaps not touched yet. Raises: NodeMemoryError.
+        Returns: it, and the promise of what is not touched yet; None where it was used before.
+        Raises: NodeMemoryError.
         """
         if nbytes < HUGE:
-            memory.require(nbytes, what, WAY_OUT, least=LEAST_FREE)
-            return np.empty(nbytes, np.uint8)
-        mapping = self._found(nbytes) or self._mapped(nbytes, under_way, what)
+            promise = memory.promise(nbytes, what, WAY_OUT, least=LEAST_FREE)
+            return np.empty(nbytes, np.uint8), promise
+        mapping, new = self._found(nbytes), None
+        if mapping is None:
+            mapping, new = self._mapped(nbytes, what)
         lease: Any = memory_at(mapping.address, nbytes)
         weakref.finalize(lease, self._back, mapping).atexit = False
-        return np.frombuffer(memoryview(lease).cast("B"), np.uint8)
+        return np.frombuffer(memoryview(lease).cast("B"), np.uint8), new
 
-    def _mapped(self, nbytes: int, under_way: int, what: str) -> Mapping:
+    def _mapped(self, nbytes: int, what: str) -> tuple[Mapping, Promise]:
         try:
-            memory.require(nbytes + under_way, what, WAY_OUT, least=LEAST_FREE)
+            promise = memory.promise(nbytes, what, WAY_OUT, least=LEAST_FREE)
         except NodeMemoryError:
             self._free.clear()  # none of them was large enough
-            memory.require(nbytes + under_way, what, WAY_OUT, least=LEAST_FREE)
-        return map_private(nbytes)
+            promise = memory.promise(nbytes, what, WAY_OUT, least=LEAST_FREE)
+        try:
+            return map_private(nbytes), promise
+        except BaseException:
+            promise.end()
+            raise
 
     def _found(self, nbytes: int) -> Mapping | None:
         for _ in range(len(self._free)):

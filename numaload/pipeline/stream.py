@@ -26,9 +26,9 @@ from numaload.dtypes import (
 from numaload.errors import NodeMemoryError, NumaloadError, UnsupportedTypeError, UsageError
 from numaload.kernels import registry
 from numaload.numa import memory
-from numaload.pipeline.fill import READ, Work, writer
+from numaload.pipeline.fill import READ, Work, Write, writer
 from numaload.pipeline.memory import LEAST_FREE, WAY_OUT, Buffers
-from numaload.pipeline.pieces import Target
+from numaload.pipeline.pieces import Piece, Target
 from numaload.storage.reader import Progress
 from numaload.weights import Tensor, Weights
 
@@ -104,7 +104,7 @@ def _stream(
         try:
             while todo or ready:
                 while todo and _fits(len(ready), nbytes, _nbytes(todo[0], wanted), most, ahead):
-                    ready.append(_Result(todo[0], wanted, buffers, work, nbytes))
+                    ready.append(_Result(todo[0], wanted, buffers, work))
                     if len(ready) > 1 and isinstance(ready[-1].error, NodeMemoryError):
                         ready.pop()  # there may be room once those before are taken
                         break
@@ -119,6 +119,8 @@ def _stream(
                 if is_slow and (not ready or ready[-1].done):
                     most = min(ahead, 2 * most)
         finally:
+            for result in ready:  # errors that are kept have it in their traceback
+                result.end()
             buffers.close()
 
 
@@ -149,6 +151,16 @@ def _fits(count: int, nbytes: int, more: int, most: int, ahead: int) -> bool:
 def _taken(result: _Result) -> tuple[str, Any]:
     """Without a reference to it in the generator: what the caller drops is free at once."""
     return result.tensor.name, result.value()
+
+
+def _ending(promise: memory.Promise, write: Write) -> Write:
+    """Return ``write`` that takes back what was promised of each piece once it is written."""
+
+    def write_touching(piece: Piece) -> None:
+        write(piece)
+        promise.end(piece.place.nbytes)
+
+    return write_touching
 
 
 class Whole(NamedTuple):
@@ -193,27 +205,33 @@ def _as_in_file(tensor: Tensor, wanted: Wanted) -> tuple[str, tuple[int, ...]]:
 class _Result:
     """One tensor under way."""
 
-    def __init__(
-        self, tensor: Tensor, wanted: Wanted, buffers: Buffers, work: Work, under_way: int
-    ) -> None:
+    def __init__(self, tensor: Tensor, wanted: Wanted, buffers: Buffers, work: Work) -> None:
         self.tensor, self.wanted, self.nbytes = tensor, wanted, _nbytes(tensor, wanted)
         self.kernel, self.work = _kernel(tensor, wanted), work
         self.error: NumaloadError | None = None
+        self.promise: memory.Promise | None = None
         try:
-            self._start(buffers, under_way)
+            self._start(buffers)
         except NumaloadError as error:  # comes when its turn has come
             self.error = error
 
-    def _start(self, buffers: Buffers, under_way: int) -> None:
+    def _start(self, buffers: Buffers) -> None:
         tensor, kernel = self.tensor, self.kernel
         tensor.check_type()
         item, self.shape = (kernel, tensor.shape) if kernel else _as_in_file(tensor, self.wanted)
         self.dtype = self._find(item)
-        self.flat = buffers.take(self.nbytes, under_way, f"tensor {tensor.name!r}")
+        self.flat, self.promise = buffers.take(self.nbytes, f"tensor {tensor.name!r}")
         place: NDArray[Any] = self.flat.view(DTYPES[kernel]) if kernel else self.flat
         target = Target(tensor, place, kernel)
         write, cut = writer(target)
+        if self.promise is not None:
+            write = _ending(self.promise, write)
         self.futures = self.work.start(target, cut, write)
+
+    def end(self) -> None:
+        """Take back what was promised for it and will not be touched."""
+        if self.promise is not None:
+            self.promise.end()
 
     @property
     def done(self) -> bool:
@@ -243,8 +261,8 @@ class _Result:
             return made
         if self.wanted.torch:
             return made.to(self._find(self.wanted.dtype))
-        memory.require(self.tensor.size * 4, f"tensor {self.tensor.name!r}", WAY_OUT)
-        with np.errstate(all="ignore"):  # what is too large is infinite, as kernels have it
+        more = memory.promise(self.tensor.size * 4, f"tensor {self.tensor.name!r}", WAY_OUT)
+        with more, np.errstate(all="ignore"):  # what is too large is infinite, as kernels have it
             return made.astype(DTYPES[self.wanted.dtype])
 
     def _torch(self) -> Any:

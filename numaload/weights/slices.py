@@ -105,13 +105,13 @@ class Slice:
         """Floats of the part, in ``shape``: a new array. Raises: as Tensor.dequantize."""
         from numaload.dequantize import dtype_of, new_array
 
-        out = new_array(self.shape, dtype_of(dtype), f"part of tensor {self.name!r}")
         part = (self.range.start, self.range.stop)
-        for expert, floats in enumerate(out):
-            if self._columns:
-                floats[...] = self.tensor.dequantize(dtype, expert=expert)[:, slice(*part)]
-            else:
-                self.tensor.dequantize(dtype, expert=expert, rows=part, out=floats)
+        with new_array(self.shape, dtype_of(dtype), f"part of tensor {self.name!r}") as out:
+            for expert, floats in enumerate(out):
+                if self._columns:
+                    floats[...] = self.tensor.dequantize(dtype, expert=expert)[:, slice(*part)]
+                else:
+                    self.tensor.dequantize(dtype, expert=expert, rows=part, out=floats)
         return out
 
     def _memory(self) -> MemoryMapping:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from math import prod
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -193,13 +194,14 @@ class Tensor:
         qtype = self.qtype
         _, type_size = BLOCKS[qtype]
         blocks = self.blocks[start:stop].reshape(-1, type_size)
-        result = new_array(shape, wanted, f"tensor {self.name!r}") if out is None else out
-        flat = as_output(result, wanted, prod(shape))
-        if flat.size:
-            dequantize_blocks(
-                blocks, qtype, wanted, flat, self._weights.workers(),
-                name=self.name, byte_order=self.byte_order,
-            )  # fmt: skip
+        what = f"tensor {self.name!r}"
+        with new_array(shape, wanted, what) if out is None else nullcontext(out) as result:
+            flat = as_output(result, wanted, prod(shape))
+            if flat.size:
+                dequantize_blocks(
+                    blocks, qtype, wanted, flat, self._weights.workers(),
+                    name=self.name, byte_order=self.byte_order,
+                )  # fmt: skip
         return result
 
     def torch(self, dtype: Any = None, device: Any = "cpu") -> Any:
@@ -222,8 +224,10 @@ class Tensor:
         if not self._has_kernel_to(name):
             return torch_memory.converted(self._own_order(), device, wanted, self.name)
         made = kernel_dtype(name)
-        out = torch_memory.new(self.shape, torch_memory.torch_dtype(made, self.name), self.name)
-        self.dequantize(made, out=out)
+        kind = torch_memory.torch_dtype(made, self.name)
+        with torch_memory.promise(self.size * kind.itemsize, self.name):
+            out = torch_memory.empty(self.shape, kind)
+            self.dequantize(made, out=out)
         return torch_memory.converted(out, device, wanted, self.name, copy=False)
 
     def _has_kernel_to(self, dtype: str) -> bool:
@@ -236,11 +240,11 @@ class Tensor:
             return self._raw_tensor()
         import numpy as np
 
-        from numaload.torch_memory import of_bytes, require, torch_type
+        from numaload.torch_memory import of_bytes, promise, torch_type
 
-        require(self.nbytes, self.name)
         dtype = torch_type(self.type_name)
-        numbers = np.frombuffer(self.buffer, f"u{dtype.itemsize}").byteswap()
+        with promise(self.nbytes, self.name):
+            numbers = np.frombuffer(self.buffer, f"u{dtype.itemsize}").byteswap()
         return of_bytes(numbers.view(np.uint8), dtype, self.shape)
 
     def _raw_tensor(self) -> Any:

@@ -15,7 +15,7 @@ from numaload.demo import write_model
 
 MIB = 1 << 20
 PROGRAM = """
-import json, sys
+import json, sys, threading
 import numpy as np
 import numaload
 
@@ -29,14 +29,31 @@ def used(call):
 weights = numaload.open(sys.argv[1])
 first = next(iter(weights.values()))
 first.dequantize()
+
+def in_threads(call, count=4):
+    said = []
+    threads = [threading.Thread(target=lambda: said.append(used(call))) for _ in range(count)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    return all(said) and said[0]
+
+def dequantized():
+    for tensor in weights.values():
+        kept.append(tensor.dequantize())
+
+kept = []
 CALLS = {
     "stream": lambda: sum(a.nbytes for _, a in numaload.stream(weights, "bfloat16")),
     "kept": lambda: list(numaload.stream(weights, "float32")),
+    "all_kept": dequantized,
     "dequantize": lambda: [tensor.dequantize() for tensor in weights.values()],
     "copy": lambda: numaload.open(sys.argv[1], copy=True).close(),
     "cast": lambda: [tensor.torch("float64") for tensor in weights.values()],
 }
-print(json.dumps(used(CALLS[sys.argv[2]])))
+if len(sys.argv) > 3:
+    print(json.dumps(in_threads(CALLS[sys.argv[2]])))
+else:
+    print(json.dumps(used(CALLS[sys.argv[2]])))
 """
 
 
@@ -76,6 +93,13 @@ def test_what_does_not_fit_into_a_group_is_a_named_error(large: str, call: str, 
     assert "memory.limit_in_bytes" in said or "memory.max" in said
 
 
+@pytest.mark.parametrize("call", ["all_kept", "kept"])
+def test_threads_that_allocate_at_the_same_time_are_not_killed(large: str, call: str) -> None:
+    for _ in range(3):
+        said = said_in(100 * MIB, large, call, "in threads")
+        assert "has room for" in said
+
+
 LIMITED = """
 import json, resource, sys
 import numaload
@@ -104,3 +128,24 @@ def test_limits_of_the_process_are_named(numaload: Numaload, large: str, limit: 
     said = numaload.python(LIMITED, large, limit)
     assert [name for name, _ in said] == ["NodeMemoryError"] * 3
     assert all("ulimit -" in text for _, text in said), said
+
+
+KEPT_ERROR = """
+import json, sys
+import numaload
+from numaload.numa import memory
+
+weights = numaload.open(sys.argv[1])
+def fail(done, total):
+    if done > total // 4:
+        raise KeyError("mine")
+try:
+    list(numaload.stream(weights, "float32", progress=fail))
+except KeyError as error:
+    kept = error
+print(json.dumps(sum(memory._promised.values())))
+"""
+
+
+def test_a_stream_that_fails_leaves_no_promise(numaload: Numaload, large: str) -> None:
+    assert numaload.python(KEPT_ERROR, large) == 0

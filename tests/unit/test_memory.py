@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from numaload.numa.memory import (
     machine_available,
     node_free,
     node_unused,
+    promise,
     require,
     reserve,
 )
@@ -250,3 +253,65 @@ def test_an_unknown_limit_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(memory, "_trusted", 0)
     monkeypatch.setattr(memory, "node_free", lambda _: None)
     require(1 << 50, "a tensor", "take less", node=0)
+
+
+@pytest.fixture
+def gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is free, and none of it is touched."""
+    monkeypatch.setattr(memory, "available", lambda: memory.Limit("this group", GIB))
+    monkeypatch.setattr(memory, "_trusted", 0)
+    monkeypatch.setattr(memory, "TRUSTED", 0)
+
+
+def test_what_is_promised_and_not_touched_is_not_free(gib: None) -> None:
+    with promise(GIB // 2, "a tensor", "take less") as first:
+        with pytest.raises(NodeMemoryError) as caught:
+            require(GIB // 2, "another", "take less")
+        assert caught.value.free == GIB // 2
+        first.end(GIB // 4)  # a piece was touched
+        require(GIB // 2, "another", "take less")
+    require(GIB - LEAST_FREE, "another", "take less")
+    assert not memory._promised
+
+
+def test_a_promise_that_nobody_has_any_more_ends(gib: None) -> None:
+    promise(GIB // 2, "a tensor", "take less")
+    assert not memory._promised
+
+
+def test_what_another_thread_fills_is_waited_for(gib: None) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def fill() -> None:
+        with promise(GIB // 2, "a tensor", "take less"):
+            begun.set()
+            time.sleep(0.2)
+            ended.set()
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    begun.wait(30)
+    require(GIB // 2, "another", "take less")
+    assert ended.is_set()
+    thread.join()
+
+
+def test_what_is_never_filled_is_waited_for_only_so_long(
+    gib: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "WAIT_S", 0.1)
+    held: list[memory.Promise] = []
+    thread = threading.Thread(target=lambda: held.append(promise(GIB // 2, "a", "take less")))
+    thread.start()
+    thread.join()
+    with pytest.raises(NodeMemoryError, match="has room for"):
+        require(GIB // 2, "another", "take less")
+
+
+def test_a_node_is_not_charged_with_what_is_promised(
+    gib: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda: memory.Limit("unknown", UNKNOWN))
+    monkeypatch.setattr(memory, "node_free", lambda _: GIB)
+    with promise(GIB // 2, "a tensor", "take less"):
+        require(GIB // 2 + LEAST_FREE, "another", "take less", node=0)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from numaload.errors import NodeMemoryError, check_limits
+from numaload.errors import NodeMemoryError, NotCopyable, check_limits
 from numaload.numa.cgroups import folders
 from numaload.numa.stopping import renewed
 from numaload.numa.sysfs import Reader
@@ -177,11 +177,13 @@ _lock = renewed(threading.RLock())  # also of these; a signal handler may alloca
 os.register_at_fork(after_in_child=_promised.clear)
 
 
-class Promise:
+class Promise(NotCopyable):
     """Counts bytes as used that were found free and are not touched yet, for looks of all threads.
 
     The kernel counts what is touched: what is promised meanwhile may be counted twice.
     """
+
+    __slots__ = ("_left", "_thread")
 
     def __init__(self, nbytes: int) -> None:
         self._left, self._thread = nbytes, threading.get_ident()
@@ -204,7 +206,8 @@ class Promise:
 
     def __del__(self) -> None:
         """Leave nothing behind where Ctrl-C came before it was entered."""
-        self.end()
+        if getattr(self, "_left", 0):  # none where it was not made
+            self.end()
 
 
 def require(

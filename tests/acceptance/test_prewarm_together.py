@@ -100,7 +100,10 @@ def test_a_followers_progress_is_the_readers(numaload: Numaload, big: str) -> No
     told = answer(started(numaload, reader, program=[sys.executable, "-c", FOLLOWER, big]))
     own = answer(reader)
     assert told["report"]["followed"] == reader.pid
-    theirs = [done for done, total in told["seen"] if total == own["read"]]
+    # What was paged out since is read again, and not told.
+    most = max(total for _, total in told["seen"])
+    assert KEPT * own["read"] < most <= own["read"]
+    theirs = [done for done, total in told["seen"] if total == most]
     assert theirs == sorted(theirs)
     assert len(set(theirs)) > 5
 

@@ -102,7 +102,9 @@ def test_imports_of_others(name: str) -> None:
         root = module.partition(".")[0]
         if root == "numaload":
             ours = module.startswith(f"{PACKAGE}.")
-            assert ours or module in {"numaload.forks", "numaload.formats.qtypes"}
+            assert ours or module in {
+                f"numaload.{name}" for name in ("errors", "forks", "formats.qtypes")
+            }
         elif root not in sys.stdlib_module_names:
             assert name in OUTSIDE.get(root, set()), f"{name} imports {module}"
 

@@ -21,6 +21,10 @@ from numaload.storage.known import Model
 PRIVATE, STORED, HELD = "private", "stored", "held"  # where replicas are kept
 SMALL, SMALL_SHARE = 256 << 10, 1 << 18  # bytes of an entry without its replicas, and one for these
 LEAST_FREE = 32 << 20  # on a node that is being filled, on top of what free_on leaves
+PAGE_CACHE = (
+    "the rest is page cache, which the kernel gives up only for memory that is bound: allow"
+    " binding, or drop the cache"
+)
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,7 @@ def _node_need(node: int, needed: int, machine: Topology, *, bound: bool) -> Nee
         return Need(f"node {node}", needed, None, node)
     free, hint = max(0, free - LEAST_FREE), ""
     if not bound and free < needed <= strictly - LEAST_FREE:
-        hint = (
-            "the rest is page cache, which the kernel gives up only for memory that is bound:"
-            " allow binding, or drop the cache"
-        )
+        hint = PAGE_CACHE
     return Need(f"node {node}", needed, free, node, hint)
 
 

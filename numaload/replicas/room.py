@@ -10,7 +10,7 @@ from numaload.errors import NodeMemoryError
 from numaload.numa.lists import Group
 from numaload.numa.memory import Limit, cgroup_limits, tightest
 from numaload.numa.topology import Topology
-from numaload.replicas.plan import LEAST_FREE, free_on
+from numaload.replicas.plan import LEAST_FREE, PAGE_CACHE, free_on
 
 TRUSTED = 256 << 20  # bytes filled, at most, between two looks at a node's free memory
 
@@ -84,10 +84,12 @@ class Room:
                 return None
             if pending:
                 return pending
+        strictly = free_on(node, self.machine) if not self.bound else None
+        hint = f"; {PAGE_CACHE}" if strictly is not None and strictly >= needed else ""
         raise NodeMemoryError(
             f"{name} ran out while node {node} was filled: needs {needed} bytes"
             f" for the next chunk, has {free}; all of it is given back: free memory there, or"
-            " leave this node out (--nodes)",
+            f" leave this node out (--nodes){hint}",
             node=node,
             needed=needed,
             free=free,

@@ -55,7 +55,7 @@ class _Chosen(NamedTuple):
 
 
 def _chosen(files: list[str]) -> _Chosen:
-    """They are found by path, through links too: the file may have changed or gone."""
+    """Find entries by the paths of their files, through links too: these may have changed."""
     from numaload.replicas import store
 
     stays = store.sweep()
@@ -91,6 +91,7 @@ def _complain_none(missing: list[str]) -> None:
 
 
 def _complain_damaged(damaged: dict[str, str]) -> bool:
+    """Say what cannot be read; return whether there is any."""
     for why in damaged.values():
         complain(why)
     return bool(damaged)

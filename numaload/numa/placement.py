@@ -107,9 +107,7 @@ def locate(groups: Sequence[tuple[list[int], Sequence[Mapping]]]) -> list[Placem
 
 
 def _ask(groups: Sequence[tuple[list[int], Sequence[Mapping]]]) -> list[Placement]:
-    """One reading of numa_maps, and of smaps where that is needed, serves all replicas:
-    both walk the page tables of the whole process.
-    """
+    """Read numa_maps, and smaps where needed, once for all: both walk all page tables."""
     live = [[m.range for m in mappings if m.length] for _, mappings in groups]
     counts = count_pages([r for ranges in live for r in ranges])
     huge = _huge_bytes([r for ranges in live for r in ranges])

@@ -104,7 +104,7 @@ def name_thread(name: str) -> None:
 
 
 def no_thread(error: RuntimeError) -> NumaError:
-    """What threading says, which keeps no errno, where the kernel starts no more threads."""
+    """Make an error of threading's own, which keeps no errno: the kernel starts no thread."""
     return NumaError(f"no thread can be started ({error}): {MORE}", call="clone", errno=EAGAIN)
 
 

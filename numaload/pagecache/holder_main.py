@@ -178,12 +178,12 @@ class Holder:
 
 
 def _record(row: dict[str, Any]) -> Record:
-    """Raises: OSError where it cannot be known again."""
+    """Begin the record of this process. Raises: OSError where others could not find it by it."""
     from numaload.pagecache.records import NAME, Record
     from numaload.replicas.holder import namespace
-    from numaload.replicas.holder_main import rename, started
+    from numaload.replicas.holder_main import started, take_name
 
-    rename(NAME)
+    take_name(NAME)
     return Record(
         pid=os.getpid(),
         start=started(os.getpid()),

@@ -33,6 +33,8 @@ ASIDE = re.compile(rf"\.{MANIFEST}\.[0-9a-f]{{8}}")  # while it is written
 NODES, LINK = re.compile(r"node[0-9,-]+"), re.compile(r"/proc/\d+/fd/\d+")
 REPLICA_MODE = 0o400
 MOST = 16 << 20  # bytes of a manifest
+# Errors that say that there is nothing, or no entry. EPERM is raised here, for other file systems.
+NO_ENTRY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EPERM)
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -159,19 +161,17 @@ def remove(name: str, parent: int) -> None:
 
 
 def left(name: str, parent: int) -> bool:
-    """Whether replicas of this entry are there, as far as its folder can be opened."""
+    """Return whether this entry still has replicas, or may have: its folder cannot be read."""
     try:
         folder = _below(name, parent)
-    except PermissionError as error:
-        return error.errno == errno.EACCES
-    except OSError:  # there is none, or something else
-        return False
+    except OSError as error:
+        return error.errno not in NO_ENTRY
     try:
         sizes = _named(folder)
         nodes = filter(NODES.fullmatch, os.listdir(folder))
         return any(_holds(node, folder, sizes or {}) for node in nodes)
     except OSError as error:
-        return error.errno == errno.EACCES
+        return error.errno not in NO_ENTRY
     finally:
         os.close(folder)
 
@@ -193,7 +193,7 @@ def _below(name: str, parent: int) -> int:
 
 
 def _named(folder: int) -> dict[str, str] | None:
-    """{name of a replica: its size} by the manifest; None where there is none. Raises: OSError."""
+    """Return {replica's name: size} by the manifest, None without one. Raises: OSError."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         fd = os.open(MANIFEST, flags, dir_fd=folder)
@@ -240,7 +240,7 @@ def _empty_node(node: str, folder: int, sizes: dict[str, str] | None) -> None:
 
 
 def _is_replica(name: str, folder: int, sizes: dict[str, str]) -> bool:
-    """Whether it looks like one: a holder's link, or a file of its mode or its size."""
+    """Return whether it looks like one: a holder's link, or a file of its mode or its size."""
     status = os.stat(name, dir_fd=folder, follow_symlinks=False)
     if stat.S_ISLNK(status.st_mode):
         return LINK.fullmatch(os.readlink(name, dir_fd=folder)) is not None
@@ -257,7 +257,7 @@ def started(pid: int) -> int:
         return int(file.read().rpartition(b")")[2].split()[19])  # field 22
 
 
-def rename(name: str) -> None:
+def take_name(name: str) -> None:
     """Take the name by which holders are known: no process of another name is ever ended.
 
     Raises: OSError.
@@ -277,7 +277,7 @@ def answer(pid: int, error: str | None) -> None:
 def hold(line: bytes) -> int:
     """Publish, answer, and stay until SIGTERM."""
     try:
-        rename(NAME)
+        take_name(NAME)
         null = os.open(os.devnull, os.O_RDWR)
         held = Held(line)
         held.tend()

@@ -63,7 +63,7 @@ def entries() -> list[Entry]:
 
 
 def scan() -> tuple[list[Entry], dict[str, str]]:
-    """Entries, oldest first, and of what is in the place of one {name: what is wrong with it}."""
+    """Return the entries, oldest first, and {name: why} of those that cannot be read."""
     found: list[Entry] = []
     damaged: dict[str, str] = {}
     take_over()
@@ -172,7 +172,7 @@ def building() -> Iterator[int]:
 
 
 def sweep() -> list[str]:
-    """Clear what killed processes left, unless someone is building now; why replicas stay."""
+    """Clear what killed processes left, unless someone builds; return why replicas stay."""
     take_over()
     with userdir.opened(create=False) as store:
         if store is not None:
@@ -221,7 +221,7 @@ def _unlock(fd: int) -> None:
 
 
 def _sweep(store: int) -> list[str]:
-    """Why some replicas stay, which is said once, too."""
+    """Clear it, and say what stays; return why replicas do."""
     left = [name for name in userdir.listed(store) if userdir.ENTRY.fullmatch(name[1:])]
     stays = [_remove(name, store) for name in left if name.startswith(".")]
     for name in _entry_names(store):
@@ -400,7 +400,7 @@ def _end_damaged(name: str, store: int | None) -> None:
 
 
 def _take_away(name: str, store: int | None) -> str:
-    """Take an entry away. Why its replicas stay, or an empty string."""
+    """Take an entry away; return why its replicas stay, or an empty string."""
     assert store is not None  # noqa: S101 - what has a name is in a store
     why = ""
     try:
@@ -413,7 +413,7 @@ def _take_away(name: str, store: int | None) -> str:
 
 
 def _remove(name: str, store: int) -> str:
-    """Why its replicas stay, or an empty string. Others may remove it at the same time."""
+    """Remove it, as others may just now; return why its replicas stay, or an empty string."""
     for pause in PAUSES_S:
         remove(name, store)
         if not _is_there(name, store):

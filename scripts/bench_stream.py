@@ -28,9 +28,7 @@ from numaload.bench.read_report import median_interval
 from numaload.demo import parse_size
 from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.numa.mapping import map_private
-from numaload.pipeline.fill import AT_ONCE, fill
-from numaload.pipeline.pieces import Target
-from numaload.pipeline.source import scratch
+from numaload.pipeline.fill import AT_ONCE, Target, fill, scratch
 from numaload.samples import random_blocks
 
 COLUMNS, TENSORS = 4096, 48

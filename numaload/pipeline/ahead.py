@@ -1,4 +1,4 @@
-"""Reading ahead: threads that bring into the page cache what the workers will want next."""
+"""Read ahead: threads bring into the page cache what the workers will want next."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from numaload.storage.ways import IntoCache
 LEAST_THREADS = 4  # where two do not make the storage seek
 # Bytes that a thread brings in between two turns in Python, for which it waits behind threads that
 # convert. The first are smaller: there is work for those at once.
-PIECE = 32 << 20
+MOST_READ = 32 << 20
 PADDING = 4096  # bytes, at most, between tensors that are read as one range
-PROBES = 8  # pages of a piece that are asked for, where the kernel does not tell what is in RAM
+PROBES = 8  # pages of a range that are asked for, where the kernel does not tell what is in RAM
 
 
 class Range(NamedTuple):
-    """Bytes of a file that will be wanted. ``before``: bytes wanted before them, of all files."""
+    """Name bytes of a file that will be wanted. ``before``: bytes wanted before, of all files."""
 
     file: SourceFile
     start: int
@@ -33,8 +33,8 @@ class Range(NamedTuple):
     before: int
 
 
-class Piece(NamedTuple):
-    """Absent bytes. ``position``: how many are wanted before its end, of all files."""
+class AbsentRange(NamedTuple):
+    """Name absent bytes. ``position``: bytes wanted up to its end, of all files."""
 
     file: SourceFile
     start: int
@@ -43,7 +43,7 @@ class Piece(NamedTuple):
 
 
 class Ahead:
-    """Stays at most ``window`` bytes in front of what was taken.
+    """Read at most ``window`` bytes in front of what was taken.
 
     Workers that have caught up wait for it: their own small reads would only get in its way.
     Errors are the workers' business: they come to the same place and raise them.
@@ -53,7 +53,7 @@ class Ahead:
         self.ranges, self.window = merged(ranges), window
         self._taken, self._ready, self._stopped = 0, 0, False
         self._moved = threading.Condition()
-        self._todo: Iterator[Piece] = iter(())
+        self._todo: Iterator[AbsentRange] = iter(())
         self._busy: dict[int, int] = {}  # thread: position of the beginning of what it reads
         self._active = self._blocked = 0
         self._threads: list[threading.Thread] = []
@@ -76,7 +76,7 @@ class Ahead:
                 return
 
     def _way(self) -> Way | None:
-        """For the first file of which something is absent; None where all is in RAM."""
+        """Return how to read the first file that has absent bytes; None where all is in RAM."""
         for one in self.ranges:
             if one.file.closed:  # workers tell
                 return None
@@ -92,9 +92,9 @@ class Ahead:
                 return way._replace(threads=most)
         return None
 
-    def _absent(self) -> Iterator[Piece]:
-        """Looked up when its turn has come: others may have read it by then, or pushed it out."""
-        size, most = CHUNK, max(CHUNK, min(PIECE, self.window // LEAST_THREADS))
+    def _absent(self) -> Iterator[AbsentRange]:
+        """Look each range up when its turn comes: others may have read it, or pushed it out."""
+        size, most = CHUNK, max(CHUNK, min(MOST_READ, self.window // LEAST_THREADS))
         for one in self.ranges:
             stop = one.start
             while stop < one.stop:
@@ -105,7 +105,7 @@ class Ahead:
                 if unknown and resident(one.file.fd, start, stop - start):
                     continue
                 for first, last in found.absent:
-                    yield Piece(one.file, first, last, one.before + last - one.start)
+                    yield AbsentRange(one.file, first, last, one.before + last - one.start)
 
     def took(self, nbytes: int) -> None:
         if not self._threads:  # all is in RAM
@@ -116,7 +116,7 @@ class Ahead:
                 self._moved.notify_all()
 
     def wait(self, position: int) -> None:
-        """Until that many bytes of all that is wanted are there, or nobody is reading them."""
+        """Wait until that many bytes of all wanted are there, or nobody is reading them."""
         if not self._threads:
             return
         with self._moved:
@@ -146,8 +146,8 @@ class Ahead:
         with self._moved:
             self._active += 1
         try:
-            while (piece := self._next(own)) is not None:
-                into.read(piece.file, piece.start, piece.stop, way.name)
+            while (absent := self._next(own)) is not None:
+                into.read(absent.file, absent.start, absent.stop, way.name)
         except (OSError, CancelledError):
             with self._moved:
                 self._stopped = True
@@ -158,26 +158,26 @@ class Ahead:
                 self._active -= 1
                 self._moved.notify_all()
 
-    def _next(self, own: int) -> Piece | None:
+    def _next(self, own: int) -> AbsentRange | None:
         with self._moved:
             self._busy.pop(own, None)
-            piece = None if self._stopped else next(self._todo, None)
-            if piece is None:
+            absent = None if self._stopped else next(self._todo, None)
+            if absent is None:
                 return None
             # All before it is in RAM, or other threads are at it.
-            self._busy[own] = piece.position - (piece.stop - piece.start)
-            self._ready = piece.position
+            self._busy[own] = absent.position - (absent.stop - absent.start)
+            self._ready = absent.position
             self._blocked += 1
             self._moved.notify_all()
             self._moved.wait_for(
-                lambda: self._stopped or piece.position <= self._taken + self.window
+                lambda: self._stopped or absent.position <= self._taken + self.window
             )
             self._blocked -= 1
-            return None if self._stopped else piece
+            return None if self._stopped else absent
 
 
 def merged(ranges: Sequence[Range]) -> list[Range]:
-    """Neighbours in a file as one: tensors may be small. What is between them counts as wanted."""
+    """Join neighbours in a file, since tensors may be small. Bytes between them are read too."""
     found: list[Range] = []
     for one in ranges:
         last = found[-1] if found else None
@@ -189,7 +189,7 @@ def merged(ranges: Sequence[Range]) -> list[Range]:
 
 
 def resident(fd: int, offset: int, nbytes: int) -> bool:
-    """Whether some pages of the range, evenly spread, are in RAM: others may be missing.
+    """Return whether some pages of the range, evenly spread, are in RAM: others may be missing.
 
     Asked by reads that must not wait: unlike mincore(2) that answers everyone who may read.
     False where the file system cannot tell.

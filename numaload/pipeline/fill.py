@@ -1,4 +1,12 @@
-"""Filling memory that is there: many tensors, in order, by the threads of their node."""
+"""Fill memory that is there with many tensors, in order, by the threads of their node.
+
+A place may be any view of that memory, in the order of the tensor's elements: rows in another
+order, one half of a fused parameter, a transposed matrix. It is cut into parts that fit into a
+core's cache. The kernel writes contiguous parts itself, others go by way of a scratch.
+
+Files are read rather than mapped: a mapping faults page by page, counts as this process's memory,
+and kills the process where a file was cut short or its disk fails.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +15,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from numaload.dequantize import DTYPES, LARGE, Conversion
 from numaload.errors import CancelledError, ReadError, UsageError
+from numaload.formats.qtypes import BLOCKS
 from numaload.numa.stopping import Steps, at_work, check_process, until
 from numaload.numa.workers import Workers, finish
 from numaload.pipeline.ahead import Ahead, Range
-from numaload.pipeline.pieces import Piece, Target, pieces
-from numaload.pipeline.source import fetch, scratch
 from numaload.storage.files import SourceFile
 from numaload.storage.reader import Progress
 from numaload.weights import Tensor
@@ -27,8 +34,107 @@ WINDOW = 128 << 20  # bytes of files that are read ahead of the workers
 READ = 512 << 10  # bytes of a file that are read and converted at a time
 AT_ONCE = 2 << 20  # the same by Python: more would leave a core's caches
 QUEUED = 8  # targets whose work is handed to the threads before the first of them is done
+# Bytes of a part's place: whole huge pages, so that no two threads are the first to touch the same
+# one; and long enough that what threads of Python do to each other in between does not count.
+PART = 8 << 20
+SCATTERED = 512 << 10  # of a place that is not contiguous: there is a scratch of it in each thread
 
-Write = Callable[[Piece], None]  # puts it into its place
+
+class Target(NamedTuple):
+    """Say where a tensor goes.
+
+    place: of any strides; its elements are the tensor's, in order. float32, float16 or ml_dtypes'
+    bfloat16, or uint16 for either of those.
+    dtype: "float32", "float16" or "bfloat16"; None for the bytes as they are in the file.
+    first: element of the tensor, in units of the place's items, that the place begins with.
+    """
+
+    tensor: Tensor
+    place: NDArray[Any]
+    dtype: str | None
+    first: int = 0
+
+    def bytes_of(self, items: int) -> int:
+        """Return the bytes in the file of so many items of the place; whole blocks."""
+        if self.dtype is None:
+            return items * self.place.itemsize
+        block_size, type_size = BLOCKS[self.tensor.qtype]
+        return items // block_size * type_size
+
+    @property
+    def start(self) -> int:
+        """Return the byte of the tensor that it begins with."""
+        return self.bytes_of(self.first)
+
+    @property
+    def nbytes(self) -> int:
+        """Return how many bytes of the file go there."""
+        return self.bytes_of(self.place.size)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Return the key that sorts targets in file order."""
+        part, offset = self.tensor.place_in_files
+        return part, offset + self.start
+
+
+class Part(NamedTuple):
+    """Name elements of a tensor that one thread makes at a time."""
+
+    first: int  # element of the tensor
+    place: NDArray[Any]
+
+
+def parts(place: NDArray[Any], unit: int, first: int = 0) -> Iterator[Part]:
+    """Cut ``place`` in order. unit: elements that a part must be a multiple of, the last aside."""
+    if place.flags.c_contiguous:
+        flat, most = place.reshape(-1), _most(PART, place.itemsize, unit)
+        for start in range(0, flat.size, most):
+            yield Part(first + start, flat[start : start + most])
+        return
+    most = _most(SCATTERED, place.itemsize, unit)
+    if place.size <= most or place.ndim == 1:
+        yield Part(first, place)
+        return
+    each = place[0].size
+    if each > most:
+        for index, part in enumerate(place):
+            yield from parts(part, unit, first + index * each)
+        return
+    count = most // each
+    for index in range(0, len(place), count):
+        yield Part(first + index * each, place[index : index + count])
+
+
+def _most(nbytes: int, itemsize: int, unit: int) -> int:
+    return max(unit, nbytes // itemsize // unit * unit)
+
+
+_scratch = threading.local()
+
+
+def scratch(name: str, nbytes: int) -> NDArray[np.uint8]:
+    """Return ``nbytes`` of this thread's own memory, which its next call uses again."""
+    found: NDArray[np.uint8] | None = getattr(_scratch, name, None)
+    if found is None or len(found) < nbytes:
+        found = np.empty(nbytes, np.uint8)
+        setattr(_scratch, name, found)
+    return found[:nbytes]
+
+
+def fetch(tensor: Tensor, start: int, nbytes: int) -> NDArray[np.uint8]:
+    """Return bytes of the tensor from ``start``, valid until this thread's next call.
+
+    Raises: ReadError, FileChangedError, ClosedError.
+    """
+    if not tensor.is_file:
+        return np.frombuffer(tensor.buffer[start : start + nbytes], np.uint8)
+    buffer = scratch("blocks", nbytes)
+    tensor.read_into(buffer.data, start)
+    return buffer
+
+
+Write = Callable[[Part], None]  # puts it into its place
 
 
 def fill(
@@ -56,7 +162,7 @@ def fill(
 
 
 class Work:
-    """Tensors in the hands of threads. Leaving it, however, ends with no thread at work.
+    """Hand tensors to threads. Leaving the context leaves no thread at work.
 
     todo: what will come, in order.
     """
@@ -91,9 +197,9 @@ class Work:
         self.ahead.stop()
 
     def _settle(self) -> None:
-        """Until none works, whatever signals come. What has not begun will find that it is over.
+        """Wait until no thread works, whatever signals come; what has not begun finds it is over.
 
-        Counted by the threads themselves: a signal may come before their future is kept.
+        The threads count themselves: a signal may come before their future is kept.
         """
         while True:
             try:
@@ -104,17 +210,17 @@ class Work:
                 continue
             return
 
-    def start(self, target: Target, cut: Iterable[Piece], write: Write) -> list[Future[None]]:
-        """Hand the pieces to the threads; they take them in order, and tensors in that of calls."""
+    def start(self, target: Target, cut: Iterable[Part], write: Write) -> list[Future[None]]:
+        """Hand the parts to the threads; they take them in order, and tensors in that of calls."""
         todo, ready = iter(cut), self._ready(target)
 
         def work() -> None:
             with until(self.stop.is_set):
-                while (piece := self._next(todo)) is not None:
+                while (part := self._next(todo)) is not None:
                     try:
-                        ready(piece)
-                        _naming(target.tensor, write, piece)
-                        nbytes = target.bytes_of(piece.place.size)
+                        ready(part)
+                        _naming(target.tensor, write, part)
+                        nbytes = target.bytes_of(part.place.size)
                         self.ahead.took(nbytes)
                         self.steps.add(nbytes)
                     finally:
@@ -131,26 +237,26 @@ class Work:
         """Raises: UsageError in a forked child."""
         check_process(self.steps.pid)
 
-    def _ready(self, target: Target) -> Callable[[Piece], None]:
-        """Waits until what a piece is made of was read ahead."""
+    def _ready(self, target: Target) -> Callable[[Part], None]:
+        """Return what waits until the bytes of a part were read ahead."""
         tensor = target.tensor
         if not tensor.is_file or not target.nbytes:
             return lambda _: None
         before = self.before[tensor.file, tensor.offset + target.start] - target.start
 
-        def wait(piece: Piece) -> None:
-            self.ahead.wait(before + target.bytes_of(piece.first + piece.place.size))
+        def wait(part: Part) -> None:
+            self.ahead.wait(before + target.bytes_of(part.first + part.place.size))
 
         return wait
 
-    def _next(self, todo: Iterator[Piece]) -> Piece | None:
-        """Raises: CancelledError for a piece that nobody will write."""
+    def _next(self, todo: Iterator[Part]) -> Part | None:
+        """Return the next part. Raises: CancelledError for one that nobody will write."""
         with self.lock:
-            piece = next(todo, None)
-            if piece is not None and self.stop.is_set():
+            part = next(todo, None)
+            if part is not None and self.stop.is_set():
                 raise CancelledError("cancelled", done=self.steps.done, total=self.steps.total)
-            self.running += piece is not None
-            return piece
+            self.running += part is not None
+            return part
 
     def _pause(self) -> None:
         with self.idle:
@@ -159,10 +265,10 @@ class Work:
                 self.idle.notify_all()
 
 
-def _naming(tensor: Tensor, write: Write, piece: Piece) -> None:
-    """Errors say which tensor was being read."""
+def _naming(tensor: Tensor, write: Write, part: Part) -> None:
+    """Write a part; errors say which tensor was being read."""
     try:
-        write(piece)
+        write(part)
     except ReadError as error:
         error.within(tensor.name)
         raise
@@ -172,7 +278,7 @@ MOST_ALONE = 256 << 10  # bytes of a tensor that a second thread would not make 
 
 
 class Extent(Protocol):
-    """Bytes that will be wanted of a tensor."""
+    """Bytes of a tensor that will be wanted."""
 
     @property
     def tensor(self) -> Tensor: ...
@@ -183,7 +289,7 @@ class Extent(Protocol):
 
 
 def _ranges(todo: Sequence[Extent]) -> list[Range]:
-    """What will be read of files, in order."""
+    """Return the ranges of files that will be read, in order."""
     found, before = [], 0
     for one in todo:
         if one.tensor.is_file and one.nbytes:
@@ -193,8 +299,8 @@ def _ranges(todo: Sequence[Extent]) -> list[Range]:
     return found
 
 
-def writer(target: Target) -> tuple[Write, Iterable[Piece]]:
-    """How pieces of this target are written, and which they are.
+def writer(target: Target) -> tuple[Write, Iterable[Part]]:
+    """Return what writes a part of this target, and its parts.
 
     Raises: UnsupportedTypeError, UnknownQuantTypeError, UsageError.
     """
@@ -206,9 +312,9 @@ def writer(target: Target) -> tuple[Write, Iterable[Piece]]:
             f" {tensor.nbytes} for {target.place.size} places"
         )
     if target.dtype is None:
-        return _Raw(target), pieces(target.place, 1, target.first)
+        return _Raw(target), parts(target.place, 1, target.first)
     writing = _Converting(target)
-    return writing, pieces(target.place, writing.convert.step, target.first)
+    return writing, parts(target.place, writing.convert.step, target.first)
 
 
 class _Converting:
@@ -222,17 +328,17 @@ class _Converting:
         convert = self.convert
         self.step = max(1, AT_ONCE // convert.step_bytes) * convert.step
 
-    def __call__(self, piece: Piece) -> None:
-        place = piece.place
+    def __call__(self, part: Part) -> None:
+        place = part.place
         if place.flags.c_contiguous:
-            self._put(piece.first, place.reshape(-1), past_caches=self.past_caches)
+            self._put(part.first, place.reshape(-1), past_caches=self.past_caches)
         else:
             made = scratch("floats", place.nbytes).view(place.dtype)
-            self._put(piece.first, made, past_caches=False)
+            self._put(part.first, made, past_caches=False)
             place[...] = made.reshape(place.shape)
 
     def _put(self, first: int, flat: NDArray[Any], *, past_caches: bool) -> None:
-        """Not all at once: blocks that were just read shall still be in the caches."""
+        """Convert step by step, so that blocks just read are still in the caches."""
         target, done = self.target, 0
         if self.convert.reads and target.tensor.is_file and not target.tensor.file.is_network:
             done = self._read(first, flat, past_caches=past_caches)
@@ -244,7 +350,7 @@ class _Converting:
             self.convert(blocks, part, past_caches)
 
     def _read(self, first: int, flat: NDArray[Any], *, past_caches: bool) -> int:
-        """Without Python between reading and converting; how much of it that did."""
+        """Read and convert in one compiled loop; return how many elements that did."""
         tensor, done = self.target.tensor, [0]
         offset = tensor.offset + self.target.bytes_of(first)
         part = scratch("blocks", max(READ, self.convert.step_bytes))
@@ -260,9 +366,9 @@ class _Raw:
     def __init__(self, target: Target) -> None:
         self.target = target
 
-    def __call__(self, piece: Piece) -> None:
-        tensor, place = self.target.tensor, piece.place
-        start, nbytes = self.target.bytes_of(piece.first), place.nbytes
+    def __call__(self, part: Part) -> None:
+        tensor, place = self.target.tensor, part.place
+        start, nbytes = self.target.bytes_of(part.first), place.nbytes
         if not place.flags.c_contiguous:
             place[...] = fetch(tensor, start, nbytes).view(place.dtype).reshape(place.shape)
         elif tensor.is_file:

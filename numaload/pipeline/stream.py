@@ -1,4 +1,4 @@
-"""``stream``: every tensor of a model, one after another, with bounded memory."""
+"""Yield every tensor of a model, one after another, with bounded memory."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ from numaload.dtypes import (
 from numaload.errors import NodeMemoryError, NumaloadError, UnsupportedTypeError, UsageError
 from numaload.kernels import registry
 from numaload.numa import memory
-from numaload.pipeline.fill import READ, Work, Write, writer
-from numaload.pipeline.memory import LEAST_FREE, WAY_OUT, Buffers
-from numaload.pipeline.pieces import Piece, Target
+from numaload.pipeline.buffers import LEAST_FREE, WAY_OUT, Buffers
+from numaload.pipeline.fill import READ, Part, Target, Work, Write, writer
 from numaload.storage.reader import Progress
 from numaload.weights import Tensor, Weights
 
@@ -50,7 +49,7 @@ def stream(
     names: Iterable[str] | None = None,
     progress: Progress | None = None,
 ) -> Generator[tuple[str, Any], None, None]:
-    """(name, array) of each tensor in the order of the files, while threads prepare the next ones.
+    """Yield (name, array) of each tensor in file order, while threads prepare the next ones.
 
     dtype: "float32", "float16" or "bfloat16" give numpy arrays, torch's dtypes torch tensors, of
     the tensor's shape; integers, bools and complex numbers keep their type. None, or "torch":
@@ -64,47 +63,49 @@ def stream(
     UnsupportedTypeError, UnknownQuantTypeError, ReadError, FileChangedError, CancelledError,
     NodeMemoryError where two of the largest tensors do not fit, or what the caller keeps.
     """
-    wanted = _wanted(dtype)
+    output = _output(dtype)
     if ahead < 0:
         raise UsageError(f"ahead: {ahead} bytes, expected 0 or more")
     chosen = [weights[name] for name in (weights if names is None else dict.fromkeys(names))]
     chosen.sort(key=lambda tensor: tensor.place_in_files)
-    return _stream(chosen, wanted, ahead, progress)
+    return _stream(chosen, output, ahead, progress)
 
 
-class Wanted(NamedTuple):
+class Output(NamedTuple):
+    """What the caller gets. dtype: None for the type that each tensor has in the file."""
+
     dtype: str | None
     torch: bool
 
 
-def _wanted(dtype: Any) -> Wanted:
+def _output(dtype: Any) -> Output:
     if dtype is None:
-        return Wanted(None, torch=False)
+        return Output(None, torch=False)
     if isinstance(dtype, str) and dtype == "torch":
         from numaload.torch_memory import import_torch
 
         import_torch()
-        return Wanted(None, torch=True)
+        return Output(None, torch=True)
     name = dtype_name(dtype)
     if name not in KERNEL_DTYPES:
         raise UsageError(f"dtype {dtype}: expected {', '.join(KERNEL_DTYPES)}, None or 'torch'")
-    return Wanted(name, is_torch(dtype))
+    return Output(name, is_torch(dtype))
 
 
 def _stream(
-    tensors: list[Tensor], wanted: Wanted, ahead: int, progress: Progress | None
+    tensors: list[Tensor], output: Output, ahead: int, progress: Progress | None
 ) -> Generator[tuple[str, Any], None, None]:
     if not tensors:
         return
-    ahead = min(ahead, _room(tensors, wanted))
+    ahead = min(ahead, _room(tensors, output))
     buffers, todo = Buffers(ahead), deque(tensors)
     ready: deque[_Result] = deque()
     nbytes, most = 0, min(ahead, FIRST)  # of those that are ready or under way
     with Work([Whole(tensor) for tensor in tensors], progress, ahead) as work:
         try:
             while todo or ready:
-                while todo and _fits(len(ready), nbytes, _nbytes(todo[0], wanted), most, ahead):
-                    ready.append(_Result(todo[0], wanted, buffers, work))
+                while todo and _fits(len(ready), nbytes, _nbytes(todo[0], output), most, ahead):
+                    ready.append(_Result(todo[0], output, buffers, work))
                     if len(ready) > 1 and isinstance(ready[-1].error, NodeMemoryError):
                         ready.pop()  # there may be room once those before are taken
                         break
@@ -124,18 +125,18 @@ def _stream(
             buffers.close()
 
 
-def _room(tensors: list[Tensor], wanted: Wanted) -> int:
-    """Bytes ahead that memory has room for, beside a tensor and the one that the caller still has.
+def _room(tensors: list[Tensor], output: Output) -> int:
+    """Return how many bytes ahead fit into memory, beside two tensors: this and the caller's.
 
     Raises: NodeMemoryError where it has none for these two.
     """
     room = memory.available().free
     if room < SCARCE:
-        for qtype in {tensor.qtype for tensor in tensors if _kernel(tensor, wanted)}:
+        for qtype in {tensor.qtype for tensor in tensors if _kernel(tensor, output)}:
             with suppress(registry.SettingError):  # which its tensors tell
-                registry.load(qtype, wanted.dtype or "")  # compiling takes more than a tensor
+                registry.load(qtype, output.dtype or "")  # compiling takes more than a tensor
         room = memory.available().free
-    sizes = [0, *(_nbytes(tensor, wanted) for tensor in tensors)]
+    sizes = [0, *(_nbytes(tensor, output) for tensor in tensors)]
     least = max(map(sum, pairwise(sizes)))
     own = LEAST_FREE + tensors[0].workers().count * READ
     if least + own > room:
@@ -144,27 +145,27 @@ def _room(tensors: list[Tensor], wanted: Wanted) -> int:
 
 
 def _fits(count: int, nbytes: int, more: int, most: int, ahead: int) -> bool:
-    """Whether ``more`` bytes may come to ``nbytes`` of ``count`` tensors: two may, within ahead."""
+    """Return whether ``more`` bytes may join ``nbytes`` of ``count`` tensors that are under way."""
     return not count or (count < MOST and nbytes + more <= min(ahead, max(most, 2 * more)))
 
 
 def _taken(result: _Result) -> tuple[str, Any]:
-    """Without a reference to it in the generator: what the caller drops is free at once."""
+    """Keep no reference in the generator: what the caller drops is free at once."""
     return result.tensor.name, result.value()
 
 
 def _ending(promise: memory.Promise, write: Write) -> Write:
-    """Return ``write`` that takes back what was promised of each piece once it is written."""
+    """Return ``write`` that takes back what was promised of each part once it is written."""
 
-    def write_touching(piece: Piece) -> None:
-        write(piece)
-        promise.end(piece.place.nbytes)
+    def write_touching(part: Part) -> None:
+        write(part)
+        promise.end(part.place.nbytes)
 
     return write_touching
 
 
 class Whole(NamedTuple):
-    """All bytes of a tensor."""
+    """Cover all bytes of a tensor."""
 
     tensor: Tensor
     start: int = 0
@@ -174,27 +175,27 @@ class Whole(NamedTuple):
         return int(self.tensor.nbytes)
 
 
-def _kernel(tensor: Tensor, wanted: Wanted) -> str | None:
-    """Dtype that a kernel makes of it; None where it stays as it is in the file, at first."""
-    return wanted.dtype if tensor.has_kernel else None
+def _kernel(tensor: Tensor, output: Output) -> str | None:
+    """Return the dtype that a kernel makes of it; None where its bytes are handed on."""
+    return output.dtype if tensor.has_kernel else None
 
 
-def _nbytes(tensor: Tensor, wanted: Wanted) -> int:
-    kernel = _kernel(tensor, wanted)
+def _nbytes(tensor: Tensor, output: Output) -> int:
+    kernel = _kernel(tensor, output)
     return int(tensor.nbytes if kernel is None else tensor.size * DTYPES[kernel].itemsize)
 
 
-def _as_in_file(tensor: Tensor, wanted: Wanted) -> tuple[str, tuple[int, ...]]:
-    """Name of the dtype, and shape. Raises: UnsupportedTypeError.
+def _as_in_file(tensor: Tensor, output: Output) -> tuple[str, tuple[int, ...]]:
+    """Return the dtype's name and the shape. Raises: UnsupportedTypeError.
 
-    What several numbers share a byte of, numpy has no dtype for, and torch for one of them.
+    numpy has no dtype for numbers that share a byte; torch has one such type.
     """
     name = tensor.type_name
     packed = name in ITEMS or not (tensor.in_blocks or name in NAMES)
-    if packed and wanted.dtype is not None:
+    if packed and output.dtype is not None:
         message = f"tensor {tensor.name!r}: {name} is not turned to float: dtype=None has its bytes"
         raise UnsupportedTypeError(message)
-    if tensor.in_blocks or (packed and not wanted.torch):
+    if tensor.in_blocks or (packed and not output.torch):
         return "uint8", tensor.byte_shape
     if name not in NAMES:
         message = f"tensor {tensor.name!r}: torch has no type for {name}: dtype=None has its bytes"
@@ -203,11 +204,11 @@ def _as_in_file(tensor: Tensor, wanted: Wanted) -> tuple[str, tuple[int, ...]]:
 
 
 class _Result:
-    """One tensor under way."""
+    """Make one tensor: started here, finished by the threads, taken by the caller."""
 
-    def __init__(self, tensor: Tensor, wanted: Wanted, buffers: Buffers, work: Work) -> None:
-        self.tensor, self.wanted, self.nbytes = tensor, wanted, _nbytes(tensor, wanted)
-        self.kernel, self.work = _kernel(tensor, wanted), work
+    def __init__(self, tensor: Tensor, output: Output, buffers: Buffers, work: Work) -> None:
+        self.tensor, self.output, self.nbytes = tensor, output, _nbytes(tensor, output)
+        self.kernel, self.work = _kernel(tensor, output), work
         self.error: NumaloadError | None = None
         self.promise: memory.Promise | None = None
         try:
@@ -218,7 +219,7 @@ class _Result:
     def _start(self, buffers: Buffers) -> None:
         tensor, kernel = self.tensor, self.kernel
         tensor.check_type()
-        item, self.shape = (kernel, tensor.shape) if kernel else _as_in_file(tensor, self.wanted)
+        item, self.shape = (kernel, tensor.shape) if kernel else _as_in_file(tensor, self.output)
         self.dtype = self._find(item)
         self.flat, self.promise = buffers.take(self.nbytes, f"tensor {tensor.name!r}")
         place: NDArray[Any] = self.flat.view(DTYPES[kernel]) if kernel else self.flat
@@ -238,32 +239,32 @@ class _Result:
         return self.error is not None or all(future.done() for future in self.futures)
 
     def _find(self, dtype: str) -> Any:
-        """Of torch or numpy. Raises: UnsupportedTypeError."""
-        if not self.wanted.torch:
+        """Return torch's or numpy's dtype of this name. Raises: UnsupportedTypeError."""
+        if not self.output.torch:
             return numpy_dtype(dtype, self.tensor.name)
         from numaload.torch_memory import torch_dtype
 
         return torch_dtype(dtype, self.tensor.name)
 
     def wait(self) -> None:
-        """Raises: what went wrong with it."""
+        """Wait until it is made. Raises: the error that it met."""
         if self.error is not None:
             raise self.error
         self.work.finish(self.futures)
 
     def value(self) -> Any:
-        """What was made of it. Raises: UnsupportedTypeError."""
+        """Return the array or the torch tensor. Raises: UnsupportedTypeError."""
         if self.kernel is None and self.tensor.byte_order == "big":
             self.flat.view(f"u{self.dtype.itemsize}").byteswap(inplace=True)
-        made = self._torch() if self.wanted.torch else self.flat.view(self.dtype)
+        made = self._torch() if self.output.torch else self.flat.view(self.dtype)
         made = made.reshape(self.shape)
-        if self.wanted.dtype is None or self.kernel or not is_float(self.tensor.type_name):
+        if self.output.dtype is None or self.kernel or not is_float(self.tensor.type_name):
             return made
-        if self.wanted.torch:
-            return made.to(self._find(self.wanted.dtype))
+        if self.output.torch:
+            return made.to(self._find(self.output.dtype))
         more = memory.promise(self.tensor.size * 4, f"tensor {self.tensor.name!r}", WAY_OUT)
         with more, np.errstate(all="ignore"):  # what is too large is infinite, as kernels have it
-            return made.astype(DTYPES[self.wanted.dtype])
+            return made.astype(DTYPES[self.output.dtype])
 
     def _torch(self) -> Any:
         from numaload.torch_memory import of_bytes

@@ -127,7 +127,7 @@ def test_what_was_cancelled_is_never_half_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Threads are busy with several tensors: none of these may come as if it were done."""
-    monkeypatch.setattr("numaload.pipeline.pieces.PIECE", 2 << 20)  # several of each
+    monkeypatch.setattr("numaload.pipeline.fill.PART", 2 << 20)  # several of each
     with api.open(many(tmp_path)) as weights:
         expected = [tensor.dequantize().view("u4") for tensor in weights.values()]
         for last in range(3, 40):

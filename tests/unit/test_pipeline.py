@@ -1,10 +1,9 @@
-"""Parts of the pipeline: memory that is used again, pieces of a place, what is in RAM."""
+"""Parts of the pipeline: memory that is used again, parts of a place, what is in RAM."""
 
 from __future__ import annotations
 
 import os
 import threading
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ import numaload
 from commands import evict
 from numaload.numa.mapping import Mapping, map_private
 from numaload.pipeline.ahead import resident
-from numaload.pipeline.memory import Buffers
-from numaload.pipeline.pieces import PIECE, SCATTERED, pieces
+from numaload.pipeline.buffers import Buffers
+from numaload.pipeline.fill import PART, SCATTERED, parts
 
 MIB = 1 << 20
 
@@ -94,22 +93,22 @@ PLACES: dict[str, NDArray[Any]] = {
 @pytest.mark.parametrize("name", PLACES)
 @pytest.mark.parametrize("unit", [1, 256])
 @pytest.mark.parametrize("first", [0, 512])
-def test_pieces_are_the_whole_place_in_order(name: str, unit: int, first: int) -> None:
+def test_parts_are_the_whole_place_in_order(name: str, unit: int, first: int) -> None:
     place = PLACES[name]
     place[...] = np.arange(place.size, dtype=np.int64).reshape(place.shape) % 60_000
-    cut = list(pieces(place, unit, first))
-    seen = [piece.place.reshape(-1) for piece in cut]
+    cut = list(parts(place, unit, first))
+    seen = [part.place.reshape(-1) for part in cut]
     whole = np.concatenate([np.zeros(0, place.dtype), *seen])
     np.testing.assert_array_equal(whole, np.arange(place.size, dtype=np.int64) % 60_000)
     at = first
-    for piece in cut:
-        assert piece.first == at
-        at += piece.place.size
-        assert np.shares_memory(piece.place, place)
-        most = PIECE if piece.place.flags.c_contiguous else SCATTERED
-        assert piece.place.nbytes <= max(most, 4 * unit)
+    for part in cut:
+        assert part.first == at
+        at += part.place.size
+        assert np.shares_memory(part.place, place)
+        most = PART if part.place.flags.c_contiguous else SCATTERED
+        assert part.place.nbytes <= max(most, 4 * unit)
     if place.flags.c_contiguous:
-        assert all(piece.place.size % unit == 0 for piece in cut[:-1])
+        assert all(part.place.size % unit == 0 for part in cut[:-1])
 
 
 def test_what_is_in_ram(tmp_path: Path) -> None:
@@ -142,8 +141,8 @@ def test_more_memory_is_taken_for_those_who_take_their_time(
         taken.append(nbytes)
         return map_private(nbytes)
 
-    monkeypatch.setattr("numaload.pipeline.memory.map_private", mapped)
-    monkeypatch.setattr(import_module("numaload.pipeline.stream"), "SLOW_S", slow)
+    monkeypatch.setattr("numaload.pipeline.buffers.map_private", mapped)
+    monkeypatch.setattr("numaload.pipeline.stream.SLOW_S", slow)
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")
     rows = np.ones((512, 4096), np.float16)

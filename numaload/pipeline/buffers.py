@@ -1,4 +1,4 @@
-"""Memory for results that comes back when nobody looks at it any more, and is used again.
+"""Lend memory for results; it comes back with the last array over it, and is used again.
 
 New memory costs more than what is written into it: the kernel clears every page first.
 """
@@ -25,14 +25,14 @@ WASTE = 2  # times what is needed: larger ranges are left for larger tensors
 
 
 class Buffers:
-    """Gives arrays out; keeps at most ``most`` bytes of those that came back."""
+    """Give arrays out; keep at most ``most`` bytes of those that came back."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self._free: deque[Mapping] = deque()  # arrays die in any thread, at any time: no locks
 
     def take(self, nbytes: int, what: str = "a tensor") -> tuple[NDArray[np.uint8], Promise | None]:
-        """``nbytes`` of uninitialized memory; it comes back with the last array over it.
+        """Return ``nbytes`` of uninitialized memory; it comes back with the last array over it.
 
         Returns: it, and the promise of what is not touched yet; None where it was used before.
         Raises: NodeMemoryError.

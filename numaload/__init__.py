@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from numaload import errors
     from numaload.backends.state_dict import load_state_dict
     from numaload.formats.qtypes import QuantType
-    from numaload.mirrors import Mirror, MirrorReport, attach, mirror
     from numaload.numa.topology import Topology, topology
     from numaload.pagecache.evict import EvictReport, evict
     from numaload.pagecache.holder import PrewarmHolder
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from numaload.pagecache.prewarm import PrewarmReport, prewarm
     from numaload.pagecache.residency import ResidencyReport, residency
     from numaload.pipeline.stream import stream
+    from numaload.replicas.mirror import attach, mirror
+    from numaload.replicas.views import Mirror, MirrorReport
     from numaload.weights import Tensor, Weights
     from numaload.weights import open_weights as open  # noqa: A004 - numaload.open, as files have
 
@@ -60,10 +61,10 @@ _PLACES: dict[str, tuple[str, str | None]] = {
     "QuantType": ("formats.qtypes", "QuantType"),
     "Topology": ("numa.topology", "Topology"),
     "topology": ("numa.topology", "topology"),
-    "Mirror": ("mirrors", "Mirror"),
-    "MirrorReport": ("mirrors", "MirrorReport"),
-    "attach": ("mirrors", "attach"),
-    "mirror": ("mirrors", "mirror"),
+    "Mirror": ("replicas.views", "Mirror"),
+    "MirrorReport": ("replicas.views", "MirrorReport"),
+    "attach": ("replicas.mirror", "attach"),
+    "mirror": ("replicas.mirror", "mirror"),
     "EvictReport": ("pagecache.evict", "EvictReport"),
     "evict": ("pagecache.evict", "evict"),
     "ResidencyReport": ("pagecache.residency", "ResidencyReport"),

@@ -16,7 +16,9 @@ from commands import LIMIT_S, Numaload
 from confined import Confined
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["__main__", "forked", "numaload.mirrors", "numaload.cli.stored"])
+SERVER.set_forkserver_preload(
+    ["__main__", "forked", "numaload.replicas.mirror", "numaload.cli.stored"]
+)
 
 
 class ForkedNumaload(Numaload):

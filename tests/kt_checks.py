@@ -25,8 +25,7 @@ import numaload as api  # noqa: E402
 from moe_model import SHAPES, Shape  # noqa: E402
 from numaload.backends import kt_kernel  # noqa: E402
 from numaload.errors import ClosedError, NumaloadError, UsageError  # noqa: E402
-from numaload.mirrors.private import private  # noqa: E402
-from numaload.mirrors.wanted import Wanted  # noqa: E402
+from numaload.replicas.mirror import MirrorOptions, private  # noqa: E402
 from numaload.weights.slices import Slice  # noqa: E402
 
 COUNTS = (1, 20)  # tokens: kt-kernel has a way for few and one for many
@@ -43,8 +42,8 @@ def outputs(made: Any, shape: Shape) -> list[Any]:
     return [kt.forward(made, kt.tokens(shape, count)) for count in COUNTS]
 
 
-def equal(found: list[Any], wanted: list[Any]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+def equal(found: list[Any], options: list[Any]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, options, strict=True))
 
 
 def inside(handle: kt_kernel.Handle, node: int | None, layers: int) -> bool:
@@ -62,8 +61,8 @@ def a_private_mirror(path: str) -> Iterator[api.Mirror]:
     """Replicas of this process, which ``mirror`` does not make on a machine with one node."""
     machine = api.topology()
     with api.open(path) as weights:
-        wanted = Wanted(machine.groups(machine.all), hold=False, strict=False)
-        with private(weights, machine, wanted, None) as mirror:
+        options = MirrorOptions(machine.groups(machine.all), hold=False, strict=False)
+        with private(weights, machine, options, None) as mirror:
             yield mirror
 
 
@@ -147,17 +146,17 @@ def subpools(path: str, name: str, count: int) -> dict[str, Any]:
         ]
         parts = [weights.tp(part, count)[tensor] for part in range(count) for tensor in kt.names()]
         slices = [part for part in parts if isinstance(part, Slice)]
-        wanted = {(p.name, p.range.start, len(p.range)): p.blocks for p in slices}
+        options = {(p.name, p.range.start, len(p.range)): p.blocks for p in slices}
         same = {
             (c.name, c.first, c.count): ctypes.string_at(c.address, c.nbytes) for c in report.copies
-        } == {key: blocks.tobytes() for key, blocks in wanted.items()}
+        } == {key: blocks.tobytes() for key, blocks in options.items()}
         return {
             "errors": errors,
             "same": same,
             "copies": len(report.copies),
             "text": str(report),
             "copied": report.copied,
-            "nbytes": sum(blocks.nbytes for blocks in wanted.values()),
+            "nbytes": sum(blocks.nbytes for blocks in options.values()),
         }
 
 
@@ -169,14 +168,14 @@ def parts_add_up(path: str, name: str, count: int) -> dict[str, Any]:
             kt.pool([0] * count), shape, shape.inner,
             [weights[n].address for n in kt.names()], kt.FLOAT32,
         )  # fmt: skip
-        wanted = [whole(kt.tokens(shape, n)) for n in COUNTS]
+        options = [whole(kt.tokens(shape, n)) for n in COUNTS]
         sums: list[Any] = [0, 0]
         cpu, placed = kt.pool([0]), [weights.tp(part, count).placed() for part in range(count)]
         for view in placed:
             parts = [view[n] for n in kt.names()]
             low = kt.Experts(cpu, shape, parts[0].shape[1], [p.address for p in parts], kt.FLOAT32)
             sums = [s + low(kt.tokens(shape, n)) for s, n in zip(sums, COUNTS, strict=True)]
-        return {"equal": equal(sums, wanted)}
+        return {"equal": equal(sums, options)}
 
 
 def counts() -> dict[str, int]:
@@ -193,7 +192,7 @@ def counts() -> dict[str, int]:
 def rounds(path: str, name: str, kind: str) -> dict[str, Any]:
     """Open, load, compute, close, release, a hundred times."""
     shape, after = SHAPES[name], []
-    wanted: list[Any] = []
+    options: list[Any] = []
     same = True
     cpu = kt.pool([0])
     for _ in range(ROUNDS):
@@ -201,8 +200,8 @@ def rounds(path: str, name: str, kind: str) -> dict[str, Any]:
             wrapper_class()._cpu_infer_instance = cpu
             made = kt.wrapper(path, shape)
             found = outputs(made, shape)
-            wanted = wanted or found
-            same &= equal(found, wanted)
+            options = options or found
+            same &= equal(found, options)
             node = handle.nodes[0] if handle.nodes else None
             handle.loader(node).file_data_map  # noqa: B018
             handle.check()

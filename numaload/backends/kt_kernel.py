@@ -28,10 +28,11 @@ from numaload.errors import (
     printable,
     warn_once,
 )
-from numaload.mirrors import Mirror, mirror
 from numaload.numa.lists import format_list
 from numaload.numa.topology import topology
 from numaload.pagecache.prewarm import prewarm
+from numaload.replicas.mirror import mirror
+from numaload.replicas.views import Mirror
 from numaload.storage.files import absolute
 from numaload.storage.reader import Progress
 from numaload.weights import Tensor, Weights, open_weights

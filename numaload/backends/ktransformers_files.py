@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from numaload.errors import ModelNotFoundError, UsageError
-from numaload.mirrors.views import Mirror
+from numaload.replicas.views import Mirror
 from numaload.storage.files import absolute
 from numaload.weights import Weights
 

@@ -76,8 +76,8 @@ def _models(files: list[str]) -> list[Any]:
 
 def _plan(options: argparse.Namespace) -> tuple[list[Any], Any, Any]:
     from numaload.cli.machine import left_out
-    from numaload.mirrors.wanted import Wanted
     from numaload.numa.topology import topology
+    from numaload.replicas.mirror import MirrorOptions
 
     machine = topology()
     nodes = machine.select(options.nodes)
@@ -86,21 +86,20 @@ def _plan(options: argparse.Namespace) -> tuple[list[Any], Any, Any]:
             note(line)
         if machine.copies_note and options.per == "node":
             note(machine.copies_note)
-    wanted = Wanted(
+    wanted = MirrorOptions(
         machine.groups(nodes, options.per), options.hold, options.strict, options.drop_source
     )
     return _models(options.files), machine, wanted
 
 
 def show_plan(options: argparse.Namespace) -> int:
-    from numaload.mirrors.shared import plan_shared
-    from numaload.mirrors.wanted import can_bind
+    from numaload.replicas.mirror import plan_shared
 
     models, machine, wanted = _plan(options)
     if not models:
         complain(TEACH)
         return 2
-    todo = plan_shared(models, machine, wanted, bound=can_bind(wanted, machine))
+    todo = plan_shared(models, machine, wanted)
     if options.json:
         print_json(todo)
     else:
@@ -123,7 +122,7 @@ def _print_plan(todo: Any, tell: Any) -> None:
 
 
 def mirror(options: argparse.Namespace) -> int:
-    from numaload.mirrors.shared import mirror_shared
+    from numaload.replicas.mirror import mirror_shared
 
     models, machine, wanted = _plan(options)
     if not models:

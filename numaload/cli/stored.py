@@ -201,8 +201,8 @@ def _entry_status(entry: Any) -> dict[str, Any] | None:
 
 def verify(options: argparse.Namespace) -> int:
     from numaload.errors import NumaloadError
-    from numaload.mirrors.shared import verify_entry
     from numaload.numa.topology import topology
+    from numaload.replicas.mirror import verify_entry
 
     entries, missing, damaged, _ = _chosen(options.files)
     _complain_none(missing)

@@ -19,7 +19,7 @@ from numaload.numa.placement import Placement, locate
 from numaload.numa.topology import Topology
 from numaload.numa.workers import Workers, finish
 from numaload.replicas.arena import Allocate, Arena
-from numaload.replicas.room import Room
+from numaload.replicas.plan import MemoryBudget
 from numaload.storage.copy import plan_for
 from numaload.storage.files import SourceFile
 from numaload.storage.plan import BUFFERED, DIRECT, ReadPlan, Way
@@ -121,7 +121,7 @@ class _Build:
         self.sums = [[0] * -(-file.size // CHUNK) for file in files]
         self.starts = list(accumulate(map(len, self.sums), initial=0))
         self.before = [residency(file) for file in files]
-        self.room = Room(machine, groups, bound=bound)
+        self.budget = MemoryBudget(machine, groups, bound=bound)
         self.reading = Reading(sum(file.size for file in files) * len(groups), progress)
         self.copies: list[Future[None]] = []
         self.pools: dict[int, Workers] = {}
@@ -225,7 +225,7 @@ class _Build:
         arena = self.arenas[group][piece.which]
         # Released at once: a view in the traceback of an error would keep the whole arena.
         with (
-            self.room.taken(group, piece.nbytes),
+            self.budget.taken(group, piece.nbytes),
             arena.mapping.view(piece.offset, piece.nbytes, write=True) as view,
         ):
             # No more at a time than there are CPUs: else all are half done before one can read.

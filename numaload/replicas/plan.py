@@ -1,4 +1,4 @@
-"""Whether replicas fit, with numbers, before a page is touched.
+"""Compare what replicas take with every limit, before a page is touched.
 
 Memory bound strictly to a full node is no error but an OOM kill, so this is asked first.
 """
@@ -6,7 +6,9 @@ Memory bound strictly to a full node is no error but an OOM kill, so this is ask
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,9 +29,14 @@ PAGE_CACHE = (
 )
 
 
+TRUSTED = 256 << 20  # bytes filled, at most, between two looks at a node's free memory
+
+Build = tuple[Model, Sequence[Group]]  # a model, and the groups of nodes that lack a replica
+
+
 @dataclass(frozen=True)
 class Need:
-    """One limit and what would be taken of it, in bytes. free: None where that is unknown."""
+    """Name a limit and the bytes that would be taken of it. free: None where that is unknown."""
 
     name: str
     needed: int
@@ -50,10 +57,10 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What would be built: ``builds`` is [(model, groups of nodes still without a replica)]."""
+class MirrorPlan:
+    """Say what would be built, and what that needs of every limit."""
 
-    builds: tuple[tuple[Model, tuple[Group, ...]], ...]
+    builds: tuple[Build, ...]
     needs: tuple[Need, ...]
 
     @property
@@ -86,12 +93,12 @@ class Plan:
 
 
 def plan(
-    builds: Sequence[tuple[Model, Sequence[Group]]],
+    builds: Sequence[Build],
     machine: Topology,
     *,
     kept: str,
     bound: bool = True,
-) -> Plan:
+) -> MirrorPlan:
     """Compare what these replicas take with every limit that they count against.
 
     kept: PRIVATE, HELD by a process, or STORED: then the store's tmpfs is a limit too.
@@ -113,7 +120,7 @@ def plan(
             # A manifest, folders and links come on top, and are all that held replicas take there.
             small = SMALL + total // SMALL_SHARE
             needs.append(_store_need(small if kept == HELD else total + small))
-    return Plan(tuple((m, tuple(g)) for m, g in builds), tuple(needs))
+    return MirrorPlan(tuple((model, tuple(groups)) for model, groups in builds), tuple(needs))
 
 
 def _node_need(node: int, needed: int, machine: Topology, *, bound: bool) -> Need:
@@ -128,17 +135,17 @@ def _node_need(node: int, needed: int, machine: Topology, *, bound: bool) -> Nee
 
 
 def nodes_of(groups: Sequence[Group]) -> list[int]:
-    """All nodes that these replicas are on."""
+    """Return all nodes that these replicas are on."""
     return sorted({node for group in groups for node in group})
 
 
 def footprint(model: Model) -> int:
-    """Bytes of memory that one replica takes: whole pages per file."""
+    """Return the bytes of memory that one replica takes: whole pages per file."""
     return sum(-(-identity.size // PAGE) * PAGE for identity in model.identities)
 
 
 def free_on(node: int, machine: Topology, *, bound: bool = True) -> int | None:
-    """Bytes that may be put on this node: if not bound, page cache there makes no room.
+    """Return the bytes that may be put on this node; if not bound, page cache makes no room.
 
     None where the kernel does not say.
     """
@@ -167,3 +174,88 @@ def _store_need(needed: int) -> Need:
 
 def _gib(nbytes: int) -> str:
     return f"{nbytes} bytes ({nbytes / 2**30:.2f} GiB)"
+
+
+class MemoryBudget:
+    """Say what may be filled on each node, looked at again while it is filled.
+
+    Others may fill it meanwhile, and the kernel would kill rather than fail. bound: see ``build``.
+    """
+
+    def __init__(self, machine: Topology, groups: Sequence[Group], *, bound: bool) -> None:
+        self.machine, self.bound = machine, bound
+        nodes = {node for group in groups for node in group}
+        self.trusted = dict.fromkeys(nodes, 0)  # bytes that may be filled before looking again
+        self.pending = dict.fromkeys(nodes, 0)  # bytes that threads are filling just now
+        self.lock, self.looking = threading.Lock(), threading.Lock()
+        self.finished = threading.Condition(self.lock)
+
+    @contextmanager
+    def taken(self, group: Group, nbytes: int) -> Iterator[None]:
+        """Take room for a chunk, shared by the nodes of the group. Raises: NodeMemoryError."""
+        each = -(-nbytes // len(group))
+        with ExitStack() as taken:
+            for node in group:
+                self.check(node, each)
+                taken.callback(self._finished, node, each)
+            yield
+
+    def _finished(self, node: int, nbytes: int) -> None:
+        with self.finished:
+            self.pending[node] -= nbytes
+            self.finished.notify_all()
+
+    def check(self, node: int, nbytes: int) -> None:
+        """Take room on a node. Raises: NodeMemoryError.
+
+        Looking takes longer than eight threads take to fill a chunk. So while there is plenty, a
+        look is good for several chunks, and those who wait for one need none of their own.
+        """
+        while not self._is_trusted(node, nbytes):
+            with self.looking:
+                if self._is_trusted(node, nbytes):
+                    return
+                pending = self._look(node, nbytes)
+            if pending is None:
+                return
+            self._wait(node, pending)
+
+    def _wait(self, node: int, pending: int) -> None:
+        with self.finished:
+            self.finished.wait_for(lambda: self.pending[node] < pending)
+
+    def _is_trusted(self, node: int, nbytes: int) -> bool:
+        with self.lock:
+            if self.trusted[node] < nbytes:
+                return False
+            self.trusted[node] -= nbytes
+            self.pending[node] += nbytes
+            return True
+
+    def _look(self, node: int, nbytes: int) -> int | None:
+        """Return None where there is room, else how many pending bytes to wait for.
+
+        What others are filling may be filled already or not: in doubt they are waited for.
+        """
+        limits, on_node = [*memory.cgroup_limits()], free_on(node, self.machine, bound=self.bound)
+        if on_node is not None:
+            limits.append(memory.Limit(f"node {node}", on_node))
+        name, free = memory.tightest(limits)
+        with self.lock:
+            pending, needed = self.pending[node], nbytes + LEAST_FREE
+            if free >= pending + needed:
+                self.pending[node] += nbytes
+                self.trusted[node] = min(TRUSTED, (free - LEAST_FREE) // 8)
+                return None
+            if pending:
+                return pending
+        strictly = free_on(node, self.machine) if not self.bound else None
+        hint = f"; {PAGE_CACHE}" if strictly is not None and strictly >= needed else ""
+        raise NodeMemoryError(
+            f"{name} ran out while node {node} was filled: needs {needed} bytes"
+            f" for the next chunk, has {free}; all of it is given back: free memory there, or"
+            f" leave this node out (--nodes){hint}",
+            node=node,
+            needed=needed,
+            free=free,
+        )

@@ -27,7 +27,7 @@ import json, os, resource, sys, warnings
 import numaload
 from numaload import errors
 from numaload.demo import write_model
-from numaload.mirrors import mirror
+from numaload.replicas.mirror import mirror
 from numaload.replicas import store
 import numaload.storage.copy, numaload.pagecache.prewarm, numaload.numa.workers
 import numaload.numa.opinion

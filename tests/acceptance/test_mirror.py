@@ -296,16 +296,15 @@ def test_all_files_of_a_model_given_build_it_once(
 
 
 def test_one_model_twice_in_one_call_is_planned_once(store: Path, model: str) -> None:
-    from numaload.mirrors.shared import mirror_shared, plan_shared
-    from numaload.mirrors.wanted import Wanted
+    from numaload.replicas.mirror import MirrorOptions, mirror_shared, plan_shared
 
     machine = api.topology()
     nodes = machine.all
-    wanted = Wanted(machine.groups(nodes))
+    options = MirrorOptions(machine.groups(nodes))
     with api.open(model) as one, api.open(model) as other:
-        plan = plan_shared([one, other], machine, wanted)
-        assert [missing for _, missing in plan.builds] == [tuple(wanted.groups), ()]
-        mirrors = mirror_shared([one, other], machine, wanted)
+        plan = plan_shared([one, other], machine, options)
+        assert [missing for _, missing in plan.builds] == [tuple(options.groups), ()]
+        mirrors = mirror_shared([one, other], machine, options)
         assert [mirror.report.built for mirror in mirrors] == [nodes, []]
         for mirror in mirrors:
             mirror.close()

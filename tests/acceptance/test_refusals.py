@@ -106,11 +106,10 @@ def test_private_replicas_in_a_container(numaload: Numaload, model: str) -> None
     """Counted by another process, while they are there."""
     program = """
 import json, sys, confined, witness, numaload
-from numaload.mirrors.private import private
-from numaload.mirrors.wanted import Wanted
+from numaload.replicas.mirror import MirrorOptions, private
 confined.Confined(deny=confined.DOCKER).enter()
 machine, weights = numaload.topology(), numaload.open(sys.argv[1])
-with private(weights, machine, Wanted(machine.groups(machine.all)), None) as mirror:
+with private(weights, machine, MirrorOptions(machine.groups(machine.all)), None) as mirror:
     print(json.dumps([mirror.report.unbound, mirror.verify().right]))
 """
     tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -1,4 +1,4 @@
-"""Filling replicas: room, errors in the middle, what is given back. On the memory of one node."""
+"""Filling replicas: memory, errors in the middle, what is given back. On the memory of one node."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from numaload.numa import syscalls, workers
 from numaload.numa.lists import Group
 from numaload.numa.workers import Workers
 from numaload.replicas import build as builds
-from numaload.replicas import room as rooms
+from numaload.replicas import plan as plans
 from numaload.replicas.arena import Arena, private_memory, store_memory
 from numaload.replicas.build import CHUNK, build
-from numaload.replicas.plan import LEAST_FREE
-from numaload.replicas.room import TRUSTED
+from numaload.replicas.plan import LEAST_FREE, TRUSTED
 from numaload.storage import userdir
 from numaload.storage.files import SourceFile
 from numaload.storage.residency import residency
@@ -146,13 +145,13 @@ def test_an_empty_file_among_others(tmp_path: Path, source: SourceFile) -> None:
             built.close()
 
 
-class Room:
+class Filled:
     """A build that fills nothing, on a node whose free memory is what ``free`` says."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
         self.free, self.looks = free, 0
-        monkeypatch.setattr(rooms, "free_on", self.look)
-        self.room = rooms.Room(api.topology(), [(NODE,)], bound=True)
+        monkeypatch.setattr(plans, "free_on", self.look)
+        self.budget = plans.MemoryBudget(api.topology(), [(NODE,)], bound=True)
 
     def look(self, *_: object, bound: bool) -> int:
         assert bound
@@ -161,33 +160,33 @@ class Room:
 
     def fill(self, chunks: int) -> None:
         for _ in range(chunks):
-            with self.room.taken((NODE,), CHUNK):
+            with self.budget.taken((NODE,), CHUNK):
                 self.free -= CHUNK
 
 
 def test_with_plenty_of_room_a_look_is_good_for_several_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    room = Room(monkeypatch, 1 << 40)
-    room.fill(1000)
-    assert room.looks <= 1 + 1000 / (TRUSTED / CHUNK)
+    node = Filled(monkeypatch, 1 << 40)
+    node.fill(1000)
+    assert node.looks <= 1 + 1000 / (TRUSTED / CHUNK)
 
 
 def test_with_little_room_every_chunk_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    room = Room(monkeypatch, LEAST_FREE + 3 * CHUNK)
-    room.fill(3)
-    assert room.looks == 3
+    node = Filled(monkeypatch, LEAST_FREE + 3 * CHUNK)
+    node.fill(3)
+    assert node.looks == 3
     with pytest.raises(NodeMemoryError, match=f"node {NODE} ran out.* has {LEAST_FREE}") as caught:
-        room.fill(1)
+        node.fill(1)
     assert caught.value.needed == CHUNK + LEAST_FREE
 
 
 def test_someone_else_who_fills_the_node_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    room = Room(monkeypatch, 1 << 40)
-    room.fill(1)
-    room.free = 0
+    node = Filled(monkeypatch, 1 << 40)
+    node.fill(1)
+    node.free = 0
     with pytest.raises(NodeMemoryError):
-        room.fill(1 + TRUSTED // CHUNK)
+        node.fill(1 + TRUSTED // CHUNK)
 
 
 def test_a_full_tmpfs_is_an_error_before_it_is_a_signal(

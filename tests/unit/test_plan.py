@@ -16,7 +16,7 @@ from numaload.replicas.plan import (
     PRIVATE,
     SMALL,
     STORED,
-    Plan,
+    MirrorPlan,
     footprint,
     free_on,
     plan,
@@ -51,7 +51,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return room
 
 
-def needs(found: Plan) -> dict[str, int]:
+def needs(found: MirrorPlan) -> dict[str, int]:
     return {need.name: need.needed for need in found.needs}
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from numaload.errors import NumaError, NumaUnavailableError
-from numaload.mirrors.wanted import Wanted, can_bind
 from numaload.numa import memory, probe, syscalls
 from numaload.numa.probe import why_not_bound
 from numaload.numa.topology import topology
+from numaload.replicas.mirror import MirrorOptions, can_bind
 
 MACHINE = topology()
 NODE = MACHINE.usable[0]
@@ -55,10 +55,10 @@ def test_a_full_node_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_strict_raises_what_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = NumaUnavailableError("mbind: no", call="mbind", node=NODE, errno=errno.EPERM)
-    monkeypatch.setattr("numaload.mirrors.wanted.why_not_bound", lambda _: refusal)
+    monkeypatch.setattr("numaload.replicas.mirror.why_not_bound", lambda _: refusal)
     with pytest.raises(NumaUnavailableError) as caught:
-        can_bind(Wanted([(NODE,)], strict=True), MACHINE)
+        can_bind(MirrorOptions([(NODE,)], strict=True), MACHINE)
     assert caught.value is refusal
     monkeypatch.setattr("numaload.errors._said", {"first touch"})
-    assert can_bind(Wanted([(NODE,)]), MACHINE) is False
+    assert can_bind(MirrorOptions([(NODE,)]), MACHINE) is False
     assert probe.why_not_bound([NODE]) is None

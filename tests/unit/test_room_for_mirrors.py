@@ -9,20 +9,10 @@ import pytest
 import numaload as api
 from commands import KEPT, resident
 from numaload.errors import NumaloadWarning
-from numaload.mirrors.wanted import with_room
-from numaload.replicas.plan import Need, Plan
+from numaload.replicas.mirror import fitted
+from numaload.replicas.plan import PRIVATE, MirrorPlan, Need
 
 pytestmark = pytest.mark.usefixtures("store")
-
-
-def planned(*free: int) -> tuple[list[int], object]:
-    """Plans that need 100 bytes, of which so many are free one time after another."""
-    left = list(free)
-
-    def make() -> Plan:
-        return Plan((), (Need("node 0", 100, left.pop(0), 0),))
-
-    return left, make
 
 
 @pytest.mark.parametrize(
@@ -42,12 +32,19 @@ def test_it_is_given_back_where_that_helps(
     fits: bool,
     dropped: bool,
     recwarn: pytest.WarningsRecorder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Plans need 100 bytes, of which so many are free one time after another."""
+    left = list(free)
+
+    def planned(*_: object, **__: object) -> MirrorPlan:
+        return MirrorPlan((), (Need("node 0", 100, left.pop(0), 0),))
+
+    monkeypatch.setattr("numaload.replicas.mirror.plan", planned)
     api.prewarm(model_files[0])
-    left, make = planned(*free)
     size = sum(map(os.path.getsize, model_files))
     with api.open(model_files[0]) as weights:
-        made = with_room(make, [weights], bound=bound)  # type: ignore[arg-type]
+        made = fitted([], [weights], api.topology(), kept=PRIVATE, bound=bound)
     assert left == []
     assert made.fits == fits
     there = resident(model_files)

@@ -16,13 +16,12 @@ import pytest
 import numaload as api
 from commands import running, sparse_model
 from numaload.errors import NumaloadWarning, ReplicaNotFoundError, StoreError
-from numaload.mirrors.shared import mirror_shared
-from numaload.mirrors.wanted import Wanted
 from numaload.replicas import store as stores
 from numaload.replicas.arena import store_memory
 from numaload.replicas.entry import Holder
 from numaload.replicas.lease import Lease
-from numaload.replicas.plan import Plan
+from numaload.replicas.mirror import MirrorOptions, mirror_shared
+from numaload.replicas.plan import MirrorPlan
 from numaload.storage import known, userdir
 from numaload.storage.files import Identity
 from numaload.storage.known import Model
@@ -190,17 +189,17 @@ def test_a_replica_that_is_another_file_now_is_named(store: Path, model: str, sa
 def test_replicas_released_while_they_are_mirrored(store: Path, model: str, tmp_path: Path) -> None:
     """They are built again; if that happens twice it is said. Here between plan and attaching."""
     machine, paths = api.topology(), [model, sparse_model(tmp_path / "m.gguf", 1 << 20)]
-    wanted = Wanted(machine.groups(machine.all, "node"))
+    options = MirrorOptions(machine.groups(machine.all, "node"))
     opened = [api.open(path) for path in paths]
 
     def mirror(*chosen: int) -> None:
         names = [opened[i].paths[0] for i in chosen]
 
-        def release(_: Plan) -> None:
+        def release(_: MirrorPlan) -> None:
             name = names.pop(0) if names else ""
             stores.release([e for e in stores.entries() if e.model.paths[0] == name])
 
-        for one in mirror_shared(opened, machine, wanted, None, release):
+        for one in mirror_shared(opened, machine, options, None, release):
             one.close()
 
     mirror()

@@ -1,4 +1,4 @@
-"""What a mirror is to its user: views of the replicas, threads beside them, and a report."""
+"""Hand a mirror to its user: views of the replicas, threads beside them, and a report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from numaload.weights import Weights
 
 @dataclass
 class MirrorReport:
-    """What was asked and what the kernel says of it. ``nbytes`` is the model's, once.
+    """Report what was asked and what the kernel says of it. ``nbytes``: the model's, once.
 
     ``placements`` are by node; nodes that share a replica have the same one.
     """
@@ -58,7 +58,7 @@ class MirrorReport:
 
 
 class Mirror(NotCopyable):
-    """Replicas of one model, a view of each, and ways to run beside them."""
+    """Hold replicas of one model, a view of each, and ways to run beside them."""
 
     def __init__(
         self,
@@ -73,10 +73,10 @@ class Mirror(NotCopyable):
         self._weights, self._machine, self._leases = weights, machine, list(leases)
         self._replicas, self._checksums = replicas, checksums
         self._views = by_node({g: Weights(weights.parts, m, g) for g, m in replicas.items()})
-        self._closed = self._owns_weights = False
+        self._closed = self.owns_weights = False
 
     def view(self, node: int) -> Weights:
-        """The weights in the memory of ``node`` or its group. Raises: UsageError, ClosedError."""
+        """Return the weights on ``node`` or on its group. Raises: UsageError, ClosedError."""
         if self._closed:
             raise ClosedError("this mirror was closed")
         if node not in self.nodes:
@@ -84,7 +84,7 @@ class Mirror(NotCopyable):
         return self._views.get(node, self._weights)
 
     def local(self) -> Weights:
-        """The view nearest to the CPU that the calling thread runs on now."""
+        """Return the view nearest to the CPU that the calling thread runs on now."""
         here = self._machine.node_of_cpu(_current_cpu())
         if here is None:
             return self.view(self.nodes[0])
@@ -102,7 +102,7 @@ class Mirror(NotCopyable):
             yield view
 
     def addresses(self, name: str) -> dict[int, int]:
-        """{node: address of the tensor's blocks there}, valid until ``close()``."""
+        """Return {node: address of the tensor's blocks there}, valid until ``close()``."""
         return {node: self.view(node)[name].address for node in self.nodes}
 
     def verify(self) -> Verified:
@@ -122,7 +122,7 @@ class Mirror(NotCopyable):
         for lease in self._leases:
             lease.close()
         self._leases.clear()
-        if self._owns_weights:
+        if self.owns_weights:
             self._weights.close()
 
     def __enter__(self) -> Mirror:
@@ -138,7 +138,7 @@ class Mirror(NotCopyable):
 
 
 def _current_cpu() -> int:
-    """The CPU this thread was last seen on (field 39 of /proc/thread-self/stat); -1: unknown."""
+    """Return the CPU this thread ran on last (field 39 of /proc/thread-self/stat); -1: unknown."""
     try:
         with open("/proc/thread-self/stat", encoding="ascii", errors="replace") as file:
             return int(file.read().rpartition(")")[2].split()[36])
@@ -153,7 +153,7 @@ def report_of(
     kind: str,
     built: Built | None = None,
 ) -> MirrorReport:
-    """What is known once replicas are there; ``built``: those of them that were made now."""
+    """Return the report of replicas that are there; ``built``: those that were made now."""
     asked = nodes_of(groups)
     report = MirrorReport(weights.paths, weights.nbytes, asked, kind, list(groups))
     report.binding = binding().name

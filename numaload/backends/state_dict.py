@@ -13,7 +13,7 @@ from numaload.dequantize import DTYPES, Conversion
 from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, kernel_dtype
 from numaload.errors import StateDictError, UsageError, printable
 from numaload.numa import memory
-from numaload.pipeline.fill import Target, fill
+from numaload.pipeline import Target, fill
 from numaload.storage.reader import Progress
 from numaload.torch_memory import (
     array_of,

@@ -19,7 +19,7 @@ signal.alarm({LIMIT_S // 2})  # not by a thread of faulthandler's: forked childr
 import numpy as np
 import numaload
 from numaload.errors import NumaloadError, UsageError
-from numaload.pipeline.fill import Target, fill
+from numaload.pipeline import Target, fill
 
 path = sys.argv[1]
 weights = numaload.open(path)

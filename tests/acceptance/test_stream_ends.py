@@ -7,6 +7,7 @@ import itertools
 import os
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_what_was_cancelled_is_never_half_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Threads are busy with several tensors: none of these may come as if it were done."""
-    monkeypatch.setattr("numaload.pipeline.fill.PART", 2 << 20)  # several of each
+    monkeypatch.setattr(import_module("numaload.pipeline.fill"), "PART", 2 << 20)  # several of each
     with api.open(many(tmp_path)) as weights:
         expected = [tensor.dequantize().view("u4") for tensor in weights.values()]
         for last in range(3, 40):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def test_more_memory_is_taken_for_those_who_take_their_time(
         return map_private(nbytes)
 
     monkeypatch.setattr("numaload.pipeline.buffers.map_private", mapped)
-    monkeypatch.setattr("numaload.pipeline.stream.SLOW_S", slow)
+    monkeypatch.setattr(import_module("numaload.pipeline.stream"), "SLOW_S", slow)
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")
     rows = np.ones((512, 4096), np.float16)

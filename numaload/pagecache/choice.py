@@ -1,4 +1,4 @@
-"""Which bytes of a model's files are meant: all, or those of some tensors."""
+"""Choose bytes of a model's files: all, or those of some tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Runs = tuple[tuple[int, int], ...]  # (start, stop) byte ranges of a file, in or
 
 
 class HasPaths(Protocol):
-    """Opened weights, as far as their files are concerned."""
+    """Anything with paths, as opened weights have them."""
 
     @property
     def paths(self) -> list[str]: ...
@@ -31,14 +31,14 @@ Source = str | bytes | os.PathLike[str] | HasPaths
 
 
 class Chosen(NamedTuple):
-    """``runs``: {real path: the ranges of it that are meant}. A path that is missing: all of it."""
+    """Name the chosen bytes. ``runs``: {real path: its ranges}; a path that is not there: all."""
 
     tensors: int
     runs: dict[str, Runs]
 
 
 def located(what: Source | Sequence[Source]) -> list[Source]:
-    """Each of them, names from the root, for those who open them later."""
+    """Return each source, with names from the root, for those who open them later."""
     if isinstance(what, (str, bytes, os.PathLike)):
         return [absolute(os.fsdecode(what))]
     if isinstance(what, Sequence) and not isinstance(what, (bytes, bytearray, memoryview)):
@@ -47,7 +47,7 @@ def located(what: Source | Sequence[Source]) -> list[Source]:
 
 
 def models_of(what: Source | Sequence[Source]) -> list[list[str]]:
-    """The files of each, of which several may have been given.
+    """Return the files of each model, of which several may have been given.
 
     Raises: UsageError, SplitError, ReadError; FileChangedError for weights whose names other files
     have now.
@@ -75,8 +75,10 @@ def real(path: str) -> str:
 def choose(
     models: Iterable[Sequence[str]], tensors: str | None, layers: str | int | None
 ) -> Chosen | None:
-    """Bytes of the tensors whose names ``tensors`` (a regular expression) is found in, and which
-    are of these layers ("0-9,12", by the number in their names); the headers always.
+    """Return the bytes of the tensors chosen by name and layer; the headers always.
+
+    tensors: a regular expression that is found in their names. layers: "0-9,12", by the number in
+    their names.
 
     None: whole files. Raises: UsageError, TensorNotFoundError where there are none, FormatError.
     """
@@ -84,18 +86,20 @@ def choose(
         return None
     from numaload.weights import open_weights
 
-    wanted = _Wanted(tensors, layers)
+    chosen_by = _Filter(tensors, layers)
     count = 0
     runs: dict[str, Runs] = {}
     for paths in models:
         with open_weights(paths[0]) as weights:
-            count += _choose(weights, wanted, runs)
+            count += _choose(weights, chosen_by, runs)
     if not count:
-        raise TensorNotFoundError(str(wanted))
+        raise TensorNotFoundError(str(chosen_by))
     return Chosen(count, runs)
 
 
-class _Wanted:
+class _Filter:
+    """Say which tensors are meant, by name and layer. Raises: UsageError."""
+
     def __init__(self, tensors: str | None, layers: str | int | None) -> None:
         self.tensors, self.layers = tensors, layers
         try:
@@ -117,13 +121,13 @@ class _Wanted:
         return bool(of_layer and self.pattern.search(name))
 
 
-def _choose(weights: Weights, wanted: _Wanted, runs: dict[str, Runs]) -> int:
+def _choose(weights: Weights, chosen_by: _Filter, runs: dict[str, Runs]) -> int:
     count = 0
     parts: list[list[Tensor]] = [[] for _ in weights.parts]
     for tensor in weights.values():
         parts[tensor.place_in_files[0]].append(tensor)
     for part, its in zip(weights.parts, parts, strict=True):
-        chosen = [tensor for tensor in its if wanted.has(tensor.name)]
+        chosen = [tensor for tensor in its if chosen_by.has(tensor.name)]
         header = min((tensor.offset for tensor in its), default=part.file.size)
         ranges = [(0, header), *((t.offset, t.offset + t.nbytes) for t in chosen)]
         runs[real(part.file.path)] = tuple(merged(_pages(*r, part.file.size) for r in ranges))
@@ -132,12 +136,12 @@ def _choose(weights: Weights, wanted: _Wanted, runs: dict[str, Runs]) -> int:
 
 
 def _pages(start: int, stop: int, size: int) -> tuple[int, int]:
-    """Whole pages: these come and go as one."""
+    """Return the whole pages around a range: these come and go as one."""
     return start // PAGE * PAGE, min(-(-stop // PAGE) * PAGE, size)
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """In order, without overlaps and empty ones."""
+    """Yield the ranges in order, without overlaps and empty ones."""
     last: tuple[int, int] | None = None
     for start, stop in sorted(r for r in ranges if r[0] < r[1]):
         if last is not None and start <= last[1]:

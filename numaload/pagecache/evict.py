@@ -1,4 +1,4 @@
-"""Giving page cache back, without root: what was in RAM of a file, what went, and why what stayed.
+"""Give page cache back, without root, and say why bytes stay in RAM.
 
 The kernel drops clean pages that nobody maps (POSIX_FADV_DONTNEED). So dirty pages are written
 first, where there are any or where the kernel does not tell.
@@ -7,27 +7,44 @@ first, where there are any or where the kernel does not tell.
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from numaload.errors import reason
 from numaload.numa import syscalls
+from numaload.numa.placement import parse_smaps
 from numaload.numa.syscalls import PAGE
 from numaload.pagecache.choice import Source, models_of, real
-from numaload.pagecache.users import User, users_of
-from numaload.storage.files import SourceFile
+from numaload.storage.files import Identity, SourceFile, real_path
 from numaload.storage.residency import cached_bytes, residency
 
 TRIES, PAUSE_S = 3, 0.05  # pages that another CPU has just used are held by it for a moment
 # File systems of which the page cache is the file: tmpfs, ramfs, hugetlbfs (linux/magic.h).
 IN_MEMORY = {0x01021994, 0x858458F6, 0x958458F6}
+# Of a line of /proc/PID/maps: address, rights, offset, device, inode, and the rest is the name.
+LINE = re.compile(r"([0-9a-f]+)-[0-9a-f]+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)")
+UNSEEN = "unseen"
+
+
+@dataclass(frozen=True)
+class Mapper:
+    """Name a process that maps a file. ``resident``: bytes of the file that it has mapped.
+
+    locked: of them, by mlock; of a page that several map the kernel counts a share to each.
+    """
+
+    pid: int
+    command: str
+    resident: int
+    locked: int
 
 
 @dataclass
 class EvictedFile:
-    """Bytes. ``before`` and ``stays`` are 0 where ``known`` is False.
+    """Count bytes of a file. ``before`` and ``stays`` are 0 where ``known`` is False.
 
     written: dirty pages that were written to storage first; None: as many as there were, the
     kernel does not say. why: why pages stay. users: processes that map the file.
@@ -40,7 +57,7 @@ class EvictedFile:
     stays: int = 0
     written: int | None = 0
     why: str = ""
-    users: list[User] = field(default_factory=list)
+    users: list[Mapper] = field(default_factory=list)
 
     @property
     def given_back(self) -> int:
@@ -49,6 +66,8 @@ class EvictedFile:
 
 @dataclass
 class EvictReport:
+    """Report what went out of RAM, file by file."""
+
     files: list[EvictedFile]
 
     @property
@@ -65,7 +84,7 @@ class EvictReport:
 
     @property
     def done(self) -> bool:
-        """Whether nothing stays, as far as the kernel tells."""
+        """Return whether nothing stays, as far as the kernel tells."""
         return not any(file.stays or file.why for file in self.files)
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +122,7 @@ def _evict(file: SourceFile) -> EvictedFile:
 
 
 def _resident(file: SourceFile) -> tuple[int, bool]:
-    """(bytes, whether the kernel tells)"""
+    """Return (bytes in RAM, whether the kernel tells)."""
     counted = cached_bytes(file)
     if counted is not None:
         return counted, True
@@ -112,7 +131,7 @@ def _resident(file: SourceFile) -> tuple[int, bool]:
 
 
 def _write(file: SourceFile, report: EvictedFile) -> None:
-    """Through any descriptor: it changes nothing of the file but where it is."""
+    """Write dirty pages to storage; any descriptor may, it changes nothing of the file."""
     counted = syscalls.cachestat(file.fd, 0, 0) if cached_bytes(file, 0, 1) is not None else None
     dirty = None if counted is None else min(file.size, (counted.dirty + counted.writeback) * PAGE)
     if dirty == 0:
@@ -125,7 +144,7 @@ def _write(file: SourceFile, report: EvictedFile) -> None:
 
 
 def _drop(file: SourceFile) -> int:
-    """What stays in RAM."""
+    """Drop the pages; return how many bytes stay in RAM."""
     for attempt in range(TRIES):
         time.sleep(PAUSE_S * attempt)
         file.drop_cache(0, 0)
@@ -135,7 +154,7 @@ def _drop(file: SourceFile) -> int:
     return stays
 
 
-def _why(file: SourceFile, users: list[User], unseen: int) -> str:
+def _why(file: SourceFile, users: list[Mapper], unseen: int) -> str:
     if syscalls.file_system(file.fd) in IN_MEMORY:
         return "the file lies in memory: it is all there is of it (delete it to free that)"
     if users:
@@ -148,6 +167,50 @@ def _why(file: SourceFile, users: list[User], unseen: int) -> str:
     return "in use by the kernel: just being read or written; try again"
 
 
-def _named(user: User) -> str:
+def _named(user: Mapper) -> str:
     who = "this process" if user.pid == os.getpid() else f"process {user.pid} ({user.command})"
     return f"{who}, locked" if user.locked else who
+
+
+def users_of(file: SourceFile) -> tuple[list[Mapper], int]:
+    """Return who maps it, and how many processes, at least, could not be looked at."""
+    pids = sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
+    name = real_path(file.path)
+    seen = [_mapper(pid, file.opened, name) for pid in pids]
+    hidden = not os.path.exists("/proc/1")  # mounted with hidepid=2: all of other users
+    return [user for user in seen if isinstance(user, Mapper)], seen.count(UNSEEN) + hidden
+
+
+def _mapper(pid: int, file: Identity, name: str) -> Mapper | str | None:
+    try:
+        areas = set(_areas(pid, file, name))
+        return _counted(pid, areas) if areas else None
+    except PermissionError:
+        return UNSEEN
+    except OSError:
+        return None  # it ended
+
+
+def _areas(pid: int, file: Identity, name: str) -> Iterator[int]:
+    """Yield first addresses of its mappings.
+
+    Some file systems show another device here than stat does: there, the name decides.
+    """
+    device = (os.major(file.device), os.minor(file.device))
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            words = LINE.match(line)
+            if words is None or int(words[4]) != file.inode:
+                continue
+            if (int(words[2], 16), int(words[3], 16)) == device or words[5] == name:
+                yield int(words[1], 16)
+
+
+def _counted(pid: int, areas: set[int]) -> Mapper:
+    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as text:
+        command = text.read().strip()
+    counts = []
+    for row in ("Rss:", "Locked:"):
+        with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as lines:
+            counts.append(sum(n for start, n in parse_smaps(lines, (row,)) if start in areas))
+    return Mapper(pid, command, *counts)

@@ -14,7 +14,14 @@ from numaload.formats.shards import SUFFIX
 from numaload.formats.splits import is_there
 from numaload.numa.topology import topology
 from numaload.pagecache.choice import Chosen, Runs, Source, choose, models_of, real
-from numaload.pagecache.reading import POLICIES, Placing, Room, landing, read_into_cache
+from numaload.pagecache.reading import (
+    POLICIES,
+    CacheBudget,
+    Placing,
+    landing,
+    move_pages,
+    read_into_cache,
+)
 from numaload.pagecache.report import PrewarmReport
 from numaload.storage import following, known
 from numaload.storage.device import device_of
@@ -220,9 +227,9 @@ class _Prewarming:
             return self._read(report, now, turn.tell)
 
     def _read(self, report: PrewarmReport, seen: _Seen, progress: Progress) -> _Seen:
-        room = Room(self.files, seen.absent, report.size - seen.nbytes, self.placing)
+        budget = CacheBudget(self.files, seen.absent, report.size - seen.nbytes, self.placing)
         if not self.force:
-            room.check()
+            budget.check()
         biggest = max(range(len(self.files)), key=lambda i: _length(seen.absent[i]))
         file = self.files[biggest]
         device = device_of(file.path, network=file.is_network, numbers=file.device)
@@ -236,16 +243,16 @@ class _Prewarming:
             rate=self.max_rate,
             exact=self._is_part,
         )
-        done, report.plan = read(seen.absent, plan, room, progress)
-        report.read, report.stopped = done, room.stopped
+        done, report.plan = read(seen.absent, plan, budget, progress)
+        report.read, report.stopped = done, budget.stopped
         report.threads = report.plan.way.threads
         after = self._look_anew() if seen.known else _Seen([() for _ in self.files], known=False)
         for _ in range(AGAIN):
             # Some machines page out what is idle at any time: this is not what lacks memory.
-            if not room.stopped and 0 < after.nbytes <= report.size // LITTLE:
-                report.read += read(after.absent, report.plan, room, None)[0]
+            if not budget.stopped and 0 < after.nbytes <= report.size // LITTLE:
+                report.read += read(after.absent, report.plan, budget, None)[0]
                 after = self._look()
-        if after.nbytes and not room.stopped and room.is_enough:
+        if after.nbytes and not budget.stopped and budget.is_enough:
             report.stopped = GIVEN_UP
         return after
 
@@ -257,8 +264,6 @@ class _Prewarming:
         ]
         report.on_nodes = _locate(self.files, resident)
         if self.placing.move and report.elsewhere:
-            from numaload.pagecache.move import move_pages
-
             report.moved, report.unmoved = move_pages(self.files, resident, self.placing)
             report.on_nodes = _locate(self.files, resident)
 

@@ -1,8 +1,10 @@
-"""Reading into the page cache: where its pages land, and how much of it memory has room for."""
+"""Read into the page cache: on the nodes asked for, and only what memory has room for."""
 
 from __future__ import annotations
 
+import os
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,12 +13,20 @@ from numaload.errors import NodeMemoryError, NumaUnavailableError, warn_once
 from numaload.numa import memory, syscalls
 from numaload.numa.affinity import pin, pinned_to
 from numaload.numa.lists import format_list
+from numaload.numa.syscalls import HUGE, PAGE
 from numaload.numa.topology import Topology, topology
 from numaload.pagecache.choice import Runs
 from numaload.storage.files import SourceFile
 from numaload.storage.plan import CHUNK, ReadPlan, Way
 from numaload.storage.reader import Piece, Progress, Reading
-from numaload.storage.residency import residency
+from numaload.storage.residency import (
+    LOOK,
+    Residency,
+    map_present,
+    map_quietly,
+    present,
+    residency,
+)
 from numaload.storage.ways import IntoCache
 
 POLICIES = {"bind": syscalls.MPOL_BIND, "interleave": syscalls.MPOL_INTERLEAVE}
@@ -30,7 +40,7 @@ HEAD = 8 << 20  # bytes of what was read first: if they go, memory is full
 
 @dataclass(frozen=True)
 class Placing:
-    """Nodes that the page cache shall be on. move: what is elsewhere is moved there."""
+    """Name the nodes that page cache shall be on. move: pages elsewhere are moved there."""
 
     machine: Topology
     nodes: list[int]
@@ -44,7 +54,7 @@ class Placing:
 
 @contextmanager
 def landing(placing: Placing | None) -> Iterator[None]:
-    """What the calling thread reads lands on these nodes too, as a header before the rest."""
+    """Have what the calling thread reads land on these nodes: a header comes before the rest."""
     if placing is None:
         yield
         return
@@ -58,8 +68,8 @@ def landing(placing: Placing | None) -> Iterator[None]:
         yield
 
 
-class Room:
-    """What memory takes of these bytes without giving up those that were there before them.
+class CacheBudget:
+    """Bytes that fit without evicting what this call has already read.
 
     All page cache counts as free for the kernel, also that which is brought in here: so it must
     have room for all of it, not only for what is still to be read.
@@ -84,7 +94,7 @@ class Room:
         return self.absent + self.resident <= self._tightest().free
 
     def check(self) -> None:
-        """Raises: NodeMemoryError, with numbers."""
+        """Check that all of it fits. Raises: NodeMemoryError, with numbers."""
         if not self.is_enough:
             tightest = self._tightest()
             gib = self.absent / 2**30
@@ -106,7 +116,7 @@ class Room:
         return memory.tightest(limits)
 
     def look(self, done: int, piece: Piece) -> bool:
-        """After ``piece``: whether there is room for more. ``done``: bytes read so far."""
+        """Return whether there is room for more after ``piece``. ``done``: bytes read so far."""
         if self.head is None:
             self.head = piece
             found = residency(self.files[piece.which], piece.offset, piece.stop)
@@ -139,17 +149,17 @@ def read_into_cache(
     files: Sequence[SourceFile],
     absent: Sequence[Runs],
     plan: ReadPlan,
-    room: Room,
+    budget: CacheBudget,
     progress: Progress | None,
     *,
     placing: Placing | None,
     rate: int | None,
     exact: bool = False,
 ) -> tuple[int, ReadPlan]:
-    """(bytes read, the plan as it was carried out). It stops where ``room`` says so."""
+    """Return (bytes read, the plan as carried out). Reading stops where ``budget`` says so."""
     total = sum(stop - start for runs in absent for start, stop in runs)
     reading = Reading(total, progress, rate=rate)
-    threads = _Threads(files, reading, room, placing, exact=exact)
+    threads = _Threads(files, reading, budget, placing, exact=exact)
     machine = placing.machine if placing else topology()
     cpus = machine.cpus_of(placing.nodes) if placing else machine.cpus
     try:
@@ -161,18 +171,18 @@ def read_into_cache(
 
 
 class _Threads:
-    """What each thread of one reading has: a memory policy, which ends with the thread."""
+    """Give each thread of one reading its memory policy, which ends with the thread."""
 
     def __init__(
         self,
         files: Sequence[SourceFile],
         reading: Reading,
-        room: Room,
+        budget: CacheBudget,
         placing: Placing | None,
         *,
         exact: bool,
     ) -> None:
-        self.files, self.reading, self.room, self.placing = files, reading, room, placing
+        self.files, self.reading, self.budget, self.placing = files, reading, budget, placing
         self.exact = exact
         self.own = threading.local()
         self.into: list[IntoCache] = []
@@ -187,12 +197,12 @@ class _Threads:
             pin(self.placing.machine.cpus_of([node]))
         self.own.into.read(self.files[piece.which], piece.offset, piece.stop, way.name)
         with self.reading.lock:
-            more = self.room.look(self.reading.done + piece.nbytes, piece)
+            more = self.budget.look(self.reading.done + piece.nbytes, piece)
         if not more:
             self.reading.stop.set()
 
     def _bind(self) -> bool:
-        """False where that is refused, as in a container: then pages land where they are read."""
+        """Set this thread's policy. False where that is refused: pages land where they are read."""
         if self.placing is None:
             return True
         try:
@@ -201,3 +211,52 @@ class _Threads:
             warn_once("set_mempolicy", f"{error}; read by threads on these nodes and counted after")
             return False
         return True
+
+
+def move_pages(
+    files: Sequence[SourceFile], found: Sequence[Residency], placing: Placing
+) -> tuple[int, dict[str, int]]:
+    """Move pages that are on other nodes; return bytes moved, and {why bytes stayed: bytes}.
+
+    Only pages that no other process maps can be moved.
+    """
+    moved, stayed = 0, Counter[str]()
+    try:
+        for file, resident in zip(files, found, strict=True):
+            with map_quietly(file) as mapping:
+                for start, stop in _steps(resident):
+                    map_present(mapping, start, stop)
+                    wrong = _wrong(mapping.address, start, stop, placing.nodes)
+                    moved += _move(wrong, placing.nodes, stayed)
+    except NumaUnavailableError as error:
+        warn_once(
+            "move_pages", f"page cache cannot be moved: {error}: numaload evict, then prewarm"
+        )
+    return moved, dict(stayed)
+
+
+def _steps(resident: Residency) -> Iterator[tuple[int, int]]:
+    for start, stop in present(resident):
+        for at in range(start, stop, LOOK):
+            yield at, min(at + LOOK, stop)
+
+
+def _wrong(base: int, start: int, stop: int, nodes: Sequence[int]) -> list[int]:
+    """Return addresses of pages that are on other nodes."""
+    pages = range(base + start, base + stop, PAGE)
+    where = syscalls.pages_nodes(pages)
+    return [a for a, node in zip(pages, where, strict=True) if node >= 0 and node not in nodes]
+
+
+def _move(pages: Sequence[int], nodes: Sequence[int], stayed: Counter[str]) -> int:
+    if not pages:
+        return 0
+    # Huge pages move as one: all of one go to one node.
+    wanted = [nodes[page // HUGE % len(nodes)] for page in pages]
+    moved = 0
+    for status in syscalls.move_pages(pages, wanted):
+        if status in nodes:
+            moved += PAGE
+        else:
+            stayed[os.strerror(-status) if status < 0 else "the kernel does not say why"] += PAGE
+    return moved

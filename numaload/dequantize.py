@@ -36,7 +36,10 @@ Blocks = NDArray[np.uint8]  # (n_blocks, type_size)
 
 
 def dtype_of(dtype: Any) -> np.dtype[Any]:
-    """A dtype from its name, or from numpy's, ml_dtypes' or torch's object. Raises: UsageError."""
+    """Return the dtype of a name, or of an object of numpy, ml_dtypes or torch.
+
+    Raises: UsageError.
+    """
     name = str(dtype).removeprefix("torch.")
     try:
         if name not in DTYPES and not isinstance(dtype, str):
@@ -70,7 +73,7 @@ class Conversion:
         self._bits = np.dtype(np.float32 if dtype.itemsize == 4 else np.uint16)
 
     def __call__(self, blocks: NDArray[np.uint8], out: NDArray[Any], past_caches: bool) -> None:
-        """blocks: flat bytes of whole blocks, contiguous. out: flat, as many floats as they have.
+        """Convert blocks: flat bytes of whole blocks. out: flat, as many floats as they have.
 
         past_caches: for what is not read again soon, see ``LARGE``.
         """
@@ -86,13 +89,13 @@ class Conversion:
 
     @property
     def reads(self) -> bool:
-        """Whether ``read`` can be had: not of big-endian files, nor where kernels run as Python."""
+        """Return whether ``read`` works: not with big-endian files, nor with kernels in Python."""
         return isinstance(self._run, registry.Compiled)
 
     def read(
         self, fd: int, offset: int, out: NDArray[Any], scratch: NDArray[np.uint8], past_caches: bool
     ) -> int:
-        """Floats of ``out`` that were made of what is at ``offset`` of a file: whole steps.
+        """Read and convert; return how many floats of ``out`` were made, in whole steps.
 
         Fewer than those that there are where it cannot be read. scratch: for what is read at a
         time, a step at least.
@@ -105,7 +108,7 @@ class Conversion:
         return self._run.from_file(fd, offset, bits, steps, scratch, past) * self.step
 
     def _finish(self, rest: NDArray[np.uint8], out: NDArray[Any]) -> None:
-        """The last floats that are no whole step, by way of one."""
+        """Make the last floats, which are no whole step, by way of one."""
         blocks, floats = np.zeros(self.step_bytes, np.uint8), np.empty(self.step, out.dtype)
         blocks[: rest.size] = rest
         self._run(blocks, floats, False)
@@ -143,7 +146,7 @@ def dequantize_blocks(
 
 
 def _check(blocks: Blocks, qtype: QuantType, out: NDArray[Any], what: str) -> None:
-    """What compiled code does not."""
+    """Check what the compiled kernel trusts: types, shapes, bounds."""
     block_size, type_size = BLOCKS[qtype]
     if blocks.shape[1:] != (type_size,) or out.size != len(blocks) * block_size:
         raise UsageError(
@@ -168,7 +171,7 @@ def _kernel(qtype: QuantType, dtype_name: str, what: str) -> registry.Kernel:
 
 
 def _swapping(kernel: registry.Kernel, width: int) -> registry.Kernel:
-    """The kernel for floats of ``width`` bytes that are the other way round in the file."""
+    """Return a kernel for floats of ``width`` bytes in the other byte order."""
 
     def run(blocks: NDArray[np.uint8], floats: NDArray[Any], past_caches: bool) -> None:
         count = len(floats)
@@ -194,7 +197,7 @@ def new_array(shape: Sequence[int], dtype: np.dtype[Any], what: str) -> Iterator
 
 
 def as_output(out: Any, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
-    """``out`` as a flat writable array of ``size`` elements, sharing its memory.
+    """Return ``out`` as a flat writable array of ``size`` elements, sharing its memory.
 
     Takes numpy arrays, CPU torch tensors and whatever has the buffer protocol, if C-contiguous and
     of the dtype's item size. Raises: UsageError.
@@ -230,7 +233,7 @@ def _flat_buffer(out: Any) -> NDArray[Any]:
 
 
 def _flat_tensor(out: Any) -> NDArray[Any]:
-    """A torch tensor, without importing torch: its bfloat16 has no buffer protocol."""
+    """Flatten a torch tensor without importing torch: its bfloat16 has no buffer protocol."""
     strided = out.device.type == "cpu" and str(out.layout) == "torch.strided"
     # Without an address: a storage that was resized to nothing under the tensor.
     if not strided or not out.is_contiguous() or (out.numel() and not out.data_ptr()):

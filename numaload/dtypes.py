@@ -24,7 +24,10 @@ ITEMS = {"F4": 2}  # elements in one item of torch
 
 
 def item_shape(type_name: str, shape: tuple[int, ...], what: str) -> tuple[int, ...]:
-    """Of torch's items, where the file counts elements. Raises: UnsupportedTypeError."""
+    """Return the shape in torch's items, where the file counts elements.
+
+    Raises: UnsupportedTypeError.
+    """
     each = ITEMS.get(type_name, 1)
     if each == 1 or not shape:
         return shape
@@ -37,7 +40,7 @@ def item_shape(type_name: str, shape: tuple[int, ...], what: str) -> tuple[int, 
 
 
 def dtype_name(dtype: Any) -> str:
-    """Of a dtype of torch, numpy or ml_dtypes, or of what is a name. Raises: UsageError."""
+    """Return the name of a dtype of torch, numpy or ml_dtypes; names pass. Raises: UsageError."""
     name = str(dtype)
     if isinstance(dtype, str) or name.startswith("torch."):
         return name.removeprefix("torch.")
@@ -50,7 +53,7 @@ def dtype_name(dtype: Any) -> str:
 
 
 def kernel_dtype(name: str) -> str:
-    """What a kernel makes on the way to that dtype: itself where it can, else float32."""
+    """Return what a kernel makes on the way to a dtype: itself where it can, else float32."""
     return name if name in KERNEL_DTYPES else "float32"
 
 
@@ -63,7 +66,7 @@ def is_float(type_name: str) -> bool:
 
 
 def numpy_dtype(name: str, what: str) -> np.dtype[Any]:
-    """Of a dtype's name. Raises: UnsupportedTypeError where numpy and ml_dtypes have none."""
+    """Return numpy's dtype of a name. Raises: UnsupportedTypeError where there is none."""
     import ml_dtypes
     import numpy as np
 

@@ -100,7 +100,7 @@ class NumaloadError(Exception):
 
 
 def _rebuilt(kind: type[NumaloadError], args: tuple[Any, ...], fields: dict[str, Any]) -> Any:
-    """Not through __init__ of ``kind``, which takes other arguments than end up in ``args``."""
+    """Rebuild an error without ``__init__`` of ``kind``, which takes other arguments."""
     plain: type[Exception] = OSError if issubclass(kind, OSError) else Exception
     error = plain.__new__(kind, *args)
     plain.__init__(error, *args)  # OSError takes its errno from these
@@ -109,7 +109,7 @@ def _rebuilt(kind: type[NumaloadError], args: tuple[Any, ...], fields: dict[str,
 
 
 def _shown_path(path: str) -> str:
-    """Short enough that the message has room for what is wrong."""
+    """Shorten a path so that the message has room for what is wrong."""
     return printable(path, LONGEST // 2)
 
 
@@ -300,7 +300,7 @@ class StateDictError(NumaloadError, RuntimeError):
         self.missing, self.unexpected = list(missing), list(unexpected)
 
     def __str__(self) -> str:
-        """In lines, as torch has it."""
+        """Print in lines, as torch does."""
         first, *lines = str(self.args[0]).split("\n\t")
         more = [f"and {len(lines) - LINES} more"] if len(lines) > LINES else []
         shown = [first, *lines[:LINES], *more]
@@ -337,13 +337,13 @@ WAYS_OUT = {
 
 
 def reason(error: OSError) -> str:
-    """What the system said, with the way out where this process ran out of something."""
+    """Return what the system said, with the way out where this process ran out of something."""
     said = error.strerror or str(error)
     return f"{said}; {WAYS_OUT[error.errno]}" if error.errno in WAYS_OUT else said
 
 
 def check_limits(error: BaseException, path: str) -> None:
-    """For those who go on without a file that they cannot open.
+    """Check why a file cannot be opened, for those who go on without it.
 
     Raises: ReadError if this process or machine may open no more files: that says nothing of it.
     """

@@ -35,7 +35,7 @@ def _before() -> None:
 
 
 def _imports_elsewhere() -> list[Any]:
-    """The locks of modules that other threads are importing."""
+    """Return the locks of modules that other threads are importing."""
     known: dict[str, Any] = vars(_bootstrap)["_module_locks"]  # nothing public tells
     found = [reference() for reference in list(known.values())]
     held = [lock for lock in found if lock is not None and lock.owner is not None]

@@ -22,7 +22,7 @@ MASKS: dict[str, dict[int, tuple[int, int]]] = {
 
 
 def random_blocks(qtype: QuantType, rows: int, columns: int, rng: Any) -> Any:
-    """(rows, bytes per row) uint8 of any type that can be turned to float, all weights finite."""
+    """Return (rows, bytes per row) uint8 of any type with a kernel, all weights finite."""
     import numpy as np
 
     block_size, type_size = BLOCKS[qtype]

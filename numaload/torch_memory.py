@@ -41,7 +41,7 @@ def import_torch() -> Any:
 
 
 def torch_dtype(name: str, what: str) -> Any:
-    """torch's dtype of that name. Raises: UnsupportedTypeError."""
+    """Return torch's dtype of that name. Raises: UnsupportedTypeError."""
     torch = import_torch()
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
@@ -51,21 +51,21 @@ def torch_dtype(name: str, what: str) -> Any:
 
 @lru_cache(maxsize=64)
 def torch_type(type_name: str) -> Any:
-    """torch's dtype of a type that is not made of blocks. Raises: UnsupportedTypeError."""
+    """Return torch's dtype of a type without blocks. Raises: UnsupportedTypeError."""
     if type_name not in NAMES:
         raise UnsupportedTypeError(f"torch has no type for {type_name}; buffer has the bytes")
     return torch_dtype(NAMES[type_name], type_name)
 
 
 def whole(buffer: memoryview) -> Any:
-    """All of a mapping as one uint8 tensor, for users: they are told of read-only memory."""
+    """Return a mapping as one uint8 tensor, for users: they are told that it is read-only."""
     if buffer.readonly:
         warn_once("torch-read-only", READ_ONLY)
     return over(buffer)
 
 
 def over(buffer: memoryview) -> Any:
-    """The same for those who only take the address."""
+    """Return the same for those who only take the address."""
     torch = import_torch()
     # By its address: of read-only arrays torch warns, once, of no tensor and with no way out.
     memory: Any = memory_at(np.frombuffer(buffer, np.uint8).ctypes.data, buffer.nbytes)
@@ -87,7 +87,7 @@ class Numbers:
         self.flat = base[: len(base) // self.size * self.size].view(self.dtype)
 
     def cut(self, start: int, nbytes: int, dims: tuple[int, ...], what: str = "") -> Any:
-        """A tensor over ``nbytes`` from byte ``start``, zero-copy. dims: fastest first.
+        """Return a tensor over ``nbytes`` from byte ``start``, zero-copy. dims: fastest first.
 
         Where they are not aligned to the type, which torch does not expect, they are copied.
         """
@@ -105,12 +105,12 @@ class Numbers:
 
 
 def view(base: Any, start: int, nbytes: int, type_name: str, shape: tuple[int, ...]) -> Any:
-    """One tensor of ``shape`` over bytes of ``base``, see ``Numbers``."""
+    """Return a tensor of ``shape`` over bytes of ``base``, see ``Numbers``."""
     return Numbers(base, type_name).cut(start, nbytes, shape[::-1])
 
 
 def converted(tensor: Any, device: Any, dtype: Any, what: str, *, copy: bool = True) -> Any:
-    """``tensor`` as another.
+    """Return ``tensor`` with another dtype, on another device.
 
     Raises: UnsupportedTypeError where torch has no way to it, NodeMemoryError.
     """
@@ -126,7 +126,7 @@ def converted(tensor: Any, device: Any, dtype: Any, what: str, *, copy: bool = T
 
 
 def of_bytes(flat: NDArray[np.uint8], dtype: Any, shape: Sequence[int]) -> Any:
-    """A tensor over an array of bytes. Of nothing torch makes no view."""
+    """Return a tensor over an array of bytes. Of nothing torch makes no view."""
     torch = import_torch()
     if not flat.size:
         return torch.empty(tuple(shape), dtype=dtype)
@@ -145,13 +145,13 @@ def promise(nbytes: int, what: str) -> memory.Promise:
 
 
 def new(shape: Sequence[int], dtype: Any, what: str) -> Any:
-    """As ``empty``, if there is memory for it. Raises: NodeMemoryError."""
+    """Return an uninitialized tensor if there is memory for it. Raises: NodeMemoryError."""
     require(prod(shape) * dtype.itemsize, what)
     return empty(shape, dtype)
 
 
 def empty(shape: Sequence[int], dtype: Any) -> Any:
-    """An uninitialized CPU tensor; large ones in huge pages, which are much faster to fill.
+    """Return an uninitialized CPU tensor; large ones in huge pages, which are faster to fill.
 
     Their memory is given back when the last tensor over it is gone.
     """
@@ -164,7 +164,7 @@ def empty(shape: Sequence[int], dtype: Any) -> Any:
 
 
 def array_of(tensor: Any) -> NDArray[Any]:
-    """A CPU tensor as a numpy array over the same memory and strides.
+    """Return a CPU tensor as a numpy array over the same memory and strides.
 
     float32 as such, all others as unsigned integers of their size.
     Raises: UsageError for a tensor without memory: torch's array of it has none either.

@@ -1,4 +1,4 @@
-"""A walk through a header that is not trusted: what is announced is compared with what is there."""
+"""Walk through an untrusted header: compare what it announces with the bytes that are there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIRST_READ = 1 << 18
 
 
 class Cursor:
-    """Walks the header, reading more of the file only when the walk gets there."""
+    """Walk the header, reading more of the file only when the walk gets there."""
 
     def __init__(self, read_at: ReadAt, size: int, path: str) -> None:
         self.read_at, self.size, self.path = read_at, size, path
@@ -62,7 +62,7 @@ class Cursor:
         return self.take(length, what).decode("utf-8", "surrogateescape")
 
     def name(self, what: str, kind: type[FormatError]) -> str:
-        """A metadata key or the name of a tensor. Unlike values these are printed: text only."""
+        """Read a metadata key or a tensor's name. Unlike values these are printed: text only."""
         at = self.pos
         (length,) = self.unpack(self.order.u64, what)
         if length > MAX_NAME:
@@ -80,7 +80,7 @@ class Cursor:
         return self.buffer[start:end]
 
     def skip_strings(self, count: int, what: str) -> None:
-        """The one hot loop: a vocabulary has hundreds of thousands of strings."""
+        """Skip strings. The one hot loop: a vocabulary has hundreds of thousands of them."""
         unpack, buffer, pos = self.order.u64.unpack_from, self.buffer, self.pos
         left = count
         while left:
@@ -110,7 +110,7 @@ class Cursor:
             self.pos += count * smallest
 
     def skip_arrays(self, count: int, what: str, depth: int) -> None:
-        """Arrays inside of an array. Empty ones are small: without a limit they are a bomb."""
+        """Skip arrays inside an array. Empty ones are small: without a limit they are a bomb."""
         if depth >= MAX_NESTING:
             self.fail(MetadataError, f"{what}: arrays nested over {MAX_NESTING} deep")
         self.arrays += count

@@ -50,7 +50,7 @@ MAX_ELEMENTS = 1 << 60  # so that their bytes, as any of our floats, count in 63
 
 
 class Table(NamedTuple):
-    """One of the two tables of a header: how much there can be of it."""
+    """Limits of one of the two tables of a header."""
 
     what: str
     smallest: int  # bytes of an entry
@@ -79,17 +79,17 @@ class TensorInfo(NamedTuple):
 
     @property
     def known(self) -> bool:
-        """Whether its type, and so its size, is."""
+        """Return whether the tensor's type, and so its size, is known."""
         return self.type_id in BLOCKS
 
     @property
     def problem(self) -> str:
-        """What there is to say of a type that is unknown."""
+        """Describe an unknown type, for an error."""
         return f"type {self.type_id} is {foreign_type(self.type_id).why}"
 
     @property
     def type_name(self) -> str:
-        """As ggml has it; of an unknown type whose it is and its id: "ik_llama.cpp:133"."""
+        """Return ggml's name of the type; an unknown one's is "ik_llama.cpp:133", owner and id."""
         if self.qtype is not None:
             return self.qtype.name
         return f"{foreign_type(self.type_id).family}:{self.type_id}"
@@ -151,7 +151,7 @@ NEWEST = 99  # higher numbers are no versions but damage
 
 
 def _version(cursor: Cursor) -> int:
-    """The version, with which the byte order becomes known."""
+    """Read the version, which also shows the byte order."""
     (found,) = cursor.unpack(cursor.order.u32, "version")
     swapped = int.from_bytes(found.to_bytes(4, "little"), "big")
     version, order = (found, "") if found <= swapped else (swapped, ", big-endian")

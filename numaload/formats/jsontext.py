@@ -58,7 +58,7 @@ DECODER = json.JSONDecoder(
 
 
 def parse_object(raw: bytes, path: str, kind: type[FormatError]) -> dict[str, Any]:
-    """All of a small file, built: for configurations. Raises: ``kind``."""
+    """Parse a small file whole: a configuration. Raises: ``kind``."""
     try:
         found = DECODER.decode(raw.decode())
     except (ValueError, RecursionError) as error:
@@ -69,7 +69,7 @@ def parse_object(raw: bytes, path: str, kind: type[FormatError]) -> dict[str, An
 
 
 class JsonText:
-    """Walks the text. ``kind`` is the error where it does not go on as it must.
+    """Walk the text. ``kind`` is the error to raise where it is not what it must be.
 
     pos counts characters of ``text``; ``start`` is the byte of the file at which it begins.
     """
@@ -107,7 +107,7 @@ class JsonText:
         return match[1]
 
     def string(self, what: str) -> str:
-        """A string, which is text: half of a surrogate pair is none."""
+        """Read a string. Half of a surrogate pair is refused: it is no text."""
         match = PLAIN.match(self.text, self.pos)
         if match is not None:
             self.pos = match.end()
@@ -129,7 +129,7 @@ class JsonText:
         return str(value)
 
     def members(self, what: str) -> Iterator[str]:
-        """The name of each member of an object; pos is then at its value, to go past."""
+        """Yield the name of each member; ``pos`` is then at its value, to walk past."""
         self.mark("{", f"{{ of {what}")
         if self.text.startswith("}", self.pos):
             self.mark("}", "")
@@ -153,7 +153,7 @@ class JsonText:
         return name
 
     def string_map(self, what: str) -> dict[str, str]:
-        """An object of strings only, each name once."""
+        """Read an object of strings only, each name once."""
         found: dict[str, str] = {}
         for name in self.members(what):
             if name in found:

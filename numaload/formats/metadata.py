@@ -79,7 +79,7 @@ class MetadataArray(Sequence[Any]):
 
     @property
     def offset(self) -> int:
-        """The byte of the file at which the elements begin."""
+        """Return the byte of the file at which the elements begin."""
         return self._place.offset
 
     @property
@@ -87,7 +87,7 @@ class MetadataArray(Sequence[Any]):
         return self._place.nbytes
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles have the values: the file is this process's."""
+        """Give copies and pickles the values: the open file is this process's own."""
         place = self._place._replace(read_at=None)  # type: ignore[arg-type] # not read again
         return vars(self) | {"_values": self._decoded(), "_place": place}
 
@@ -160,7 +160,7 @@ class Metadata(Mapping[str, Any]):
         return len(self._values)
 
     def type_name(self, key: str) -> str:
-        """How the file stores ``key``: "u32", "string", "array of f32", ..."""
+        """Return how the file stores ``key``: "u32", "string", "array of f32", ..."""
         value = self[key]
         if isinstance(value, MetadataArray):
             return f"array of {value.type_name}"
@@ -168,7 +168,7 @@ class Metadata(Mapping[str, Any]):
 
 
 class _Decoder:
-    """Values of one array, from bytes whose structure was walked before."""
+    """Decode one array from bytes whose structure was walked before."""
 
     def __init__(self, raw: bytes, order: ByteOrder) -> None:
         self.raw, self.order, self.pos = raw, order, 0

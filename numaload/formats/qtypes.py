@@ -123,6 +123,6 @@ FOREIGN = (
 
 
 def foreign_type(type_id: int) -> ForeignType:
-    """Whose a type id is that QuantType does not have."""
+    """Return which project uses a type id that QuantType does not have."""
     nobody = ForeignType(range(type_id, type_id + 1), "unknown", "unknown to this numaload")
     return next((row for row in FOREIGN if type_id in row.ids), nobody)

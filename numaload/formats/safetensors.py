@@ -87,24 +87,24 @@ class SafeTensorInfo(NamedTuple):
 
     @property
     def qtype(self) -> QuantType | None:
-        """The type of GGUF that is the same; None for those that only safetensors has."""
+        """Return the same type of GGUF; None where only safetensors has it."""
         return QTYPES.get(self.type_name)
 
     @property
     def type_id(self) -> int:
-        """GGUF's, or -1."""
+        """Return GGUF's id of the type, or -1."""
         return -1 if self.qtype is None else int(self.qtype)
 
     @property
     def problem(self) -> str:
-        """What there is to say of a type that GGUF does not have."""
+        """Describe a type that GGUF does not have, for an error."""
         if self.known:
             return f"type {self.type_name} is none of GGUF's: take torch() or buffer"
         return f"type {self.type_name} is unknown to this numaload"
 
     @property
     def known(self) -> bool:
-        """Whether its type is; where it lies is known of every tensor."""
+        """Return whether the tensor's type is known; its place in the file always is."""
         return self.type_name in BITS
 
 
@@ -119,7 +119,7 @@ class Header(NamedTuple):
 
     @property
     def version(self) -> int | None:
-        """The format has none."""
+        """Return None: the format has no version."""
         return None
 
     @property
@@ -128,7 +128,7 @@ class Header(NamedTuple):
 
 
 def looks_like(start: bytes) -> bool:
-    """Whether the first nine bytes of a file can begin a header."""
+    """Return whether the first nine bytes of a file can begin a header."""
     return start[LENGTH : LENGTH + 1] == b"{"
 
 
@@ -209,7 +209,7 @@ def _tensor_info(walk: JsonText, name: str, data_start: int) -> SafeTensorInfo:
 def _check_size(
     walk: JsonText, at: int, name: str, dtype: str, dims: tuple[int, ...], first: int, last: int
 ) -> None:
-    """What has the size that it says, and is not empty, has no need of this."""
+    """Check a tensor whose bytes do not match its shape, or that is empty."""
 
     def fail(why: str) -> NoReturn:
         walk.fail(f"tensor {name!r}: {why}", at, TensorInfoError)
@@ -230,7 +230,7 @@ def _check_size(
 
 
 def _check_layout(tensors: list[SafeTensorInfo], data_start: int, size: int, path: str) -> None:
-    """Every byte after the header is of exactly one tensor."""
+    """Check that every byte after the header belongs to exactly one tensor."""
     end, before = data_start, "the header"
     for tensor in tensors:
         if tensor.offset != end:

@@ -65,7 +65,7 @@ class ShardName(NamedTuple):
         return f"{self.prefix}-{number:05d}-of-{self.total:05d}{SUFFIX}"
 
     def indexes(self) -> list[str]:
-        """Names that an index of these files may have: the plain one, and that of a variant."""
+        """Return the names that an index of these files may have: plain, and of a variant."""
         folder, name = os.path.split(self.prefix)
         stem, _, variant = name.rpartition(".")
         names = [name + INDEX_SUFFIX]
@@ -75,7 +75,7 @@ class ShardName(NamedTuple):
 
 
 def shard_name(path: str) -> ShardName | None:
-    """What the file's name says of its place, or None where it is no shard's name."""
+    """Return what the file's name says of its place, or None where it is no shard's name."""
     match = SHARD.fullmatch(path)
     if match is None:
         return None
@@ -84,12 +84,12 @@ def shard_name(path: str) -> ShardName | None:
 
 
 def is_layout(path: str) -> bool:
-    """Whether ``path`` is no file of weights, but something that says where these are."""
+    """Return whether ``path`` is an index or a folder, which say where the weights are."""
     return path.endswith(".json") or os.path.isdir(path)
 
 
 def find_shards(given: str, read: ReadFile) -> Shards:
-    """The files of the model that is meant: by any shard, an index, a folder, or a single file.
+    """Return the files of a model, given by any shard, an index, a folder or a single file.
 
     Folders of the hub's cache are those of a repository or of one snapshot. What is no shard stands
     for itself, whatever it is.
@@ -168,7 +168,7 @@ def _weight_map(path: str, raw: bytes) -> dict[str, str]:
 
 
 def _check_name(name: str, index: str) -> None:
-    """A file inside of the folder, or of one in it."""
+    """Check that a name stays inside the index's folder."""
     parts = name.split("/")
     outside = {"", ".", ".."} & set(parts) or "\0" in name or len(name) > LONGEST_NAME
     if outside or not name.endswith(SUFFIX):
@@ -180,7 +180,7 @@ def _check_name(name: str, index: str) -> None:
 
 
 def _links(path: str) -> list[str]:
-    """``path`` and the links that it leads through, as far as they can be followed."""
+    """Return ``path`` and the links that it leads through, as far as they can be followed."""
     found = [path]
     while len(found) < MAX_LINKS:
         try:
@@ -192,7 +192,7 @@ def _links(path: str) -> list[str]:
 
 
 def _snapshot(folder: str, read: ReadFile) -> str:
-    """Of a repository in the hub's cache the snapshot that main is; other folders themselves."""
+    """Return the snapshot ``main`` of a repository in the hub's cache; other folders as given."""
     snapshots, main = os.path.join(folder, "snapshots"), os.path.join(folder, "refs", "main")
     if not os.path.isdir(snapshots):
         return folder
@@ -218,7 +218,7 @@ def _listed(folder: str) -> list[str]:
 
 
 def _in_folder(folder: str) -> str:
-    """The one file, shard or index that stands for the model in a folder."""
+    """Return the one file, shard or index that stands for the model in a folder."""
     names = _listed(folder)
     known = set(names)
     models = sorted({_model_of(name, known) for name in names if _is_ours(name)})
@@ -241,7 +241,7 @@ def _ending(names: Sequence[str], end: str) -> list[str]:
 
 
 def _model_of(name: str, names: set[str]) -> str:
-    """What stands for the model that a file belongs to: its index, or its first shard."""
+    """Return the index, or the first shard, of the model that a file belongs to."""
     shard = shard_name(name)
     if shard is None:
         return name

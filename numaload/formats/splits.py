@@ -33,7 +33,7 @@ class SplitName(NamedTuple):
 
 
 def split_name(path: str) -> SplitName | None:
-    """What the file's name says of its place, or None where it is no split's name."""
+    """Return what the file's name says of its place, or None where it is no split's name."""
     match = NAME.fullmatch(path)
     if match is None:
         return None
@@ -42,7 +42,7 @@ def split_name(path: str) -> SplitName | None:
 
 
 def split_link(path: str) -> str:
-    """``path``, or the first of the links it leads through that is named as a split file.
+    """Return ``path``, or the first link it leads through that is named as a split file.
 
     The name given counts first: hub caches link names with a number to files without. Where only
     a link further on has the number (``latest.gguf``), it is the one whose siblings can be found.
@@ -60,7 +60,7 @@ def split_link(path: str) -> str:
 
 
 def sibling_paths(path: str) -> list[str]:
-    """All files of the model that ``path`` is a part of, by name, in order; itself if no split.
+    """Return all files of ``path``'s model, by name, in order; only itself if it is no split.
 
     Names are those of ``split_link``. Raises: SplitError naming every file that is not there.
     """
@@ -73,7 +73,7 @@ def sibling_paths(path: str) -> list[str]:
 
 
 def all_there(paths: Iterable[str], total: int, what: str, by: str) -> list[str]:
-    """These paths, if something is at each. Raises: SplitError that names some of the others.
+    """Return these paths if each exists. Raises: SplitError that names some that do not.
 
     A name alone may announce 99,999 files: few of them are looked for where none is there.
     """
@@ -90,12 +90,12 @@ def all_there(paths: Iterable[str], total: int, what: str, by: str) -> list[str]
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of these names, for an error."""
+    """Return the first of these names, for an error."""
     return ", ".join(names[:NAMES]) + (", ..." if len(names) > NAMES else "")
 
 
 def is_there(path: str) -> bool:
-    """What cannot be looked at, as on a dead disk, is there: opening it will say what is wrong."""
+    """Return whether a file is there. On a dead disk it is: opening it will say what is wrong."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -106,7 +106,7 @@ def is_there(path: str) -> bool:
 
 
 def split_count(header: Header, path: str) -> int:
-    """How many files the header says the model has; 1 where it says nothing."""
+    """Return how many files the header says the model has; 1 where it says nothing."""
     count = header.metadata.get("split.count", 1)
     if type(count) is not int or not 0 <= count <= MAX_SPLITS:
         raise SplitError(f"split.count is {count!r}, expected 0 to {MAX_SPLITS}", path=path)
@@ -143,7 +143,7 @@ def check_splits(paths: Sequence[str], headers: Sequence[Header]) -> None:
 def _check_kinship(
     first_path: str, first: Mapping[str, Any], path: str, said: Mapping[str, Any]
 ) -> None:
-    """What two files both say must be the same. Most say little: only the first has a name."""
+    """Check that two files agree in what both say. Most say little: only the first has a name."""
     for key in said.keys() & first.keys():
         if said[key] != first[key]:
             raise SplitError(
@@ -165,7 +165,7 @@ def _short(value: Any) -> str:
 
 
 def _check_alignment(first_path: str, first: Header, path: str, header: Header) -> None:
-    """gguf-py aligns all files to general.alignment, but writes the key into the first alone.
+    """Check alignment: gguf-py uses general.alignment for all files, but writes it into the first.
 
     Such a file's weights seem to begin somewhat early. gguf-split aligns them as they say: then
     the file ends where its last tensor does, which tells one from the other.

@@ -14,7 +14,7 @@ from numaload.numa.sysfs import Reader, number_in
 def folders(
     controller: str, sys_root: str = "/sys", proc_root: str = "/proc", process: str = "self"
 ) -> Iterator[tuple[str, int]]:
-    """(folder, version) of every group that limits the process, from its own to the root.
+    """Yield (folder, version) of every group that limits the process, its own first.
 
     process: its id, as a folder of ``proc_root``.
     """
@@ -39,7 +39,7 @@ def folders(
 def cpu_quota(
     sys_root: str = "/sys", proc_root: str = "/proc", process: str = "self"
 ) -> float | None:
-    """How many CPUs' time the process may use at most, as in 1.5; None without a limit.
+    """Return how many CPUs' time the process may use, as in 1.5; None without a limit.
 
     It says nothing about which CPUs, and can be far below their number.
     """
@@ -57,6 +57,6 @@ def _quota_1(folder: str) -> tuple[int | None, int | None]:
 
 
 def _quota_2(folder: str) -> tuple[int | None, int | None]:
-    """``150000 100000`` in microseconds; ``max 100000`` is no limit."""
+    """Parse ``150000 100000``, in microseconds; ``max 100000`` is no limit."""
     quota, period = [*(Reader().text(f"{folder}/cpu.max") or "").split(), "", ""][:2]
     return number_in(quota), number_in(period)

@@ -56,7 +56,7 @@ class FileDevice:
 
 
 def gpus(sys_root: str = "/sys", proc_root: str = "/proc") -> list[Gpu]:
-    """All GPUs and accelerators on PCI, integrated and baseboard ones as well, by address."""
+    """Return all GPUs and accelerators on PCI, integrated and baseboard ones too, by address."""
     files, base = Reader(), f"{sys_root}/bus/pci/devices"
     found = []
     for address in files.names(base):
@@ -89,7 +89,7 @@ def _gpu(
 
 
 def _memory_node(files: Reader, status: str, nodes: str) -> int | None:
-    """From the NVIDIA driver's ``Node: 250``; it is no node before it was brought online."""
+    """Read the NVIDIA driver's ``Node: 250``; it is no node before it was brought online."""
     for line in (files.text(status) or "").splitlines():
         name, _, value = line.partition(":")
         node = number_in(value.strip())
@@ -109,7 +109,7 @@ def disk_of(
     proc_root: str = "/proc",
     numbers: tuple[int, int] | None = None,
 ) -> FileDevice:
-    """The disks under a file or a block device, and the nodes that they are attached to.
+    """Return the disks under a file or a block device, and the nodes they are attached to.
 
     Through partitions, device mapper, md and NVMe multipath. numbers: major and minor, to use
     recorded roots. Raises: ReadError where there is no such file; nothing for odd /sys trees.
@@ -146,7 +146,7 @@ def _numbers(path: str) -> tuple[int, int]:
 
 
 def disks_under(files: Reader, start: str) -> set[str]:
-    """Folders of the whole disks below partitions, device mapper and md."""
+    """Return the folders of the whole disks below partitions, device mapper and md."""
     found: set[str] = set()
     seen: set[str] = set()
     todo = [start]
@@ -166,7 +166,7 @@ def disks_under(files: Reader, start: str) -> set[str]:
 
 
 def _nodes_of(files: Reader, disk: str, top: str) -> Iterator[int]:
-    """The nearest node above the disk, or above each of its NVMe controllers."""
+    """Yield the nearest node above the disk, or above each of its NVMe controllers."""
     above = os.path.dirname(disk)
     starts = [disk]
     if os.path.basename(os.path.dirname(above)) == "nvme-subsystem":  # multipath

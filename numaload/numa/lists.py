@@ -16,7 +16,7 @@ WORDS = re.compile(rf"[0-9a-fA-F]{{0,{MAX_ID // 4}}}")
 
 
 def parse_list(text: str) -> list[int]:
-    """Ids in ascending order. ``text``: ``"0,2-3"``. Raises: ValueError.
+    """Return ids in ascending order. ``text``: ``"0,2-3"``. Raises: ValueError.
 
     Ranges may overlap, as long as they have no more than MAX_ID ids together.
     """
@@ -37,7 +37,7 @@ def parse_list(text: str) -> list[int]:
 
 
 def format_list(ids: Iterable[int]) -> str:
-    """The inverse: ``[0, 2, 3]`` is ``"0,2-3"``."""
+    """Return the inverse: ``[0, 2, 3]`` is ``"0,2-3"``."""
     runs: list[list[int]] = []
     for number in sorted(ids):
         if runs and number == runs[-1][1] + 1:
@@ -48,7 +48,7 @@ def format_list(ids: Iterable[int]) -> str:
 
 
 def parse_map(text: str) -> list[int]:
-    """Ids of a ``cpumap``: comma-separated 32-bit hexadecimal words, highest first.
+    """Return the ids of a ``cpumap``: comma-separated 32-bit hexadecimal words, highest first.
 
     Raises: ValueError.
     """
@@ -62,7 +62,7 @@ def parse_map(text: str) -> list[int]:
 def select(
     text: str, *, everything: Collection[int], known: Collection[int], local: int
 ) -> list[int]:
-    """The ids that a node string means: ``all``, ``local``, ``0,2-3``, ``!1`` (all but 1).
+    """Return the ids that a node string means: ``all``, ``local``, ``0,2-3``, ``!1`` (not 1).
 
     everything: what ``all`` means. known: what may be named. Raises: UsageError.
     """

@@ -37,7 +37,7 @@ class Mapping(NotCopyable):
     def view(
         self, offset: int = 0, nbytes: int | None = None, *, write: bool = False
     ) -> memoryview:
-        """The bytes as a flat buffer that keeps the range alive, read-only unless asked."""
+        """Return the bytes as a flat buffer that keeps the range alive, read-only unless asked."""
         if self.closed:
             raise ClosedError("this memory was closed")
         stop = self.length if nbytes is None else offset + nbytes
@@ -59,7 +59,7 @@ class Mapping(NotCopyable):
 
 
 def map_file(fd: int, length: int, *, write: bool = False) -> Mapping:
-    """A shared mapping of the first ``length`` bytes of a file. Raises: NumaError."""
+    """Map the first ``length`` bytes of a file, shared. Raises: NumaError."""
     prot = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
     try:
         return _map(length, prot, mmap.MAP_SHARED, fd)
@@ -70,7 +70,7 @@ def map_file(fd: int, length: int, *, write: bool = False) -> Mapping:
 
 
 def map_private(length: int) -> Mapping:
-    """Zeroed memory of this process, with huge pages asked for where the kernel gives them.
+    """Map zeroed memory of this process, in huge pages where the kernel gives them.
 
     Raises: NodeMemoryError where the process may not have so much address space.
     """

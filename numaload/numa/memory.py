@@ -36,7 +36,7 @@ class Limit(NamedTuple):
 
 
 def fields(path: str) -> dict[str, int]:
-    """Lines ``[Node 0] Name: 12 kB`` or ``name 12`` as bytes; empty where there is no such file."""
+    """Parse lines ``[Node 0] Name: 12 kB`` or ``name 12`` to bytes; no file: an empty dict."""
     found: dict[str, int] = {}
     try:
         with open(path, encoding="ascii", errors="replace") as file:
@@ -59,7 +59,7 @@ def reserve(total: int) -> int:
 
 
 def node_free(node: int, sys_root: str = "/sys", proc_root: str = "/proc") -> int | None:
-    """Bytes that strictly bound memory can take on this node without an OOM kill.
+    """Return the bytes that strictly bound memory can take on this node without an OOM kill.
 
     Free pages and clean page cache, less a reserve. None where the kernel does not say; an absent
     node has none.
@@ -75,7 +75,7 @@ def node_free(node: int, sys_root: str = "/sys", proc_root: str = "/proc") -> in
 
 
 def _estimated(info: dict[str, int]) -> int:
-    """FilePages would be wrong: it counts shared memory, which cannot be given back."""
+    """Estimate a node's room. FilePages would be wrong: shared memory cannot be given back."""
     cache = info.get("Active(file)", 0) + info.get("Inactive(file)", 0)
     clean = max(0, cache - info.get("Dirty", 0) - info.get("Writeback", 0))
     slab = info.get("SReclaimable", 0) // 2  # part of it stays in use
@@ -83,7 +83,7 @@ def _estimated(info: dict[str, int]) -> int:
 
 
 def node_unused(node: int, sys_root: str = "/sys") -> int | None:
-    """Bytes of free pages of this node, less a reserve: what unbound memory can take there.
+    """Return the free pages of a node in bytes, less a reserve: room for unbound memory.
 
     Where only page cache could make room, the kernel takes another node's free pages instead.
     None where the kernel does not say.
@@ -95,7 +95,7 @@ def node_unused(node: int, sys_root: str = "/sys") -> int | None:
 
 
 def machine_available(proc_root: str = "/proc") -> Limit | None:
-    """What can be used without swapping, as the kernel thinks; None where it does not say."""
+    """Return what the kernel thinks fits without swapping; None where it does not say."""
     info = fields(f"{proc_root}/meminfo")
     if "MemAvailable" in info:
         return Limit("this machine (MemAvailable)", info["MemAvailable"])
@@ -105,7 +105,7 @@ def machine_available(proc_root: str = "/proc") -> Limit | None:
 
 
 def cgroup_limits(sys_root: str = "/sys", proc_root: str = "/proc") -> Iterator[Limit]:
-    """Room under every memory limit above this process; page cache counts as room."""
+    """Yield the room under every memory limit above this process; page cache counts as room."""
     for folder, maximum, current in _cgroup_folders(sys_root, proc_root):
         limit, used = _number(f"{folder}/{maximum}"), _number(f"{folder}/{current}")
         if limit is None or used is None:
@@ -122,7 +122,7 @@ def cgroup_limits(sys_root: str = "/sys", proc_root: str = "/proc") -> Iterator[
 
 
 def _cgroup_folders(sys_root: str, proc_root: str) -> Iterator[tuple[str, str, str]]:
-    """(folder, name of its limit, name of its usage) from this process's group to the root."""
+    """Yield (folder, limit's file, usage's file) from this process's group to the root."""
     names = {  # memory.high kills nobody but lets a process crawl
         2: (("memory.max", "memory.high"), "memory.current"),
         1: (("memory.limit_in_bytes",), "memory.usage_in_bytes"),
@@ -141,13 +141,13 @@ def _number(path: str) -> int | None:
 
 
 def known_limits(sys_root: str = "/sys", proc_root: str = "/proc") -> list[Limit]:
-    """The machine's and the cgroups', as far as the kernel shows them."""
+    """Return the machine's and the cgroups' limits, as far as the kernel shows them."""
     machine = machine_available(proc_root)
     return [*([machine] if machine else []), *cgroup_limits(sys_root, proc_root)]
 
 
 def available(sys_root: str = "/sys", proc_root: str = "/proc") -> Limit:
-    """The tightest of them; UNKNOWN bytes are free where none is shown."""
+    """Return the tightest known limit; UNKNOWN bytes are free where none is shown."""
     return tightest(known_limits(sys_root, proc_root))
 
 
@@ -157,7 +157,7 @@ def tightest(limits: list[Limit]) -> Limit:
 
 
 def _process_limits() -> Iterator[Limit]:
-    """Of ulimit -v and -d, where they are set; statm: proc_pid_statm(5)."""
+    """Yield the room under ulimit -v and -d, where they are set; statm: proc_pid_statm(5)."""
     for name, which, column in (("v", resource.RLIMIT_AS, 0), ("d", resource.RLIMIT_DATA, 5)):
         soft, _ = resource.getrlimit(which)
         if soft == resource.RLIM_INFINITY:

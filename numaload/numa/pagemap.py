@@ -22,7 +22,7 @@ WALKED = 4  # index of the field that says how far it came
 
 
 def huge_bytes(ranges: Sequence[tuple[int, int]]) -> list[int] | None:
-    """Bytes mapped by huge pages of each (address, bytes); None where the kernel does not tell."""
+    """Return the bytes of each (address, bytes) that huge pages map; None: the kernel hides it."""
     try:
         with open(PAGEMAP, "rb", buffering=0) as file:
             return [_huge_bytes(file.fileno(), start, start + length) for start, length in ranges]

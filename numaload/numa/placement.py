@@ -64,7 +64,7 @@ class Placement:
 
     @property
     def even(self) -> bool:
-        """Whether nodes that share a replica have like parts of it, as far as it can be divided."""
+        """Return whether nodes that share a replica have equal parts, as far as it divides."""
         fair = self.pages / max(1, len(self.asked))
         least = fair * LEAST_SHARE - self.ranges * INDIVISIBLE // PAGE
         return all(self.on.get(node, 0) >= least for node in self.asked)
@@ -133,7 +133,7 @@ class Area(NamedTuple):
 
 
 def _inside(areas: Sequence[Area], ranges: Sequence[Range]) -> Iterator[Counter[int]]:
-    """The counts of each range, summed. ``areas`` ascend, as the kernel lists them.
+    """Yield the counts of each range, summed. ``areas`` ascend, as the kernel lists them.
 
     A range is a whole Mapping: no area reaches beyond one.
     """
@@ -146,7 +146,7 @@ def _inside(areas: Sequence[Area], ranges: Sequence[Range]) -> Iterator[Counter[
 
 
 def count_pages(ranges: Sequence[Range]) -> Iterator[dict[int, int]]:
-    """For each (address, length): {node: pages mapped there}, from /proc/self/numa_maps.
+    """Yield {node: pages mapped there} of each (address, length), from /proc/self/numa_maps.
 
     Where that file is hidden, by move_pages. A kernel without NUMA has neither, and no nodes:
     there, what is mapped is on node 0. Raises: NumaError.
@@ -190,7 +190,7 @@ def _by_move_pages(address: int, length: int) -> dict[int, int]:
 
 
 def parse_numa_maps(lines: Iterable[str]) -> list[Area]:
-    """{node: base pages} of each mapped range that has any.
+    """Return {node: base pages} of each mapped range that has any.
 
     ``7f3e00000000 bind:1 file=/dev/shm/x dirty=512 N1=512 kernelpagesize_kB=4``: the policy may
     hold a space, the file name is escaped, and N counts are in units of kernelpagesize.
@@ -207,7 +207,7 @@ def parse_numa_maps(lines: Iterable[str]) -> list[Area]:
 
 
 def sample(ranges: Sequence[Range], samples: int = SAMPLES) -> dict[int, int]:
-    """{node, or -1: pages} of random pages, by move_pages; empty where the call is refused.
+    """Return {node, or -1: pages} of random pages, by move_pages; empty where that is refused.
 
     All pages where there are no more than ``samples``.
     """
@@ -231,7 +231,7 @@ def sample(ranges: Sequence[Range], samples: int = SAMPLES) -> dict[int, int]:
 
 
 def _huge_bytes(ranges: Sequence[Range]) -> Iterator[int]:
-    """For each range: bytes of it that are mapped by huge pages; 0 where nobody tells."""
+    """Yield the bytes of each range that huge pages map; 0 where nobody tells."""
     found = pagemap.huge_bytes(ranges)
     if found is not None:
         return iter(found)
@@ -244,7 +244,7 @@ def _huge_bytes(ranges: Sequence[Range]) -> Iterator[int]:
 
 
 def parse_smaps(lines: Iterable[str], fields: Collection[str]) -> list[tuple[int, int]]:
-    """(first address, bytes in these fields together) of each mapped range."""
+    """Return (first address, bytes in these fields together) of each mapped range."""
     areas: list[list[int]] = []
     for line in lines:
         head, _, rest = line.partition(" ")

@@ -16,7 +16,7 @@ from numaload.numa.syscalls import PAGE
 
 
 def why_not_bound(nodes: Collection[int]) -> NumaUnavailableError | None:
-    """None where memory binds to each of these nodes, else what keeps it from that.
+    """Return None where memory binds to each of these nodes, else what keeps it from that.
 
     Raises: NumaError for a node that is absent, has no memory or is not allowed here.
     """
@@ -36,7 +36,7 @@ def why_not_bound(nodes: Collection[int]) -> NumaUnavailableError | None:
 
 
 def _land(node: int) -> set[int]:
-    """The node that a page bound to ``node`` is on; empty where nobody tells."""
+    """Return the node that a page bound to ``node`` is on; empty where nobody tells."""
     with map_private(PAGE) as mapping:
         bind(mapping, [node])
         if memory.node_free(node) == 0:  # a page bound to a full node may cost a process its life

@@ -1,4 +1,4 @@
-"""Whether what a thread does is still wanted, and how far it came: asked and told by who waits."""
+"""Cancelling and progress: whether a thread's work is still wanted, and how far it came."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _locks: WeakSet[Any] = WeakSet()
 
 @contextmanager
 def until(over: Callable[[], bool]) -> Iterator[None]:
-    """What this thread does inside is not wanted any more as soon as ``over()`` is true."""
+    """Give up what this thread does inside as soon as ``over()`` is true."""
     before = getattr(_local, "over", ())
     _local.over = (*before, over)
     try:
@@ -30,12 +30,12 @@ def until(over: Callable[[], bool]) -> Iterator[None]:
 
 
 def stopping() -> bool:
-    """Whether nobody wants any more what this thread does now."""
+    """Return whether nobody wants what this thread does now any more."""
     return any(over() for over in getattr(_local, "over", ()))
 
 
 def at_work() -> bool:
-    """Whether this thread works for another one. It must not wait for others that do.
+    """Return whether this thread works for another one: it must not wait for others that do.
 
     Garbage is collected in any thread: also what would wait for that thread's own work.
     """
@@ -43,7 +43,7 @@ def at_work() -> bool:
 
 
 def renewed(lock: L) -> L:
-    """The same lock, which is open in forked children: whoever held it is not there."""
+    """Return the same lock, open in forked children: whoever held it is not there."""
     _locks.add(lock)
     return lock
 
@@ -67,7 +67,7 @@ def check_process(pid: int) -> None:
 
 
 class Steps:
-    """Bytes done, counted by threads, and told to the callback of the thread that waits for them.
+    """Count bytes that threads have done, and tell the callback of the thread that waits.
 
     It is called there with no lock held, so it may call anything.
     """

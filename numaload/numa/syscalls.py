@@ -70,7 +70,7 @@ class Binding(NamedTuple):
 
 @cache
 def binding() -> Binding:
-    """libnuma's symbols where it loads, else raw system calls.
+    """Return libnuma's symbols where it loads, else raw system calls.
 
     Where both are missing the calls raise NumaUnavailableError: much can be done without them.
     """
@@ -121,7 +121,7 @@ def _failed(call: str, what: str) -> NumaError:
 
 
 def _refused(call: str, what: str, nodes: Collection[int] = ()) -> NumaError:
-    """The error of a policy call, with what to do about it."""
+    """Return the error of a policy call, with what to do about it."""
     code = ctypes.get_errno()
     kind = NumaUnavailableError if code in (errno.EPERM, errno.ENOSYS) else NumaError
     hint = f" ({HINTS[code]})" if code in HINTS else ""
@@ -146,13 +146,13 @@ def mbind(address: int, length: int, mode: int, nodes: Collection[int]) -> None:
 
 
 def set_mempolicy(mode: int, nodes: Collection[int]) -> None:
-    """Policy of the calling thread's own allocations, page cache that it reads included."""
+    """Set the policy of the calling thread's allocations, page cache that it reads included."""
     if binding().calls["set_mempolicy"](mode, _mask(nodes), MASK_BITS + 1) != 0:
         raise _refused("set_mempolicy", f"node {format_list(nodes)}", nodes)
 
 
 def get_mempolicy() -> tuple[int, list[int]]:
-    """Mode and nodes of the calling thread's policy."""
+    """Return mode and nodes of the calling thread's policy."""
     mode, mask = _int(), _Mask()
     if binding().calls["get_mempolicy"](ctypes.byref(mode), mask, MASK_BITS + 1, None, 0) != 0:
         raise _refused("get_mempolicy", "this thread")
@@ -161,7 +161,7 @@ def get_mempolicy() -> tuple[int, list[int]]:
 
 
 def pages_nodes(addresses: Sequence[int]) -> list[int]:
-    """The node of each page by move_pages; negative errno where there is none (-2: not in RAM)."""
+    """Return each page's node by move_pages; a negative errno where none (-2: not in RAM)."""
     count = len(addresses)
     pages, status = (_void_p * count)(*addresses), (_int * count)(*[-(1 << 20)] * count)
     if binding().calls["move_pages"](0, count, pages, None, status, 0) < 0:
@@ -183,7 +183,7 @@ def move_pages(addresses: Sequence[int], nodes: Sequence[int]) -> list[int]:
 
 
 def mmap_at(address: int, length: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
-    """mmap(2); the address it gave. Raises: NumaError."""
+    """Call mmap(2); return the address. Raises: NumaError."""
     result = _libc().mmap(address, length, prot, flags, fd, offset)
     if result is None or result == ctypes.c_void_p(-1).value:
         raise _failed("mmap", f"{length} bytes")
@@ -196,12 +196,12 @@ def munmap(address: int, length: int) -> None:
 
 
 def madvise(address: int, length: int, advice: int) -> int:
-    """madvise(2) as it answers: 0, or an errno that the caller decides about."""
+    """Call madvise(2); return 0, or an errno that the caller decides about."""
     return ctypes.get_errno() if _libc().madvise(address, length, advice) != 0 else 0
 
 
 def mlock_on_fault(address: int, length: int) -> int:
-    """mlock2(2): pages stay in RAM from when they are mapped on. 0, or an errno as it answers."""
+    """Call mlock2(2): pages stay in RAM once they are mapped. Return 0, or an errno."""
     try:
         call = _libc().mlock2
     except AttributeError:  # a C library before 2018
@@ -211,7 +211,7 @@ def mlock_on_fault(address: int, length: int) -> int:
 
 
 def mincore(address: int, length: int) -> bytes:
-    """A byte per page of the range, 1 where it is in RAM."""
+    """Return a byte per page of the range, 1 where it is in RAM."""
     vector = ctypes.create_string_buffer(-(-length // PAGE))
     if _libc().mincore(address, length, vector) != 0:
         raise _failed("mincore", f"{length} bytes")
@@ -246,7 +246,7 @@ def _cachestat() -> Callable[..., int] | None:
 
 
 def cachestat(fd: int, offset: int, length: int) -> CacheStat | None:
-    """Page cache of ``length`` bytes from ``offset``, 0 for all that follow. Maps nothing.
+    """Count page cache of ``length`` bytes from ``offset``; 0: all that follow. Map nothing.
 
     None where the kernel does not tell: before Linux 6.5, in a sandbox that does not know the
     call, on hugetlbfs, and on later kernels to those who neither own nor may write the file.
@@ -263,14 +263,14 @@ def cachestat(fd: int, offset: int, length: int) -> CacheStat | None:
 
 
 def file_system(fd: int) -> int:
-    """The kernel's number of the file system that a file is on, of linux/magic.h; 0: unknown."""
+    """Return the number of a file's file system (linux/magic.h); 0: unknown."""
     status = ctypes.create_string_buffer(STATFS_BYTES)
     failed = _libc().fstatfs(fd, status) != 0
     return 0 if failed else ctypes.c_long.from_buffer(status).value & 0xFFFFFFFF
 
 
 def memory_at(address: int, nbytes: int) -> ctypes.Array[ctypes.c_ubyte]:
-    """The bytes at an address as an object with the buffer protocol. It owns nothing."""
+    """Return the bytes at an address as an object with the buffer protocol. It owns nothing."""
     return (ctypes.c_ubyte * nbytes).from_address(address)
 
 
@@ -279,7 +279,7 @@ def address_of(array: ctypes.Array[ctypes.c_ubyte]) -> int:
 
 
 def openmp_places() -> list[frozenset[int]] | None:
-    """CPUs of every place that the libgomp of this process binds to; empty where it binds nothing.
+    """Return the CPUs of every place that this process's libgomp binds to; empty: it binds none.
 
     None where that is not known: there is no OpenMP library, or another that must not be asked,
     since the question itself would make it pin. Source: OpenMP 4.5, 3.2.23 to 3.2.25.

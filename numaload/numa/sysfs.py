@@ -33,7 +33,7 @@ class Reader:
             warn_once(problem, problem)
 
     def text(self, path: str) -> str | None:
-        """Without blanks around it; None where there is no such file or it cannot be read."""
+        """Return a file's text, stripped; None where it is not there or cannot be read."""
         try:
             with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
                 return file.read(MOST).strip(BLANK)
@@ -44,7 +44,7 @@ class Reader:
         return None
 
     def names(self, path: str) -> list[str]:
-        """What is in a folder, in order; nothing where there is none."""
+        """Return the names in a folder, in order; none where it is not there."""
         try:
             return sorted(os.listdir(path))
         except OSError as error:
@@ -54,7 +54,7 @@ class Reader:
         return []
 
     def ids(self, path: str, parse: Callable[[str], list[int]] = parse_list) -> list[int] | None:
-        """None where there is no such file or no such list in it."""
+        """Return the ids in a file; None where it is not there or holds no such list."""
         text = self.text(path)
         return None if text is None else self.listed(path, text, parse)
 
@@ -68,7 +68,7 @@ class Reader:
         return None
 
     def numbers(self, path: str) -> list[int] | None:
-        """Words of one line; None where there is no such file or one of them is no number."""
+        """Return the numbers of one line; None where it is not there or a word is no number."""
         words = (self.text(path) or "").split()
         found = [number for number in map(number_in, words) if number is not None]
         if len(found) == len(words):
@@ -77,7 +77,7 @@ class Reader:
         return None
 
     def number(self, path: str) -> int | None:
-        """None too where there is something else: ``max``, or nothing."""
+        """Return a file's one number; None where it says anything else, as ``max``."""
         return number_in(self.text(path) or "")
 
 

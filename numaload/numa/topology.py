@@ -37,7 +37,7 @@ class Node:
 
     @property
     def why_not(self) -> str:
-        """What keeps this node from being used like any other, or an empty string."""
+        """Say what keeps this node from being used like any other, or return an empty string."""
         if not self.has_memory:
             return "has no memory"
         if not self.memory_allowed:
@@ -58,7 +58,7 @@ class Topology:
 
     @property
     def all(self) -> list[int]:
-        """Nodes that ``--nodes all`` means: the usable memory nearest to each allowed CPU.
+        """Return the nodes that ``--nodes all`` means: the usable memory nearest to each CPU.
 
         A node with both is its own nearest. CPUs whose node has no memory, or none that this
         process may use, are served by another, which may have no CPUs itself.
@@ -69,17 +69,17 @@ class Topology:
 
     @property
     def usable(self) -> list[int]:
-        """Nodes that may be named: with memory that is allowed, CPUs or not."""
+        """Return the nodes that may be named: with memory that is allowed, CPUs or not."""
         return [n.id for n in self.nodes.values() if n.has_memory and n.memory_allowed]
 
     @property
     def left_out(self) -> dict[int, str]:
-        """{node: why ``all`` does not include it}."""
+        """Return {node: why ``all`` does not include it}."""
         included = self.all
         return {n.id: n.why_not for n in self.nodes.values() if n.id not in included}
 
     def groups(self, nodes: Sequence[int], per: str = "node") -> list[Group]:
-        """The nodes that share one replica, for every replica that these nodes get.
+        """Return a group of nodes for each replica: the nodes that share it.
 
         per: "node", or "socket": the nodes of one physical package together. A node without CPUs
         belongs to the socket of the nearest node with CPUs. A node stays alone where the firmware
@@ -98,12 +98,12 @@ class Topology:
 
     @property
     def sockets(self) -> list[Group]:
-        """``all``, the nodes of one socket together."""
+        """Return ``all``, the nodes of one socket together."""
         return self.groups(self.all, "socket")
 
     @property
     def copies_note(self) -> str:
-        """What ``all`` costs where sockets have several nodes, or an empty string."""
+        """Say what ``all`` costs where sockets have several nodes, or return an empty string."""
         every, sockets = len(self.all), len(self.sockets)
         if sockets == every:
             return ""
@@ -121,28 +121,28 @@ class Topology:
         return only[0] if len(only) == 1 else None
 
     def _nearest_with_cpus(self, node: Node) -> list[Node]:
-        """All that are equally near; none where distances are unknown."""
+        """Return all nodes with CPUs that are equally near; none where distances are unknown."""
         known = [n for n in self.nodes.values() if n.cpus and n.id in node.distances]
         nearest = min((node.distances[n.id] for n in known), default=0)
         return [n for n in known if node.distances[n.id] == nearest]
 
     @property
     def cpus(self) -> frozenset[int]:
-        """All CPUs this process may run on."""
+        """Return all CPUs this process may run on."""
         return frozenset().union(*(n.usable_cpus for n in self.nodes.values()))
 
     def node_of_cpu(self, cpu: int) -> int | None:
         return next((n.id for n in self.nodes.values() if cpu in n.cpus), None)
 
     def local(self) -> int:
-        """The usable node nearest to the CPUs that the calling thread may run on now."""
+        """Return the usable node nearest to the CPUs that the calling thread may run on now."""
         cpus = os.sched_getaffinity(0)
         here = [n for n in self.nodes.values() if n.cpus & cpus]
         most = max(here or self.nodes.values(), key=lambda n: len(n.cpus & cpus))
         return self.nearest(most.id, self.usable)
 
     def nearest(self, node: int, among: Collection[int]) -> int:
-        """The node among these with the smallest distance from ``node`` (itself if it is one)."""
+        """Return the node among these that is nearest to ``node`` (itself if it is one)."""
         if not among:
             raise UsageError("no usable node to choose from")
         here = self.nodes.get(node)  # stored replicas may be of a node that is gone
@@ -150,15 +150,15 @@ class Topology:
         return min(among, key=lambda other: (other != node, distances.get(other, 255), other))
 
     def threads_node(self, node: int) -> int:
-        """Where the threads run that work for ``node``: itself, or the nearest with CPUs."""
+        """Return the node whose CPUs work for ``node``: itself, or the nearest with CPUs."""
         return self.nearest(node, [n.id for n in self.nodes.values() if n.usable_cpus])
 
     def cpus_of(self, nodes: Iterable[int]) -> frozenset[int]:
-        """The CPUs that this process may use beside these nodes."""
+        """Return the CPUs that this process may use beside these nodes."""
         return frozenset().union(*(self.nodes[self.threads_node(n)].usable_cpus for n in nodes))
 
     def select(self, nodes: str | int | Iterable[int]) -> list[int]:
-        """Node ids from ``"all"``, ``"0,2-3"``, ``"!1"``, ``"local"``, an id or ids.
+        """Return node ids from ``"all"``, ``"0,2-3"``, ``"!1"``, ``"local"``, an id or ids.
 
         Raises: UsageError for an id that is not usable here.
         """
@@ -249,8 +249,9 @@ def _node(
     memory_allowed: bool,
     distances: dict[int, int],
 ) -> Node | None:
-    """None if it went away meanwhile. listed: whether the kernel's list of nodes with memory has
-    it, if there is such a list.
+    """Read a node; None if it went away meanwhile.
+
+    listed: whether the kernel's list of nodes with memory has it, if there is such a list.
     """
     seen = Reader()
     cpus = frozenset(_cpus(seen, path))
@@ -284,7 +285,7 @@ def _cpus(files: Reader, path: str) -> list[int]:
 
 
 def _distances(files: Reader, base: str, ids: list[int]) -> dict[int, dict[int, int]]:
-    """{node: {other: distance}}. A row lists the online nodes in the order of ids, not by id."""
+    """Return {node: {other: distance}}. A row lists the online nodes in the order of ids."""
     possible, online = files.ids(f"{base}/possible") or [], set(ids)
     distances: dict[int, dict[int, int]] = {}
     for node in ids:
@@ -300,13 +301,13 @@ def _distances(files: Reader, base: str, ids: list[int]) -> dict[int, dict[int, 
 
 
 def _packages(files: Reader, base: str, cpus: Collection[int]) -> tuple[int, ...]:
-    """Sockets; -1, where the firmware does not say, is none."""
+    """Return the sockets of these CPUs; -1, where firmware does not say, is left out."""
     found = (files.number(f"{base}/cpu{cpu}/topology/physical_package_id") for cpu in cpus)
     return tuple(sorted({package for package in found if package is not None and package >= 0}))
 
 
 def _single_node(files: Reader, sys_root: str, proc_root: str, allowed: frozenset[int]) -> Node:
-    """A kernel without NUMA support, or one that may not be asked: everything is node 0."""
+    """Return node 0 with everything: the kernel has no NUMA support, or may not be asked."""
     system = f"{sys_root}/devices/system"
     if os.path.isdir(f"{system}/node") or not os.path.isdir(f"{system}/cpu"):
         files.note(f"{system}/node", "shows no node: the whole machine is taken as one")

@@ -101,7 +101,7 @@ class Workers:
         grain: int = 1,
         stop: threading.Event | None = None,
     ) -> list[Future[None]]:
-        """The same without waiting, for work on several nodes at once; none begins after ``stop``.
+        """Do the same without waiting, for work on several nodes; none begins after ``stop``.
 
         A future for each thread, not for each piece: that costs as much as a million weights.
         """
@@ -132,7 +132,7 @@ class Workers:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """What this thread submits inside it does itself: others may need a lock that it has.
+    """Have this thread do what it submits inside: others may need a lock that it holds.
 
     It is garbage that does, collected at any moment, and signal handlers.
     """
@@ -180,7 +180,7 @@ def finish(
 
 
 def _tell(futures: list[Future[T]], steps: Steps) -> None:
-    """Until all have ended, or one with an error."""
+    """Tell the callback how far it is, until all have ended, or one with an error."""
     with _alone():
         for future in futures:
             future.add_done_callback(steps.news.put)
@@ -205,13 +205,13 @@ def _wait(futures: list[Future[T]], *how: Any) -> Any:
 
 
 def _settled(futures: list[Future[T]]) -> bool:
-    """Waits, too. Ctrl-C that comes just as waiting begins would be noticed only at its end."""
+    """Wait a while; return whether nothing is left to wait for. Ctrl-C is noticed in between."""
     done, running = _wait(futures, NOTICE_S, FIRST_EXCEPTION)
     return not running or any(not f.cancelled() and f.exception() for f in done)
 
 
 def _settle(futures: list[Future[None]], stop: threading.Event) -> None:
-    """Until none runs any more, whatever signals come: they write to memory of their caller's."""
+    """Wait until none runs, whatever signals come: they write to memory of their caller's."""
     pid = os.getpid()
     while os.getpid() == pid:
         try:
@@ -229,7 +229,7 @@ _lock = threading.RLock()  # garbage that is collected inside may need a pool
 
 
 def pool(topology: Topology, nodes: Collection[int] = (), count: int | None = None) -> Workers:
-    """The pool of these nodes' CPUs, or of all this process may use; kept as long as that lives."""
+    """Return the pool of these nodes' CPUs, or of all allowed ones; it lives with the process."""
     cpus = topology.cpus
     if nodes:
         cpus = topology.cpus_of(nodes)
@@ -241,7 +241,7 @@ def pool(topology: Topology, nodes: Collection[int] = (), count: int | None = No
 
 
 def _forget() -> None:
-    """A forked child has none of its parent's threads."""
+    """Drop the pools in a forked child: it has none of its parent's threads."""
     global _lock  # noqa: PLW0603 - the old one may be held by a thread that is gone
     _pools.clear()
     _lock = threading.RLock()

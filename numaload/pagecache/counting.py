@@ -1,4 +1,4 @@
-"""How many bytes of any range of a file are in RAM: by whichever call tells, and how exactly.
+"""Count the bytes of any range of a file that are in RAM: by whichever call tells.
 
 cachestat(2) counts a range at once. mincore(2) has to be asked about every page; about a very large
 file it is asked about random ones, and the error is stated.
@@ -35,7 +35,7 @@ Counted = tuple[int, int]  # bytes, and the error of that at 95 %
 
 
 class Counting:
-    """Of one file: ``counting(start, stop, samples)`` are its resident bytes there."""
+    """Count a file's resident bytes: ``counting(start, stop, samples)``."""
 
     how, known = "unknown", False
 
@@ -46,7 +46,7 @@ class Counting:
         return 0, 0
 
     def runs(self) -> Runs | None:
-        """None where only samples were taken."""
+        """Return the resident runs; None where only samples were taken."""
         return Runs(residency(self.file))
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class Runs:
         return self._before[which] + min(place, last) - first
 
     def within(self, start: int, stop: int) -> Iterator[Run]:
-        """The runs, cut to a range."""
+        """Yield the runs, cut to a range."""
         first = max(0, bisect_right(self._starts, start) - 1)
         for i in range(first, bisect_left(self._starts, stop)):
             a, b = max(start, self._runs[i][0]), min(stop, self._runs[i][1])
@@ -136,7 +136,7 @@ class BySamples(Counting):
 
 
 def counting(file: SourceFile) -> Counting:
-    """The way of counting that this kernel has for this file."""
+    """Return the way of counting that this kernel has for this file."""
     how = asked_by(file)
     if how == "mincore" and file.size > SAMPLED_FROM:
         how = BySamples.how
@@ -151,12 +151,12 @@ def is_resident(mapping: Mapping, page: int) -> bool:
 
 
 def spread(first: int, end: int, count: int) -> Iterator[int]:
-    """``count`` random pages, one from each of as many equal parts of the range, in order."""
+    """Yield ``count`` random pages, one from each of as many equal parts, in order."""
     each = (end - first) / count
     for i in range(count):
         yield min(end - 1, first + int((i + random.random()) * each))  # noqa: S311
 
 
 def uncertain(share: float, samples: int) -> float:
-    """The error of a sampled share at 95 %: at most as of samples that are not spread."""
+    """Return the error of a sampled share at 95 %: at most that of samples not spread."""
     return max(Z * sqrt(share * (1 - share) / samples), NONE_OF / samples)

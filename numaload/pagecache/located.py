@@ -1,4 +1,4 @@
-"""On which nodes the resident pages of a file are. Where only one node has memory, on that.
+"""Find the nodes of a file's resident pages. Where only one node has memory, it is that.
 
 The kernel tells the node of a page that is mapped (move_pages), so what is in RAM is mapped: all of
 it up to 8 GiB of a file, and random pages of more, with the error of that stated.
@@ -68,7 +68,7 @@ class ByEveryPage(Locating):
                     self._pieces.append(self._named(mapping.address + start, there))
 
     def _named(self, address: int, there: bytes) -> bytes:
-        """For each page 1 + the index of its node in ``_names``, or 0."""
+        """Return for each page 1 + the index of its node in ``_names``, or 0."""
         pages = [i for i, is_there in enumerate(there) if is_there]
         found, named = bytearray(len(there)), {node: i for i, node in enumerate(self._names, 1)}
         nodes = syscalls.pages_nodes([address + i * PAGE for i in pages])
@@ -112,7 +112,7 @@ class BySamples(Locating):
         return _divided(resident, counts), min(resident, round(error * resident))
 
     def _pages(self, start: int, stop: int, samples: int) -> Iterator[int]:
-        """Random ones, of those that are known to be resident or else of all."""
+        """Yield random pages, of those known to be resident or else of all."""
         runs = [(start, stop)] if self._runs is None else self._runs.within(start, stop)
         pages = [range(a // PAGE, -(-b // PAGE)) for a, b in runs]
         firsts = list(accumulate(map(len, pages), initial=0))
@@ -134,7 +134,7 @@ class ByNumaMaps(Locating):
 
 
 def locating(file: SourceFile, count: Counting, nodes: Sequence[int], resident: int) -> Locating:
-    """The way for this file. nodes: those that have memory; resident: bytes of it that are."""
+    """Return the way for this file. nodes: those with memory; resident: its bytes in RAM."""
     if len(nodes) == 1:
         return OnOneNode(nodes[0])
     if not (resident and may_ask(file)):
@@ -157,7 +157,7 @@ def _may_ask_pages() -> bool:
 
 
 def _divided(nbytes: int, pages: Mapping[int, int]) -> dict[int, int]:
-    """Bytes in the proportion of pages; they add up."""
+    """Divide bytes in the proportion of pages; they add up."""
     total, seen, done, on = sum(pages.values()), 0, 0, {}
     for node, count in sorted(pages.items()):
         seen += count

@@ -1,4 +1,4 @@
-"""Prewarming: bring models into the page cache, the way that is fastest on their storage."""
+"""Bring models into the page cache, the way that is fastest on their storage."""
 
 from __future__ import annotations
 
@@ -198,8 +198,9 @@ class _Prewarming:
         return _Seen(absent, known)
 
     def _look_anew(self) -> _Seen:
-        """As the next program that opens them finds them: some network file systems have the
-        kernel forget a file's pages whenever it is opened.
+        """Look as the next program that opens the files will.
+
+        Some network file systems have the kernel forget a file's pages whenever it is opened.
         """
         with ExitStack() as opened:
             files = [
@@ -210,7 +211,7 @@ class _Prewarming:
 
     @property
     def _is_part(self) -> bool:
-        """Whether only some tensors are meant: then what lies beside them stays where it is."""
+        """Return whether only some tensors are meant: what lies beside them then stays."""
         whole = sum(file.size for file in self.files)
         return sum(map(_length, self.runs)) < whole
 
@@ -273,7 +274,7 @@ def _length(runs: Runs) -> int:
 
 
 def _resident(file: SourceFile, runs: Runs, absent: Runs) -> Residency:
-    """What is in RAM of the chosen ranges; all others count as absent."""
+    """Return what is in RAM of the chosen ranges; all others count as absent."""
     edges = [0, *(edge for run in runs for edge in run), file.size]
     outside = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
     return Residency(file.size, tuple(sorted((*outside, *absent))))
@@ -287,7 +288,7 @@ def _locate(files: Sequence[SourceFile], found: Sequence[Residency]) -> dict[int
 
 
 def _remember(files: Mapping[str, SourceFile], models: Sequence[Sequence[str]]) -> None:
-    """Models only: a bare ``mirror`` shall not pick up any file that was ever warmed.
+    """Remember models only: a bare ``mirror`` shall not pick up any file that was warmed.
 
     files: {path: file}, those that were read, whatever has these names by now.
     Raises: SplitError for a model of which a file is gone.

@@ -43,12 +43,12 @@ class PrewarmReport:
 
     @property
     def elsewhere(self) -> int:
-        """Bytes in RAM on nodes that were not asked for."""
+        """Return the bytes in RAM on nodes that were not asked for."""
         return sum(n for node, n in self.on_nodes.items() if node not in self.nodes)
 
     @property
     def done(self) -> bool:
-        """Whether all of it is in RAM, and on the nodes asked for if any were."""
+        """Return whether all of it is in RAM, and on the nodes asked for if any were."""
         whole = self.resident == self.size or not self.residency_known
         counted = sum(self.on_nodes.values()) >= self.size
         placed = not self.nodes or (counted and not self.elsewhere)

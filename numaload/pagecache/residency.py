@@ -1,4 +1,4 @@
-"""What of a model is in the page cache: each file, each tensor, and on which nodes.
+"""Count what of a model is in the page cache: each file, each tensor, on which nodes.
 
 A byte counts where its page is in RAM. Tensors share pages at their edges, and each has only its
 own bytes of those: so tensors and what is between them add up to the file. By node, the resident
@@ -82,7 +82,7 @@ class ResidencyReport:
 
     @property
     def tensors(self) -> dict[str, TensorResidency]:
-        """By name; of several models of which the names are the same, the last."""
+        """Return tensors by name; where models share a name, the last one's."""
         return {tensor.name: tensor for file in self.files for tensor in file.tensors}
 
     @property
@@ -99,7 +99,7 @@ class ResidencyReport:
 
     @property
     def error(self) -> int:
-        """Of ``resident``, in bytes, at 95 %: files are sampled independently."""
+        """Return the error of ``resident`` in bytes at 95 %: files are sampled independently."""
         return round(hypot(*(file.error for file in self.files)))
 
     @property
@@ -115,7 +115,7 @@ class ResidencyReport:
 
 
 def residency(what: Source | Sequence[Source], *, tensors: bool = True) -> ResidencyReport:
-    """What of these files, and their split siblings, is in RAM. Brings nothing there.
+    """Count what of these files, and their split siblings, is in RAM. Bring nothing there.
 
     what: a path (of safetensors also an index or a folder), opened weights, or several of them.
     tensors: each tensor too, of which the headers tell; they do not stay in RAM either.
@@ -135,7 +135,7 @@ def residency(what: Source | Sequence[Source], *, tensors: bool = True) -> Resid
 
 
 def spans_of(file: SourceFile) -> list[Span]:
-    """Its tensors, by its header, of which nothing stays in RAM that was not there.
+    """Return a file's tensors by its header, of which nothing more stays in RAM.
 
     Raises: FormatError if it is no model, ReadError.
     """
@@ -168,7 +168,7 @@ def nodes_with_memory() -> list[int]:
 
 
 def look(file: SourceFile, spans: Iterable[Span], nodes: Sequence[int]) -> FileResidency:
-    """One file and these tensors of it; nodes: those of the machine that have memory.
+    """Look at one file and these tensors of it; nodes: the machine's nodes with memory.
 
     Raises: NumaError.
     """

@@ -54,7 +54,7 @@ class Arena(NotCopyable):
             self._populate(start, stop)
 
     def _prepare_in_turn(self, start: int, stop: int) -> None:
-        """Every 2 MiB on the next node, strictly, by the policy of the thread.
+        """Put every 2 MiB on the next node, strictly, by the policy of the thread.
 
         The kernel's own interleaving only prefers: beside a node that page cache fills, it takes
         another's free pages, and says nothing.
@@ -74,7 +74,7 @@ class Arena(NotCopyable):
             syscalls.set_mempolicy(syscalls.MPOL_BIND, [node])
 
     def settle(self) -> None:
-        """Once it is filled: what is read back from swap, or split, goes on taking turns."""
+        """Set the policy once it is filled: pages read back from swap go on taking turns."""
         if self._in_turn:
             bind(self.mapping, self.group)
 
@@ -100,7 +100,7 @@ class Arena(NotCopyable):
         )
 
     def _collapse(self, start: int, stop: int) -> None:
-        """A huge page is made on the node of the page that is there."""
+        """Make huge pages; the kernel makes each on the node of the page that is there."""
         first, last = -(-start // HUGE) * HUGE, stop // HUGE * HUGE
         if first >= last:
             return
@@ -136,12 +136,12 @@ Allocate = Callable[[int, Group], Arena]  # (size in bytes, nodes) -> where to f
 
 
 def private_memory(*, bound: bool = True) -> Allocate:
-    """Anonymous memory: gone with this process."""
+    """Allocate anonymous memory: gone with this process."""
     return lambda size, group: Arena(map_private(size), group, bound=bound)
 
 
 def store_memory(folder: int, *, bound: bool = True) -> Allocate:
-    """Nameless files on the store's tmpfs: they vanish with their builder unless they get names.
+    """Allocate nameless files on the store's tmpfs: without names they vanish with their builder.
 
     folder: descriptor of the store. They raise: StoreError, NumaError.
     """
@@ -158,7 +158,7 @@ def store_memory(folder: int, *, bound: bool = True) -> Allocate:
 
 
 def held_memory(*, bound: bool = True) -> Allocate:
-    """Memory files that belong to no file system: a holder process must keep them open."""
+    """Allocate memory files of no file system: a holder process must keep them open."""
 
     def allocate(size: int, group: Group) -> Arena:
         try:

@@ -157,7 +157,7 @@ class _Build:
                 give_back(file, self._not_wanted(i))
 
     def _plan(self) -> ReadPlan:
-        """Whole chunks at a time. What is in RAM is copied, which takes a thread for each CPU."""
+        """Plan whole chunks at a time. What is in RAM is copied, by a thread for each CPU."""
         plan = plan_for(self.files, self.before)
         absent = sum(found.size - found.resident for found in self.before)
         chunks = sum(map(len, self.sums))
@@ -169,7 +169,7 @@ class _Build:
         return plan.forced_to([way._replace(threads=max(1, min(threads, chunks)), chunk=CHUNK)])
 
     def _seat(self, node: int) -> int:
-        """The node whose CPUs work for it."""
+        """Return the node whose CPUs work for ``node``."""
         return self.machine.threads_node(node)
 
     def _copiers(self, node: int) -> Workers:
@@ -178,7 +178,7 @@ class _Build:
         return Workers(cpus, count, f"numaload-build-{node}")
 
     def _node(self, group: Group, which: int, chunk: int) -> int:
-        """Which node of a group fills it: each one every n-th chunk."""
+        """Return which node of a group fills a chunk: each one every n-th."""
         return group[(self.starts[which] + chunk) % len(group)]
 
     def _lead(self, piece: Piece, way: Way) -> None:
@@ -210,7 +210,7 @@ class _Build:
             self.own.cpus = cpus
 
     def _segments(self, piece: Piece) -> Iterator[tuple[int, int, bool]]:
-        """(start, stop, absent from RAM) of a piece, on pages' borders."""
+        """Yield (start, stop, absent from RAM) of a piece, on pages' borders."""
         found, at = self.before[piece.which], piece.offset
         for start, stop in _overlaps(found.absent, piece.offset, piece.stop):
             if at < start:
@@ -221,7 +221,7 @@ class _Build:
             yield at, piece.stop, False
 
     def _fill(self, group: Group, piece: Piece, write: Callable[[memoryview], None]) -> int:
-        """XXH3-64 of what is in the arena then."""
+        """Fill a piece; return the XXH3-64 of what is in the arena then."""
         arena = self.arenas[group][piece.which]
         # Released at once: a view in the traceback of an error would keep the whole arena.
         with (
@@ -270,7 +270,7 @@ class _Build:
             )
 
     def _not_wanted(self, which: int, start: int = 0, stop: int | None = None) -> list[Run]:
-        """What of the page cache goes: that which this build brought in, or all of it.
+        """Return the page cache to give back: what this build brought in, or all of it.
 
         What was there before stays, also where the kernel does not tell what that was.
         """
@@ -289,7 +289,7 @@ class _Build:
 
 
 def _overlaps(runs: Sequence[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """``runs`` ascend and may be a hundred thousand: a large file, half evicted."""
+    """Yield the overlaps with ``runs``: they ascend, and may be a hundred thousand."""
     for i in range(max(0, bisect_right(runs, (start,)) - 1), len(runs)):
         first, last = runs[i]
         if first >= stop:

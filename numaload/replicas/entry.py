@@ -47,11 +47,11 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its replicas."""
+        """Return the bytes of all its replicas."""
         return self.model.size * len(self.groups)
 
     def path(self, group: Group, i: int) -> str:
-        """Where the replica of file ``i`` can be opened by anyone of this user."""
+        """Return the path at which this user can open the replica of file ``i``."""
         name = os.path.basename(self.model.paths[i])
         return f"{userdir.path()}/{self.name}/{folder_of(group)}/{name}"
 
@@ -87,7 +87,7 @@ class Entry:
         return entry
 
     def _check(self) -> None:
-        """Fewer checksums than chunks would let the rest pass unseen when it is verified."""
+        """Check the manifest: fewer checksums than chunks would let the rest pass unverified."""
         names = [os.path.basename(path) for path in self.model.paths]
         chunks = [-(-identity.size // CHUNK) for identity in self.model.identities]
         expected = {
@@ -103,7 +103,7 @@ class Entry:
 
 
 def folder_of(group: Group) -> str:
-    """``node0``, or ``node0-3`` for a replica that these share."""
+    """Return ``node0``, or ``node0-3`` for a replica that these share."""
     return f"node{format_list(group)}"
 
 

@@ -44,7 +44,7 @@ class Lease(NotCopyable):
             raise
 
     def map(self, group: Group) -> list[Mapping]:
-        """The files of the replica on these nodes, read-only. Raises: StoreError."""
+        """Map the files of the replica on these nodes, read-only. Raises: StoreError."""
         model = self.entry.model
         with self._gone(), userdir.folder(folder_of(group), self.fd) as folder:
             return [
@@ -98,7 +98,7 @@ def _map_replica(path: str, size: int, folder: int, held_by: Holder | None) -> M
 
 
 def _open_held(path: str, folder: int, held_by: Holder) -> int:
-    """What the link leads to, looked at before it is opened: another process may have the pid."""
+    """Open what a link leads to, after a look at it: another process may have the pid."""
     found = os.open(os.path.basename(path), os.O_PATH | os.O_CLOEXEC, dir_fd=folder)
     try:
         status = os.fstat(found)

@@ -55,7 +55,7 @@ _local = threading.local()
 
 
 def entries() -> list[Entry]:
-    """Everything in the store, oldest first; what cannot be read is left out and said."""
+    """Return everything in the store, oldest first; what cannot be read is reported."""
     found, damaged = scan()
     for name, why in damaged.items():
         warn_once(f"damaged {name}", why)
@@ -81,7 +81,7 @@ def scan() -> tuple[list[Entry], dict[str, str]]:
 
 
 def _read(name: str, store: int | None) -> Entry | str:
-    """The entry, or why it is none."""
+    """Return the entry, or why it is none."""
     try:
         with userdir.folder(name, store) as folder:
             return Entry.from_json(name, userdir.read_owned(MANIFEST, folder))
@@ -128,7 +128,7 @@ def _is_there(name: str, store: int | None) -> bool:
 
 
 def find(model: Model) -> dict[Group, Entry]:
-    """What is there of exactly this model, same files, unchanged: {nodes: its newest entry}.
+    """Return what is there of exactly this model: {nodes: its newest entry}.
 
     Without what cannot be reached: its holder has died, or is another container's.
     """
@@ -184,7 +184,7 @@ def sweep() -> list[str]:
 
 @contextmanager
 def _alone(store: int | None, where: str = "") -> Iterator[bool]:
-    """Whether nobody builds there now, nor begins to before this ends.
+    """Yield whether nobody builds there now, nor begins to before this ends.
 
     where: of which folder it is, where that is not the store's.
     """
@@ -213,7 +213,7 @@ def _try_lock(fd: int) -> bool:
 
 
 def _unlock(fd: int) -> None:
-    """Closing alone would leave it locked where a child was forked meanwhile."""
+    """Unlock: closing alone would leave it locked where a child was forked meanwhile."""
     try:
         userdir.flock(fd, fcntl.LOCK_UN)
     finally:
@@ -241,7 +241,7 @@ def _sweep(store: int) -> list[str]:
 
 
 def _lost(entry: Entry) -> Holder | None:
-    """Its holder, if that has died. Of one in another container that cannot be seen."""
+    """Return its holder if that has died. In another container that cannot be seen."""
     held_by = entry.holder
     return None if held_by is None or _is_foreign(held_by) or _reachable(entry) else held_by
 
@@ -389,7 +389,7 @@ def release_damaged() -> tuple[list[str], list[str]]:
 
 
 def _end_damaged(name: str, store: int | None) -> None:
-    """As far as the manifest, perhaps another version's, still tells of a holder."""
+    """End the holder of a damaged entry, if its manifest still tells of one."""
     with suppress(*userdir.UNREADABLE):
         with userdir.folder(name, store) as folder:
             data = userdir.read_owned(MANIFEST, folder)

@@ -73,7 +73,7 @@ T = TypeVar("T")
 
 
 def by_node(found: MappingType[Group, T]) -> dict[int, T]:
-    """What is known of each replica, for every node that it serves; its own comes first."""
+    """Return the same by node, for every node that a replica serves; its own comes first."""
     shared_first = sorted(found, key=len, reverse=True)
     return dict(sorted({node: found[group] for group in shared_first for node in group}.items()))
 

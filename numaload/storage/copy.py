@@ -23,7 +23,7 @@ MOST_THREADS = 8  # that copy what is in RAM: memory is busy with fewer
 
 
 def copy_files(files: Sequence[SourceFile], progress: Progress | None = None) -> list[Mapping]:
-    """The bytes of these files, read into private memory, in huge pages where there are some.
+    """Read these files into private memory, in huge pages where there are some.
 
     What is in RAM is copied from there; the rest is read past the page cache where that can be.
     It takes the files' size in whole pages and no more: page cache that reading brings in is
@@ -51,7 +51,7 @@ def _check_room(nbytes: int, state: str) -> None:
 
 
 def plan_for(files: Sequence[SourceFile], before: Sequence[Residency]) -> ReadPlan:
-    """How what is not in RAM of these files is read into memory."""
+    """Plan how the absent bytes of these files are read into memory."""
     absent = [sum(stop - start for start, stop in found.absent) for found in before]
     file = files[absent.index(max(absent))]
     device = device_of(file.path, network=file.is_network, numbers=file.device)
@@ -90,7 +90,7 @@ class _Copying:
             give_back(file, found.absent if found.known else ())  # read-ahead reached beyond
 
     def look(self) -> None:
-        """Others may take the memory meanwhile, and the kernel would kill rather than fail."""
+        """Look at memory again: others may take it, and the kernel would kill rather than fail."""
         with self.lock:
             due = self.reading.done >= self.next_look
             self.next_look += due * LOOK_EVERY

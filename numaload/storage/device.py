@@ -74,8 +74,10 @@ def device_of(
     proc_root: str = "/proc",
     numbers: tuple[int, int] | None = None,
 ) -> Device:
-    """network: already known to be on a network file system. numbers: major and minor, where they
-    are known, as of an opened file. Raises: ReadError where there is no such file.
+    """Return what a file lies on. Raises: ReadError where there is no such file.
+
+    network: already known to be on a network file system. numbers: major and minor, where they
+    are known, as of an opened file.
     """
     server = network_of(path, proc_root) if network else None
     if server is not None:  # which is not asked anything
@@ -107,7 +109,7 @@ def _numbers(path: str) -> tuple[int, int]:
 
 
 def _below(mount: Mount | None) -> tuple[int, int] | None:
-    """Numbers of the disk under a mount that has none of its own. None where that is hidden."""
+    """Return the numbers of the disk under a mount without its own; None where that is hidden."""
     if mount is None:
         return None
     try:

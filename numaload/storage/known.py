@@ -31,7 +31,7 @@ class Model:
 
     @property
     def key(self) -> str:
-        """Names this model in the store. Other content, another key."""
+        """Return the model's name in the store. Other content has another key."""
         return hashlib.blake2b(repr(self.identities).encode(), digest_size=16).hexdigest()
 
     @property
@@ -42,7 +42,7 @@ class Model:
         return self.state() == "unchanged"
 
     def state(self) -> str:
-        """What the files are now, next to what they were: unchanged, changed, gone, unreadable."""
+        """Compare the files with what they were: unchanged, changed, gone or unreadable."""
         try:
             with reached(self.paths[0]):
                 if not all(map(is_there, self.paths)):
@@ -103,7 +103,7 @@ def remember(model: Model) -> None:
 
 
 def recall() -> list[Model]:
-    """What was remembered last of each model, latest first, changed or not."""
+    """Return each model as last remembered, latest first, changed or not."""
     with userdir.within(FOLDER, create=False) as folder:
         if folder is None:
             return []
@@ -123,13 +123,13 @@ def forget(paths: Sequence[str]) -> None:
 
 
 def _name(paths: Sequence[str]) -> str:
-    """Names the record of a model, whatever its content."""
+    """Return the name of a model's record, whatever its content."""
     names = b"\0".join(map(os.fsencode, paths))
     return f"{hashlib.blake2b(names, digest_size=16).hexdigest()}.json"
 
 
 def _names(folder: int) -> list[str]:
-    """Of all records, latest first."""
+    """Return the names of all records, latest first."""
     times = {}
     for name in userdir.listed(folder):
         if RECORD.fullmatch(name):

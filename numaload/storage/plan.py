@@ -1,4 +1,4 @@
-"""Which way a file is read: chosen from what it lies on, then tried on the file itself.
+"""Choose the way to read a file: by what it lies on, then by trying on the file itself.
 
 Every number here is a starting point of ``Reading``, which times the first bytes of each candidate
 and goes on with the fastest. docs/storage.md says what was measured and what was not.
@@ -143,7 +143,7 @@ class ReadPlan:
         return any(way.name == name for way in self.candidates)
 
     def with_tried(self, tried: Sequence[Tried]) -> ReadPlan:
-        """Led by the fastest; another than the first must be clearly faster: timings are short."""
+        """Put the fastest first: only a clearly faster one, since timings are short."""
         first = tried[0]
         best = max(tried, key=lambda one: one.rate)
         if best.rate < CLEARLY * first.rate:
@@ -177,7 +177,7 @@ class ReadPlan:
 def make_plan(
     sink: str, device: Device, total: int, *, forced: Forced | None = None, seen: bool = True
 ) -> ReadPlan:
-    """For ``total`` bytes that are not in RAM. seen: whether the kernel tells what is in RAM.
+    """Plan the reading of ``total`` absent bytes. seen: whether the kernel tells what is in RAM.
 
     Raises: UsageError.
     """
@@ -198,7 +198,7 @@ def make_plan(
 
 
 def _limits(sink: str, *, seen: bool) -> Sequence[tuple[Any, str]]:
-    """(what may be used, why the rest may not)."""
+    """Return the limits: (what may be used, why the rest may not)."""
     limits: list[tuple[Any, str]] = []
     if not huge_reads():
         limits.append((lambda way: way.name != MAPPED, "Linux before 5.18 has no huge reads"))
@@ -209,7 +209,7 @@ def _limits(sink: str, *, seen: bool) -> Sequence[tuple[Any, str]]:
 
 
 def huge_reads() -> bool:
-    """Whether this kernel reads huge folios where an advised mapping is touched."""
+    """Return whether this kernel reads huge folios where an advised mapping is touched."""
     numbers = os.uname().release.split(".")[:2]
     version = tuple(int("".join(filter(str.isdigit, n)) or 0) for n in numbers)
     mm = "/sys/kernel/mm"  # where it is hidden the kernel may have them
@@ -218,7 +218,7 @@ def huge_reads() -> bool:
 
 
 def _forced(candidates: Sequence[Way], forced: Forced) -> Sequence[Way]:
-    """One way, or those of one name where only that was asked for."""
+    """Return the one way that is forced, or the ways of a name where only that is."""
     named = [way for way in candidates if forced.way in (None, way.name)]
     named = named or [Way(forced.way or BUFFERED, candidates[0].threads)]
     if forced.threads:  # of long reads there may be fewer than threads
@@ -227,5 +227,5 @@ def _forced(candidates: Sequence[Way], forced: Forced) -> Sequence[Way]:
 
 
 def _no_more_than(way: Way, total: int) -> Way:
-    """No more threads than chunks."""
+    """Return the way with no more threads than chunks."""
     return way._replace(threads=max(1, min(way.threads, MOST_THREADS, -(-total // way.chunk))))

@@ -1,4 +1,4 @@
-"""One reading of many ranges: threads take pieces in turn, the way is tried on the first of them.
+"""Read many ranges: threads take pieces in turn, and the way is tried on the first of them.
 
 What is done with a piece is the caller's: into the page cache, into replicas, into memory.
 """
@@ -162,7 +162,7 @@ class Ranges:
         self.left = sum(stop - start for _, start, stop in self._todo)
 
     def first(self, nbytes: int, chunk: int = CHUNK) -> Iterator[Piece]:
-        """The next ``nbytes``, in pieces of at most ``chunk``, cut where chunks begin in files.
+        """Return the next ``nbytes`` in pieces of at most ``chunk``, cut where chunks begin.
 
         They are taken from the rest at once, whoever iterates over them, and when.
         """
@@ -186,7 +186,7 @@ def _cut(which: int, start: int, stop: int, chunk: int) -> Iterator[Piece]:
 
 
 def in_stripes(pieces: Sequence[Piece], threads: int) -> Iterator[Piece]:
-    """Pieces so that ``threads`` which take one after another each go through a part of their own.
+    """Yield pieces so that ``threads`` taking them in turn each go through a part of their own.
 
     Only nearly: a thread that is faster takes of its neighbour's.
     """

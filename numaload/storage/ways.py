@@ -45,7 +45,7 @@ class IntoCache(NotCopyable):
             self._read(file, first, last)
 
     def _touch(self, file: SourceFile, start: int, stop: int) -> None:
-        """A byte of every 2 MiB of a mapping that wants huge pages.
+        """Touch a byte of every 2 MiB of a mapping that wants huge pages.
 
         The kernel reads 4 MiB for each, into huge folios where the file system can, without
         copying, and whatever the device's read-ahead is set to. The byte goes into a pipe: where
@@ -70,7 +70,7 @@ class IntoCache(NotCopyable):
                         byte.release()
 
     def _ends(self, file: SourceFile) -> tuple[int, int]:
-        """The pipe's. Raises: ReadError where no more may be opened."""
+        """Return the pipe's ends. Raises: ReadError where no more may be opened."""
         if self._pipe is None:
             try:
                 self._pipe = os.pipe2(os.O_CLOEXEC)
@@ -107,7 +107,7 @@ class IntoMemory(NotCopyable):
             self._open()
 
     def _open(self) -> None:
-        """A second descriptor: the flag belongs to a descriptor, and others use the file's own."""
+        """Open a second descriptor: O_DIRECT belongs to one, and others use the file's own."""
         try:
             flags = os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC
             self._fd = os.open(f"/proc/self/fd/{self.file.fd}", flags)
@@ -137,7 +137,7 @@ class IntoMemory(NotCopyable):
                 self.file.read_into(rest, offset + done)
 
     def _read_direct(self, view: memoryview, offset: int) -> int:
-        """Bytes that were read. The rest is read the other way, which names what is wrong."""
+        """Return the bytes that were read. The rest is read the other way, which names errors."""
         done = 0
         while done < len(view):
             try:

@@ -64,22 +64,22 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
 
     @property
     def node(self) -> int | None:
-        """The node whose memory this is; None for the page cache and for what several share."""
+        """Return the node whose memory this is; None for page cache and for what several share."""
         return self.nodes[0] if len(self.nodes) == 1 else None
 
     @property
     def paths(self) -> list[str]:
-        """Of the files that were opened, from the root."""
+        """Return the paths of the opened files, from the root."""
         return [part.file.path for part in self._parts]
 
     @property
     def metadata(self) -> Metadata:
-        """Of the first file: the others hold only what says that they are splits."""
+        """Return the first file's metadata: the others only say that they are splits."""
         return self._parts[0].header.metadata
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
+        """Return the bytes of all files."""
         return sum(part.file.size for part in self._parts)
 
     @property
@@ -87,11 +87,11 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
         return self._parts
 
     def model(self) -> Model:
-        """The identity under which replicas of these files are kept."""
+        """Return the identity under which replicas of these files are kept."""
         return Model(tuple(self.paths), tuple(part.file.identity() for part in self._parts))
 
     def workers(self) -> Workers:
-        """The threads that work on these weights: on their node, or everywhere."""
+        """Return the threads that work on these weights: on their node, or everywhere."""
         from numaload.numa.workers import pool
 
         if self._machine is None:
@@ -110,7 +110,7 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
             return mapping
 
     def image(self, part: int = 0) -> memoryview:
-        """All bytes of one file of this view, header included, read-only, zero-copy."""
+        """Return all bytes of one file of this view, header included, read-only, zero-copy."""
         return self._mapping(part).view()
 
     def tp(self, part: int, parts: int) -> Slices:
@@ -125,7 +125,7 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
         return Slices(self, part, parts)
 
     def torch_bytes(self, part: int) -> Any:
-        """All bytes of one file as a read-only torch tensor (uint8), zero-copy."""
+        """Return all bytes of one file as a read-only torch tensor (uint8), zero-copy."""
         with self._lock:
             mapping = self._mapping(part)
             base = self._bases.get(part)
@@ -136,7 +136,7 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
             return base
 
     def torch_numbers(self, part: int, type_name: str) -> Numbers:
-        """The same as numbers of one type, at any place. Raises: UnsupportedTypeError."""
+        """Return the same as numbers of one type, at any place. Raises: UnsupportedTypeError."""
         found = self._numbers.get((part, type_name))  # of closed weights there are none
         if found is None:
             from numaload.torch_memory import Numbers

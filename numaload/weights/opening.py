@@ -67,7 +67,7 @@ def _opened(given: str, progress: Progress | None, *, copy: bool) -> Weights:
 
 
 def reopen(paths: Sequence[str]) -> Weights:
-    """The model of these files, all of them: of some only an index says that they are one.
+    """Open the model of exactly these files: of some only an index says that they are one.
 
     Raises: as ``open_weights``.
     """
@@ -88,7 +88,7 @@ def _reopened(paths: Sequence[str]) -> Weights:
 
 
 def _is_safetensors(path: str) -> bool:
-    """By its first bytes; where they say nothing, by its name."""
+    """Tell the format by the first bytes; where they say nothing, by the name."""
     with SourceFile(path) as file:
         start = file.read_at(0, min(HEAD, file.size))
     if start.startswith(gguf.MAGIC):
@@ -122,7 +122,7 @@ def _checked(shards: Shards, opened: list[SourceFile]) -> list[Part]:
 
 
 def _copied(parts: Sequence[Part], parse: Parse, progress: Progress | None) -> Weights:
-    """Weights in memory of this process, metadata included."""
+    """Return weights in memory of this process, metadata included."""
     from numaload.storage.copy import copy_files
 
     copies = copy_files([part.file for part in parts], progress)
@@ -144,7 +144,7 @@ def _open_file(
     opened.append(file)
 
     def read_at(offset: int, nbytes: int) -> bytes:
-        """Arrays of the metadata are read when they are asked for: perhaps long after opening."""
+        """Read metadata arrays when they are asked for: perhaps long after opening."""
         if file.closed:
             raise ClosedError(f"{path} was closed")
         file.check_unchanged()

@@ -46,7 +46,7 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Return the number of elements."""
         return prod(self.dims)
 
     @property
@@ -72,58 +72,58 @@ class Tensor:
 
     @property
     def in_blocks(self) -> bool:
-        """Whether it is quantized: its items are blocks, not numbers."""
+        """Return whether it is quantized: its items are blocks, not numbers."""
         return self._info.qtype is not None and BLOCKS[self._info.qtype][0] > 1
 
     @property
     def has_kernel(self) -> bool:
-        """Whether kernels turn it to float; integers, float64 and the like are not its business."""
+        """Return whether kernels turn it to float: not integers, nor float64."""
         return self.in_blocks or self._info.qtype in FLOATS
 
     @property
     def path(self) -> str:
-        """The file that holds it: the source, also where this view is of a replica."""
+        """Return the file that holds it: the source, also where this view is of a replica."""
         return self._weights._parts[self._part].file.path  # noqa: SLF001
 
     @property
     def byte_order(self) -> str:
-        """Of its numbers in the file, and so in ``blocks``: "little", or "big" (rare)."""
+        """Return the byte order in the file, and so in ``blocks``: "little", or "big" (rare)."""
         return self._weights._parts[self._part].header.byte_order  # noqa: SLF001
 
     @property
     def node(self) -> int | None:
-        """The node whose memory this view is in; None for page cache, copies and several nodes."""
+        """Return the node whose memory this view is in; None for page cache and copies."""
         return self._weights.node
 
     @property
     def address(self) -> int:
-        """Where the blocks are in this process, valid until the weights are closed."""
+        """Return the address of the blocks, valid until the weights are closed."""
         self.check_type()
         return self._weights._mapping(self._part).address + self.offset  # type: ignore[no-any-return]  # noqa: SLF001
 
     @property
     def buffer(self) -> memoryview:
-        """The blocks as flat read-only bytes, zero-copy."""
+        """Return the blocks as flat read-only bytes, zero-copy."""
         self.check_type()
         return self._weights._mapping(self._part).view(self.offset, self.nbytes)  # noqa: SLF001
 
     @property
     def is_file(self) -> bool:
-        """Whether ``read_into`` reads a file: not so for replicas and copies, which are memory."""
+        """Return whether ``read_into`` reads a file; replicas and copies are memory."""
         return self._weights.in_files
 
     @property
     def file(self) -> SourceFile:
-        """The opened file that holds it."""
+        """Return the opened file that holds it."""
         return self._weights.parts[self._part].file
 
     @property
     def place_in_files(self) -> tuple[int, int]:
-        """Sorts tensors as they come in the files of the model."""
+        """Return the key that sorts tensors in file order."""
         return self._part, self.offset
 
     def workers(self) -> Workers:
-        """The threads that work on it: on its node, or everywhere."""
+        """Return the threads that work on it: on its node, or everywhere."""
         return self._weights.workers()
 
     def read_into(self, view: memoryview, start: int = 0) -> None:
@@ -147,7 +147,7 @@ class Tensor:
 
     @property
     def blocks(self) -> NDArray[np.uint8]:
-        """(rows, bytes per row) uint8, read-only, zero-copy; experts one after another.
+        """Return (rows, bytes per row) uint8, read-only, zero-copy; experts one after another.
 
         The bytes as they are in the file, which may be a big-endian one: see ``byte_order``.
         """
@@ -159,7 +159,7 @@ class Tensor:
 
     @property
     def byte_shape(self) -> tuple[int, ...]:
-        """``shape`` with bytes instead of elements in its last dim; flat where rows share bytes."""
+        """Return ``shape`` in bytes in its last dim; flat where rows share bytes."""
         row_bytes, rest = divmod(self.nbytes, max(1, self._rows))
         return (self.nbytes,) if rest else (*self.shape[:-1], row_bytes)
 
@@ -178,7 +178,7 @@ class Tensor:
         rows: Rows | None = None,
         expert: int | None = None,
     ) -> Any:
-        """Floats of the whole tensor, of rows, of one expert, or of rows of one expert.
+        """Return floats of the whole tensor, of rows, of one expert, or of rows of one expert.
 
         dtype: "float32", "float16" or "bfloat16" (an ml_dtypes array), or numpy's or torch's.
         rows: (start, stop) or a slice; of a tensor of three dims they count through all experts.
@@ -205,7 +205,7 @@ class Tensor:
         return result
 
     def torch(self, dtype: Any = None, device: Any = "cpu") -> Any:
-        """The weights as a torch tensor, zero-copy where nothing is to be converted.
+        """Return the weights as a torch tensor, zero-copy where nothing is to be converted.
 
         dtype None: the type that they have in the file, in ``shape``; blocks of quantized types as
         uint8, (..., bytes per row). Read-only memory: writing to it ends the process.
@@ -231,11 +231,11 @@ class Tensor:
         return torch_memory.converted(out, device, wanted, self.name, copy=False)
 
     def _has_kernel_to(self, dtype: str) -> bool:
-        """float32 does not lie between a float and another dtype, which may hold more than it."""
+        """Return whether a kernel makes ``dtype`` directly: float32 between may hold less."""
         return self.in_blocks or (self.has_kernel and dtype in KERNEL_DTYPES)
 
     def _own_order(self) -> Any:
-        """The numbers as they are, in this machine's byte order."""
+        """Return the numbers as they are, in this machine's byte order."""
         if self.byte_order != "big":
             return self._raw_tensor()
         import numpy as np
@@ -271,7 +271,7 @@ class Tensor:
             )
 
     def _selection(self, rows: Rows | None, expert: int | None) -> tuple[int, int, tuple[int, ...]]:
-        """First row, row after the last, shape of the result."""
+        """Return the first row, the row after the last, and the shape of the result."""
         first, count, shape = 0, self._rows, self.shape
         if expert is not None:
             if len(shape) != 3:

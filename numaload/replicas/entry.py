@@ -50,6 +50,10 @@ class Entry:
         """Return the bytes of all its replicas."""
         return self.model.size * len(self.groups)
 
+    def paths(self, group: Group) -> list[str]:
+        """Return the paths at which this user can open the files of a replica."""
+        return [self.path(group, i) for i in range(len(self.model.paths))]
+
     def path(self, group: Group, i: int) -> str:
         """Return the path at which this user can open the replica of file ``i``."""
         name = os.path.basename(self.model.paths[i])

@@ -367,8 +367,9 @@ def _attach(
         report.unbound = _unbound(entries, groups)
         report.holders = [entry.holder.pid for entry in entries if entry.holder]
         sums = {group: found[group].checksums for group in groups}
+        paths = {group: found[group].paths(group) for group in groups}
         failed.pop_all()
-    return Mirror(weights, replicas, report, machine, sums, list(leases.values()))
+    return Mirror(weights, replicas, report, machine, sums, list(leases.values()), paths)
 
 
 def _unbound(entries: Iterable[Entry], groups: Sequence[Group]) -> list[int]:

@@ -68,11 +68,13 @@ class Mirror(NotCopyable):
         machine: Topology,
         checksums: MappingType[Group, Sequence[Sequence[int]]],
         leases: Sequence[Lease] = (),
+        paths: MappingType[Group, list[str]] | None = None,
     ) -> None:
         self.report, self.nodes = report, sorted(report.asked)
         self._weights, self._machine, self._leases = weights, machine, list(leases)
         self._replicas, self._checksums = replicas, checksums
         self._views = by_node({g: Weights(weights.parts, m, g) for g, m in replicas.items()})
+        self._paths = by_node(paths or {})
         self._closed = self.owns_weights = False
 
     def view(self, node: int) -> Weights:
@@ -104,6 +106,19 @@ class Mirror(NotCopyable):
     def addresses(self, name: str) -> dict[int, int]:
         """Return {node: address of the tensor's blocks there}, valid until ``close()``."""
         return {node: self.view(node)[name].address for node in self.nodes}
+
+    def paths(self, node: int) -> list[str]:
+        """Return the files of ``node``'s replica, in file order, for programs that open files.
+
+        Each is the source file byte for byte, until it is released. Where nothing was copied they
+        are the source files. ``Tensor.path`` always is the source.
+        Raises: UsageError for replicas of this process alone, which have no files; ClosedError.
+        """
+        if self.view(node) is self._weights:
+            return list(self._weights.paths)
+        if node not in self._paths:
+            raise UsageError("replicas of one process have no files: mirror(..., shared=True)")
+        return self._paths[node]
 
     def verify(self) -> Verified:
         """Ask the kernel for every page again and hash every chunk. Nothing is raised by this."""

@@ -110,11 +110,16 @@ from numaload.replicas.mirror import MirrorOptions, private
 confined.Confined(deny=confined.DOCKER).enter()
 machine, weights = numaload.topology(), numaload.open(sys.argv[1])
 with private(weights, machine, MirrorOptions(machine.groups(machine.all)), None) as mirror:
-    print(json.dumps([mirror.report.unbound, mirror.verify().right]))
+    try:
+        mirror.paths(mirror.nodes[0])
+    except numaload.errors.UsageError as error:
+        print(json.dumps([mirror.report.unbound, mirror.verify().right, str(error)]))
 """
     tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    unbound, right = numaload.python(f"import sys; sys.path.insert(0, {tests!r})\n{program}", model)
+    found = numaload.python(f"import sys; sys.path.insert(0, {tests!r})\n{program}", model)
+    unbound, right, no_paths = found
     assert (bool(unbound), right) == (True, True)
+    assert "shared=True" in no_paths
 
 
 def test_prewarm_where_policies_are_refused(numaload: Numaload, model_files: list[str]) -> None:

@@ -67,6 +67,29 @@ def test_addresses_point_at_the_blocks(mirror: api.Mirror) -> None:
         assert bytes(memory_at(address, tensor.nbytes)) == tensor.blocks.tobytes()
 
 
+def test_paths_are_the_replica_s_own_files(mirror: api.Mirror, model_files: list[str]) -> None:
+    paths = mirror.paths(mirror.nodes[0])
+    assert not set(paths) & set(model_files)
+    for path, source in zip(paths, model_files, strict=True):
+        assert Path(path).read_bytes() == Path(source).read_bytes()
+    with pytest.raises(api.errors.UsageError, match="no replica on node 1000"):
+        mirror.paths(1000)
+
+
+def test_paths_are_the_source_where_nothing_was_copied(store: Path, model_files: list[str]) -> None:
+    if len(api.topology().usable) > 1:
+        pytest.skip("replicas of one process are copies on this machine")
+    with api.mirror(model_files[0]) as mirror:
+        assert mirror.paths(mirror.nodes[0]) == model_files
+
+
+def test_paths_of_held_replicas_are_files_too(numaload: Numaload, model_files: list[str]) -> None:
+    with api.mirror(model_files[0], shared=True, hold=True) as mirror:
+        paths = mirror.paths(mirror.nodes[0])
+        assert Path(paths[0]).read_bytes() == Path(model_files[0]).read_bytes()
+    numaload("release", model_files[0])
+
+
 def test_arrays_outlive_close_and_addresses_do_not(mirror: api.Mirror) -> None:
     tensor = mirror.view(mirror.nodes[0])[NAME]
     blocks, copy = tensor.blocks, tensor.blocks.copy()

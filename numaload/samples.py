@@ -6,15 +6,15 @@ from typing import Any
 
 from numaload.formats.qtypes import BLOCKS, FLOATS, QuantType
 
-# Where a block has its float16 scales: random bytes there would be inf or NaN.
+# {type: bytes of a block where its float16 scales are}: random bytes there would be inf or NaN.
 SCALES: dict[str, tuple[int, ...]] = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
     "IQ1_S": (0,), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
     "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,), "Q1_0": (0,), "Q2_0": (0,),
 }  # fmt: skip
-# Types without: {byte of a block: (bits that are kept, bits that are set)}. IQ1_M's scale is in
-# four nibbles, the last has sign and exponent; MXFP4's is an exponent; all of NVFP4's are finite.
+# Types without them: {byte of a block: (bits to keep, bits to set)}. IQ1_M's scale is in four
+# nibbles, the last has sign and exponent; MXFP4's is an exponent; all of NVFP4's are finite.
 MASKS: dict[str, dict[int, tuple[int, int]]] = {
     "IQ1_M": {55: (0x0F, 0x10)},
     "MXFP4": {0: (0x07, 0x70)},
@@ -22,7 +22,7 @@ MASKS: dict[str, dict[int, tuple[int, int]]] = {
 
 
 def random_blocks(qtype: QuantType, rows: int, columns: int, rng: Any) -> Any:
-    """Return (rows, bytes per row) uint8 of any type with a kernel, all weights finite."""
+    """Make (rows, bytes per row) uint8 of any type that can be turned to float, weights finite."""
     import numpy as np
 
     block_size, type_size = BLOCKS[qtype]

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import numaload
-from numaload.bench.read_report import median_interval
+from numaload.bench.machine import median_interval
 from numaload.demo import parse_size, write_model
 from numaload.numa.mapping import map_private
 from numaload.numa.topology import topology

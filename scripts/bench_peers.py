@@ -188,7 +188,7 @@ def one(name: str, path: str) -> None:
 
 
 def prepare(state: str, path: str) -> None:
-    from numaload.bench.memory import prefaulted
+    from numaload.bench.machine import prefaulted
     from numaload.storage.files import SourceFile
     from numaload.storage.residency import residency
 
@@ -231,7 +231,7 @@ def measure(names: list[str], path: str, rounds: int) -> dict[tuple[str, str], l
 
 def tell(state: str, found: dict[tuple[str, str], list[Any]]) -> bool:
     """Whether numaload's fastest is not slower than anybody."""
-    from numaload.bench.read_report import median_interval
+    from numaload.bench.machine import median_interval
 
     rates = {
         name: [got["nbytes"] / got["seconds"] / 1e9 for got in rows]

@@ -7,8 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from numaload.bench.memory import prefaulted
-from numaload.bench.timing import in_turns
+from numaload.bench.machine import in_turns, prefaulted
 from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.kernels import registry
 from numaload.samples import random_blocks

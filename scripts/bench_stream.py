@@ -23,8 +23,7 @@ import gguf
 import numpy as np
 
 import numaload
-from numaload.bench.machine import describe
-from numaload.bench.read_report import median_interval
+from numaload.bench.machine import describe, median_interval
 from numaload.demo import parse_size
 from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.numa.mapping import map_private

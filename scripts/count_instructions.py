@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from numaload.bench.ggml import Ggml
+from numaload.bench.baselines import Ggml
 from numaload.formats.qtypes import QuantType
 from numaload.kernels import registry
 

@@ -4,7 +4,8 @@
 
 --measure writes docs/dequant.json, --count docs/instructions.json, with --qtype only these types in
 them; from these the tables and docs/dequant.svg are made, again each time. The first --ggml is the
-library as it is shipped.
+library as it is shipped. How the figures stand to what kernels must reach is printed; exit status 1
+if a must is missed.
 """
 
 from __future__ import annotations
@@ -14,11 +15,19 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
-from numaload.bench import plot, table, wanted
-from numaload.bench.contenders import ALLOCATING_TO_GGUF, GGUF, GGUF_WARM, PAST
-from numaload.bench.dequant import DequantReport
+from numaload.bench import table
+from numaload.bench.dequant import (
+    ALLOCATING_TO_GGUF,
+    GGUF,
+    GGUF_WARM,
+    PAST,
+    DequantReport,
+)
 from numaload.kernels import registry
 
 ROOT = Path(__file__).parents[1]
@@ -26,10 +35,76 @@ FIGURES, COUNTS = ROOT / "docs/dequant.json", ROOT / "docs/instructions.json"
 PICTURE, README, KERNELS = ROOT / "docs/dequant.svg", ROOT / "README.md", ROOT / "docs/kernels.md"
 END = "<!-- end -->"
 INSTRUCTIONS = 24  # of this processor in a nanosecond, from the two types that need most of them
+SLOW_IN_GGML = {"IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q1_0"}
 COLUMNS = {
     "type", "bits", "float32 Gw/s", "x past caches", "x ggml", "x native", "x gguf-py",
     "float16 Gw/s", "bfloat16 Gw/s",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Level:
+    """At least ``least`` of the ratio to ``baseline``, of each type that ``types`` takes, or of
+    all of them by ``of``. level: must, or goal.
+    """
+
+    level: str
+    what: str
+    baseline: str
+    least: float
+    types: Callable[[str], bool] = lambda _: True
+    of: Callable[[Iterable[float]], float] = min
+
+
+LEVELS = (
+    Level("must", "as fast as ggml as shipped", "ggml", 1.0),
+    Level("must", "6 times ggml as shipped (IQ2, IQ3, Q1_0)", "ggml", 6.0,
+          SLOW_IN_GGML.__contains__),
+    Level("must", "10 times gguf-py (not F16)", "gguf-py", 10.0, lambda name: name != "F16"),
+    Level("must", "float16: 0.8 of float32's weights", "float16", 0.8),
+    Level("must", "bfloat16: 0.8 of float32's weights", "bfloat16", 0.8),
+    Level("must", "several threads: 0.83 of what they could", "threads", 1 / 1.2),
+    Level("must", "two callers at once: 0.7 of half each", "two callers", 0.7),
+    Level("goal", "as fast as ggml built natively", "native", 1.0),
+    Level("goal", "0.45 of filling past the caches", "past caches", 0.45),
+    Level("goal", "median type: 0.75 of filling past the caches", "past caches", 0.75, of=median),
+    Level("goal", "float16: more weights than float32", "float16", 1.0),
+    Level("goal", "bfloat16: more weights than float32", "bfloat16", 1.0),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How a report stands to a level. where: the type that has least; empty for a median."""
+
+    level: Level
+    found: float
+    where: str
+
+    @property
+    def met(self) -> bool:
+        return self.found >= self.level.least
+
+    def __str__(self) -> str:
+        level, where = self.level, f" ({self.where})" if self.where else ""
+        verdict = "met" if self.met else "MISSED"
+        return (
+            f"{level.level}: {level.what}: {self.found:.2f}{where}, wanted {level.least:.2f}:"
+            f" {verdict}"
+        )
+
+
+def judged(report: DequantReport) -> list[Finding]:
+    """Judge every level whose baseline was measured."""
+    found = []
+    for level in LEVELS:
+        rows = [row for row in report.rows if level.baseline in row.ratios]
+        ratios = {row.qtype: row.ratios[level.baseline] for row in rows if level.types(row.qtype)}
+        if ratios:
+            worst = min(ratios, key=lambda name: ratios[name])
+            where = worst if level.of is min else ""
+            found.append(Finding(level, level.of(ratios.values()), where))
+    return found
 
 
 def measure(ggml: list[str], qtypes: list[str]) -> None:
@@ -95,21 +170,26 @@ def kernels_table() -> str:
     return "\n".join(lines)
 
 
-def findings_text() -> str:
-    """How the figures stand to what was wanted, and what is said of gguf-py."""
-    lines = [f"- {finding}" for finding in wanted.findings(report())]
-    rows = [row for row in report().rows if GGUF in row.ratios]
-    warm, both = (
-        {row.qtype: row.ratios[name] for row in rows} for name in (GGUF_WARM, ALLOCATING_TO_GGUF)
+def ranges_text() -> str:
+    """The least of each ratio over all types, three where they matter, and the largest."""
+    named = {
+        "ggml as shipped": "ggml", "ggml built natively": "native", "gguf-py": GGUF,
+        "gguf-py warm": GGUF_WARM, ALLOCATING_TO_GGUF: ALLOCATING_TO_GGUF,
+        "filling past the caches": PAST, "float16 to float32": "float16",
+        "bfloat16 to float32": "bfloat16", "two threads to what they could reach": "threads",
+        "two callers to half of their threads each": "two callers",
+    }  # fmt: skip
+    rows = report().rows
+    return "\n".join(
+        f"- {what}: {_ends({row.qtype: row.ratios[name] for row in rows if name in row.ratios})}"
+        for what, name in named.items()
     )
-    lines.append(f"- `gguf-py warm`: {_ends(warm)}; `{ALLOCATING_TO_GGUF}`: {_ends(both)}")
-    return "\n".join(lines)
 
 
 def _ends(ratios: dict[str, float]) -> str:
     ranked = sorted(ratios, key=lambda name: ratios[name])
-    few = ", ".join(f"{ratios[name]:.1f} ({name})" for name in ranked[:3])
-    return f"{few} to {ratios[ranked[-1]]:.0f} ({ranked[-1]})"
+    few = ", ".join(f"{ratios[name]:.2f} ({name})" for name in ranked[:3])
+    return f"{few} to {ratios[ranked[-1]]:.1f} ({ranked[-1]})"
 
 
 def _three(count: dict[str, float], way: str) -> str:
@@ -133,7 +213,7 @@ def _number(value: float | None) -> str:
 
 
 def renewed(path: Path) -> str:
-    """What is in ``path``, with every part that is made here as the figures and sources are."""
+    """Return what is in ``path``, with every part that is made here made anew."""
     text = path.read_text(encoding="utf-8")
     for begin, make in PARTS[path].items():
         shown = f"<!-- {begin} -->\n{make()}\n{END}"
@@ -145,13 +225,13 @@ PARTS = {
     README: {"table of scripts/dequant_figures.py": readme_table},
     KERNELS: {
         "table of scripts/dequant_figures.py": kernels_table,
-        "findings of scripts/dequant_figures.py": findings_text,
+        "ranges of scripts/dequant_figures.py": ranges_text,
         "layouts of scripts/dequant_figures.py": layouts,
     },
 }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--count", action="store_true")
@@ -165,8 +245,11 @@ def main() -> None:
         measure(options.ggml, qtypes)
     for path in PARTS:
         path.write_text(renewed(path), encoding="utf-8")
-    plot.draw(report(), str(PICTURE))
+    table.plot(report(), str(PICTURE))
+    found = judged(report())
+    print(*found, sep="\n")
+    return int(any(one.level.level == "must" and not one.met for one in found))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

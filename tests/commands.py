@@ -74,6 +74,29 @@ class Numaload:
         return json.loads(done.stdout)
 
 
+COMMAND_LINES = """
+import contextlib, io, json, sys
+from numaload.cli.main import main
+
+def run(words):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(words)
+        except SystemExit as error:
+            status = error.code
+    return status, out.getvalue(), err.getvalue()
+
+print(json.dumps([run(words) for words in json.loads(sys.argv[1])]))
+"""
+
+
+def command_lines(numaload: Numaload, lines: Sequence[Sequence[str]]) -> list[tuple[int, str, str]]:
+    """Run several command lines in one process: starting is what most of them cost."""
+    found = numaload.python(COMMAND_LINES, json.dumps(lines))
+    return [(status, out, err) for status, out, err in found]
+
+
 def wait_for(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
     end = time.monotonic() + limit_s
     while not condition():

@@ -1,4 +1,4 @@
-"""Measuring: each figure beside its baselines, in one run, in turns, medians of some rounds.
+"""Measurements: each figure stands beside its baselines, taken in turns in one run.
 
-Machines are shared and their speed drifts, so what counts are ratios of neighbours in time.
+Machines are shared and their speed drifts, so only ratios of neighbours in time count.
 """

@@ -3,44 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from numaload.bench.contenders import (
-    ALLOCATING,
-    ALLOCATING_TO_GGUF,
-    CALLERS,
-    COPY,
-    FILL,
-    FIRST,
-    GGUF,
-    NAMES,
-    PAST,
-    THREADS,
-    THREADS_PAST,
-    WEIGHTS,
-    Contenders,
-    blocks_of,
-)
-from numaload.bench.ggml import Ggml
-from numaload.bench.machine import describe
-from numaload.bench.timing import Rates, Thing, in_turns
-from numaload.dequantize import DTYPES
+from numaload.bench.baselines import Ggml, by_gguf, known_to_gguf
+from numaload.bench.machine import Progress, Rates, Thing, describe, in_turns, prefaulted
+from numaload.dequantize import DTYPES, dequantize_blocks
 from numaload.errors import UsageError
 from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.kernels import registry
+from numaload.kernels.loops import STEP
+from numaload.numa.affinity import pinned_to
+from numaload.numa.topology import topology
+from numaload.numa.workers import Workers
+from numaload.samples import random_blocks
+
+WEIGHTS = 16 << 20  # 64 MiB of float32: more than a cache holds
+PATTERN = 1 << 21  # weights that are random; the rest repeats them
+SOURCES = 128 << 20  # bytes of blocks that are gone round in
+FIRST = "float32"  # always measured: what the others are compared with
+FILL, PAST, COPY = "fill", "past caches", "memcpy"
+ALLOCATING = "float32 allocating"  # as without ``out``, and as gguf-py does
+ALLOCATING_TO_GGUF = "float32 allocating to gguf-py"
+# As scripts use it, in the main thread; and in a thread, whose heap glibc does not give back to the
+# kernel after every few rows: up to three times faster, and nobody does that.
+GGUF, GGUF_WARM = "gguf-py", "gguf-py warm"
+THREADS, THREADS_PAST, CALLERS = "threads", "threads past caches", "two callers"
+NAMES = (FILL, PAST, COPY, ALLOCATING, GGUF, GGUF_WARM, THREADS, THREADS_PAST, CALLERS)
+
+Bytes = NDArray[np.uint8]
+Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Row:
     """One type. rates: Gweights/s. ratios: float32's rate to that of writing and of others; other
-    dtypes' rates to float32's; of several threads see ``ratios``.
+    dtypes' rates to float32's; for several threads see ``scaling``.
 
-    same: whether float32 is bit for bit what others compute, other dtypes what numpy and ml_dtypes
-    make of it, and several threads' result that of one.
+    same: {name: whether it gave the right bits}: others and several threads those of one thread's
+    float32, other dtypes those that numpy and ml_dtypes round it to.
     """
 
     qtype: str
@@ -66,7 +74,7 @@ class DequantReport:
 
     @property
     def same(self) -> bool:
-        """Whether every type was bit for bit what the others compute."""
+        """Return whether every type was bit for bit what the others compute."""
         return all(all(row.same.values()) for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,7 +82,7 @@ class DequantReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DequantReport:
-        """What ``to_dict`` gave, as from ``--json``."""
+        """Make a report of what ``to_dict`` gave, as from ``--json``."""
         return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
 
 
@@ -84,7 +92,7 @@ def measure(
     threads: int = 1,
     rounds: int = 7,
     ggml: Mapping[str, str] | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> DequantReport:
     """Measure types (all unless named) to float32 and to dtypes (all unless named).
 
@@ -103,7 +111,7 @@ def measure(
     paths = {name: one.path for name, one in libraries.items()}
     report = DequantReport(describe(), WEIGHTS, rounds, threads, paths)
     measured: list[Rates] = []
-    with closing(Contenders(kinds, libraries, threads)) as contenders:
+    with closing(_Contenders(kinds, libraries, threads)) as contenders:
         for qtype in chosen:
             if progress is not None:
                 progress(qtype.name)
@@ -130,14 +138,129 @@ def _dtype(name: str) -> str:
 
 
 def _free(name: str) -> str:
-    """A name for a library that nothing else in a report has."""
+    """Return a library's name if nothing else in a report has it. Raises: UsageError."""
     if not name or name in {*DTYPES, *NAMES}:
         raise UsageError(f"ggml named {name!r}: expected another name")
     return name
 
 
-def _row(contenders: Contenders, qtype: QuantType, rounds: int) -> tuple[Row, Rates]:
-    blocks = blocks_of(qtype)
+# what is run -------------------------------------------------------------------------------------
+
+
+class _Contenders:
+    """Threads and memory for all types. All runs share one pinned thread, blocks and output.
+
+    Only gguf-py runs in the caller's thread, and what is named so on several. Raises: UsageError.
+    """
+
+    def __init__(self, dtypes: Sequence[str], libraries: Mapping[str, Ggml], threads: int) -> None:
+        cpus = sorted(topology().cpus)
+        if not 1 <= threads <= len(cpus):
+            raise UsageError(f"threads {threads}: expected 1 to {len(cpus)}, the CPUs allowed here")
+        self.dtypes, self.libraries = dtypes, libraries
+        self.one = Workers(cpus[-1:], 1)
+        self.many = Workers(cpus[-threads:], threads) if threads > 1 else None
+        self.callers = ThreadPoolExecutor(2)
+        self.out, self.spare = prefaulted(4 * WEIGHTS), prefaulted(4 * WEIGHTS)
+        self.fill = registry.load_fill()
+
+    def close(self) -> None:
+        for workers in filter(None, (self.one, self.many)):
+            workers.close()
+        self.callers.shutdown()
+
+    def writing(self) -> dict[str, Thing]:
+        source, out, count = self.spare.ctypes.data, self.out.ctypes.data, WEIGHTS // STEP
+        return self._pinned(
+            {
+                FILL: partial(self.fill, source, out, count, 0),
+                PAST: partial(self.fill, source, out, count, 1),
+                COPY: partial(np.copyto, self.out, self.spare),
+            }
+        )
+
+    def kernels(self, qtype: QuantType, blocks: Callable[[], Bytes]) -> dict[str, Thing]:
+        kernel = {dtype: registry.load(qtype, dtype) for dtype in self.dtypes}
+
+        def run(dtype: str, out: NDArray[Any] | None = None) -> None:
+            floats = np.empty(WEIGHTS, np.float32) if out is None else out
+            kernel[dtype](blocks(), floats, True)  # type: ignore[misc] # it is in the table
+
+        runs: dict[str, Run] = {dtype: partial(run, dtype, self.bits(dtype)) for dtype in kernel}
+        return self._pinned(runs | {ALLOCATING: partial(run, FIRST)})
+
+    def others(self, qtype: QuantType, blocks: Callable[[], Bytes]) -> dict[str, Thing]:
+        def convert(function: Callable[[int, int, int], None]) -> None:
+            function(blocks().ctypes.data, self.out.ctypes.data, WEIGHTS)
+
+        def gguf() -> Any:
+            return by_gguf(blocks(), qtype)
+
+        def gguf_here() -> Any:
+            with pinned_to(self.one.cpus):
+                return gguf()
+
+        found = {name: library.convert(qtype) for name, library in self.libraries.items()}
+        things = self._pinned({name: partial(convert, f) for name, f in found.items() if f})
+        if known_to_gguf(qtype):
+            things |= {GGUF: (gguf_here, WEIGHTS)} | self._pinned({GGUF_WARM: gguf})
+        return things
+
+    def together(self, qtype: QuantType, blocks: Callable[[], Bytes]) -> dict[str, Thing]:
+        """Return what runs on several threads; nothing if there is one."""
+        workers = self.many
+        if workers is None:
+            return {}
+
+        def every(out: Bytes) -> None:
+            floats = out.view(np.float32)
+            dequantize_blocks(blocks(), qtype, DTYPES[FIRST], floats, workers)
+
+        def fill(start: int, stop: int) -> None:
+            out = self.out.ctypes.data + 4 * STEP * start
+            self.fill(self.spare.ctypes.data, out, stop - start, 1)
+
+        def callers() -> None:
+            """Have two callers share the workers: the slower ends it."""
+            for future in [self.callers.submit(every, out) for out in (self.out, self.spare)]:
+                future.result()
+
+        return {
+            THREADS: (partial(every, self.out), WEIGHTS),
+            THREADS_PAST: (partial(workers.ranges, fill, WEIGHTS // STEP), WEIGHTS),
+            CALLERS: (callers, WEIGHTS),
+        }
+
+    def bits(self, dtype: str) -> NDArray[Any]:
+        """View the output as what kernels write."""
+        kind = np.float32 if DTYPES[dtype].itemsize == 4 else np.uint16
+        return self.out.view(kind)[:WEIGHTS]
+
+    def _pinned(self, runs: Mapping[str, Run]) -> dict[str, Thing]:
+        def run(one: Run) -> object:
+            return self.one.submit(one).result()
+
+        return {name: (partial(run, one), WEIGHTS) for name, one in runs.items()}
+
+
+def _blocks_of(qtype: QuantType) -> Callable[[], Bytes]:
+    """Make WEIGHTS random weights, (n, type_size), and return what gives another copy each time.
+
+    So they are not in a cache, as when a model is loaded.
+    """
+    block_size, type_size = BLOCKS[qtype]
+    pattern = random_blocks(qtype, 1, PATTERN, np.random.default_rng(qtype.value)).reshape(-1)
+    nbytes = WEIGHTS // block_size * type_size
+    copies = prefaulted(nbytes * max(1, SOURCES // nbytes)).reshape(-1, nbytes)
+    copies.reshape(-1, len(pattern))[:] = pattern
+    return partial(next, cycle([copy.reshape(-1, type_size) for copy in copies]))
+
+
+# what is made of it ------------------------------------------------------------------------------
+
+
+def _row(contenders: _Contenders, qtype: QuantType, rounds: int) -> tuple[Row, Rates]:
+    blocks = _blocks_of(qtype)
     ours, others = contenders.kernels(qtype, blocks), contenders.others(qtype, blocks)
     together = contenders.together(qtype, blocks)
     same = _same(contenders, ours, others, together)
@@ -154,7 +277,7 @@ def _row(contenders: Contenders, qtype: QuantType, rounds: int) -> tuple[Row, Ra
 
 
 def ratios(rates: Rates) -> dict[str, float]:
-    """What a row says of one thread's rates in turns."""
+    """Compare one thread's rates in turns."""
     found = {}
     for name in rates.rates:
         if name in DTYPES:
@@ -167,11 +290,11 @@ def ratios(rates: Rates) -> dict[str, float]:
 
 
 def scaling(rates: Rates, threads: int, bytes_read: float) -> dict[str, float]:
-    """What it says of several threads; ``bytes_read`` for a weight.
+    """Compare several threads' rates with what they could reach; ``bytes_read`` for a weight.
 
-    threads: what they reach of what they could. That is as often the rate of one as there are of
-    them, or the memory's limit: as many bytes, read and written, as they fill together, or what one
-    alone reaches, if that is more. two callers: the slower's rate to half of theirs.
+    That is as often the rate of one as there are threads, or the memory's limit: as many bytes,
+    read and written, as they fill together, or what one alone reaches, if that is more.
+    two callers: the slower's rate to half of theirs.
     """
     rows = zip(*(rates.rates[name] for name in (THREADS, FIRST, THREADS_PAST)), strict=True)
     share = 4 / (4 + bytes_read)
@@ -181,12 +304,12 @@ def scaling(rates: Rates, threads: int, bytes_read: float) -> dict[str, float]:
 
 
 def _same(
-    contenders: Contenders,
+    contenders: _Contenders,
     ours: Mapping[str, Thing],
     others: Mapping[str, Thing],
     together: Mapping[str, Thing],
 ) -> dict[str, bool]:
-    """{name: whether it computed what it should}, each into memory full of something else."""
+    """Run each into memory full of something else, and compare: {name: whether it is right}."""
 
     def result(run: Callable[[], object], dtype: str = FIRST) -> Any:
         contenders.out[:] = 0xFF

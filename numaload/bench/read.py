@@ -5,30 +5,239 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from numaload.bench.machine import describe
-from numaload.bench.memory import prefaulted
-from numaload.bench.read_report import COLD, STATES, WARM, Figures, Pairs, ReadReport, Row
-from numaload.bench.read_turn import CHUNK, Done, Subject, Turn, Unavailable
-from numaload.bench.read_wanted import DUELS
-from numaload.bench.read_ways import CACHE, Way, chosen
+from numaload.bench.machine import (
+    CONFIDENCE,
+    GIB,
+    Progress,
+    describe,
+    median_interval,
+    prefaulted,
+)
+from numaload.bench.ways import (
+    CACHE,
+    CEILING,
+    CHUNK,
+    COPY,
+    DIRECT_4K,
+    MEMORY,
+    PREWARM,
+    Done,
+    Turn,
+    Unavailable,
+    Way,
+    chosen,
+)
 from numaload.errors import NumaloadError, ReadError, UsageError
 from numaload.numa.memory import LEAST_FREE, UNKNOWN, available
 from numaload.storage.files import SourceFile, model_paths
 from numaload.storage.residency import residency
 
+COLD, WARM = "cold", "warm"
+STATES = (COLD, WARM)
+LOADED = 0.9  # of the file, in the page cache after it was read: with less it was not read
+KERNELS_OWN = ("populate", "vmtouch")
 MOST_OF_FREE = 2  # a file larger than one part in so many of the memory is not used whole
 EVICTED = 100  # at most one part in so many may stay
-TRIES, BETWEEN_S = 10, 0.05  # pages that somebody is just looking at are not given back
+TRIES, BETWEEN_S = 10, 0.05  # the kernel does not give back pages that somebody is looking at
 SPARE, TIMES = 64 << 20, 2  # bytes touched besides so many times what is needed
-GIB = 1 << 30
 
-Progress = Callable[[str], None]
+
+# the report --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Figures:
+    """Rounds in order. rates: GB/s; cpu: seconds a GiB.
+
+    loaded: share that is in the page cache afterwards, None where that is not what the way is for,
+    or not known.
+    """
+
+    rates: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    loaded: list[float | None] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        return median(self.rates)
+
+    @property
+    def least_loaded(self) -> float | None:
+        return min((share for share in self.loaded if share is not None), default=None)
+
+
+@dataclass
+class Row:
+    """One way. states: {"cold" or "warm": figures}; the rest as in ``ways.ReadMethod``."""
+
+    way: str
+    family: str
+    sink: str
+    what: str
+    ours: bool
+    own: bool
+    states: dict[str, Figures] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, way: Way) -> Row:
+        method = way.method
+        return cls(way.name, method.name, method.sink, method.what, method.ours, method.own)
+
+    def counts(self, state: str) -> bool:
+        """Return whether it did read the file, so that its rate is one."""
+        if state not in self.states:
+            return False
+        loaded = self.states[state].least_loaded
+        return loaded is None or loaded >= LOADED
+
+
+@dataclass
+class Pairs:
+    """``ours`` and ``theirs`` in turns. ratios: of their rates, pair by pair."""
+
+    what: str
+    state: str
+    ours: str
+    theirs: str
+    ratios: list[float]
+
+    @property
+    def median(self) -> float:
+        return median(self.ratios)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Return the 95 % interval of the median; None where there are too few pairs."""
+        return median_interval(self.ratios)
+
+    def to_dict(self) -> dict[str, Any]:
+        more = {"median": self.median, "interval": self.interval, "confidence": CONFIDENCE}
+        return asdict(self) | more
+
+
+@dataclass
+class ReadReport:
+    """nbytes: of the file's ``size``, from its start. plan: what prewarm chose on the cold file.
+
+    left_out: {way: why it was not measured}. notes: what limits the figures' meaning.
+    """
+
+    path: str
+    size: int
+    nbytes: int
+    rounds: int
+    machine: dict[str, str]
+    rows: list[Row] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    plan: Any = None
+    pairs: list[Pairs] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def row(self, way: str) -> Row | None:
+        return next((row for row in self.rows if row.way == way), None)
+
+    def best(self, state: str, wanted: Callable[[Row], bool]) -> Row | None:
+        """Return the row with the highest median rate among those wanted."""
+        rows = [row for row in self.rows if row.counts(state) and wanted(row)]
+        return max(rows, key=lambda row: row.states[state].rate, default=None)
+
+    def ceiling(self, state: str) -> Row | None:
+        return self.best(state, lambda row: row.sink == CEILING)
+
+    def dd_limit(self, state: str) -> Row | None:
+        """Return what dd and fio would call the limit."""
+        return self.best(state, lambda row: row.family == DIRECT_4K)
+
+    def champion(self, state: str) -> Row | None:
+        """Return the fastest way into the page cache that is not numaload's."""
+        return self.best(state, lambda row: row.sink == CACHE and not row.ours)
+
+    def own_best(self) -> Row | None:
+        """Return the fastest cold way into the page cache of those that numaload has."""
+        return self.best(COLD, lambda row: row.sink == CACHE and (row.own or row.ours))
+
+    def plan_share(self) -> float | None:
+        """Return what the chosen plan reaches of the best of numaload's own ways, cold."""
+        row, best = self.row(PREWARM), self.own_best()
+        if row is None or best is None or not row.counts(COLD):
+            return None
+        return row.states[COLD].rate / best.states[COLD].rate
+
+    def ratios(self, row: Row, state: str) -> dict[str, float]:
+        """Compare its rate with the best of the same sink and with the ceiling, if it is one."""
+        if not row.counts(state):
+            return {}
+        others = {"best": self.best(state, lambda one: one.sink == row.sink)}
+        others["ceiling"] = self.ceiling(state)
+        rate = row.states[state].rate
+        return {name: rate / other.states[state].rate for name, other in others.items() if other}
+
+    def to_dict(self) -> dict[str, Any]:
+        names = {"own_best": self.own_best()}
+        for state in STATES:
+            names[f"champion_{state}"] = self.champion(state)
+            names[f"ceiling_{state}"] = self.ceiling(state)
+            names[f"dd_limit_{state}"] = self.dd_limit(state)
+        return asdict(self) | {
+            "rows": [asdict(row) | {"states": self._states(row)} for row in self.rows],
+            "pairs": [pairs.to_dict() for pairs in self.pairs],
+            "plan_share": self.plan_share(),
+            **{name: row and row.way for name, row in names.items()},
+        }
+
+    def _states(self, row: Row) -> dict[str, Any]:
+        return {
+            state: asdict(figures)
+            | {
+                "rate": figures.rate,
+                "cpu_per_gib": median(figures.cpu),
+                "ratios": self.ratios(row, state),
+            }
+            for state, figures in row.states.items()
+        }
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Two ways to compare pair by pair: ``ours`` and a rival that the report names."""
+
+    what: str
+    state: str
+    ours: str
+    rival: Callable[[ReadReport], Row | None]
+
+    def fighters(self, report: ReadReport) -> tuple[str, str] | None:
+        """Return the names of both ways, ours first; None where one of them was not measured."""
+        ours, rival = report.row(self.ours), self.rival(report)
+        if ours is None or rival is None or self.state not in ours.states:
+            return None
+        return ours.way, rival.way
+
+
+def _kernels_own(report: ReadReport) -> Row | None:
+    return report.best(WARM, lambda row: row.family in KERNELS_OWN)
+
+
+DUELS = (
+    Duel("into the page cache, beside the fastest other way", COLD, PREWARM,
+         lambda report: report.champion(COLD)),
+    Duel("into the page cache, beside the direct limit", COLD, PREWARM,
+         lambda report: report.ceiling(COLD)),
+    Duel("what is resident, beside the kernel's own call and vmtouch", WARM, PREWARM, _kernels_own),
+    Duel("into private memory, beside the direct limit", COLD, COPY,
+         lambda report: report.ceiling(COLD)),
+)  # fmt: skip
+
+
+# measuring ---------------------------------------------------------------------------------------
 
 
 def measure(
@@ -41,11 +250,11 @@ def measure(
     pairs: int = 0,
     progress: Progress | None = None,
 ) -> ReadReport:
-    """Read a file in all ways, or those named (``read_ways.chosen``), ``rounds`` times each.
+    """Read a file in all ways, or those named (``ways.chosen``), ``rounds`` times each.
 
     states: "cold", given back to the kernel before each timing and checked, or "warm". threads:
     counts for the ways that have several. pairs: so many times numaload and the fastest other way
-    in turns, for each of ``read_wanted.DUELS``. progress(what is done now).
+    in turns, for each of ``DUELS``. progress(what is done now).
     Raises: UsageError; ReadError for what is no file, is empty or cannot be read, and where the
     kernel does not give its page cache back; FileChangedError.
     """
@@ -53,19 +262,22 @@ def measure(
         raise UsageError(f"rounds {rounds}, pairs {pairs}: expected at least 1 and 0")
     selected = chosen(ways, threads)
     with SourceFile(path) as file:
-        bench = _Bench(file, selected, rounds, progress or _silent)
+        bench = _Bench(file, selected, rounds, progress or (lambda _: None))
         bench.look()
         for turn in range(rounds):
             for state in (state for state in STATES if state in states):
                 bench.round(state, f"round {turn + 1} of {rounds}: {state}")
         for duel in DUELS if pairs else ():
-            bench.duel(duel.what, duel.state, duel.fighters(bench.report), pairs)
+            bench.duel(duel, pairs)
         file.check_unchanged()
     return bench.report
 
 
-def _silent(_: str) -> None:
-    pass
+def usable(size: int, free: int) -> int:
+    """Return how many bytes of a file are used, from its start: what fits twice into ``free``."""
+    most = free // MOST_OF_FREE
+    step = GIB if most >= GIB else CHUNK
+    return size if size <= most else min(size, max(CHUNK, most // step * step))
 
 
 class _Timing(NamedTuple):
@@ -86,18 +298,16 @@ class _Bench:
         self.file, self.progress = file, progress
         self.ways = {way.name: way for way in ways}
         self.report = ReadReport(file.path, file.size, file.size, rounds, describe(()))
-        self.report.rows = [_row(way) for way in ways]
+        self.report.rows = [Row.of(way) for way in ways]
         self.rng = np.random.default_rng()
         self._cut()
-        files = tuple(_files(file.path))
-        path = os.path.abspath(file.path)
-        self.subject = Subject(file, path, self.report.nbytes == self.report.size, files)
+        self.alone = _is_alone(file.path)
         self.known = residency(file).known
         if not self.known:
             self._note("whether it is cold is not known: the kernel tells that to its owner only")
 
     def _cut(self) -> None:
-        """From here on the file ends there, for all ways."""
+        """Let the file end, for all ways, where its first part fits twice into free memory."""
         free = available().free
         self.file.size = self.report.nbytes = usable(self.file.size, free)
         if self.report.nbytes < self.report.size:
@@ -113,7 +323,7 @@ class _Bench:
     def look(self) -> None:
         """Read all of it once: what is damaged or far away shall be an error before it is mapped.
 
-        Written back too: pages that are not on the disk yet cannot be given back.
+        Write it back too: pages that are not on the disk yet cannot be given back.
         """
         self.progress("reading it once")
         held = os.fstat(self.file.fd).st_blocks * 512
@@ -123,21 +333,21 @@ class _Bench:
             os.fsync(self.file.fd)
         self._read_in()
 
-    def _begin(self, state: str) -> None:
-        """Read in by one ordinary way, the same for all: others leave pages of other sizes."""
-        if state == WARM and self.known:
-            with suppress(ReadError):
-                self._evict()
-
     def round(self, state: str, title: str) -> None:
         self._begin(state)
         names = list(self.ways)
         for index in self.rng.permutation(len(names)):
             name = names[index]
-            measured = state == COLD or self.ways[name].family.warm
+            measured = state == COLD or self.ways[name].method.warm
             if measured and name not in self.report.left_out:
                 self.progress(f"{title}, {name}")
                 self._enter(name, state)
+
+    def _begin(self, state: str) -> None:
+        """Have a warm file read in by ordinary reads: other ways leave pages of other sizes."""
+        if state == WARM and self.known:
+            with suppress(ReadError):
+                self._evict()
 
     def _enter(self, name: str, state: str) -> None:
         try:
@@ -155,21 +365,22 @@ class _Bench:
         if state == COLD and found.done.plan is not None:
             self.report.plan = found.done.plan
 
-    def duel(self, what: str, state: str, names: tuple[str, str] | None, count: int) -> None:
-        """Both in turns, each first every other time."""
+    def duel(self, duel: Duel, count: int) -> None:
+        """Time both in turns, each first every other time."""
+        names = duel.fighters(self.report)
         if names is None:
             return
-        self._begin(state)
+        self._begin(duel.state)
         ratios = []
         for index in range(count):
-            self.progress(f"pair {index + 1} of {count}: {state}, {' and '.join(names)}")
+            self.progress(f"pair {index + 1} of {count}: {duel.state}, {' and '.join(names)}")
             order = names if index % 2 else names[::-1]
-            rates = {name: self._rate(self._time(self.ways[name], state)) for name in order}
+            rates = {name: self._rate(self._time(self.ways[name], duel.state)) for name in order}
             ratios.append(rates[names[0]] / rates[names[1]])
-        self.report.pairs.append(Pairs(what, state, *names, ratios))
+        self.report.pairs.append(Pairs(duel.what, duel.state, *names, ratios))
 
     def _rate(self, found: _Timing) -> float:
-        """GB/s."""
+        """Return GB/s."""
         return self.file.size / max(found.seconds, 1e-9) / 1e9
 
     def _time(self, way: Way, state: str) -> _Timing:
@@ -178,7 +389,7 @@ class _Bench:
         else:
             self._keep()
         self._touch(way, state)
-        with Turn(self.subject) as turn:
+        with Turn(self.file, whole=self.file.size == self.report.size, alone=self.alone) as turn:
             run = way.start(turn)
             before, begin = _cpu(), time.perf_counter()
             done = run()
@@ -188,12 +399,12 @@ class _Bench:
                 raise ReadError(message, path=self.file.path)
             del run
         loaded = None
-        if way.family.sink == CACHE and self.known:
+        if way.method.sink == CACHE and self.known:
             loaded = residency(self.file).resident / self.file.size
         return _Timing(seconds, spent if done.cpu is None else done.cpu, loaded, done)
 
     def _evict(self) -> None:
-        """Raises: ReadError where more than a hundredth of it stays."""
+        """Give its page cache back. Raises: ReadError where more than a hundredth stays."""
         for _ in range(TRIES):
             self.file.drop_cache(0, 0)
             left = residency(self.file).resident
@@ -207,7 +418,7 @@ class _Bench:
         )
 
     def _keep(self) -> None:
-        """All of it in the page cache."""
+        """Bring all of it into the page cache."""
         if residency(self.file).absent:
             self._read_in()
             left = sum(stop - start for start, stop in residency(self.file).absent)
@@ -221,11 +432,11 @@ class _Bench:
             self.file.read_into(buffer[: min(CHUNK, self.file.size - offset)], offset)
 
     def _touch(self, way: Way, state: str) -> None:
-        """Touch and free what it will take: a host that has yet to find the memory is slow.
+        """Touch and free the memory it will take: a host that has yet to find it is slow.
 
-        Not so much that the file's own pages would have to go.
+        Touch no more than fits beside the file's own pages.
         """
-        wanted = self.file.size * (way.family.copies + (state == COLD))
+        wanted = self.file.size * ((way.method.sink == MEMORY) + (state == COLD))
         if not wanted:
             return
         room = available().free
@@ -237,29 +448,15 @@ class _Bench:
         prefaulted(max(CHUNK, min(TIMES * wanted + SPARE, room)))
 
 
-def usable(size: int, free: int) -> int:
-    """How many bytes of a file are used, from its start: what fits twice into ``free`` bytes."""
-    most = free // MOST_OF_FREE
-    step = GIB if most >= GIB else CHUNK
-    return size if size <= most else min(size, max(CHUNK, most // step * step))
-
-
-def _row(way: Way) -> Row:
-    family = way.family
-    return Row(
-        way.name, family.name, family.sink, family.what, family.loads, family.ours, family.own
-    )
-
-
-def _files(path: str) -> Iterator[str]:
-    """Of the model that it belongs to; itself where that is none that is whole."""
+def _is_alone(path: str) -> bool:
+    """Return whether the file is no part of a larger model."""
     try:
-        yield from model_paths(path)
-    except NumaloadError:
-        yield path
+        return len(model_paths(path)) == 1
+    except NumaloadError:  # no model, or not a whole one
+        return True
 
 
 def _cpu() -> float:
-    """Seconds that this process and those that it waited for have computed."""
+    """Return the seconds that this process and those that it waited for have computed."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from numaload.bench.wanted import findings
+from numaload.bench.dequant import DequantReport, Row
 from numaload.kernels import registry
+from script_modules import script
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def figures() -> ModuleType:
-    """scripts/dequant_figures.py"""
-    path = ROOT / "scripts/dequant_figures.py"
-    spec = importlib.util.spec_from_file_location("dequant_figures", path)
-    assert spec
-    assert spec.loader
-    module = sys.modules["dequant_figures"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("dequant_figures")
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/kernels.md"])
@@ -45,12 +37,12 @@ def test_every_type_is_in_both(figures: ModuleType) -> None:
 
 
 def test_every_must_is_met_and_measured(figures: ModuleType) -> None:
-    """In the figures that are shown; a missed goal is told there too."""
-    found = findings(figures.report())
-    assert {f.wish.baseline for f in found} == {
+    """In the figures that are shown."""
+    found = figures.judged(figures.report())
+    assert {f.level.baseline for f in found} == {
         "ggml", "native", "gguf-py", "float16", "bfloat16", "threads", "two callers", "past caches",
     }  # fmt: skip
-    assert [str(f) for f in found if f.wish.level == "must" and not f.met] == []
+    assert [str(f) for f in found if f.level.level == "must" and not f.met] == []
     assert figures.report().same
     assert len(figures.report().rows) == 28
 
@@ -61,3 +53,38 @@ def test_how_to_add_a_type_names_files_that_are_there() -> None:
     named = {word for word in section.split("`") if "/" in word and word.endswith(".py")}
     assert len(named) >= 6
     assert all((ROOT / path).exists() for path in named), named
+
+
+# Levels, on reports that say what they like ------------------------------------------------------
+
+
+def report_of(**ratios: dict[str, float]) -> DequantReport:
+    rows = [Row(name, 1.0, {}, found, {}) for name, found in ratios.items()]
+    return DequantReport({}, 0, 0, 1, {}, {}, rows)
+
+
+def verdicts(figures: ModuleType, report: DequantReport) -> dict[str, bool]:
+    return {f"{f.level.level} {f.level.baseline} {f.level.least:.2f}": f.met
+            for f in figures.judged(report)}  # fmt: skip
+
+
+def test_what_is_missed_is_said(figures: ModuleType) -> None:
+    report = report_of(Q4_K={"ggml": 0.9, "gguf-py": 11.0}, IQ2_S={"ggml": 7.0, "gguf-py": 9.9})
+    assert verdicts(figures, report) == {"must ggml 1.00": False, "must ggml 6.00": True,
+                                         "must gguf-py 10.00": False}  # fmt: skip
+    text = [str(finding) for finding in figures.judged(report)]
+    assert "must: as fast as ggml as shipped: 0.90 (Q4_K), wanted 1.00: MISSED" in text
+
+
+def test_f16_need_not_be_ten_times_gguf_py(figures: ModuleType) -> None:
+    assert verdicts(figures, report_of(F16={"gguf-py": 3.0}, Q8_0={"gguf-py": 10.5})) == {
+        "must gguf-py 10.00": True
+    }
+
+
+def test_the_median_counts_for_the_median(figures: ModuleType) -> None:
+    ratios = [0.5, 0.8, 0.9]
+    report = report_of(**{f"T{i}": {"past caches": ratio} for i, ratio in enumerate(ratios)})
+    assert verdicts(figures, report) == {
+        "goal past caches 0.45": True, "goal past caches 0.75": True,
+    }  # fmt: skip

@@ -21,7 +21,9 @@ E8M0 = np.ldexp(np.float32(1), np.arange(256) - 128).astype(np.float32)
 
 
 def _ue4m3() -> Array:
-    """Half of a float of 4 bits of exponent and 3 of mantissa; bit 7 does not count, 0x7F is 0.
+    """Return half of each float with 4 bits of exponent and 3 of mantissa.
+
+    Bit 7 does not count, and 0x7F is 0.
 
     Source: ggml-impl.h ggml_ue4m3_to_fp32.
     """

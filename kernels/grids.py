@@ -20,7 +20,7 @@ IQ3_S_LEVELS = (1, 3, 5, 7, 9, 11, 13, 15)
 
 
 def _grid(levels: tuple[int, ...], group: int, text: str) -> NDArray[np.int64]:
-    """(n,) int64; their lower bytes hold ``group`` values of 8 bits each, the first lowest."""
+    """Return (n,) int64 whose lower bytes hold ``group`` values each, the first lowest."""
     width = 2 if len(levels) == 3 else 3
     bits = np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), bitorder="little")
     numbers = np.packbits(bits.reshape(-1, width), axis=1, bitorder="little")[:, 0]

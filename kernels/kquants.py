@@ -40,7 +40,7 @@ def q2_k(src: Array, at: int, w: Array, to: int) -> None:
 
 @helper
 def six_bit_scales(src: Array, at: int) -> Array:
-    """Q3_K: 16 scales of 6 bits in 12 bytes, 32 too large.
+    """Unpack the scales of Q3_K: 16 of 6 bits in 12 bytes, 32 too large.
 
     The low four bits: nibbles of bytes 0-7. The upper two: the bit pairs of bytes 8-11, four groups
     for each pair.
@@ -72,7 +72,7 @@ def q3_k(src: Array, at: int, w: Array, to: int) -> None:
 
 @helper
 def scales_and_mins(src: Array, at: int) -> Array:
-    """Q4_K and Q5_K: 8 scales, then 8 mins, of 6 bits in 12 bytes.
+    """Unpack Q4_K and Q5_K: 8 scales, then 8 mins, of 6 bits in 12 bytes.
 
     Groups 0-3: the low 6 bits of bytes 0-3 and 4-7. Groups 4-7: a nibble each of bytes 8-11, under
     the two spare bits of bytes 0-3 and 4-7.

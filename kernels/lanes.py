@@ -1,9 +1,9 @@
 """The vocabulary that kernels are written in: 16 values at a time.
 
 Every function here means the same twice. Called from Python it is numpy on arrays of 16 values:
-that is how kernels run without JIT, and how to try one in a debugger. Compiled, `lowering.py` turns
-each into LLVM vector instructions, which the processor's own width then carries out: one AVX-512
-register, two of AVX2, four of SSE2 or NEON.
+that is how kernels run without JIT, and how to try one in a debugger. Compiled, `jit/lowering.py`
+turns each into LLVM vector instructions, which the processor's own width then carries out: one
+AVX-512 register, two of AVX2, four of SSE2 or NEON.
 
 Lanes are uint8, int8, uint16 or float32, and have the operators ``& | ^ << >> + - *`` with lanes of
 their own kind, or with a number, which takes their type and must fit it; results wrap. Numbers are
@@ -38,22 +38,22 @@ def helper(function: Function) -> Function:
 
 
 def u8(src: Array, at: int) -> int:
-    """The byte at ``at``."""
+    """Read the byte at ``at``."""
     return int(src[at])
 
 
 def u16(src: Array, at: int) -> int:
-    """The two bytes at ``at``, as all of these at any address."""
+    """Read the two bytes at ``at``, which may be odd."""
     return int.from_bytes(src[at : at + 2].tobytes(), "little")
 
 
 def u32(src: Array, at: int) -> int:
-    """The four bytes at ``at``."""
+    """Read the four bytes at ``at``."""
     return int.from_bytes(src[at : at + 4].tobytes(), "little")
 
 
 def i64(src: Array, at: int) -> int:
-    """The eight bytes at ``at``, signed: what is above is cut off where it is used."""
+    """Read the eight bytes at ``at``, signed: users cut off what is above their width."""
     return int.from_bytes(src[at : at + 8].tobytes(), "little", signed=True)
 
 
@@ -61,22 +61,22 @@ def i64(src: Array, at: int) -> int:
 
 
 def load(src: Array, at: int) -> Array:
-    """16 items of ``src``, the first is number ``at``; bytes may be at any address."""
+    """Read 16 items of ``src``, the first is number ``at``; bytes may be at any address."""
     return src[at : at + LANES]
 
 
 def load_u16(src: Array, at: int) -> Array:
-    """16 uint16 that begin at byte ``at``."""
+    """Read 16 uint16 that begin at byte ``at``."""
     return src[at : at + 2 * LANES].view(np.uint16)
 
 
 def load_f32(src: Array, at: int) -> Array:
-    """16 float32 that begin at byte ``at``."""
+    """Read 16 float32 that begin at byte ``at``."""
     return src[at : at + 4 * LANES].view(np.float32)
 
 
 def join(low: Array, high: Array) -> Array:
-    """32 lanes, to be stored together."""
+    """Join two times 16 lanes, to be stored together."""
     return np.concatenate([low, high])
 
 
@@ -86,21 +86,21 @@ def put(dst: Array, at: int, lanes: Array) -> None:
 
 
 def stream(dst: Array, at: int, lanes: Array) -> None:
-    """The same past the caches, ``at`` is where a cache line begins: nobody reads it soon."""
+    """Store past the caches what nobody reads soon; a cache line begins at ``at``."""
     put(dst, at, lanes)
 
 
 def fence() -> None:
-    """What was streamed is in memory before what follows."""
+    """Have what was streamed in memory before what follows."""
 
 
 def ahead(dst: Array, at: int) -> int:
-    """Items from number ``at`` of ``dst`` to the next cache line."""
+    """Count the items from number ``at`` of ``dst`` to the next cache line."""
     return (-dst[at:].ctypes.data % LINE) // dst.itemsize
 
 
 def scratch() -> Array:
-    """Room for CHUNK float32: of the stack, for one call."""
+    """Take room for CHUNK float32 from the stack, for one call."""
     return np.zeros(CHUNK, np.float32)
 
 
@@ -108,39 +108,39 @@ def scratch() -> Array:
 
 
 def pair(low: int, high: int) -> Array:
-    """16 bytes from the 8 of ``low`` and the 8 of ``high``."""
+    """Make 16 bytes from the 8 of ``low`` and the 8 of ``high``."""
     mask = (1 << 64) - 1
     return np.array([int(low) & mask, int(high) & mask], np.uint64).view(np.uint8)
 
 
 def quad(a: int, b: int, c: int, d: int) -> Array:
-    """16 bytes from four times the low 4."""
+    """Make 16 bytes from four times the low 4."""
     mask = (1 << 32) - 1
     return np.array([int(n) & mask for n in (a, b, c, d)], np.uint32).view(np.uint8)
 
 
 def spread(bits: int) -> Array:
-    """16 bytes, 0xFF where bit i of ``bits`` is set and 0 where not; higher bits do not count."""
+    """Make 16 bytes, 0xFF where bit i of ``bits`` is set, else 0; higher bits do not count."""
     return np.where(bits >> np.arange(LANES) & 1, 0xFF, 0).astype(np.uint8)
 
 
 def pairs_of_bits(bits: int) -> Array:
-    """16 bytes: bits 0-1 of ``bits``, bits 2-3, and so on."""
+    """Make 16 bytes: bits 0-1 of ``bits``, bits 2-3, and so on."""
     return (bits >> np.arange(0, 2 * LANES, 2) & 3).astype(np.uint8)
 
 
 def plus_or_minus(bits: int, value: Array) -> Array:
-    """16 float32: ``value`` where bit i is set, ``-value`` where not."""
+    """Make 16 float32: ``value`` where bit i is set, ``-value`` where not."""
     return np.where(bits >> np.arange(LANES) & 1, value, -value)
 
 
 def f16(src: Array, at: int) -> Array:
-    """16 times the float16 at byte ``at``, as float32. A NaN becomes quiet, as in ggml."""
+    """Read the float16 at byte ``at``, as 16 float32. A NaN becomes quiet, as in ggml."""
     return as_f16(u16(src, at))
 
 
 def as_f16(bits: int) -> Array:
-    """16 times the float16 that has these bits, as float32. A NaN becomes quiet, as in ggml."""
+    """Make 16 float32 of the float16 that has these bits. A NaN becomes quiet, as in ggml."""
     return widen_f16(np.full(LANES, bits & 0xFFFF, np.uint16))
 
 
@@ -148,27 +148,27 @@ def as_f16(bits: int) -> Array:
 
 
 def signed(lanes: Array) -> Array:
-    """The same bits of uint8 as int8."""
+    """Take the same bits of uint8 as int8."""
     return lanes.view(np.int8)
 
 
 def wide(lanes: Array) -> Array:
-    """uint8 as uint16."""
+    """Widen uint8 to uint16."""
     return lanes.astype(np.uint16)
 
 
 def floats(lanes: Array) -> Array:
-    """Integers of 8 or 16 bits as float32."""
+    """Convert integers of 8 or 16 bits to float32."""
     return lanes.astype(np.float32)
 
 
 def lookup(table: Array, lanes: Array) -> Array:
-    """``table[lanes]`` of 16 items of 8 bits; lanes are 0 to 15."""
+    """Look up ``table[lanes]`` of 16 items of 8 bits; lanes are 0 to 15."""
     return table[lanes]
 
 
 def lane(lanes: Array, i: int) -> Any:
-    """One of 16 float32, as a number."""
+    """Take one of 16 float32, as a number."""
     return lanes[i]
 
 
@@ -176,19 +176,19 @@ def lane(lanes: Array, i: int) -> Any:
 
 
 def widen_f16(lanes: Array) -> Array:
-    """float16 bits (uint16) to float32; a NaN becomes quiet."""
+    """Convert float16 bits (uint16) to float32; a NaN becomes quiet."""
     wide_bits = lanes.view(np.float16).astype(np.float32).view(np.uint32)
     nan = (lanes & 0x7FFF) > 0x7C00
     return np.where(nan, wide_bits | np.uint32(0x00400000), wide_bits).view(np.float32)
 
 
 def widen_bf16(lanes: Array) -> Array:
-    """bfloat16 bits (uint16) to float32: the upper halves, nothing else changes."""
+    """Convert bfloat16 bits (uint16) to float32: they are its upper halves."""
     return (lanes.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def narrow_f16(lanes: Array) -> Array:
-    """float32 to float16 bits (uint16), to nearest even, overflow to infinity.
+    """Convert float32 to float16 bits (uint16), to nearest even, overflow to infinity.
 
     A NaN becomes quiet and keeps its sign and upper payload bits, as conversion instructions do it.
     """
@@ -200,7 +200,7 @@ def narrow_f16(lanes: Array) -> Array:
 
 
 def narrow_bf16(lanes: Array) -> Array:
-    """float32 to bfloat16 bits (uint16), to nearest even, overflow to infinity.
+    """Convert float32 to bfloat16 bits (uint16), to nearest even, overflow to infinity.
 
     A NaN becomes the quiet one of its sign.
     """

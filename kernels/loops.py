@@ -1,4 +1,4 @@
-"""What all kernels have in common: decode some blocks into a scratch, store that as asked, go on.
+"""The loop that all kernels share: decode some blocks into a scratch, store that, go on.
 
 The scratch keeps decoding and storing apart: a type is written once for all dtypes, and stores are
 in order and aligned whatever order a block has its weights in.
@@ -16,6 +16,7 @@ from numaload.kernels.lanes import (
     fence,
     join,
     load,
+    load_f32,
     narrow_bf16,
     narrow_f16,
     put,
@@ -39,6 +40,11 @@ def unchanged(lanes: Any) -> Any:
     return lanes
 
 
+def fill(src: Any, _at: int) -> Any:
+    """Read the same 16 floats again and again: with it a loop only writes."""
+    return load_f32(src, 0)
+
+
 # {dtype that is asked for: how it is made of float32}
 NARROW: dict[str, Narrow] = {
     "float32": unchanged,
@@ -48,9 +54,9 @@ NARROW: dict[str, Narrow] = {
 
 
 def make_convert(read: Read, narrow: Narrow, item_size: int) -> Read:
-    """A function that reads STEP weights and makes of them what is stored.
+    """Make a function that reads STEP weights and converts them to what is stored.
 
-    item_size: what lies between two weights, in the unit in which ``read`` takes its place.
+    item_size: the distance of two weights, in the unit in which ``read`` takes its place.
     """
 
     def convert(src: Any, at: int) -> Any:
@@ -62,7 +68,7 @@ def make_convert(read: Read, narrow: Narrow, item_size: int) -> Read:
 
 
 def make_store(convert: Read, item_size: int) -> Callable[..., None]:
-    """A function that stores ``count`` weights, a multiple of STEP, which ``convert`` reads."""
+    """Make a function that stores ``count`` weights, a multiple of STEP, read by ``convert``."""
 
     def store(src: Any, begin: int, out: Any, at: int, count: int, past_caches: int) -> None:
         if past_caches and count > 0:
@@ -82,7 +88,7 @@ def make_store(convert: Read, item_size: int) -> Callable[..., None]:
 
 
 def make_loop(decode: Decode, store: Callable[..., None], block_size: int, type_size: int) -> Loop:
-    """Blocks [0, n_blocks) of ``src`` to ``out``, by way of the scratch.
+    """Make the loop that takes blocks [0, n_blocks) of ``src`` to ``out`` through the scratch.
 
     store: from a scratch of float32. block_size: weights, type_size: bytes.
     """
@@ -102,7 +108,7 @@ def make_loop(decode: Decode, store: Callable[..., None], block_size: int, type_
 
 
 def make_float_loop(store: Callable[..., None], step: int) -> Loop:
-    """The same for floats: ``store`` is from ``src``, without scratch; a block is ``step`` weights.
+    """Make the same for floats: ``store`` reads ``src``, without scratch, ``step`` weights a block.
 
     They are read as fast as they are written, and reading ahead must not wait for the scratch.
     """
@@ -116,7 +122,7 @@ def make_float_loop(store: Callable[..., None], step: int) -> Loop:
 
 
 class Parts(NamedTuple):
-    """What makes a kernel."""
+    """The functions and sizes that a kernel is made of."""
 
     function: Any  # Decode, or Read of floats
     narrow: Narrow
@@ -126,7 +132,7 @@ class Parts(NamedTuple):
 
 
 def build_loop(parts: Parts, prepare: Callable[[Any], Any]) -> Loop:
-    """The loop of a kernel; ``prepare`` makes what its parts call callable for them."""
+    """Build the loop of a kernel; ``prepare`` makes what its parts call callable for them."""
     function, narrow, weights, nbytes, floats = parts
     read, item_size = (function, nbytes // weights) if floats else (load, 1)
     convert = prepare(make_convert(prepare(read), prepare(narrow), item_size))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from numaload.forks import compiling
 from numaload.formats.qtypes import BLOCKS, QuantType
+from numaload.kernels import jit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,8 +33,8 @@ KERNELS: dict[QuantType, tuple[str, str]] = {
     QuantType.Q4_K: ("kquants", "q4_k"),
     QuantType.Q5_K: ("kquants", "q5_k"),
     QuantType.Q6_K: ("kquants", "q6_k"),
-    QuantType.IQ1_S: ("iq1", "iq1_s"),
-    QuantType.IQ1_M: ("iq1", "iq1_m"),
+    QuantType.IQ1_S: ("iquants", "iq1_s"),
+    QuantType.IQ1_M: ("iquants", "iq1_m"),
     QuantType.IQ2_XXS: ("iquants", "iq2_xxs"),
     QuantType.IQ2_XS: ("iquants", "iq2_xs"),
     QuantType.IQ2_S: ("iquants", "iq2_s"),
@@ -57,15 +58,12 @@ COPIES = {(QuantType.F16, "float16"), (QuantType.BF16, "bfloat16")}
 Kernel = Callable[["NDArray[np.uint8]", "NDArray[Any]", bool], None]
 
 
-class SettingError(ValueError):
-    """A variable or setting of numba's with which kernels cannot be compiled."""
-
-
+SettingError = jit.SettingError  # what ``load`` raises
 _loaded: dict[tuple[QuantType, str], Kernel] = {}
 
 
 def step(qtype: QuantType) -> tuple[int, int]:
-    """(weights, bytes) that a kernel works on at once: a block, or STEP floats."""
+    """Return (weights, bytes) that a kernel works on at once: a block, or STEP floats."""
     from numaload.kernels.loops import STEP
 
     block_size, type_size = BLOCKS[qtype]
@@ -73,7 +71,7 @@ def step(qtype: QuantType) -> tuple[int, int]:
 
 
 def load(qtype: QuantType, dtype: str) -> Kernel | None:
-    """The kernel from a type to one of DTYPES, None if there is none.
+    """Return the kernel from a type to one of DTYPES, None if there is none.
 
     The first time it is linked from the cache on disk, or compiled; any thread may ask.
     Raises: SettingError if a variable of numba's makes it impossible.
@@ -90,22 +88,22 @@ def load(qtype: QuantType, dtype: str) -> Kernel | None:
 
 
 def decoder(qtype: QuantType) -> Decode | Read:
-    """The function of the table: Read for floats, else Decode."""
+    """Return the function of the table: Read for floats, else Decode."""
     module, name = KERNELS[qtype]
     found: Decode | Read = getattr(import_module(f"{__package__}.{module}"), name)
     return found
 
 
 def interpreted() -> bool:
-    """Whether kernels run as Python, for debugging and for coverage: NUMBA_DISABLE_JIT=1."""
+    """Return whether kernels run as Python, for debugging and coverage: NUMBA_DISABLE_JIT=1."""
     return os.environ.get("NUMBA_DISABLE_JIT", "0") not in {"", "0"}
 
 
 def problem() -> str:
-    """Why kernels are slower, or sooner to be compiled again, than they need be; empty if not."""
+    """Return why kernels are slower, or sooner compiled again, than need be; empty if not."""
     if interpreted():
         return "kernels run as Python, a thousand times slower: unset NUMBA_DISABLE_JIT"
-    from numaload.kernels import cache
+    from numaload.kernels.jit import cache
 
     return cache.problem()
 
@@ -119,22 +117,10 @@ def _parts(qtype: QuantType, dtype: str) -> Parts:
     return loops.Parts(decoder(qtype), loops.NARROW[dtype], *step(qtype), floats)
 
 
-def object_code(name: str, dtype: str, parts: Parts) -> bytes:
-    """An object file with the function ``name``, from the cache on disk or compiled now."""
-    from numaload.kernels import cache
-
-    code = cache.load(name)
-    if code is None:
-        from numaload.kernels.compile import compile_kernel
-
-        code = compile_kernel(name, dtype, parts)
-        cache.save(name, code)
-    return code
-
-
 def _in_thread(function: Callable[[], Kernel]) -> Kernel:
-    """Where no Ctrl-C comes: half an import of numba or LLVM cannot be repaired. It is raised when
-    that is over, within a second or so.
+    """Run where no Ctrl-C comes: half an import of numba or LLVM cannot be repaired.
+
+    It is raised when that is over, within a second or so.
     """
     results: list[Kernel] = []
     errors: list[BaseException] = []
@@ -161,19 +147,22 @@ def _in_thread(function: Callable[[], Kernel]) -> Kernel:
 
 
 def compiled(qtype: QuantType, dtype: str) -> tuple[str, bytes]:
-    """(function, object file) of a kernel."""
+    """Return (function, object file) of a kernel."""
+    from numaload.kernels.jit.objects import object_code
+
     name = f"{KERNELS[qtype][1]}_to_{dtype}"
     return name, object_code(name, dtype, _parts(qtype, dtype))
 
 
 def load_fill() -> Callable[[int, int, int, int], None]:
-    """Writes float32 as kernels do and computes nothing: (address of 16 floats, address of the
-    output, how many times STEP, past the caches).
-    """
-    from numaload.kernels import baselines, loops
-    from numaload.kernels.objects import Function
+    """Load a loop that writes float32 as kernels do and computes nothing.
 
-    parts = loops.Parts(baselines.fill, loops.unchanged, loops.STEP, 0, floats=True)
+    It takes (address of 16 floats, address of the output, how many times STEP, past the caches).
+    """
+    from numaload.kernels import loops
+    from numaload.kernels.jit.objects import Function, object_code
+
+    parts = loops.Parts(loops.fill, loops.unchanged, loops.STEP, 0, floats=True)
     return Function(object_code("fill", "float32", parts), "fill")
 
 
@@ -181,7 +170,7 @@ class Compiled:
     """A kernel that can read its blocks itself."""
 
     def __init__(self, qtype: QuantType, dtype: str) -> None:
-        from numaload.kernels.objects import Function
+        from numaload.kernels.jit.objects import Function
 
         name, code = compiled(qtype, dtype)
         self._function = Function(code, name)
@@ -200,7 +189,7 @@ class Compiled:
         scratch: NDArray[np.uint8],
         past_caches: bool,
     ) -> int:
-        """How many of ``steps`` at ``offset`` were read and converted; fewer at an error.
+        """Read and convert ``steps`` at ``offset``; return how many: fewer at an error.
 
         scratch: memory for what is read at a time.
         """

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numaload._version import __version__
-from numaload.kernels.target import target
+from numaload.kernels.jit.target import target
 from numaload.numa import memory
 from numaload.numa.mapping import map_private
 

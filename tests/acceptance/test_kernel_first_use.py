@@ -41,7 +41,7 @@ def run(
 
 FORKING = """
 expected = use("Q8_0")
-from numaload.kernels import compile as compiler
+from numaload.kernels.jit import compile as compiler
 entered = threading.Event()
 real = compiler.compile_kernel
 def compile_kernel(*arguments):
@@ -111,7 +111,7 @@ def test_a_child_forked_while_another_thread_imports(tmp_path: Path, module: str
 
 
 WAITING = """
-from numaload.kernels import compile as compiler
+from numaload.kernels.jit import compile as compiler
 use("Q8_0")
 entered, go = threading.Event(), threading.Event()
 real = compiler.compile_kernel
@@ -179,6 +179,14 @@ def test_processors_that_are_none(tmp_path: Path, variables: dict[str, str], sai
     assert said in done.stderr
 
 
+TWO = 'print(*map(use, ("IQ4_NL", "F16")))'
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return run(TWO, tmp_path_factory.mktemp("expected")).stdout
+
+
 @pytest.mark.parametrize(
     "variables",
     [
@@ -192,10 +200,8 @@ def test_processors_that_are_none(tmp_path: Path, variables: dict[str, str], sai
     ],
     ids=lambda variables: "-".join(variables.values()) or "none",
 )
-def test_numbas_variables(tmp_path: Path, variables: dict[str, str]) -> None:
-    program = 'print(*map(use, ("IQ4_NL", "F16")))'
-    expected = run(program, tmp_path / "expected").stdout
-    assert run(program, tmp_path / "found", variables=variables).stdout == expected
+def test_numbas_variables(tmp_path: Path, expected: str, variables: dict[str, str]) -> None:
+    assert run(TWO, tmp_path, variables=variables).stdout == expected
 
 
 def test_jit_that_is_off_by_numbas_configuration(tmp_path: Path) -> None:

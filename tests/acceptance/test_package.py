@@ -43,8 +43,8 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_has_kernels_inside_numaload_only(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    sources = {p.name for p in (ROOT / "kernels").glob("*.py")}
-    assert {Path(n).name for n in names if n.startswith("numaload/kernels/")} == sources
+    sources = {f"numaload/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
+    assert {name for name in names if name.startswith("numaload/kernels/")} == sources
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"numaload"}
     assert "numaload/py.typed" in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
@@ -82,7 +82,8 @@ def test_every_package_is_listed() -> None:
     section = (ROOT / "pyproject.toml").read_text().split("packages = [")[1].split("]")[0]
     listed = re.findall(r'"(.+)"', section)
     folders = {p.parent for p in (ROOT / "numaload").rglob("__init__.py")}
-    found = {str(p.relative_to(ROOT)).replace("/", ".") for p in folders} | {"numaload.kernels"}
+    found = {str(p.relative_to(ROOT)).replace("/", ".") for p in folders}
+    found |= {"numaload.kernels", "numaload.kernels.jit"}
     assert sorted(found) == sorted(listed)
 
 

@@ -22,13 +22,13 @@ def drawing() -> dict[str, int]:
 
 
 def sources() -> list[Path]:
-    kernels = sorted((ROOT / "kernels").glob("*.py"))
+    kernels = sorted((ROOT / "kernels").rglob("*.py"))
     own = [p for p in sorted(PACKAGE.rglob("*.py")) if "kernels" not in p.parts]
     return own + kernels
 
 
 def unit_of(path: Path) -> str:
-    if path.parent == ROOT / "kernels":
+    if ROOT / "kernels" in path.parents:
         return "kernels"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 

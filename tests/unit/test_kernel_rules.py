@@ -18,21 +18,23 @@ from numaload.kernels.lanes import CHUNK
 from numaload.kernels.loops import STEP
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(KERNELS.glob("*.py"))}
+# {"legacy", "jit.cache", ...: text}
+SOURCES = {
+    ".".join(path.relative_to(KERNELS).with_suffix("").parts): path.read_text(encoding="utf-8")
+    for path in sorted(KERNELS.rglob("*.py"))
+}
 TREES = {name: ast.parse(text, name) for name, text in SOURCES.items()}
 FAMILIES = sorted({module for module, _ in registry.KERNELS.values()})
 WORDS = {"lanes", "grids"}
-LOWERING = {"lowering", "halves"}
-MACHINERY = {
-    "baselines", "cache", "compile", "fromfile", "loops", "objects", "registry", "target", *LOWERING
-}  # fmt: skip
+LOWERING = {"jit.lowering", "jit.halves"}
+JIT = {"jit.__init__", "jit.cache", "jit.compile", "jit.objects", "jit.target", *LOWERING}
 FLOATS = "floats"  # the family whose functions read 16 weights instead of a block
 PACKAGE = "numaload.kernels"
 # {module that is no part of Python or of this package: the files that may import it}
 OUTSIDE = {
     "numpy": {*FAMILIES, *WORDS, "registry"},
-    "numba": {"compile", *LOWERING},
-    "llvmlite": {"compile", "fromfile", "objects", "target", *LOWERING},
+    "numba": {"jit.compile", *LOWERING},
+    "llvmlite": {"jit.compile", "jit.objects", "jit.target", *LOWERING},
 }
 STEPS = 16  # a loop is unrolled: of more, code would outgrow its cache
 
@@ -66,9 +68,10 @@ def imported(name: str) -> set[str]:
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}: relative import"
-            members = {f"{PACKAGE}.{alias.name}" for alias in node.names}
-            modules |= members if node.module == PACKAGE else {str(node.module)}
-    return modules
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            packages = (PACKAGE, f"{PACKAGE}.jit")
+            modules |= members if node.module in packages else {str(node.module)}
+    return modules - {f"{PACKAGE}.jit.SettingError"}
 
 
 def names_in(tree: ast.AST) -> set[str]:
@@ -87,7 +90,29 @@ def calls(tree: ast.AST, name: str) -> Iterator[ast.Call]:
 
 
 def test_every_file_has_a_part() -> None:
-    assert set(SOURCES) == {*FAMILIES, *WORDS, *MACHINERY, "__init__"}
+    assert set(SOURCES) == {*FAMILIES, *WORDS, *JIT, "loops", "registry", "__init__"}
+
+
+# Each may import those to its right, in functions too: so there is no circle.
+ORDER = [
+    "registry",
+    "objects",
+    "compile",
+    "halves",
+    "lowering",
+    "cache",
+    "target",
+    "loops",
+    "lanes",
+]
+
+
+@each_file
+def test_imports_point_one_way(name: str) -> None:
+    own = name.rpartition(".")[2]
+    if own in ORDER:
+        ours = {m.rpartition(".")[2] for m in imported(name) if m.startswith(f"{PACKAGE}.")}
+        assert ours <= {*ORDER[ORDER.index(own) + 1 :], "jit"}
 
 
 @each_family
@@ -111,7 +136,7 @@ def test_imports_of_others(name: str) -> None:
 
 @each_file
 def test_only_objects_knows_ctypes(name: str) -> None:
-    assert ("ctypes" in imported(name)) == (name == "objects")
+    assert ("ctypes" in imported(name)) == (name == "jit.objects")
 
 
 def test_package_imports_nothing() -> None:
@@ -127,7 +152,7 @@ def test_options_are_stated() -> None:
     # to Python, which is not there when an object file is linked.
     (options,) = (
         ast.literal_eval(node.value)
-        for node in TREES["compile"].body
+        for node in TREES["jit.compile"].body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OPTIONS"
     )
     assert options == {
@@ -140,7 +165,7 @@ def test_options_are_stated() -> None:
 
 
 def test_njit_takes_these_options() -> None:
-    found = [ast.unparse(call) for call in calls(TREES["compile"], "njit")]
+    found = [ast.unparse(call) for call in calls(TREES["jit.compile"], "njit")]
     assert sorted(found) == ["njit(**OPTIONS)", "njit(forceinline=True, **OPTIONS)"]
 
 
@@ -153,7 +178,7 @@ def test_nothing_runs_in_parallel(name: str) -> None:
 @each_file
 def test_only_compile_runs_numba(name: str) -> None:
     found = [call for runner in ("njit", "jit", "cfunc") for call in calls(TREES[name], runner)]
-    assert not found or name == "compile"
+    assert not found or name == "jit.compile"
 
 
 # decode functions ------------------------------------------------------------------------------

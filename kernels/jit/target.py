@@ -10,7 +10,7 @@ from typing import NamedTuple
 import llvmlite
 import llvmlite.binding as llvm
 
-from numaload.kernels.registry import SettingError
+from numaload.kernels.jit import SettingError
 
 NATIVE_HALVES = "avx512fp16"
 
@@ -27,7 +27,7 @@ class Target(NamedTuple):
 
 @cache
 def target() -> Target:
-    """As numba sees it, from the same variables, without importing it. Raises: SettingError."""
+    """Return what numba would choose, from the same variables. Raises: SettingError."""
     triple, features = llvm.get_process_triple(), _features()
     # With native float16 LLVM drops the mark that a store passes the caches: half the speed. Last
     # in the list, as the processor's name and other features bring it along.
@@ -62,7 +62,7 @@ def _features() -> str:
 
 
 def machine() -> llvm.TargetMachine:
-    """What emits and links code for it."""
+    """Make what emits and links code for that processor."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     found = target()

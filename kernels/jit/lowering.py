@@ -12,8 +12,8 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import lower_builtin, models, register_model, types
 
 from numaload.kernels import lanes
+from numaload.kernels.jit.target import target
 from numaload.kernels.lanes import CHUNK, LANES, LINE
-from numaload.kernels.target import target
 
 
 class Lanes(types.Type):
@@ -77,13 +77,13 @@ def lowers(function: Callable[..., Any], *takes: Any, gives: Any) -> Callable[[B
 
 
 def _pointer(context: Any, builder: Any, kind: Any, value: Any) -> Any:
-    """Of a constant array the address of its items; anything else as it is."""
+    """Return the address of a constant array's items; anything else as it is."""
     is_array = isinstance(kind, types.Array)
     return context.make_array(kind)(context, builder, value).data if is_array else value
 
 
 def constant(of: ir.Type, values: Any) -> ir.Constant:
-    """The same number in each lane, or a number for each."""
+    """Return lanes with the same number in each, or a number for each."""
     numbers = list(values) if hasattr(values, "__iter__") else [values] * LANES
     return ir.Constant(vector(of), numbers)
 
@@ -95,13 +95,13 @@ def splat(builder: Any, value: Any) -> Any:
 
 
 def call(builder: Any, name: str, result: ir.Type, *values: Any) -> Any:
-    """An intrinsic of LLVM."""
+    """Call an intrinsic of LLVM."""
     kind = ir.FunctionType(result, [value.type for value in values])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
 
 
 def place(builder: Any, base: Any, at: Any, of: ir.Type) -> Any:
-    """A pointer to a value of type ``of`` at item ``at`` of a pointer."""
+    """Return a pointer to a value of type ``of`` at item ``at`` of a pointer."""
     return builder.bitcast(builder.gep(base, [at]), of.as_pointer())
 
 
@@ -120,7 +120,7 @@ OPERATORS = {
 
 
 def _takes(kind: Lanes, other: Any) -> bool:
-    """Whether an operator of lanes takes ``other``: lanes of the same kind, or a number."""
+    """Return whether an operator takes ``other``: lanes of the same kind, or a number."""
     if kind == F32:
         return other in {F32, types.float32}
     return other == kind or isinstance(other, types.Integer)
@@ -237,7 +237,7 @@ def _scratch(builder: Any, _sig: Any) -> Any:
 
 
 def _joined(builder: Any, values: Any, of: ir.IntType) -> Any:
-    """16 bytes from the lower bits of some numbers."""
+    """Join the lower bits of some numbers to 16 bytes."""
     result = ir.Constant(ir.VectorType(of, len(values)), ir.Undefined)
     for i, value in enumerate(values):
         result = builder.insert_element(result, _cut(builder, value, of), I32(i))

@@ -1,4 +1,4 @@
-"""Conversions of float16 and bfloat16, as `lowering.py` has the rest of the vocabulary."""
+"""Conversions of float16 and bfloat16 as LLVM instructions; `lowering.py` has the other words."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from llvmlite import ir
 from numba.extending import types
 
 from numaload.kernels import lanes
-from numaload.kernels.lanes import LANES
-from numaload.kernels.lowering import (
+from numaload.kernels.jit.lowering import (
     F32,
     I16,
     I32,
@@ -21,11 +20,12 @@ from numaload.kernels.lowering import (
     splat,
     vector,
 )
-from numaload.kernels.target import target
+from numaload.kernels.jit.target import target
+from numaload.kernels.lanes import LANES
 
 
 def c(value: int) -> ir.Constant:
-    """The same 32 bits in each lane."""
+    """Return the same 32 bits in each lane."""
     return constant(I32, value)
 
 
@@ -34,14 +34,14 @@ def _has_half_conversions() -> bool:
 
 
 def _add_floats(builder: Any, left: Any, right: Any) -> Any:
-    """Bits of the sum of floats, from bits."""
+    """Add floats that are given as bits; return bits."""
     single = vector(ir.FloatType())
     total = builder.fadd(builder.bitcast(left, single), builder.bitcast(right, single))
     return builder.bitcast(total, left.type)
 
 
 def widen_half(builder: Any, half: Any) -> Any:
-    """float16 bits, 16 times 16, to float32; a NaN becomes quiet."""
+    """Convert 16 float16 from their bits to float32; a NaN becomes quiet."""
     b, single = builder, vector(ir.FloatType())
     if _has_half_conversions():
         return b.fpext(b.bitcast(half, vector(ir.HalfType())), single)

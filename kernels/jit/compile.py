@@ -1,4 +1,4 @@
-"""A kernel's Python functions to machine code in an object file. Only this module runs numba.
+"""Compile a kernel's Python functions to an object file. Only this module runs numba.
 
 The code is a plain C function without references to Python or numba, so that `objects.py` can link
 it in a process that imports neither.
@@ -13,12 +13,12 @@ import llvmlite.binding as llvm
 from numba import njit, types
 from numba.extending import register_jitable
 
-from numaload.kernels import halves as _teaches_the_rest  # noqa: F401
 from numaload.kernels import lanes
-from numaload.kernels import lowering as _teaches_the_vocabulary  # noqa: F401
+from numaload.kernels.jit import SettingError
+from numaload.kernels.jit import halves as _registers_conversions  # noqa: F401
+from numaload.kernels.jit import lowering as _registers_the_words  # noqa: F401
+from numaload.kernels.jit.target import machine
 from numaload.kernels.loops import Parts, build_loop
-from numaload.kernels.registry import SettingError
-from numaload.kernels.target import machine
 
 # No wrappers for calls from Python, which would refer to Python. parallel=True, for one, aborts the
 # process when two threads enter; fastmath would change results.
@@ -33,7 +33,7 @@ OUTPUTS = {"float32": types.float32, "float16": types.uint16, "bfloat16": types.
 
 
 def compile_kernel(name: str, dtype: str, parts: Parts) -> bytes:
-    """An object file whose function ``name`` takes what `objects.Function` says.
+    """Return an object file whose function ``name`` takes what `objects.Function` says.
 
     Raises: SettingError; anything else is a defect of the parts.
     """
@@ -51,7 +51,7 @@ def compile_kernel(name: str, dtype: str, parts: Parts) -> bytes:
 
 
 def _inlined(function: Any) -> Any:
-    """Callable for compiled code; the vocabulary already is."""
+    """Make a function callable for compiled code; the words of `lanes.py` already are."""
     if function.__module__ == lanes.__name__:
         return function
     return njit(forceinline=True, **OPTIONS)(function)
@@ -68,7 +68,7 @@ def _teach_helpers() -> None:
 
 
 def _emit(text: str, function: str, name: str) -> bytes:
-    """Machine code of LLVM's language, with ``function`` as ``name``."""
+    """Return machine code of LLVM's language, with ``function`` as ``name``."""
     module = llvm.parse_assembly(text)
     module.get_function(function).name = name
     code: bytes = machine().emit_object(module)

@@ -24,7 +24,7 @@ from importlib.util import find_spec
 
 from numaload.errors import reason
 from numaload.formats.qtypes import BLOCKS
-from numaload.kernels.target import target
+from numaload.kernels.jit.target import target
 
 VARIABLE = "NUMALOAD_CACHE_DIR"
 FOLDER = re.compile(r"kernels-[0-9a-f]{32}")
@@ -47,7 +47,7 @@ _problem = ""
 
 
 def problem() -> str:
-    """What first kept compiled code from being kept, for people; empty if nothing did."""
+    """Return what first kept compiled code from being kept, for people; empty if nothing did."""
     return _problem
 
 
@@ -63,7 +63,7 @@ def _failed(error: OSError) -> None:
 
 
 def load(name: str) -> bytes | None:
-    """The object file kept under ``name``, None if there is none that is whole."""
+    """Return the object file kept under ``name``, None if there is none that is whole."""
     try:
         path = _path(name)
         with _opened(path, create=False) as folder:
@@ -78,7 +78,7 @@ def load(name: str) -> bytes | None:
 
 
 def save(name: str, code: bytes) -> None:
-    """Keep an object file; what prevents it is in `problem`."""
+    """Keep an object file; `problem` says what prevents it."""
     try:
         with _opened(_path(name), create=True) as folder:
             _write(folder, name, MAGIC + _digest(name, code) + code)
@@ -114,12 +114,12 @@ def _opened(kernel: str, *, create: bool) -> Iterator[int]:
 
 
 def _mine(found: os.stat_result) -> bool:
-    """Whether it is this user's, and nobody else may write to it."""
+    """Return whether it is this user's, and nobody else may write to it."""
     return found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
 def _check_above(path: str) -> None:
-    """Raises: PermissionError if others may rename one of the folders that lead to it."""
+    """Refuse a path if others may rename a folder that leads to it. Raises: PermissionError."""
     trusted = {os.geteuid(), os.stat("/").st_uid}  # the latter is root, whatever its number here
     above = os.path.realpath(path)
     while above != "/":
@@ -152,20 +152,26 @@ def _base() -> str:
 
 @cache
 def version() -> str:
-    """A hash of everything that the code depends on. Raises: OSError if that cannot be read."""
+    """Hash everything that the code depends on. Raises: OSError if that cannot be read."""
     settings = [os.environ.get(name) for name in SETTINGS]
     found = hashlib.sha256(repr((target(), settings, sorted(BLOCKS.items()))).encode())
-    sources = [one for one in resources.files(__package__).iterdir() if one.name.endswith(".py")]
+    package = resources.files("numaload.kernels")
+    sources = {
+        f"{folder}{one.name}": one
+        for folder, files in (("", package), ("jit/", package / "jit"))
+        for one in files.iterdir()
+        if one.name.endswith(".py")
+    }
     if not sources:
         raise FileExistsError("the sources of numaload.kernels are not there, only compiled Python")
-    for source in sorted(sources, key=lambda one: one.name):
-        found.update(f"{source.name}\n".encode() + hashlib.sha256(source.read_bytes()).digest())
+    for name, source in sorted(sources.items()):
+        found.update(f"{name}\n".encode() + hashlib.sha256(source.read_bytes()).digest())
     found.update(_numba())
     return found.hexdigest()[:32]
 
 
 def _numba() -> bytes:
-    """What tells numba's version and settings, without importing it."""
+    """Return what tells numba's version and settings, without importing it."""
     spec = find_spec("numba")
     folders = list(spec.submodule_search_locations or []) if spec else []
     content = b""
@@ -220,7 +226,7 @@ def _write(folder: int, name: str, content: bytes) -> None:
 
 
 def _remove_old(base: str) -> None:
-    """Folders of other versions, beyond some. Nothing that this module did not make."""
+    """Remove folders of other versions, beyond some, and nothing that this module did not make."""
     ours, used = f"kernels-{version()}", {}
     for entry in os.scandir(base):
         found = entry.stat(follow_symlinks=False)

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 import naive
 from numaload.formats.qtypes import BLOCKS, QuantType
-from numaload.kernels import registry
+from numaload.kernels import lanes, registry
 
 Bytes = NDArray[np.uint8]
 Halves = NDArray[np.uint16]
@@ -368,10 +368,52 @@ VARIANTS: dict[str, tuple[dict[str, str], set[str]]] = {
     },
 }
 HERE = {name for name, has in llvm.get_host_cpu_features().items() if has}
-JOBS = [
+HALVES = ("float16", "bfloat16")
+INTERPRETED_JOBS = [
     *((qtype, "float32") for qtype in QTYPES),
-    *product((QuantType.F32, QuantType.F16, QuantType.Q4_K), ("float16", "bfloat16")),
+    *product((QuantType.F32, QuantType.F16, QuantType.Q4_K), HALVES),
 ]
+# With and without instructions of the kernels' choice every word of the vocabulary is compiled, and
+# each way of storing. That the types put the words together rightly is shown on this processor, and
+# without JIT. The others are compiled from the same as x86-64, so a type of each family will do.
+WORDY = [
+    QuantType[name]
+    for name in ["F16", "BF16", "Q5_0", "Q3_K", "IQ1_M", "IQ3_S", "IQ4_XS", "Q1_0", "Q2_0", "TQ1_0"]
+]
+COMPILED_JOBS = [
+    *((qtype, "float32") for qtype in WORDY),
+    *product((QuantType.F32,), HALVES),
+    (QuantType.Q3_K, "bfloat16"),
+]
+FAMILY_JOBS = [
+    (QuantType[name], "float32") for name in ["F16", "Q5_0", "Q3_K", "IQ3_S", "IQ4_XS", "TQ1_0"]
+]
+
+
+def jobs_of(variant: str) -> list[tuple[QuantType, str]]:
+    every = {"x86-64": COMPILED_JOBS, "x86-64-v3-listed": COMPILED_JOBS}
+    return INTERPRETED_JOBS if variant == "interpreted" else every.get(variant, FAMILY_JOBS)
+
+
+def words_of(function: Callable[..., Any]) -> set[str]:
+    """The words of the vocabulary that a decode function and its helpers use."""
+    names, helpers = set(function.__code__.co_names), {f.__name__: f for f in lanes.HELPERS}
+    words = {name for name in names if hasattr(lanes, name) and name.islower()}
+    return words.union(*(words_of(helpers[name]) for name in names & helpers.keys()))
+
+
+def test_other_processors_compile_every_word() -> None:
+    wordy, every = (
+        set().union(*(words_of(registry.decoder(qtype)) for qtype in qtypes))
+        for qtypes in (WORDY, QTYPES)
+    )
+    assert len(every) > 15
+    assert wordy == every - {"load_f32"}  # F32 is narrowed below
+    assert (QuantType.F32, "float16") in COMPILED_JOBS
+    families = {registry.KERNELS[qtype][0] for qtype, _ in FAMILY_JOBS}
+    assert families == {family for family, _ in registry.KERNELS.values()}
+
+
 RUN_JOBS = """
 import sys
 import numpy as np
@@ -379,7 +421,7 @@ from numaload.formats.qtypes import QuantType
 from numaload.kernels import registry
 
 src, out = np.load(sys.argv[1]), {}
-for job in src:
+for job in sys.argv[3:]:
     name, dtype = job.split()
     step, nbytes = registry.step(QuantType[name])
     item = np.float32 if dtype == "float32" else np.uint16
@@ -390,10 +432,15 @@ np.savez(sys.argv[2], **out)
 Runs = dict[str, "Future[Path]"]
 
 
-def run_jobs(src: Path, folder: Path, variables: dict[str, str]) -> Path:
+def job_names(variant: str) -> list[str]:
+    return [f"{qtype.name} {dtype}" for qtype, dtype in jobs_of(variant)]
+
+
+def run_jobs(src: Path, folder: Path, variant: str) -> Path:
+    variables, _ = VARIANTS[variant]
     environment = os.environ | {"NUMBA_DISABLE_JIT": "0"} | variables
     subprocess.run(
-        [sys.executable, "-c", RUN_JOBS, str(src), str(folder / "out.npz")],
+        [sys.executable, "-c", RUN_JOBS, str(src), str(folder / "out.npz"), *job_names(variant)],
         check=True, cwd=ROOT, env=environment | {"NUMALOAD_CACHE_DIR": str(folder)},
     )  # fmt: skip
     return folder / "out.npz"
@@ -402,7 +449,8 @@ def run_jobs(src: Path, folder: Path, variables: dict[str, str]) -> Path:
 @pytest.fixture(scope="module")
 def job_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, rng = tmp_path_factory.mktemp("jobs") / "src.npz", np.random.default_rng(21)
-    blocks: dict[str, Any] = {f"{q.name} {dtype}": random_blocks(rng, q, 40) for q, dtype in JOBS}
+    jobs = {*INTERPRETED_JOBS, *COMPILED_JOBS}
+    blocks: dict[str, Any] = {f"{q.name} {dtype}": random_blocks(rng, q, 40) for q, dtype in jobs}
     np.savez(path, **blocks)
     return path
 
@@ -412,8 +460,8 @@ def runs(job_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     """{variant: where its results will be}: each compiles for seconds, so they run side by side."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         yield {
-            name: pool.submit(run_jobs, job_file, tmp_path_factory.mktemp(name), variables)
-            for name, (variables, needs) in VARIANTS.items()
+            name: pool.submit(run_jobs, job_file, tmp_path_factory.mktemp(name), name)
+            for name, (_, needs) in VARIANTS.items()
             if needs <= HERE
         }
 
@@ -423,7 +471,7 @@ def test_same_bits(variant: str, runs: Runs, job_file: Path) -> None:
     if variant not in runs:
         pytest.skip(f"this processor lacks {', '.join(sorted(VARIANTS[variant][1] - HERE))}")
     with np.load(job_file) as src, np.load(runs[variant].result()) as out:
-        for qtype, dtype in JOBS:
+        for qtype, dtype in jobs_of(variant):
             job = f"{qtype.name} {dtype}"
             np.testing.assert_array_equal(
                 bits_of(out[job]), bits_of(run(qtype, src[job], dtype)), job

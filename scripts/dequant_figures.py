@@ -27,6 +27,7 @@ from numaload.bench.dequant import (
     GGUF_WARM,
     PAST,
     DequantReport,
+    Row,
 )
 from numaload.kernels import registry
 
@@ -139,15 +140,19 @@ def count(ggml: list[str], qtypes: list[str]) -> None:
 
 
 def report() -> DequantReport:
-    return DequantReport.from_dict(json.loads(FIGURES.read_text(encoding="utf-8")))
+    data = json.loads(FIGURES.read_text(encoding="utf-8"))
+    return DequantReport(**data | {"rows": [Row(**row) for row in data["rows"]]})
 
 
 def readme_table() -> str:
-    return table.markdown(report(), COLUMNS)
+    names, rows = table.dequant_table(report())
+    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *rows]
+    shown = [i for i, name in enumerate(names) if name in COLUMNS]
+    return "\n".join(f"| {' | '.join(line[i] for i in shown)} |" for line in lines)
 
 
 def kernels_table() -> str:
-    """Rate and instructions of each type."""
+    """Show rate and instructions of each type."""
     counts = json.loads(COUNTS.read_text(encoding="utf-8"))
     lines = [
         "| type | limit | found | x past caches | x ggml | instructions | AVX2 | ggml |",
@@ -171,7 +176,7 @@ def kernels_table() -> str:
 
 
 def ranges_text() -> str:
-    """The least of each ratio over all types, three where they matter, and the largest."""
+    """Say of each ratio which three types have least, and which one has most."""
     named = {
         "ggml as shipped": "ggml", "ggml built natively": "native", "gguf-py": GGUF,
         "gguf-py warm": GGUF_WARM, ALLOCATING_TO_GGUF: ALLOCATING_TO_GGUF,
@@ -197,7 +202,7 @@ def _three(count: dict[str, float], way: str) -> str:
 
 
 def layouts() -> str:
-    """The diagrams above the kernels, family by family."""
+    """Collect the diagrams above the kernels, family by family."""
     modules = dict.fromkeys(module for module, _ in registry.KERNELS.values())
     sources = {name: (ROOT / f"kernels/{name}.py").read_text(encoding="utf-8") for name in modules}
     parts = []

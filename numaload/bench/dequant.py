@@ -80,11 +80,6 @@ class DequantReport:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> DequantReport:
-        """Make a report of what ``to_dict`` gave, as from ``--json``."""
-        return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
-
 
 def measure(
     qtypes: Sequence[str] = (),

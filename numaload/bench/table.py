@@ -1,9 +1,9 @@
-"""Reports in words for terminals, as Markdown, and as a picture, which needs matplotlib."""
+"""Reports in words, as tables for terminals, and as a picture, which needs matplotlib."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
@@ -132,14 +132,6 @@ def _dtypes(report: DequantReport) -> list[str]:
 
 def _compared(report: DequantReport) -> list[str]:
     return [FILL, PAST, COPY, *report.libraries, GGUF, GGUF_WARM]
-
-
-def markdown(report: DequantReport, columns: Collection[str] = ()) -> str:
-    """Return the same as a Markdown table, of some columns if they are named."""
-    names, rows = dequant_table(report)
-    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *rows]
-    shown = [i for i, name in enumerate(names) if not columns or name in columns]
-    return "\n".join(f"| {' | '.join(line[i] for i in shown)} |" for line in lines)
 
 
 def check_plot(path: str) -> None:

@@ -10,8 +10,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from numaload.errors import printable
-from numaload.numa import openmp
-from numaload.numa.affinity import BINDING
+from numaload.numa.affinity import BINDING, binding_variables, binds_threads, core_of
 from numaload.numa.cgroups import cpu_quota
 from numaload.numa.lists import format_list
 from numaload.numa.pools import Pool, overloaded, pools, watch
@@ -63,7 +62,7 @@ class Look:
     def bound_by(self) -> str:
         """The variables that tell OpenMP to pin threads, or an empty string."""
         told = self.variables or {}
-        return openmp.variables(told) if openmp.binds(told) else ""
+        return binding_variables(told) if binds_threads(told) else ""
 
     @cached_property
     def main(self) -> Thread | None:
@@ -127,13 +126,13 @@ def look(pid: int | None = None) -> Look:
 
 
 def main_pinned(seen: Look) -> Iterator[Finding]:
-    """OpenMP libraries pin the thread that loads them, see ``openmp.py``."""
+    """OpenMP libraries pin the thread that loads them, see ``numa/affinity.py``."""
     main, wide = seen.main, seen.cpus
     if main is None or not main.cpus:
         return
     if seen.bound_by and wide == main.cpus:  # there is nobody to compare it with
         wide = frozenset().union(*(node.cpus for node in seen.machine.nodes.values()))
-    if main.cpus < wide and main.cpus <= openmp.core(min(main.cpus)):
+    if main.cpus < wide and main.cpus <= core_of(min(main.cpus)):
         why = f", as OpenMP pins it with {seen.bound_by}" if seen.bound_by else ""
         unset = "unset that, or " if seen.bound_by else ""
         yield Finding(

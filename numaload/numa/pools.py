@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from numaload.numa.openmp import core
+from numaload.numa.affinity import core_of
 from numaload.numa.threads import Thread, nodes_of, threads
 from numaload.numa.topology import Topology
 
@@ -77,7 +77,7 @@ def pools(found: Iterable[Thread], machine: Topology, *, sys_root: str = "/sys")
 def _bound(thread: Thread, machine: Topology, sys_root: str) -> tuple[Any, ...]:
     """What threads have in common that are pinned to cores; other groups have a key each."""
     cpus, stem = thread.cpus, _stem(thread.name)
-    if thread.main or not cpus or not cpus <= core(min(cpus), sys_root):
+    if thread.main or not cpus or not cpus <= core_of(min(cpus), sys_root):
         return thread.main, stem, cpus
     return thread.main, stem, len(cpus), *thread.nodes(machine)
 

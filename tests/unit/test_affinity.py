@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from numaload.numa.openmp import allowed_by_cpuset, before_binding, choose
+from numaload.numa.affinity import allowed_by_cpuset, before_binding, undo_binding
 from numaload.numa.syscalls import openmp_places
 
 HERE = frozenset(os.sched_getaffinity(0))
@@ -55,7 +55,7 @@ def test_choices(
         folder.mkdir(parents=True)
         first = cpu // 2 * 2
         (folder / "thread_siblings_list").write_text(f"{first}-{first + 1}\n")
-    got = choose(frozenset(mask), SIXTEEN, found, variables, sys_root=str(tmp_path))
+    got = undo_binding(frozenset(mask), SIXTEEN, found, variables, sys_root=str(tmp_path))
     assert got == chosen
 
 

@@ -25,8 +25,8 @@ def add_verbs(verbs: Any) -> None:
 
 
 def nodes(options: argparse.Namespace) -> int:
+    from numaload.doctor.opinion import second_opinion
     from numaload.numa.devices import gpus
-    from numaload.numa.opinion import second_opinion
     from numaload.numa.syscalls import binding
     from numaload.numa.topology import topology
 

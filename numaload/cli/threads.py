@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from numaload.cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
-    from numaload.numa.findings import Look
-    from numaload.numa.pools import Pool
+    from numaload.doctor.findings import ThreadReport
+    from numaload.doctor.pools import Pool
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
@@ -22,20 +22,20 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 
 def show(options: argparse.Namespace) -> int:
+    from numaload.doctor.findings import inspect_threads
     from numaload.errors import UsageError
-    from numaload.numa.findings import look
 
     if options.files:
         raise UsageError("--threads is about a process: it takes no FILE")
-    seen = look(options.threads)
+    seen = inspect_threads(options.threads)
     if options.json:
         print_json(seen)
         return 0
-    print_look(seen)
+    print_report(seen)
     return 0
 
 
-def print_look(seen: Look) -> None:
+def print_report(seen: ThreadReport) -> None:
     header = ["threads", "name", "CPUs", "node", "last on", "have work", "CPU time", "waited"]
     print_table(header, [_row(seen, pool) for pool in seen.pools])
     for finding in seen.findings:
@@ -45,7 +45,7 @@ def print_look(seen: Look) -> None:
         say("nothing gets in each other's way")
 
 
-def _row(seen: Look, pool: Pool) -> list[Any]:
+def _row(seen: ThreadReport, pool: Pool) -> list[Any]:
     from numaload.numa.lists import format_list
 
     row = pool.to_dict()

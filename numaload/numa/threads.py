@@ -37,25 +37,21 @@ class Thread(NamedTuple):
     cpu_s: float  # seconds it has run, in user space and in the kernel
     waited_s: float = 0.0  # seconds it could have run and had no CPU; 0 where nobody counts
 
-    def nodes(self, machine: Topology) -> list[int]:
-        """The nodes that the CPUs it may run on belong to."""
-        return nodes_of(self.cpus, machine)
-
     def to_dict(self) -> dict[str, Any]:
         return self._asdict() | {"cpus": sorted(self.cpus), "mems": sorted(self.mems)}
 
 
 def nodes_of(cpus: frozenset[int], machine: Topology) -> list[int]:
-    """The nodes that these CPUs belong to, in ascending order."""
+    """Return the nodes that these CPUs belong to, in ascending order."""
     return sorted(node.id for node in machine.nodes.values() if node.cpus & cpus)
 
 
 def threads(
     pid: int | None = None, *, proc_root: str = "/proc", sys_root: str = "/sys"
 ) -> list[Thread]:
-    """Those of the process ``pid``, by default this one, by thread id; ended ones are left out.
+    """List the threads of a process, by default this one, by thread id; not those that ended.
 
-    pid: of any thread of it. Raises: UsageError where it can be no process's; NumaError with
+    pid: the id of any thread of it. Raises: UsageError where it can be no process's; NumaError with
     ``errno`` ESRCH where there is no such process, or nothing but its exit status, EACCES where it
     is another user's and not shown.
     """
@@ -83,7 +79,7 @@ def threads(
 
 
 def environment(pid: int | None = None, *, proc_root: str = "/proc") -> dict[str, str] | None:
-    """What the process was started with, not what it set since; None where that is not shown."""
+    """Read what the process was started with, not what it set since; None where that is hidden."""
     path = f"{proc_root}/{'self' if pid is None else pid}/environ"
     try:
         with open(path, "rb") as file:
@@ -95,7 +91,7 @@ def environment(pid: int | None = None, *, proc_root: str = "/proc") -> dict[str
 
 
 def name_thread(name: str) -> None:
-    """Tell the kernel the calling thread's name, of which it keeps 15 bytes; for top, perf and us.
+    """Name the calling thread in the kernel, which keeps 15 bytes: for top, perf and status.
 
     Before Python 3.14 its threads have the name of the process.
     """
@@ -113,7 +109,7 @@ def _listed(folder: int) -> list[int]:
 
 
 def _thread(folder: int, tid: int, online: frozenset[int]) -> Thread | None:
-    """None if it has ended."""
+    """Read one thread; None if it has ended."""
     try:
         stat = _read(folder, f"{tid}/stat")
         status = _read(folder, f"{tid}/status").decode(errors="surrogateescape")
@@ -143,7 +139,7 @@ def _thread(folder: int, tid: int, online: frozenset[int]) -> Thread | None:
 
 
 def _waited(folder: int, tid: int) -> float:
-    """Source: Documentation/scheduler/sched-stats.rst. Kernels without CONFIG_SCHED_INFO: 0."""
+    """Read seconds without a CPU (sched-stats.rst); 0 on kernels without CONFIG_SCHED_INFO."""
     try:
         return _number(_read(folder, f"{tid}/schedstat").split(), 1, 0) / 1e9
     except OSError:
@@ -161,7 +157,7 @@ def _number(words: list[bytes], index: int, default: int) -> int:
 
 
 def _cpus(tid: int, rows: dict[str, str], online: frozenset[int]) -> frozenset[int]:
-    """The kernel's list has CPUs that are offline too, up to the highest it could ever have."""
+    """Leave out CPUs that are offline: the kernel lists all that there could ever be."""
     listed = _ids(rows.get("Cpus_allowed_list", ""))
     if listed:
         return listed & online or listed
@@ -191,7 +187,7 @@ def _refusal(pid: int | None, path: str, error: OSError) -> NumaError:
 
 
 def _hidden(pid: int) -> bool:
-    """Whether there is such a process though /proc has none: mounted with hidepid=2."""
+    """Return whether there is such a process though /proc shows none (mounted with hidepid=2)."""
     try:
         os.kill(pid, 0)  # asks, and sends nothing
     except OSError as error:

@@ -30,7 +30,7 @@ from numaload.demo import write_model
 from numaload.replicas.mirror import mirror
 from numaload.replicas import store
 import numaload.storage.copy, numaload.pagecache.prewarm, numaload.numa.workers
-import numaload.numa.opinion
+import numaload.doctor.opinion
 
 path, call = sys.argv[1:]
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from commands import LIMIT_S, Numaload
-from numaload.numa.findings import Finding
+from numaload.doctor.findings import Finding
 
 PAGE = (Path(__file__).parents[2] / "docs/threads.md").read_text(encoding="utf-8")
 HERE = sorted(os.sched_getaffinity(0))

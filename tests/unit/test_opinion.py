@@ -11,8 +11,8 @@ from types import ModuleType
 import pytest
 
 from machines import EVERY_CPU, POWER, XEON, Machine
-from numaload.numa import opinion
-from numaload.numa.opinion import second_opinion
+from numaload.doctor import opinion
+from numaload.doctor.opinion import second_opinion
 from numaload.numa.syscalls import LIBNUMA, NO_CALLS, SYSTEM_CALLS, Binding, binding
 from numaload.numa.topology import Topology, topology
 

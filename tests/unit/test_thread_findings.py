@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from machines import EVERY_CPU, MACHINES
-from numaload.cli.threads import print_look
+from numaload.cli.threads import print_report
+from numaload.doctor.findings import ThreadReport, inspect_threads
+from numaload.doctor.pools import Pool, overloaded, pools, watch
 from numaload.numa.cgroups import cpu_quota
-from numaload.numa.findings import Look, look
 from numaload.numa.lists import parse_list
-from numaload.numa.pools import Pool, overloaded, pools, watch
 from numaload.numa.threads import Thread
 from numaload.numa.topology import Topology, topology
 
@@ -47,12 +47,14 @@ def shown(found: Iterable[Pool]) -> list[tuple[int, str, int]]:
     return [(len(pool.threads), str(pool), pool.each) for pool in found]
 
 
-def seen(found: list[Thread], on: Topology, busy: Iterable[Thread] = (), **values: Any) -> Look:
+def seen(
+    found: list[Thread], on: Topology, busy: Iterable[Thread] = (), **values: Any
+) -> ThreadReport:
     rest = {"variables": {}, "quota": None} | values
-    return Look(1, tuple(found), frozenset(t.tid for t in busy), on, **rest)
+    return ThreadReport(1, tuple(found), frozenset(t.tid for t in busy), on, **rest)
 
 
-def kinds(what: Look) -> list[str]:
+def kinds(what: ThreadReport) -> list[str]:
     return [finding.kind for finding in what.findings]
 
 
@@ -107,7 +109,7 @@ def test_of_this_process() -> None:
     found, runnable = watch()
     assert os.getpid() in {t.tid for t in found}
     assert runnable <= {t.tid for t in found}
-    report = look().to_dict()
+    report = inspect_threads().to_dict()
     assert report["pid"] == os.getpid()
     assert report["pools"][0]["tids"] == [os.getpid()]
 
@@ -277,7 +279,7 @@ def test_the_table_and_the_findings(tmp_path: Path, capsys: pytest.CaptureFixtur
         thread("py\x1b[31m", "0-3", main=True, cpu=2, cpu_s=1.25),
         *several(2, "numaload", "0-1", cpu=1, cpu_s=0.5, waited_s=0.25), thread("lost", ""),
     ]  # fmt: skip
-    print_look(seen(found, machine(ONE, tmp_path)))
+    print_report(seen(found, machine(ONE, tmp_path)))
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split("  ")[0] == "threads"
     assert [row.split() for row in rows[:3]] == [
@@ -286,7 +288,7 @@ def test_the_table_and_the_findings(tmp_path: Path, capsys: pytest.CaptureFixtur
         ["1", "lost", "unknown", "unknown", "unknown", "0", "0.0", "s", "0.0", "s"],
     ]
     assert rows[3:] == ["nothing gets in each other's way"]
-    print_look(seen(found, machine(ONE, tmp_path), busy=found, quota=1.0))
+    print_report(seen(found, machine(ONE, tmp_path), busy=found, quota=1.0))
     assert capsys.readouterr().out.splitlines()[4].startswith("quota: 4 threads have work (1 of py")
 
 

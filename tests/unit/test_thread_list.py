@@ -255,5 +255,3 @@ def test_nodes_of_cpus(tmp_path: Path) -> None:
         assert nodes_of(node.cpus, machine) == [node.id]
     assert nodes_of(machine.nodes[5].cpus | {min(machine.nodes[2].cpus)}, machine) == [2, 5]
     assert nodes_of(frozenset(), machine) == nodes_of(frozenset({99999}), machine) == []
-    (thread,) = [t for t in threads() if t.main]
-    assert thread._replace(cpus=machine.nodes[3].cpus).nodes(machine) == [3]

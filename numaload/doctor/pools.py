@@ -1,4 +1,4 @@
-"""The threads of a process as people think of them: in pools, some of which have work just now."""
+"""The threads of a process in pools, as people think of them, and which have work just now."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ NUMBER = re.compile(r"[\W_]*\d+\W*$")  # at the end of a name
 
 @dataclass(frozen=True)
 class Pool:
-    """``each``: how many of ``cpus`` one thread may run on; fewer than all if each has its own."""
+    """Threads of like names. ``each``: how many of ``cpus`` one of them may run on."""
 
     name: str  # what the names have in common, with a * if they differ
     threads: tuple[Thread, ...]
     cpus: frozenset[int]  # that they may run on, together
-    each: int
+    each: int  # fewer than all CPUs where each thread has its own
     nodes: tuple[int, ...]  # that these CPUs belong to
     main: bool  # the main thread alone
 
@@ -47,9 +47,9 @@ class Pool:
 
 
 def watch(pid: int | None = None) -> tuple[list[Thread], frozenset[int]]:
-    """The threads, and the ids of those that had something to do in most of a tenth of a second.
+    """Watch a process for a tenth of a second: its threads, and the ids of those that had work.
 
-    They ran, or waited for a CPU. Raises: as ``threads``.
+    Having work is running, or waiting for a CPU, most of the time. Raises: as ``threads``.
     """
     had_work: Counter[int] = Counter()
     found = threads(pid)
@@ -61,7 +61,7 @@ def watch(pid: int | None = None) -> tuple[list[Thread], frozenset[int]]:
 
 
 def pools(found: Iterable[Thread], machine: Topology, *, sys_root: str = "/sys") -> list[Pool]:
-    """The main thread, then those of like names and equal CPUs together, by their first ids.
+    """Fold threads of like names and equal CPUs into pools: the main thread's first, then by id.
 
     Threads of like names that are pinned, each to a core of its own on the same node, are a pool.
     """
@@ -69,21 +69,21 @@ def pools(found: Iterable[Thread], machine: Topology, *, sys_root: str = "/sys")
     alike = [list(g) for _, g in groupby(rest, lambda t: (not t.main, _stem(t.name), t.cpus))]
     merged: dict[tuple[Any, ...], list[list[Thread]]] = {}
     for group in alike:
-        merged.setdefault(_bound(group[0], machine, sys_root), []).append(group)
-    made = [_pool(g, machine) for groups in merged.values() for g in _joined(groups)]
+        merged.setdefault(_pool_key(group[0], machine, sys_root), []).append(group)
+    made = [_pool(group, machine) for groups in merged.values() for group in _joined(groups)]
     return sorted(made, key=lambda pool: (not pool.main, pool.threads[0].tid))
 
 
-def _bound(thread: Thread, machine: Topology, sys_root: str) -> tuple[Any, ...]:
-    """What threads have in common that are pinned to cores; other groups have a key each."""
+def _pool_key(thread: Thread, machine: Topology, sys_root: str) -> tuple[Any, ...]:
+    """Make one key for threads that are pinned to a core each, else one for each set of CPUs."""
     cpus, stem = thread.cpus, _stem(thread.name)
     if thread.main or not cpus or not cpus <= core_of(min(cpus), sys_root):
         return thread.main, stem, cpus
-    return thread.main, stem, len(cpus), *thread.nodes(machine)
+    return thread.main, stem, len(cpus), *nodes_of(cpus, machine)
 
 
 def _joined(groups: Sequence[list[Thread]]) -> Iterable[list[Thread]]:
-    """As one if no CPU is in two of them: else a core and a part of it would look like two."""
+    """Join the groups if no CPU is in two of them: a core and a part of it are not two cores."""
     every = [cpu for group in groups for cpu in group[0].cpus]
     if len(every) != len(set(every)):
         return groups
@@ -91,15 +91,15 @@ def _joined(groups: Sequence[list[Thread]]) -> Iterable[list[Thread]]:
 
 
 def _pool(group: Sequence[Thread], machine: Topology) -> Pool:
-    names = {thread.name for thread in group}
-    cpus = frozenset().union(*(thread.cpus for thread in group))
+    first, cpus = group[0], frozenset().union(*(thread.cpus for thread in group))
+    one_name = len({thread.name for thread in group}) == 1
     return Pool(
-        name=group[0].name if len(names) == 1 else f"{_stem(group[0].name)}*",
+        name=first.name if one_name else f"{_stem(first.name)}*",
         threads=tuple(group),
         cpus=cpus,
-        each=len(group[0].cpus),
+        each=len(first.cpus),
         nodes=tuple(nodes_of(cpus, machine)),
-        main=group[0].main,
+        main=first.main,
     )
 
 
@@ -108,9 +108,9 @@ def _stem(name: str) -> str:
 
 
 def overloaded(found: Collection[Thread]) -> list[tuple[frozenset[int], list[Thread]]]:
-    """(CPUs, threads that may run nowhere else) for each set of CPUs with more threads than CPUs.
+    """Find each set of CPUs that has more threads than CPUs, and the threads bound to it.
 
-    The smallest sets first; who is too many there does not count in larger ones.
+    The smallest sets come first; who is too many there does not count in larger ones.
     """
     left, result = sorted(found), []
     for cpus in sorted(_candidates({t.cpus for t in left if t.cpus}), key=len):
@@ -123,7 +123,7 @@ def overloaded(found: Collection[Thread]) -> list[tuple[frozenset[int], list[Thr
 
 
 def _candidates(sets: set[frozenset[int]]) -> set[frozenset[int]]:
-    """These, and what they are together where they overlap."""
+    """Add to these sets the unions of those that overlap."""
     whole: list[frozenset[int]] = []
     for cpus in sets:
         touching = [one for one in whole if one & cpus]

@@ -7,6 +7,7 @@ libnuma its import dies with AttributeError, and asking about an absent node cra
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from numaload.numa.lists import format_list
@@ -15,7 +16,7 @@ from numaload.numa.topology import Topology
 
 
 def second_opinion(machine: Topology) -> str:
-    """One sentence: agrees, what differs, or why there is none."""
+    """Say in a sentence that libnuma agrees, where it differs, or why it was not asked."""
     if binding().name != LIBNUMA:
         return f"none, {LIBNUMA} is not installed"
     try:
@@ -25,30 +26,27 @@ def second_opinion(machine: Topology) -> str:
 
             if not info.numa_available():
                 return "libnuma says that NUMA is not available here"
-            found = _ask(info, machine)
+            found = list(_differences(info, machine))
     except ImportError:
         return "none, py-libnuma is not installed: pip install numaload[libnuma]"
-    except Exception as error:  # noqa: BLE001 - whatever a second opinion dies of, ours stands
+    except Exception as error:  # noqa: BLE001 - a second opinion that fails must not stop ours
         return f"none, py-libnuma failed: {error!r}"
-    return "; ".join(found) if found else "libnuma agrees on CPUs and distances"
+    return "; ".join(found) or "libnuma agrees on CPUs and distances"
 
 
-def _ask(info: Any, machine: Topology) -> list[str]:
-    """Differences, for nodes known to exist."""
-    lines = []
-    ids = sorted(machine.nodes)
+def _differences(info: Any, machine: Topology) -> Iterator[str]:
+    """Compare the nodes that both know, with their CPUs and distances."""
     highest = info.get_max_node()
-    if highest != ids[-1]:
-        lines.append(f"libnuma's highest node is {highest}, /sys has {ids[-1]}")
+    if highest != max(machine.nodes):
+        yield f"libnuma's highest node is {highest}, /sys has {max(machine.nodes)}"
     for node in machine.nodes.values():
         if node.id > highest or not node.cpus:
             continue
         theirs, ours = format_list(info.node_to_cpus(node.id)), format_list(node.cpus)
         if theirs != ours:
-            lines.append(f"node {node.id}: libnuma has CPUs {theirs or 'none'}, /sys {ours}")
-        for other in ids:
+            yield f"node {node.id}: libnuma has CPUs {theirs or 'none'}, /sys {ours}"
+        for other in machine.nodes:
             distance = info.numa_distance(node.id, other)
-            if distance != node.distances.get(other, distance):
-                known = node.distances[other]
-                lines.append(f"distance {node.id} to {other}: libnuma {distance}, /sys {known}")
-    return lines
+            known = node.distances.get(other, distance)
+            if distance != known:
+                yield f"distance {node.id} to {other}: libnuma {distance}, /sys {known}"

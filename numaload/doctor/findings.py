@@ -9,19 +9,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from numaload.doctor.pools import Pool, overloaded, pools, watch
 from numaload.errors import printable
 from numaload.numa.affinity import BINDING, binding_variables, binds_threads, core_of
 from numaload.numa.cgroups import cpu_quota
 from numaload.numa.lists import format_list
-from numaload.numa.pools import Pool, overloaded, pools, watch
-from numaload.numa.threads import Thread, environment
+from numaload.numa.threads import Thread, environment, nodes_of
 from numaload.numa.topology import Topology, topology
 
-WORKED_S, SHARE = (
-    1.0,
-    0.1,
-)  # of a thread that counts: so long, and such a part of the busiest's time
-
+# A thread counts that worked so many seconds, and such a share of the busiest thread's.
+WORKED_S, SHARE = 1.0, 0.1
 # Variables that are shown of a process; what else is in its environment is nobody's business.
 OPENMP = (*BINDING, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
 
@@ -34,13 +31,10 @@ class Finding(NamedTuple):
     fix: str
     tids: tuple[int, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        return self._asdict()
-
 
 @dataclass(frozen=True)
-class Look:
-    """A process as it was during a tenth of a second."""
+class ThreadReport:
+    """The threads of a process during a tenth of a second, and what is wrong with them."""
 
     pid: int
     threads: tuple[Thread, ...]
@@ -55,18 +49,18 @@ class Look:
 
     @cached_property
     def cpus(self) -> frozenset[int]:
-        """That any of its threads may run on."""
+        """The CPUs that any of its threads may run on."""
         return frozenset().union(*(thread.cpus for thread in self.threads))
 
     @cached_property
     def bound_by(self) -> str:
-        """The variables that tell OpenMP to pin threads, or an empty string."""
+        """List the variables that tell OpenMP to pin threads; empty where nothing does."""
         told = self.variables or {}
         return binding_variables(told) if binds_threads(told) else ""
 
     @cached_property
     def main(self) -> Thread | None:
-        """None where it ended before the others."""
+        """The thread that the process began with; None where it ended before the others."""
         return next((thread for thread in self.threads if thread.main), None)
 
     @cached_property
@@ -87,14 +81,15 @@ class Look:
         return [f._replace(text=printable(f.text), fix=printable(f.fix)) for f in found]
 
     def told(self, found: Iterable[Thread]) -> str:
-        """``2 of numaload, 1 of python (main)``."""
+        """Count threads by pool: ``2 of numaload, 1 of python (main)``."""
         counts = Counter(str(self.pool_of[thread.tid]) for thread in found)
         return ", ".join(f"{count} of {name}" for name, count in counts.items())
 
     def to_dict(self) -> dict[str, Any]:
         rows = [
             thread.to_dict()
-            | {"nodes": thread.nodes(self.machine), "runnable": thread.tid in self.runnable}
+            | {"nodes": nodes_of(thread.cpus, self.machine)}
+            | {"runnable": thread.tid in self.runnable}
             for thread in self.threads
         ]
         told = self.variables
@@ -102,20 +97,20 @@ class Look:
             "pid": self.pid,
             "threads": rows,
             "pools": [pool.to_dict() for pool in self.pools],
-            "findings": [finding.to_dict() for finding in self.findings],
+            "findings": [finding._asdict() for finding in self.findings],
             "openmp": None if told is None else {k: v for k, v in told.items() if k in OPENMP},
             "cpu_quota": self.quota,
         }
 
 
-def look(pid: int | None = None) -> Look:
+def inspect_threads(pid: int | None = None) -> ThreadReport:
     """Watch a process, by default this one, for a tenth of a second.
 
     Raises: UsageError where ``pid`` can be no process's, NumaError where it cannot be read.
     """
     found, runnable = watch(pid)
     main = next((thread.tid for thread in found if thread.main), pid or os.getpid())
-    return Look(
+    return ThreadReport(
         pid=main,
         threads=tuple(found),
         runnable=runnable,
@@ -125,8 +120,8 @@ def look(pid: int | None = None) -> Look:
     )
 
 
-def main_pinned(seen: Look) -> Iterator[Finding]:
-    """OpenMP libraries pin the thread that loads them, see ``numa/affinity.py``."""
+def main_pinned(seen: ThreadReport) -> Iterator[Finding]:
+    """Find a main thread on one core: OpenMP libraries pin the thread that loads them."""
     main, wide = seen.main, seen.cpus
     if main is None or not main.cpus:
         return
@@ -145,7 +140,8 @@ def main_pinned(seen: Look) -> Iterator[Finding]:
         )
 
 
-def too_many_runnable(seen: Look) -> Iterator[Finding]:
+def too_many_runnable(seen: ThreadReport) -> Iterator[Finding]:
+    """Find CPUs for which more threads have work just now than there are CPUs."""
     for cpus, inside in seen.overloads:
         several = len({id(seen.pool_of[thread.tid]) for thread in inside}) > 1
         waited = sum(thread.waited_s for thread in inside)
@@ -158,7 +154,8 @@ def too_many_runnable(seen: Look) -> Iterator[Finding]:
         )
 
 
-def beyond_quota(seen: Look) -> Iterator[Finding]:
+def beyond_quota(seen: ThreadReport) -> Iterator[Finding]:
+    """Find more threads with work than the cgroup's CPU time is for."""
     quota = seen.quota
     if quota is not None and len(seen.busy) > max(1, quota):
         yield Finding(
@@ -170,8 +167,8 @@ def beyond_quota(seen: Look) -> Iterator[Finding]:
         )
 
 
-def crowded(seen: Look) -> Iterator[Finding]:
-    """Pools that have too many threads whenever all of them work, if not just now."""
+def crowded(seen: ThreadReport) -> Iterator[Finding]:
+    """Find pools that have too many threads whenever all of them work, if not just now."""
     told = {thread.tid for _, inside in seen.overloads for thread in inside}
     for pool in seen.pools:
         most = max(thread.cpu_s for thread in pool.threads)
@@ -187,7 +184,8 @@ def crowded(seen: Look) -> Iterator[Finding]:
             )
 
 
-def spread(seen: Look) -> Iterator[Finding]:
+def spread(seen: ThreadReport) -> Iterator[Finding]:
+    """Find pools whose threads the kernel may move from node to node."""
     wide: dict[tuple[int, ...], list[Pool]] = {}
     for pool in seen.pools:
         if len(pool.threads) > 1 and len(pool.nodes) > 1:
@@ -204,8 +202,8 @@ def spread(seen: Look) -> Iterator[Finding]:
         )
 
 
-def far(seen: Look) -> Iterator[Finding]:
-    """Cpusets that allow CPUs of one node and memory of another."""
+def far(seen: ThreadReport) -> Iterator[Finding]:
+    """Find cpusets that allow CPUs of one node and memory of another."""
     has_memory = {node.id for node in seen.machine.nodes.values() if node.has_memory}
     for pool in seen.pools:
         nodes, mems = has_memory.intersection(pool.nodes), pool.threads[0].mems
@@ -227,8 +225,10 @@ def _cpus(cpus: frozenset[int]) -> str:
     return f"CPU{'s' * (len(cpus) > 1)} {format_list(cpus)}"
 
 
-def _remedy(seen: Look, cpus: frozenset[int], inside: Sequence[Thread], *, several: bool) -> str:
-    """For threads that are too many for these CPUs. several: of several pools."""
+def _remedy(
+    seen: ThreadReport, cpus: frozenset[int], inside: Sequence[Thread], *, several: bool
+) -> str:
+    """Say what helps threads that are too many for these CPUs. several: of several pools."""
     if cpus < seen.cpus:
         unset = f"unset {seen.bound_by}, or " if seen.bound_by else ""
         one = f"taskset -pc {format_list(seen.cpus)} {inside[-1].tid}"

@@ -1,0 +1,1 @@
+"""What keeps a machine or a process from being fast, and the command that mends it."""

@@ -5,7 +5,6 @@ kt-kernel keeps its workers, its loaders and its buffers for the process, and wr
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -24,9 +23,9 @@ import kt_moe as kt  # noqa: E402
 import numaload as api  # noqa: E402
 from moe_model import SHAPES, Shape  # noqa: E402
 from numaload.backends import kt_kernel  # noqa: E402
+from numaload.backends.kt_kernel import place, tp  # noqa: E402
 from numaload.errors import ClosedError, NumaloadError, UsageError  # noqa: E402
 from numaload.replicas.mirror import MirrorOptions, private  # noqa: E402
-from numaload.weights.slices import Slice  # noqa: E402
 
 COUNTS = (1, 20)  # tokens: kt-kernel has a way for few and one for many
 ROUNDS = 100
@@ -42,8 +41,8 @@ def outputs(made: Any, shape: Shape) -> list[Any]:
     return [kt.forward(made, kt.tokens(shape, count)) for count in COUNTS]
 
 
-def equal(found: list[Any], options: list[Any]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(found, options, strict=True))
+def equal(found: list[Any], wanted: list[Any]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def inside(handle: kt_kernel.Handle, node: int | None, layers: int) -> bool:
@@ -61,8 +60,8 @@ def a_private_mirror(path: str) -> Iterator[api.Mirror]:
     """Replicas of this process, which ``mirror`` does not make on a machine with one node."""
     machine = api.topology()
     with api.open(path) as weights:
-        options = MirrorOptions(machine.groups(machine.all), hold=False, strict=False)
-        with private(weights, machine, options, None) as mirror:
+        wanted = MirrorOptions(machine.groups(machine.all), hold=False, strict=False)
+        with private(weights, machine, wanted, None) as mirror:
             yield mirror
 
 
@@ -105,7 +104,7 @@ def same_output(path: str, name: str, kind: str) -> dict[str, Any]:
             "errors": errors,
             "inside": inside(handle, node, 1),
             "right": report.right,
-            "copies": len(report.copies),
+            "copied": report.copied,
             "pages": [given.pages for given in report.given],
             "nodes": [given.nodes for given in report.given],
             "kept": handle.kept,
@@ -134,7 +133,7 @@ def later_use(path: str, name: str) -> dict[str, Any]:
 
 
 def subpools(path: str, name: str, count: int) -> dict[str, Any]:
-    """Several subpools: kt-kernel copies. Which parts, where to, and are they those of ``tp``?"""
+    """Several subpools: kt-kernel copies. How much, and to which nodes?"""
     shape = SHAPES[name]
     with kt_kernel.install(path) as handle:
         made = kt.wrapper(path, shape, nodes=[0] * count)
@@ -144,19 +143,11 @@ def subpools(path: str, name: str, count: int) -> dict[str, Any]:
             kt.error(out, kt.reference(weights, kt.tokens(shape, n)))
             for out, n in zip(found, COUNTS, strict=True)
         ]
-        parts = [weights.tp(part, count)[tensor] for part in range(count) for tensor in kt.names()]
-        slices = [part for part in parts if isinstance(part, Slice)]
-        options = {(p.name, p.range.start, len(p.range)): p.blocks for p in slices}
-        same = {
-            (c.name, c.first, c.count): ctypes.string_at(c.address, c.nbytes) for c in report.copies
-        } == {key: blocks.tobytes() for key, blocks in options.items()}
         return {
             "errors": errors,
-            "same": same,
-            "copies": len(report.copies),
             "text": str(report),
             "copied": report.copied,
-            "nbytes": sum(blocks.nbytes for blocks in options.values()),
+            "nbytes": shape.nbytes(),
         }
 
 
@@ -168,14 +159,14 @@ def parts_add_up(path: str, name: str, count: int) -> dict[str, Any]:
             kt.pool([0] * count), shape, shape.inner,
             [weights[n].address for n in kt.names()], kt.FLOAT32,
         )  # fmt: skip
-        options = [whole(kt.tokens(shape, n)) for n in COUNTS]
+        wanted = [whole(kt.tokens(shape, n)) for n in COUNTS]
         sums: list[Any] = [0, 0]
-        cpu, placed = kt.pool([0]), [weights.tp(part, count).placed() for part in range(count)]
+        cpu, placed = kt.pool([0]), [place(tp(weights, part, count)) for part in range(count)]
         for view in placed:
             parts = [view[n] for n in kt.names()]
             low = kt.Experts(cpu, shape, parts[0].shape[1], [p.address for p in parts], kt.FLOAT32)
             sums = [s + low(kt.tokens(shape, n)) for s, n in zip(sums, COUNTS, strict=True)]
-        return {"equal": equal(sums, options)}
+        return {"equal": equal(sums, wanted)}
 
 
 def counts() -> dict[str, int]:
@@ -192,7 +183,7 @@ def counts() -> dict[str, int]:
 def rounds(path: str, name: str, kind: str) -> dict[str, Any]:
     """Open, load, compute, close, release, a hundred times."""
     shape, after = SHAPES[name], []
-    options: list[Any] = []
+    wanted: list[Any] = []
     same = True
     cpu = kt.pool([0])
     for _ in range(ROUNDS):
@@ -200,8 +191,8 @@ def rounds(path: str, name: str, kind: str) -> dict[str, Any]:
             wrapper_class()._cpu_infer_instance = cpu
             made = kt.wrapper(path, shape)
             found = outputs(made, shape)
-            options = options or found
-            same &= equal(found, options)
+            wanted = wanted or found
+            same &= equal(found, wanted)
             node = handle.nodes[0] if handle.nodes else None
             handle.loader(node).file_data_map  # noqa: B018
             handle.check()
@@ -295,7 +286,7 @@ def older(path: str, name: str) -> dict[str, Any]:
         loader = wrapper_class()._gguf_loader_instance
         result = {
             "equal": equal(ours, own), "version": report.version, "hook": report.hook,
-            "ours": isinstance(loader, kt_kernel.Loader), "copies": len(report.copies),
+            "ours": isinstance(loader, kt_kernel.Loader), "copied": bool(report.copied),
         }  # fmt: skip
     return result | {"left": wrapper_class()._gguf_loader_instance is None}
 

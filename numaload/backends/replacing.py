@@ -11,13 +11,13 @@ from typing import Any
 
 @dataclass
 class Replaced:
-    """What was put where. ``undo()``, or the end of a with block, puts back what was there."""
+    """Classes that were put in place. ``undo()``, or the end of a with block, takes them back."""
 
     before: list[tuple[Any, str, Any, Any]] = field(default_factory=list)
 
     @property
     def places(self) -> list[str]:
-        """Each as module.NAME."""
+        """Where numaload's classes are now, each as module.NAME."""
         modules = [row for row in self.before if isinstance(row[0], ModuleType)]
         return sorted(f"{module.__name__}.{name}" for module, name, *_ in modules)
 
@@ -27,7 +27,7 @@ class Replaced:
         setattr(owner, name, ours)
 
     def undo(self) -> None:
-        """What somebody else put there meanwhile stays."""
+        """Put back what was there; what somebody else put there meanwhile stays."""
         for owner, name, theirs, ours in reversed(self.before):
             if vars(owner).get(name) is ours:
                 setattr(owner, name, theirs)
@@ -44,7 +44,10 @@ class Replaced:
 
 
 def replace(classes: Mapping[str, tuple[Any, Any]]) -> Replaced:
-    """classes: {name in modules: (theirs, ours)}. Modules are not run or imported by this."""
+    """Put our classes where theirs are in every loaded module; none is run or imported by this.
+
+    classes: {name in modules: (theirs, ours)}.
+    """
     done = Replaced()
     for module in list(sys.modules.values()):
         members = getattr(module, "__dict__", {})

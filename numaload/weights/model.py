@@ -22,7 +22,6 @@ from numaload.weights.tensor import Tensor
 if TYPE_CHECKING:
     from numaload.numa.workers import Workers
     from numaload.torch_memory import Numbers
-    from numaload.weights.slices import Slices
 
 
 AnyHeader = gguf.Header | safetensors.Header
@@ -112,17 +111,6 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
     def image(self, part: int = 0) -> memoryview:
         """Return all bytes of one file of this view, header included, read-only, zero-copy."""
         return self._mapping(part).view()
-
-    def tp(self, part: int, parts: int) -> Slices:
-        """The same with only one tensor-parallel part of every expert, divided as kt-kernel does.
-
-        The experts' inner dimension in units of 256 weights: rows of gate and up, columns of down;
-        the first parts are longer where it does not divide. Zero-copy, strided; ``placed`` makes
-        it contiguous in a node's memory. Raises: UsageError.
-        """
-        from numaload.weights.slices import Slices
-
-        return Slices(self, part, parts)
 
     def torch_bytes(self, part: int) -> Any:
         """Return all bytes of one file as a read-only torch tensor (uint8), zero-copy."""

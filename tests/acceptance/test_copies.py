@@ -19,7 +19,6 @@ import pytest
 
 import numaload as api
 from commands import LIMIT_S
-from moe_model import Shape, write_moe
 from numaload import errors
 from numaload.numa.mapping import map_private
 from numaload.replicas.arena import Arena, private_memory, store_memory
@@ -93,7 +92,6 @@ OWNERS: dict[str, Callable[[Held], Any]] = {
     "tensor": lambda held: next(iter(held.weights.values())),
     "part": lambda held: held.weights.parts[0],
     "file": lambda held: held.weights.parts[0].file,
-    "slices": lambda held: held.weights.tp(0, 1),
     "mirror": lambda held: held.mirror,
     "view": lambda held: held.mirror.local(),
     "lease": lambda held: held.mirror._leases[0],
@@ -121,21 +119,6 @@ def test_what_owns_files_or_memory_refuses_and_goes_on(held: Held, owner: str) -
     gc.collect()
     assert descriptors() == before
     assert sums(held) == expected
-
-
-@every_way
-def test_placed_slices_refuse_and_keep_their_memory(tmp_path: Path, way: Way) -> None:
-    with (
-        api.open(write_moe(tmp_path / "moe.gguf", Shape(experts=2))) as weights,
-        weights.tp(0, 1).placed() as slices,
-    ):
-        part = next(part for part in slices.values() if not isinstance(part, api.Tensor))
-        expected = part.blocks.sum()
-        for thing in (slices, {"slices": slices}) if way is not copy.copy else (slices,):
-            with pytest.raises(errors.NotCopyableError):
-                way(thing)
-        gc.collect()
-        assert part.blocks.sum() == expected
 
 
 VALUES: dict[str, Callable[[Held], Any]] = {

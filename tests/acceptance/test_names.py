@@ -223,14 +223,3 @@ def test_a_loader_refuses_a_replica_of_another_file_of_that_name(
         replace(opened.folder)
         with pytest.raises(errors.FileChangedError, match="another file now"):
             GGUFLoader("link", replica=mirror)
-
-
-def test_a_loader_refuses_an_open_file_whose_name_leads_elsewhere(opened: Opened) -> None:
-    from numaload.backends.ktransformers import GGUFLoader
-
-    loader = GGUFLoader("link")
-    with open(f"link/{OTHER}", "rb") as file:
-        loader.load_gguf(file)
-        replace(opened.folder)
-        with pytest.raises(errors.FileChangedError, match="is not the opened file"):
-            loader.load_gguf(file)

@@ -20,7 +20,7 @@ import lora_files as lf
 import numaload as api
 import safetensors_builder as sb
 from numaload import errors
-from numaload.backends.kt_kernel_loader import Loader
+from numaload.backends.kt_kernel import Loader
 from numaload.backends.lora import open_adapter
 from numaload.errors import AdapterError, MetadataError, SplitError, TensorNotFoundError, UsageError
 from numaload.numa.lists import MAX_ID
@@ -241,4 +241,4 @@ def test_a_number_that_is_none_is_refused_by_kt_kernel_s_loader(
     path = tmp_path / "m.gguf"
     path.write_bytes(gb.build([gb.entry("general.architecture", gb.STRING, gb.string("k")), value]))
     with api.open(path) as weights, pytest.raises(MetadataError, match=r"k\.expert_count is"):
-        Loader([weights], lambda tensor: tensor.buffer).get_model_config()
+        Loader([weights]).get_model_config()

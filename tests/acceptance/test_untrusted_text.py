@@ -23,8 +23,8 @@ import numaload as api
 import safetensors_builder as sb
 from commands import LIMIT_S, Numaload
 from numaload import errors
-from numaload.backends.kt_kernel_loader import Loader
-from numaload.backends.kt_kernel_workers import Worker
+from numaload.backends.kt_kernel import Loader
+from numaload.backends.kt_kernel.workers import Worker
 from numaload.backends.ktransformers import SafeTensorLoader
 from numaload.backends.lora import open_adapter
 from numaload.cli.output import print_table, say
@@ -228,7 +228,7 @@ RAISED: dict[str, Callable[[Path], Any]] = {
     "attach": lambda folder: api.attach(folder / f"{EVIL}.gguf"),
     "adapter": lambda folder: open_adapter(folder / f"{EVIL}.safetensors"),
     "adapter-config": a_config,
-    "kt-kernel": lambda folder: Loader([api.open(folder / f"{EVIL}.gguf")], lambda t: t.buffer)
+    "kt-kernel": lambda folder: Loader([api.open(folder / f"{EVIL}.gguf")])
     .get_ggml_type(EVIL),
 }  # fmt: skip
 
@@ -289,7 +289,7 @@ def test_a_table_shows_names_escaped(capsys: pytest.CaptureFixture[str]) -> None
 def test_metadata_of_kt_kernel_s_loader_is_printed_escaped(
     weights: api.Weights, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Loader([weights], lambda tensor: tensor.buffer).print_metadata()
+    Loader([weights]).print_metadata()
     out = capsys.readouterr().out
     assert safe(out)
     assert PLAIN in out

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import gguf_builder as gb
-from moe_model import PLAIN, Shape, write_moe
 from numaload import weights as package
-from numaload.backends import kt_kernel, kt_kernel_copies, kt_kernel_workers
-from numaload.backends.kt_kernel_hook import MISSING, hook_of
-from numaload.backends.kt_kernel_loader import Loader
+from numaload.backends import kt_kernel
+from numaload.backends.kt_kernel import Loader, Report, workers
+from numaload.backends.kt_kernel.hook import Hook
+from numaload.backends.kt_kernel.report import Given, own_memory
 from numaload.errors import BackendError, TensorNotFoundError
 from numaload.numa import syscalls
 from numaload.numa.lists import format_list
 from numaload.numa.threads import name_thread
 from numaload.numa.topology import Node, Topology, topology
-from numaload.weights.slices import Slice
 
-SHAPE = Shape(experts=3, hidden=256, inner=1280, types=PLAIN)
 INSTALLED = importlib.util.find_spec("kt_kernel") is not None
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> Iterator[Any]:
-    with package.open_weights(write_moe(tmp_path / "m.gguf", SHAPE)) as opened:
-        yield opened
 
 
 def test_without_kt_kernel_there_is_the_line_that_installs_it(tmp_path: Path) -> None:
@@ -46,41 +37,39 @@ def test_without_kt_kernel_there_is_the_line_that_installs_it(tmp_path: Path) ->
 
 def test_an_unknown_make_is_named_with_both_versions() -> None:
     with pytest.raises(BackendError, match=r"9\.9\.9.*_gguf_loaders_by_path.*0\.7\.2.*0\.7\.0"):
-        hook_of(type("LlamafileMoEWrapper", (), {}), "9.9.9")
+        Hook(type("LlamafileMoEWrapper", (), {}), "9.9.9")
 
 
 def test_the_later_hook_is_by_real_path(tmp_path: Path) -> None:
     wrapper = type("LlamafileMoEWrapper", (), {"_gguf_loaders_by_path": {}})
     (tmp_path / "real").touch()
     (tmp_path / "link").symlink_to("real")
-    hook, loader = hook_of(wrapper, "0.7.2"), object()
-    assert not hook.copies
+    hook, loader = Hook(wrapper, "0.7.2"), object()
     hook.put(str(tmp_path / "link"), loader)
     assert wrapper._gguf_loaders_by_path == {str(tmp_path / "real"): loader}  # type: ignore[attr-defined]
     assert hook.get(str(tmp_path / "real")) is loader
-    hook.put(str(tmp_path / "real"), MISSING)
-    assert hook.get(str(tmp_path / "link")) is MISSING
+    hook.put(str(tmp_path / "real"), None)
+    assert hook.get(str(tmp_path / "link")) is None
 
 
 def test_the_earlier_hook_is_one_for_all() -> None:
     wrapper = type("LlamafileMoEWrapper", (), {"_gguf_loader_instance": None})
-    hook, loader = hook_of(wrapper, "0.7.0"), object()
-    assert hook.copies
-    assert hook.get("/a") is MISSING
+    hook, loader = Hook(wrapper, "0.7.0"), object()
+    assert hook.get("/a") is None
     hook.put("/a", loader)
     assert wrapper._gguf_loader_instance is loader  # type: ignore[attr-defined]
-    hook.put("/a", MISSING)
+    hook.put("/a", None)
     assert wrapper._gguf_loader_instance is None  # type: ignore[attr-defined]
 
 
 def test_the_pool_of_before_comes_back() -> None:
     base = type("Base", (), {"_cpu_infer_instance": "first"})
     wrapper: Any = type("W", (base,), {"_gguf_loaders_by_path": {}})
-    hook = hook_of(wrapper, "0.7.2")
-    with hook.pool(None) as used:
+    hook, pools = Hook(wrapper, "0.7.2"), dict[int, Any]()
+    with hook.pool(pools, 1):
         assert wrapper._cpu_infer_instance is None
         wrapper._cpu_infer_instance = "second"
-        assert used() == "second"
+    assert pools == {1: "second"}
     assert wrapper._cpu_infer_instance == "first"
     assert "_cpu_infer_instance" not in vars(wrapper)
 
@@ -99,7 +88,7 @@ def test_metadata_is_in_arrays_of_one(tmp_path: Path) -> None:
     ]
     path.write_bytes(gb.build(entries, [gb.tensor("t", (32,))]))
     with package.open_weights(path) as weights:
-        found = Loader([weights], lambda tensor: tensor.buffer).metadata
+        found = Loader([weights]).metadata
     assert found["text"] == "x"
     assert found["words"] == "a"
     assert found["u8"].tolist() == [7]
@@ -112,7 +101,7 @@ def test_config_from_shapes_where_metadata_has_none(tmp_path: Path) -> None:
     info = gb.tensor("blk.0.ffn_gate_exps.weight", (32, 4, 2))
     path.write_bytes(gb.build([], [info], bytes(32 * 4 * 2 * 4)))
     with package.open_weights(path) as weights:
-        loader = Loader([weights], lambda tensor: tensor.buffer)
+        loader = Loader([weights])
         assert loader.get_model_config(0) == {
             "num_experts": 2, "num_experts_per_tok": None, "hidden_size": 32,
             "moe_intermediate_size": 4,
@@ -153,9 +142,9 @@ def named() -> Iterator[Callable[..., int]]:
 
 
 def test_workers_are_known_by_name(named: Callable[[str], int]) -> None:
-    before = kt_kernel_workers.thread_ids()
+    before = workers.thread_ids()
     ours = [named("numa_0_t_1"), named("numa_3_m_32697"), named("numa_0_x_1"), named("numa_0_t_-5")]
-    found = {worker.tid: worker for worker in kt_kernel_workers.workers(before)}
+    found = {worker.tid: worker for worker in workers.workers(before)}
     assert [found[tid].node for tid in (ours[0], ours[1], ours[3])] == [0, 3, 0]
     assert ours[2] not in found
     assert found[ours[0]].cpus == sorted(os.sched_getaffinity(ours[0]))
@@ -165,17 +154,17 @@ def test_workers_are_known_by_name(named: Callable[[str], int]) -> None:
 def test_a_worker_without_a_name_is_known_by_its_memory(named: Callable[..., int]) -> None:
     """Where the number is too long for a name, and so pthread_setname_np refuses."""
     node, own = topology().all[0], Path("/proc/self/comm").read_text().strip()
-    before = kt_kernel_workers.thread_ids()
+    before = workers.thread_ids()
     bound = named(own, lambda: syscalls.set_mempolicy(syscalls.MPOL_BIND, [node]))
     free_one = named(own)
-    found = {worker.tid: worker for worker in kt_kernel_workers.workers(before, node)}
+    found = {worker.tid: worker for worker in workers.workers(before, node)}
     assert found[bound].node == node
     assert found[bound].memory == [node]
     assert not found[bound].far_memory
     assert free_one not in found
-    assert bound not in {worker.tid for worker in kt_kernel_workers.workers({bound}, node)}
-    (lost,) = (w for w in kt_kernel_workers.workers(before) if w.tid == bound)
-    kt_kernel_workers.check(lost, topology(), repair=True)
+    assert bound not in {worker.tid for worker in workers.workers({bound}, node)}
+    (lost,) = (w for w in workers.workers(before) if w.tid == bound)
+    workers.check(lost, topology(), repair=True)
     assert not lost.right
     assert "no name" in lost.problem
 
@@ -199,9 +188,9 @@ def test_a_worker_that_may_run_elsewhere_is_moved(named: Callable[[str], int]) -
     tid = named("numa_1_m_0")
     wanted = machine.nodes[1].cpus
 
-    def look(*, repair: bool) -> kt_kernel_workers.Worker:
-        (worker,) = (w for w in kt_kernel_workers.workers() if w.tid == tid)
-        kt_kernel_workers.check(worker, machine, repair=repair)
+    def look(*, repair: bool) -> workers.Worker:
+        (worker,) = (w for w in workers.workers() if w.tid == tid)
+        workers.check(worker, machine, repair=repair)
         return worker
 
     only_looked = look(repair=False)
@@ -217,78 +206,47 @@ def test_a_worker_that_may_run_elsewhere_is_moved(named: Callable[[str], int]) -
 
 def test_a_worker_of_a_node_that_is_not_here(named: Callable[[str], int]) -> None:
     tid = named("numa_63_t_1")
-    (worker,) = (w for w in kt_kernel_workers.workers() if w.tid == tid)
-    kt_kernel_workers.check(worker, topology(), repair=True)
+    (worker,) = (w for w in workers.workers() if w.tid == tid)
+    workers.check(worker, topology(), repair=True)
     assert not worker.right
     assert "node 63, which it is for, is not on this machine" in worker.problem
     assert "WRONG" in str(worker)
 
 
-# --- copies ---------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
-def malloc(data: bytes) -> int:
-    """The same memory that ``new uint8_t[]`` gives."""
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype = ctypes.c_void_p
-    address = libc.malloc(ctypes.c_size_t(len(data)))
-    ctypes.memmove(address, data, len(data))
-    return int(address)
+def test_own_memory_grows_by_what_is_touched_and_not_by_files(tmp_path: Path) -> None:
+    nbytes = 32 << 20
+    (tmp_path / "file").write_bytes(bytes(nbytes))
+    before = own_memory()
+    if before is None:
+        pytest.skip("a kernel without numa_maps")
+    with mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.write(bytes(nbytes))
+        with (
+            open(tmp_path / "file", "rb") as file,
+            mmap.mmap(file.fileno(), nbytes, prot=mmap.PROT_READ) as mapped,
+        ):
+            assert not any(mapped[offset] for offset in range(0, nbytes, mmap.PAGESIZE))
+            after = own_memory()
+    assert after is not None
+    grown = sum(after.values()) - sum(before.values())
+    assert nbytes <= grown < 3 * nbytes // 2
 
 
-def free(address: int) -> None:
-    ctypes.CDLL(None).free(ctypes.c_void_p(address))
-
-
-@pytest.mark.parametrize("experts", [1, 3], ids=["of the heap", "of pages of their own"])
-@pytest.mark.parametrize("part", [0, 1])
-def test_copies_are_found_by_what_is_in_them(tmp_path: Path, experts: int, part: int) -> None:
-    inner = 512 if experts == 1 else SHAPE.inner
-    shape = Shape(experts, 1, 256 if experts > 1 else 32, inner, 1, PLAIN)
-    with package.open_weights(write_moe(tmp_path / "m.gguf", shape)) as weights:
-        tensors = list(weights.values())
-        parts = [weights.tp(part, 2)[tensor.name] for tensor in tensors]
-        made = [malloc(one.blocks.tobytes()) for one in parts]
-        try:
-            found, searched = kt_kernel_copies.find_copies(tensors, [])
-        finally:
-            for address in made:
-                free(address)
-    assert searched
-    assert len(made) == 3
-    wanted = {
-        (one.name, address, one.nbytes, one.range.start, len(one.range))
-        for one, address in zip(parts, made, strict=True)
-        if isinstance(one, Slice)
-    }
-    assert wanted <= {(c.name, c.address, c.nbytes, c.first, c.count) for c in found}
-
-
-def test_what_was_changed_is_no_copy(weights: Any) -> None:
-    tensor = weights["blk.0.ffn_down_exps.weight"]
-    data = bytearray(weights.tp(0, 2)[tensor.name].blocks.tobytes())
-    data[-1] ^= 1
-    address = malloc(bytes(data))
-    try:
-        found, _ = kt_kernel_copies.find_copies([tensor], [])
-    finally:
-        free(address)
-    assert address not in [copied.address for copied in found]
-
-
-def test_more_memory_than_is_searched_is_said(
-    weights: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kt_kernel_copies, "SEARCHED", 4096)
-    _, searched = kt_kernel_copies.find_copies(list(weights.values()), [])
-    assert not searched
-
-
-def test_the_report_can_be_printed_and_stored(weights: Any) -> None:
-    report = kt_kernel.Report("0.7.2", "_gguf_loaders_by_path", "/m.gguf")
+def test_the_report_can_be_printed_and_stored() -> None:
+    report = Report("0.7.2", "_gguf_loaders_by_path", "/m.gguf")
     assert report.right
     assert report.to_dict()["copied"] == {}
-    report.copies = [kt_kernel_copies.Copy("a", 0, 8192, 0, 256, {0: 1, 1: 1})]
-    assert report.copied == {0: 4096, 1: 4096}
-    assert "weights 0 to 256" in str(report)
-    assert SimpleNamespace(**report.to_dict()).copies[0]["count"] == 256
+    report.given = [Given([0], 3, 8 << 20, {0: 2048})]
+    assert "copies: unknown" in str(report)
+    report.grown = {0: 1 << 20, 1: -4096}
+    assert report.copied == {}
+    assert "no copies: kt-kernel computes from these pages" in str(report)
+    report.grown = {0: 5 << 20, 1: 3 << 20}
+    assert report.copied == {0: 5 << 20, 1: 3 << 20}
+    assert "grew by 5.0 MiB on node 0, 3.0 MiB on node 1" in str(report)
+    stored = report.to_dict()
+    assert stored["given"][0]["local"]
+    assert stored["copied"] == report.copied

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from numaload.backends.ktransformers_names import translate_name_to_gguf
+from numaload.backends.ktransformers import translate_name_to_gguf
 
 NAMES = {
     "lm_head.weight": "output.weight",

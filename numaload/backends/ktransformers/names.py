@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from numaload.backends import kt_kernel_loader
+from numaload.backends.kt_kernel import loader as kt_kernel
 
 PARTS = {"w1": "gate", "w2": "down", "w3": "up"}  # Mixtral's words
 MIXTRAL = re.compile(r"model.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
@@ -17,11 +17,11 @@ SINGULAR = (".ffn_gate_exp", ".ffn_up_exp", ".ffn_down_exp")
 
 
 def translate_name_to_gguf(name: str) -> str:
-    """A tensor's name in GGUF, from Hugging Face's, GGUF's, or one between."""
+    """Translate a tensor's name to GGUF's, from Hugging Face's, GGUF's, or a mixture of both."""
     name = MIXTRAL.sub(lambda m: f"blk.{m[1]}.ffn_{PARTS[m[3]]}.{m[2]}.weight", name)
     for word in SINGULAR:
         name = name.replace(f"{word}.", f"{word}s.")
     expert = ONE_EXPERT.match(name)
     if expert:
         return f"blk.{expert[1]}.{expert[2]}.ffn_{expert[3]}_exps"
-    return kt_kernel_loader.translate_name_to_gguf(name)
+    return kt_kernel.translate_name_to_gguf(name)

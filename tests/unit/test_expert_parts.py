@@ -1,4 +1,4 @@
-"""Weights.tp against a plain model of kt-kernel's loop: which bytes of which row are whose."""
+"""kt_kernel.tp against a plain model of kt-kernel's loop: which bytes of which row are whose."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gguf_builder as gb
 from moe_model import MIXED, NAMES, PLAIN, Shape, write_moe
 from numaload import weights as package
-from numaload.errors import NodeMemoryError, TensorNotFoundError, UsageError
+from numaload.backends.kt_kernel import place, tp
+from numaload.backends.kt_kernel.parts import part_of
+from numaload.errors import NodeMemoryError, UsageError
 from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.numa import memory
 from numaload.numa.topology import topology
-from numaload.weights.slices import Slice, part_of
 from witness import by_move_pages
 
 SMALL = Shape(experts=3, hidden=256, inner=1280, layers=1)
@@ -56,7 +58,7 @@ def copied(raw: bytes, name: str, qtype: QuantType, part: int, parts: int) -> by
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
 def test_parts_are_those_that_kt_kernel_copies(weights: Any, parts: int) -> None:
     for part in range(parts):
-        view = weights.tp(part, parts)
+        view = tp(weights, part, parts)
         for name in NAMES:
             key = f"blk.0.ffn_{name}_exps.weight"
             whole, found = weights[key], view[key]
@@ -70,68 +72,51 @@ def test_parts_are_those_that_kt_kernel_copies(weights: Any, parts: int) -> None
 
 def test_slices_are_views_of_the_same_memory(weights: Any) -> None:
     whole = weights["blk.0.ffn_down_exps.weight"]
-    part = weights.tp(1, 2)["blk.0.ffn_down_exps.weight"]
+    part = tp(weights, 1, 2)["blk.0.ffn_down_exps.weight"]
     assert np.shares_memory(part.blocks, whole.blocks)
     assert not part.blocks.flags.writeable
     assert not part.blocks.flags.c_contiguous
-    with pytest.raises(UsageError, match=r"placed\(\)"):
+    with pytest.raises(UsageError, match=r"ffn_down_exps.*place"):
         part.address  # noqa: B018
-    with pytest.raises(UsageError, match="ffn_down_exps"):
-        part.buffer  # noqa: B018
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_floats_of_parts_are_those_of_the_whole(weights: Any, dtype: str) -> None:
-    for name, axis in (("gate", 1), ("up", 1), ("down", 2)):
-        key = f"blk.0.ffn_{name}_exps.weight"
-        parts = [weights.tp(part, 2)[key].dequantize(dtype) for part in range(2)]
-        assert np.array_equal(np.concatenate(parts, axis), weights[key].dequantize(dtype))
 
 
 @pytest.mark.parametrize("on_node", [False, True])
 def test_placed_is_contiguous_in_one_node(weights: Any, on_node: bool) -> None:
     node = topology().all[-1] if on_node else None
-    view = weights.tp(0, 2)
-    with view.placed(node) as placed:
-        assert placed.node == node
-        assert placed.nbytes == view.nbytes
-        for name in NAMES:
-            key = f"blk.0.ffn_{name}_exps.weight"
-            assert bytes(placed[key].buffer) == view[key].blocks.tobytes()
-            assert placed[key].address % 64 == 0
-            assert placed[key].blocks.flags.c_contiguous
-            if node is not None:
-                assert set(by_move_pages(placed[key].address, placed[key].nbytes)) == {node}
-            floats = placed[key].dequantize()
-            assert np.array_equal(floats, view[key].dequantize())
-        kept = placed["blk.0.ffn_up_exps.weight"].blocks
-    assert kept.any()  # arrays stay valid after close
+    view = tp(weights, 0, 2)
+    placed = place(view, node)
+    assert list(placed) == list(view)
+    for name, part in placed.items():
+        assert part.nbytes == view[name].nbytes
+        assert part.blocks.tobytes() == view[name].blocks.tobytes()
+        assert part.address % 64 == 0
+        assert part.blocks.flags.c_contiguous
+        assert not part.blocks.flags.writeable
+        if node is not None:
+            assert set(by_move_pages(part.address, part.nbytes)) == {node}
 
 
 def test_what_does_not_fit_is_refused(weights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "node_free", lambda _: 1000)
+    parts = tp(weights, 0, 2)
     with pytest.raises(NodeMemoryError, match="node 0 has room for 1000") as caught:
-        weights.tp(0, 2).placed(topology().all[0])
+        place(parts, topology().all[0])
     assert caught.value.free == 1000
-    assert caught.value.needed >= weights.tp(0, 2).nbytes
+    assert caught.value.needed >= sum(part.nbytes for part in parts.values())
 
 
-def test_other_tensors_and_names(tmp_path: Path) -> None:
-    path = write_moe(tmp_path / "m.gguf", SMALL)
-    with package.open_weights(path) as weights:
-        view = weights.tp(0, 2)
-        assert list(view) == list(weights)
-        assert len(view) == len(weights)
-        assert all(isinstance(view[name], Slice) for name in weights)
-        assert view.metadata["general.architecture"] == "qwen3moe"
-        with pytest.raises(TensorNotFoundError):
-            view["blk.9.ffn_up_exps.weight"]
+def test_other_tensors_are_left_out(tmp_path: Path) -> None:
+    names = ["blk.0.ffn_up_exps.weight", "blk.0.ffn_up.weight", "blk.0.ffn_up_exps.bias"]
+    rows = [gb.tensor(name, (256, 512, 1), offset=i << 19) for i, name in enumerate(names)]
+    (tmp_path / "m.gguf").write_bytes(gb.build([], rows, bytes(3 << 19)))
+    with package.open_weights(tmp_path / "m.gguf") as weights:
+        assert list(tp(weights, 0, 2)) == names[:1]
 
 
 @pytest.mark.parametrize(("part", "parts"), [(0, 0), (2, 2), (-1, 2), (0, 6)])
 def test_parts_that_cannot_be(weights: Any, part: int, parts: int) -> None:
     with pytest.raises(UsageError, match=f"part {part} of {parts}"):
-        weights.tp(part, parts)
+        tp(weights, part, parts)
 
 
 @pytest.mark.parametrize("total", [100, 300, 0])

@@ -1,25 +1,17 @@
-"""kt-kernel's CPU experts (ktransformers, sglang) over numaload's replicas.
-
-``install`` before the model is loaded. Then kt-kernel 0.7.2 with one subpool computes straight from
-a replica; with several subpools it copies for itself, from memory that is warm. docs/kt-kernel.md
-"""
+"""Make kt-kernel take its GGUF weights from numaload, and keep what it has addresses of."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from itertools import count
 from typing import Any
 
-import numpy as np
-
-from numaload.backends.kt_kernel_copies import find_copies
-from numaload.backends.kt_kernel_hook import MISSING, Hook, find_hook
-from numaload.backends.kt_kernel_loader import Loader, translate_name_to_gguf
-from numaload.backends.kt_kernel_report import Given, Report, locate_copies, pages_by_node
-from numaload.backends.kt_kernel_workers import Worker, check, thread_ids, workers
+from numaload.backends.kt_kernel.hook import Hook, find_hook
+from numaload.backends.kt_kernel.loader import Loader
+from numaload.backends.kt_kernel.report import Given, Report, own_memory, pages_by_node
+from numaload.backends.kt_kernel.workers import Worker, check, thread_ids, workers
 from numaload.errors import (
     ClosedError,
     ModelNotFoundError,
@@ -37,12 +29,9 @@ from numaload.storage.files import absolute
 from numaload.storage.reader import Progress
 from numaload.weights import Tensor, Weights, open_weights
 
-__all__ = ["Handle", "Loader", "Report", "install", "translate_name_to_gguf"]
-
 Memories = dict[int | None, Sequence[Weights]]  # by node; None: the files themselves
-# Memory whose addresses kt-kernel may still have, by the handle that gave them, until its release.
-_kept: dict[int, list[memoryview]] = {}
-_numbers = count()
+# Memory whose addresses kt-kernel may still have: a list of each handle's, until its release.
+_KEPT: list[list[memoryview]] = []
 
 
 def install(
@@ -67,7 +56,9 @@ def install(
     there is an open handle for this path; FileNotFoundError; all that ``mirror`` raises.
     """
     hook, path = find_hook(), absolute(os.fspath(weight_path))
-    _check_free(hook, path)
+    there = hook.get(path)
+    if isinstance(there, _ChoosingLoader):
+        raise UsageError(f"{there.handle!r} is in place: close() it first")
     if nodes is not None and mirrors is not None:
         raise UsageError("nodes and mirrors: the mirrors have their nodes, give one of the two")
     given = [mirrors] if isinstance(mirrors, Mirror) else list(mirrors or ())
@@ -87,21 +78,8 @@ def install(
         raise
 
 
-def _check_free(hook: Hook, path: str) -> None:
-    there = hook.get(path)
-    if isinstance(there, _Chosen):
-        raise UsageError(f"{there.handle!r} is in place: close() it first")
-
-
-def _memories(models: Sequence[Weights], mirrors: Sequence[Mirror]) -> Memories:
-    if not mirrors:
-        return {None: models}
-    nodes = set(mirrors[0].nodes).intersection(*(m.nodes for m in mirrors))
-    return {node: [m.view(node) for m in mirrors] for node in sorted(nodes)}
-
-
 def _models(path: str, opened: list[Any]) -> Iterator[Weights]:
-    """Every model in a folder, as kt-kernel merges them, or the one of a file."""
+    """Open every model in a folder, as kt-kernel merges them, or the one of a file."""
     names = [path] if os.path.isfile(path) else _gguf_files(path)
     seen: set[str] = set()
     for name in names:
@@ -119,13 +97,20 @@ def _gguf_files(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
+def _memories(models: Sequence[Weights], mirrors: Sequence[Mirror]) -> Memories:
+    if not mirrors:
+        return {None: models}
+    nodes = set(mirrors[0].nodes).intersection(*(m.nodes for m in mirrors))
+    return {node: [m.view(node) for m in mirrors] for node in sorted(nodes)}
+
+
 def _close(things: Sequence[Weights | Mirror]) -> None:
     for thing in things:
         thing.close()
 
 
 class Handle(NotCopyable):
-    """What is installed for one path. ``nodes``: those with a replica; none: the files themselves.
+    """One path for which numaload is installed. ``nodes``: those with a replica, if any.
 
     kt-kernel keeps bare addresses, so whatever it was given stays mapped after ``close()``, and
     when this object is gone, until ``release()``.
@@ -137,19 +122,21 @@ class Handle(NotCopyable):
         self.path, self._hook, self._memories, self._own = path, hook, memories, own
         self.nodes = [node for node in memories if node is not None]
         self._machine, self._threads = topology(), thread_ids()
-        self._seen, self._notes = frozenset[int](), list[str]()
+        self._seen = frozenset[int]()  # threads that were looked at
         self._for_node: int | None = None  # that all workers are for, when last looked at
+        self._moved: list[str] = []
         self._pools: dict[int, Any] = {}  # the CPUInfer of each node that ``on`` was used for
         self._given: dict[int | None, dict[int, Tensor]] = {}  # {node: {address: tensor}}
-        self._number, self._closed = next(_numbers), False
-        self._loaders = {
-            node: Loader(models, partial(self._give, node)) for node, models in memories.items()
-        }
-        self._before, self._chosen = hook.get(path), _Chosen(self)
+        self._memory_before: dict[int, int] | None = None
+        self._buffers: list[memoryview] = []
+        _KEPT.append(self._buffers)
+        self._closed = False
+        self._loaders = {node: _KeepingLoader(self, node) for node in memories}
+        self._before, self._chosen = hook.get(path), _ChoosingLoader(self, None)
         hook.put(path, self._chosen)
 
     def views(self, node: int | None = None) -> Sequence[Weights]:
-        """The weights in the memory of ``node``; None: of the first, or the files themselves.
+        """Return the weights in the memory of ``node``; None: of the first, or the files.
 
         One for each model, of which a folder can have several.
         Raises: ClosedError, UsageError for a node without replica.
@@ -157,14 +144,14 @@ class Handle(NotCopyable):
         return self._memories[self._key(node)]
 
     def view(self, node: int | None = None) -> Weights:
-        """The same of the only model. Raises: UsageError where there are several."""
+        """Return those of the only model. Raises: as ``views``, UsageError if there are several."""
         views = self.views(node)
         if len(views) > 1:
             raise UsageError(f"{self.path} has {len(views)} models: views() has them")
         return views[0]
 
     def loader(self, node: int | None = None) -> Loader:
-        """A loader of that memory, for MOEs of one's own making: tensors, addresses, types."""
+        """Return a loader of that memory, for MOEs of one's own making. Raises: as ``views``."""
         return self._loaders[self._key(node)]
 
     def _key(self, node: int | None) -> int | None:
@@ -179,7 +166,7 @@ class Handle(NotCopyable):
 
     @contextmanager
     def on(self, node: int) -> Iterator[Handle]:
-        """Wrappers that are made inside get this node's replica, and workers of their own.
+        """Give wrappers that are made inside this node's replica, and workers of their own.
 
         For several MOEs in one process, each on its node, with threadpool_count=1 and
         numa_nodes=[node]. Not for several threads at a time. Raises: as ``views``.
@@ -187,89 +174,67 @@ class Handle(NotCopyable):
         before, chosen = self._hook.get(self.path), self.loader(node)
         self._hook.put(self.path, chosen)
         try:
-            with self._hook.pool(self._pools.get(node)) as used:
+            with self._hook.pool(self._pools, node):
                 yield self
-                self._pools[node] = used()
         finally:
             self._hook.put(self.path, before)
 
     def check(self) -> Report:
-        """The report; workers that may run elsewhere are put on the CPUs of their node."""
-        return self._asked(repair=True)
+        """Report, and put workers that may run elsewhere on the CPUs of their node."""
+        return self._ask(repair=True)
 
     @property
     def report(self) -> Report:
         """What the kernel says now; changes nothing."""
-        return self._asked(repair=False)
+        return self._ask(repair=False)
 
-    def _asked(self, *, repair: bool) -> Report:
-        report = Report(self._hook.version, self._hook.name, self.path)
+    def _ask(self, *, repair: bool) -> Report:
+        report = Report(self._hook.version, self._hook.name, self.path, grown=self._grown())
         for node, tensors in self._given.items():
             ranges = [(address, tensor.nbytes) for address, tensor in tensors.items()]
             nodes, nbytes = list(self._memories[node][0].nodes), sum(n for _, n in ranges)
             report.given.append(Given(nodes, len(ranges), nbytes, pages_by_node(ranges)))
-        self._look_for_copies(report)
-        report.workers = self._checked(repair=repair)
-        report.notes = [*self._notes, *self._without_replica(report.workers)]
+        report.workers = self._check_workers(repair=repair)
+        report.notes += self._moved
+        others = {w.node for w in report.workers if w.node is not None} - set(self.nodes)
+        if others and self.nodes:
+            wanted, there = format_list(others), format_list(self.nodes)
+            report.notes.append(
+                f"kt-kernel has workers for node {wanted}, replicas are on {there}:"
+                f" nodes={wanted!r}"
+            )
         return report
 
-    def _look_for_copies(self, report: Report) -> None:
-        tensors = {t.name: t for given in self._given.values() for t in given.values()}
-        if self._closed or not tensors:
-            return
-        images = [
-            view.image(part)
-            for views in self._memories.values()
-            for view in views
-            for part in range(len(view.parts))
-        ]
-        buffers = [*images, *(buffer for kept in list(_kept.values()) for buffer in kept)]
-        arrays = [np.frombuffer(buffer, np.uint8) for buffer in buffers if buffer.nbytes]
-        own = [(array.ctypes.data, array.nbytes) for array in arrays]
-        report.copies, report.searched = find_copies(tensors.values(), own)
-        locate_copies(report.copies)
+    def _grown(self) -> dict[int, int] | None:
+        now = own_memory() if self._given else None
+        if now is None or self._memory_before is None:
+            return None
+        difference = Counter(now)
+        difference.subtract(self._memory_before)
+        return {node: nbytes for node, nbytes in difference.items() if nbytes}
 
     def _workers(self) -> list[Worker]:
         only = self.nodes[0] if len(self.nodes) == 1 else None
         return workers(self._threads, only)
 
-    def _checked(self, *, repair: bool) -> list[Worker]:
+    def _check_workers(self, *, repair: bool) -> list[Worker]:
         found = self._workers()
         for worker in found:
             check(worker, self._machine, repair=repair)
-        self._notes += [f"moved: {worker}" for worker in found if worker.repaired]
+        self._moved += [f"moved: {worker}" for worker in found if worker.repaired]
         return found
 
-    def _without_replica(self, found: Sequence[Worker]) -> list[str]:
-        others = {w.node for w in found if w.node is not None} - set(self.nodes)
-        if not others or not self.nodes:
-            return []
-        wanted, there = format_list(others), format_list(self.nodes)
-        return [
-            f"kt-kernel has workers for node {wanted}, replicas are on {there}: nodes={wanted!r}"
-        ]
+    def node_of_workers(self) -> int | None:
+        """Return the node that all of kt-kernel's workers are for, where it has a replica.
 
-    def _node_of_workers(self) -> int | None:
-        """The node that all of kt-kernel's workers are for, where it has a replica."""
-        self._look_at_threads()
-        return self._for_node
-
-    def _give(self, node: int | None, tensor: Tensor) -> memoryview:
-        """Its blocks; kept, since kt-kernel will have their address after every reference."""
-        self._key(node)
-        buffer, address = tensor.buffer, tensor.address
-        _kept.setdefault(self._number, []).append(buffer)
-        self._given.setdefault(node, {})[address] = tensor
-        self._look_at_threads()
-        return buffer
-
-    def _look_at_threads(self) -> None:
-        """Once for each time that there are new ones: a model has hundreds of tensors."""
+        Threads are looked at once for each time that there are new ones: a model has hundreds of
+        tensors. Those that may run elsewhere are moved.
+        """
         now = thread_ids()
         if now <= self._seen:
-            return
+            return self._for_node
         self._seen = now
-        found = self._checked(repair=True)
+        found = self._check_workers(repair=True)
         nodes = {worker.node for worker in found}
         self._for_node = nodes.pop() if len(nodes) == 1 and nodes <= set(self.nodes) else None
         moved = [worker for worker in found if worker.repaired]
@@ -281,6 +246,18 @@ class Handle(NotCopyable):
                 f" beside other nodes ({names}): they were put on their node's CPUs; the handle's"
                 " report has them",
             )
+        return self._for_node
+
+    def keep(self, node: int | None, tensor: Tensor) -> memoryview:
+        """Return a tensor's blocks, kept: kt-kernel has their address after every reference."""
+        self._key(node)
+        if not self._given:
+            self._memory_before = own_memory()
+        buffer, address = tensor.buffer, tensor.address
+        self._buffers.append(buffer)
+        self._given.setdefault(node, {})[address] = tensor
+        self.node_of_workers()
+        return buffer
 
     def close(self) -> None:
         """Take the hook away. What kt-kernel was given stays mapped, see ``release``."""
@@ -289,7 +266,7 @@ class Handle(NotCopyable):
         self._closed = True
         if self._hook.get(self.path) is self._chosen:
             self._hook.put(self.path, self._before)
-        self._before = MISSING
+        self._before = None
         self._pools.clear()
         _close(self._own)
 
@@ -298,7 +275,7 @@ class Handle(NotCopyable):
 
         An MOE that computes from this memory afterwards ends the process.
         """
-        _kept.pop(self._number, None)
+        self._buffers.clear()
         self._given.clear()
 
     @property
@@ -318,13 +295,20 @@ class Handle(NotCopyable):
         return printable(f"<kt-kernel from {self.path}, {where}{state}>")
 
 
-class _Chosen(Loader):
-    """What the hook holds: gives from the memory of the node that kt-kernel's workers are for."""
+class _KeepingLoader(Loader):
+    """Give the memory of one node; its handle keeps what was given."""
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
-        super().__init__(handle.views(), partial(handle._give, None))  # noqa: SLF001
+    def __init__(self, handle: Handle, node: int | None) -> None:
+        super().__init__(handle.views(node))
+        self.handle, self.node = handle, node
+
+    def blocks_of(self, tensor: Tensor) -> memoryview:
+        return self.handle.keep(self.node, tensor)
+
+
+class _ChoosingLoader(_KeepingLoader):
+    """Give the memory of the node that kt-kernel's workers are for: the loader that it gets."""
 
     def get_undequanted_tensor_and_ggml_type(self, name: str) -> tuple[Any, Any]:
-        node = self.handle._node_of_workers()  # noqa: SLF001
+        node = self.handle.node_of_workers()
         return self.handle.loader(node).get_undequanted_tensor_and_ggml_type(name)

@@ -1,4 +1,4 @@
-"""What classic ktransformers (0.2, 0.3, its archive) calls a GGUFLoader, over numaload's weights.
+"""Classic ktransformers' GGUFLoader (0.2, 0.3, its archive) over numaload's weights.
 
 The contract is ``ktransformers/util/custom_loader.py`` (``custom_gguf.py`` up to 0.3.1): the same
 members, keys and value types. Where it differs, it is because the original fails there, or to say
@@ -17,22 +17,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numaload import torch_memory
-from numaload.backends.ktransformers_files import Replica, folder_of, open_below
-from numaload.backends.ktransformers_names import translate_name_to_gguf
+from numaload.backends.ktransformers.folder import FolderLoader, Replica
+from numaload.backends.ktransformers.names import translate_name_to_gguf
 from numaload.dequantize import as_output, dequantize_blocks, dtype_of
 from numaload.dtypes import dtype_name, kernel_dtype
 from numaload.errors import (
-    FileChangedError,
     MetadataError,
     MetadataKeyError,
     ModelNotFoundError,
-    NotCopyable,
     TensorNotFoundError,
     UsageError,
 )
 from numaload.formats.metadata import MetadataArray
 from numaload.formats.qtypes import BLOCKS
-from numaload.weights import Tensor, Weights, open_weights
+from numaload.weights import Tensor, Weights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,8 +44,8 @@ NUMBERS: dict[str, type[np.generic]] = {
 PERMUTED = {".attn_q.": "head_count", ".attn_k.": "head_count_kv"}
 
 
-class GGUFLoader(NotCopyable):
-    """Every GGUF file below a folder: tensors by name, blocks zero-copy, floats in parallel.
+class GGUFLoader(FolderLoader):
+    """Read every GGUF file below a folder: tensors by name, blocks zero-copy, floats in parallel.
 
     ``tensor_info``: {GGUF name: see ``_info``}; ``tensor_file_map``: {GGUF name: path};
     ``file_data_map``: {path: the whole file, flat uint8}; ``gguf_file_meta``: metadata as plain
@@ -55,7 +53,7 @@ class GGUFLoader(NotCopyable):
     an address, stays as long as this object, unless ``close()`` is called.
     """
 
-    replica: Replica = None  # for loaders that other programs make: see install()
+    suffix = ".gguf"
 
     def __init__(
         self,
@@ -69,32 +67,16 @@ class GGUFLoader(NotCopyable):
 
         Raises: ModelNotFoundError (a FileNotFoundError), the errors of numaload.open, UsageError.
         """
-        self.gguf_path = folder_of(gguf_path)
-        self.safetensor_loader = None
-        self.tensor_device_map: dict[str, Any] = {}  # written by ktransformers
+        super().__init__(gguf_path)
+        self.gguf_path = self.folder
         self.tensor_info: dict[str, dict[str, Any]] = {}
-        self.tensor_file_map: dict[str, str] = {}
         self.file_data_map: dict[str, NDArray[np.uint8]] = {}
         self._places: dict[str, tuple[Weights, Tensor]] = {}
         self._metadata: dict[str, Any] = {}
-        self._opened: list[Weights] = []
-        given = self.replica if replica is None else replica
-        for weights, is_ours in open_below(self.gguf_path, ".gguf", given, open_weights):
-            self._opened += [weights] if is_ours else []
+        for weights in self._open_all(replica):
             self._add(weights)
         if not self.file_data_map:
-            raise ModelNotFoundError("no .gguf files here or below", path=self.gguf_path)
-
-    def load_gguf(self, file: Any) -> None:
-        """Add an opened file, by its name, and its split siblings."""
-        weights = open_weights(file.name)
-        self._opened.append(weights)
-        status = os.fstat(file.fileno())
-        if (status.st_dev, status.st_ino) not in [p.file.opened[:2] for p in weights.parts]:
-            raise FileChangedError(
-                "is not the opened file: its name leads elsewhere now", path=file.name
-            )
-        self._add(weights)
+            raise ModelNotFoundError("no .gguf files here or below", path=self.folder)
 
     def _add(self, weights: Weights) -> None:
         for part, (path, opened) in enumerate(zip(weights.paths, weights.parts, strict=True)):
@@ -108,7 +90,7 @@ class GGUFLoader(NotCopyable):
 
     @cached_property
     def gguf_file_meta(self) -> dict[str, Any]:
-        """Made when first asked for: vocabularies are long."""
+        """Metadata as plain values, made when first asked for: vocabularies are long."""
         return {
             key: value.tolist() if isinstance(value, MetadataArray) else value
             for key, value in self._metadata.items()
@@ -118,19 +100,19 @@ class GGUFLoader(NotCopyable):
         return translate_name_to_gguf(name) in self._places
 
     def get_ggml_type(self, name: str) -> int:
-        """Raises: TensorNotFoundError, a KeyError."""
+        """Return the type's id. Raises: TensorNotFoundError, a KeyError."""
         found: int = self.tensor_info[self._find(name)[1].name]["ggml_type"]
         return found
 
     def get_mmap_tensor(self, name: str) -> NDArray[np.uint8]:
-        """The blocks, flat, read-only, zero-copy: in the replica's memory where there is one."""
+        """Return the blocks, flat, read-only, zero-copy: of the replica where there is one."""
         _, tensor = self._find(name)
         tensor.check_type()
         image = self.file_data_map[tensor.path]
         return image[tensor.offset : tensor.offset + tensor.nbytes]
 
     def get_undequanted_tensor_and_ggml_type(self, name: str) -> tuple[Any, int]:
-        """(the blocks as a flat uint8 torch tensor, zero-copy, the type's id)."""
+        """Return the blocks as a flat uint8 torch tensor, zero-copy, and the type's id."""
         weights, tensor = self._find(name)
         tensor.check_type()
         part, offset = tensor.place_in_files
@@ -145,7 +127,7 @@ class GGUFLoader(NotCopyable):
         device: str = "cuda",
         target_dtype: Any = None,
     ) -> Any:
-        """One expert's floats, of blocks that ``get_mmap_tensor`` gave: shape ``shape[-2::-1]``.
+        """Return one expert's floats, ``shape[-2::-1]``, of blocks that ``get_mmap_tensor`` gave.
 
         target_dtype None: torch's default. Raises: TensorNotFoundError, UsageError, and
         UnsupportedTypeError for types that are no floats.
@@ -166,7 +148,7 @@ class GGUFLoader(NotCopyable):
         return out.to(device, wanted)
 
     def load_gguf_tensor(self, name: str, device: str = "cpu", target_dtype: Any = None) -> Any:
-        """All of a tensor's floats, in memory of its own, shape ``shape[::-1]``.
+        """Return all of a tensor's floats, ``shape[::-1]``, in memory of its own.
 
         target_dtype None: torch's default. Of llama, attn_q and attn_k get the order of rows that
         transformers has. Raises: TensorNotFoundError, UnsupportedTypeError, MetadataError.
@@ -193,7 +175,7 @@ class GGUFLoader(NotCopyable):
         return pairs.swapaxes(1, 2).reshape(values.shape)
 
     def _heads(self, key: str) -> Any:
-        """As llama.cpp has it: without a count of its own, attn_k has as many as attn_q."""
+        """Count heads as llama.cpp does: without a count of its own, attn_k has attn_q's."""
         keys = [f"llama.attention.{k}" for k in (key, PERMUTED[".attn_q."])]
         found = next((k for k in keys if k in self._metadata), None)
         if found is None:
@@ -208,12 +190,11 @@ class GGUFLoader(NotCopyable):
 
     def close(self) -> None:
         """Let go of the files. Arrays stay valid, addresses do not; replicas are the caller's."""
-        for weights in self._opened:
-            weights.close()
+        self._close_files()
 
 
 def _info(tensor: Tensor, data_start: int) -> dict[str, Any]:
-    """What ktransformers looks up of a tensor; shape in GGUF order, np_dims of what numpy sees."""
+    """Describe a tensor as ktransformers does: shape in GGUF order, np_dims as numpy sees it."""
     item_type = NUMBERS.get(tensor.type_name, np.uint8)
     return {
         "ggml_type": tensor._info.type_id,  # noqa: SLF001
@@ -241,7 +222,7 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def _expert(tensor: Tensor, data: NDArray[Any], number: int, elements: int) -> NDArray[np.uint8]:
-    """(blocks, bytes of a block) of one expert. Raises: UsageError."""
+    """Cut out one expert's blocks, as (blocks, bytes of a block). Raises: UsageError."""
     block_size, type_size = BLOCKS[tensor.qtype]
     what = f"{tensor.name}: expert {number} of {elements} elements"
     if elements % block_size or elements != prod(tensor.shape[1:]):

@@ -10,10 +10,10 @@ import os
 from importlib import import_module
 from typing import Any
 
-from numaload.backends.ktransformers_files import Replica, files_below, folder_of
-from numaload.backends.ktransformers_gguf import GGUFLoader
-from numaload.backends.ktransformers_names import translate_name_to_gguf
-from numaload.backends.ktransformers_safetensors import SafeTensorLoader
+from numaload.backends.ktransformers.folder import FolderLoader, Replica, files_below, folder_of
+from numaload.backends.ktransformers.gguf import GGUFLoader
+from numaload.backends.ktransformers.names import translate_name_to_gguf
+from numaload.backends.ktransformers.safetensors import SafeTensorLoader
 from numaload.backends.replacing import Replaced, replace
 from numaload.errors import BackendError, ModelNotFoundError
 
@@ -27,27 +27,24 @@ __all__ = [
 
 # Where it has its loaders: since 0.3.2, and before.
 MODULES = ("ktransformers.util.custom_loader", "ktransformers.util.custom_gguf")
-LOADERS: dict[str, type[GGUFLoader | SafeTensorLoader]] = {
-    ".safetensors": SafeTensorLoader,
-    ".gguf": GGUFLoader,
-}
+LOADERS: tuple[type[GGUFLoader | SafeTensorLoader], ...] = (SafeTensorLoader, GGUFLoader)
 
 
 class ModelLoaderFactory:
-    """Chooses the loader for what is there."""
+    """Choose the loader by the files that are there."""
 
     @staticmethod
     def create_loader(path: str | os.PathLike[str]) -> GGUFLoader | SafeTensorLoader:
-        """path: a file, or a folder: safetensors files in it or below come before GGUF files.
+        """Open a file or a folder: safetensors files in it or below come before GGUF files.
 
         Raises: ModelNotFoundError (a FileNotFoundError), what the loaders raise.
         """
         folder, given = folder_of(path), os.fsdecode(path)
-        for suffix, loader in LOADERS.items():
-            if given.endswith(suffix) and os.path.isfile(given):
+        for loader in LOADERS:
+            if given.endswith(loader.suffix) and os.path.isfile(given):
                 return loader(folder)
-        for suffix, loader in LOADERS.items():
-            if any(files_below(folder, suffix)):
+        for loader in LOADERS:
+            if any(files_below(folder, loader.suffix)):
                 return loader(folder)
         raise ModelNotFoundError("no .safetensors or .gguf files here or below", path=folder)
 
@@ -70,13 +67,12 @@ def install(replica: Replica = None) -> Replaced:
     if "GGUFLoader" not in theirs:
         raise BackendError(f"{module.__name__} has no GGUFLoader: no classic ktransformers")
     done = replace({name: (found, OURS[name]) for name, found in theirs.items()})
-    for loader in LOADERS.values():
-        done.set(loader, "replica", replica)
+    done.set(FolderLoader, "replica", replica)
     return done
 
 
 def _import() -> Any:
-    """The module that has the loaders. Raises: BackendError."""
+    """Import the module that has the loaders. Raises: BackendError."""
     found = next(filter(None, map(_module, MODULES)), None)
     if found is None:
         raise BackendError(
@@ -87,7 +83,7 @@ def _import() -> Any:
 
 
 def _module(name: str) -> Any:
-    """None where it is not installed. Raises: BackendError where it cannot be imported."""
+    """Import a module; None if it is not installed. Raises: BackendError if that fails."""
     try:
         return import_module(name)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What classic ktransformers calls a SafeTensorLoader, over numaload's weights.
+"""Classic ktransformers' SafeTensorLoader over numaload's weights.
 
 The contract is the class of that name in ``ktransformers/util/custom_loader.py``. Where it differs:
 a damaged file is an error, not a line of print and keys that are missing later; of two files of one
@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numaload import torch_memory
-from numaload.backends.ktransformers_files import Replica, folder_of, open_below
-from numaload.backends.ktransformers_names import translate_name_to_gguf
+from numaload.backends.ktransformers.folder import FolderLoader, Replica
+from numaload.backends.ktransformers.names import translate_name_to_gguf
 from numaload.dtypes import NAMES, numpy_dtype
 from numaload.errors import (
     ModelNotFoundError,
-    NotCopyable,
     TensorInfoError,
     TensorNotFoundError,
     UnsupportedTypeError,
@@ -41,15 +40,14 @@ PROJECTIONS = ("up", "gate", "down")
 GATE = ("weight", "e_score_correction_bias")
 
 
-class SafeTensorLoader(NotCopyable):
-    """Every safetensors file below a folder.
+class SafeTensorLoader(FolderLoader):
+    """Read every safetensors file below a folder.
 
     ``tensor_file_map``: {name: file}; ``file_handle_map``: {file: its Weights}, a file by its name,
     or by its path below the folder if another one has that name.
     """
 
-    replica: Replica = None  # for loaders that other programs make: see install()
-    safetensor_loader = None  # some of its operators look for one here as well
+    suffix = ".safetensors"
 
     def __init__(self, file_path: str | os.PathLike[str], *, replica: Replica = None) -> None:
         """file_path: the folder, or a file in it. replica: as of GGUFLoader.
@@ -57,16 +55,20 @@ class SafeTensorLoader(NotCopyable):
         Raises: ModelNotFoundError (a FileNotFoundError), the FormatErrors of a header, UsageError.
         A folder without such files is none: ``tensor_file_map`` is empty.
         """
-        self._folder = folder_of(file_path)
-        self.tensor_file_map: dict[str, str] = {}
+        super().__init__(file_path)
         self.tensor_type_map: dict[str, Any] = {}  # empty in the original, too
-        self.tensor_device_map: dict[str, Any] = {}  # written by ktransformers
         self.file_handle_map: dict[str, Weights] = {}
-        self._opened: list[Weights] = []
-        given = self.replica if replica is None else replica
-        for weights, is_ours in open_below(self._folder, ".safetensors", given, _open_alone):
-            self._opened += [weights] if is_ours else []
+        for weights in self._open_all(replica):
             self._add(weights)
+
+    def _open_file(self, path: str) -> Weights:
+        """Open one file, whatever its name and index say of others: merge scripts count from 0."""
+        file = SourceFile(path)
+        try:
+            return Weights([Part(file, parse_header(file.read_at, file.size, path))])
+        except BaseException:
+            file.close()
+            raise
 
     def _add(self, weights: Weights) -> None:
         files = [self._file(path) for path in weights.paths]
@@ -76,20 +78,20 @@ class SafeTensorLoader(NotCopyable):
 
     def _file(self, path: str) -> str:
         name = os.path.basename(path)
-        return os.path.relpath(path, self._folder) if name in self.file_handle_map else name
+        return os.path.relpath(path, self.folder) if name in self.file_handle_map else name
 
     def has_tensor(self, name: str) -> bool:
         return self._key(name) is not None
 
     def load_tensor(self, key: str, device: str = "cpu") -> Any:
-        """In the type that it has, in memory of its own.
+        """Return a tensor in the type that it has, in memory of its own.
 
         Raises: TensorNotFoundError (a KeyError), ModelNotFoundError after ``close_all_handles``.
         """
         return _copied([self._find(key)], ()).to(device)
 
     def load_dequantized_tensor(self, key: str, device: str = "cpu") -> Any:
-        """The same; weights with a scale for 128 by 128 of them as torch's default float type.
+        """Return the same; weights with a scale per 128 by 128 as torch's default float type.
 
         Raises: TensorInfoError where the scales are not as many as that.
         """
@@ -109,7 +111,7 @@ class SafeTensorLoader(NotCopyable):
         return _scaled(weights, factors)
 
     def load_experts(self, key: str, device: str = "cpu") -> dict[str, Any]:  # noqa: ARG002
-        """{"up", "gate", "down": numpy, and "up_type" and so on: the type's id in GGML}.
+        """Return {"up", "gate", "down": numpy arrays, "up_type" and so on: the type's id in GGML}.
 
         key: of files that ktransformers' merge scripts wrote, the layer: blocks, zero-copy; else
         the experts, "model.layers.3.mlp.experts": floats of 16 bits as uint16, (experts, ...).
@@ -126,7 +128,7 @@ class SafeTensorLoader(NotCopyable):
             count += 1
         if not count:
             message = f"no experts {key!r} in the files below"
-            raise ModelNotFoundError(message, path=self._folder)
+            raise ModelNotFoundError(message, path=self.folder)
         found: dict[str, Any] = {}
         for name in PROJECTIONS:
             names = [f"{key}.{number}.{name}{ending}" for number in range(count)]
@@ -158,7 +160,7 @@ class SafeTensorLoader(NotCopyable):
         return stacked.numpy(), first.qtype
 
     def load_gate(self, key: str, device: str = "cpu") -> dict[str, Any]:
-        """{"weight", "e_score_correction_bias": tensor, or None where there is none}."""
+        """Return {"weight", "e_score_correction_bias": tensor, or None where there is none}."""
         names = {what: f"{key}.{what}" for what in GATE}
         return {
             what: self.load_tensor(name, device) if self.has_tensor(name) else None
@@ -167,8 +169,7 @@ class SafeTensorLoader(NotCopyable):
 
     def close_all_handles(self) -> None:
         """Let go of the files. Arrays stay valid; replicas are the caller's."""
-        for weights in self._opened:
-            weights.close()
+        self._close_files()
         self.file_handle_map.clear()
 
     def _key(self, name: str) -> str | None:
@@ -181,28 +182,18 @@ class SafeTensorLoader(NotCopyable):
             raise TensorNotFoundError(name, self.tensor_file_map)
         file = self.tensor_file_map[key]
         if file not in self.file_handle_map:
-            raise ModelNotFoundError(f"{file} was closed", path=self._folder)
+            raise ModelNotFoundError(f"{file} was closed", path=self.folder)
         return self.file_handle_map[file][key]
 
 
-def _open_alone(path: str) -> Weights:
-    """One file, whatever its name and index say of others: merge scripts count them from 0."""
-    file = SourceFile(path)
-    try:
-        return Weights([Part(file, parse_header(file.read_at, file.size, path))])
-    except BaseException:
-        file.close()
-        raise
-
-
 def _array(tensor: Tensor) -> NDArray[Any]:
-    """Zero-copy, read-only."""
+    """View a tensor's numbers, zero-copy, read-only."""
     dtype = numpy_dtype(NAMES[tensor.type_name], tensor.name)
     return np.frombuffer(tensor.buffer, dtype).reshape(tensor.shape)
 
 
 def _copied(tensors: Sequence[Tensor], count: tuple[int, ...]) -> Any:
-    """Tensors that are alike as one of shape (*count, *shape), copied by the threads of their node.
+    """Copy tensors that are alike into one of shape (*count, *shape), by threads of their node.
 
     What a program is given to keep is its own to write to: the file's memory is not.
     """
@@ -224,7 +215,7 @@ def _copy(out: NDArray[np.uint8], source: NDArray[np.uint8], start: int, stop: i
 
 
 def _scaled(weights: Any, scales: Any) -> Any:
-    """A band of 128 rows at a time: their floats before scaling need room as well."""
+    """Scale a band of 128 rows at a time: their floats before scaling need room as well."""
     torch = torch_memory.import_torch()
     (rows, columns), dtype = weights.shape, torch.get_default_dtype()
     if weights.device.type == "cpu":

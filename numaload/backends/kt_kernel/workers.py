@@ -27,7 +27,7 @@ BOUND = re.compile(r"\S+ bind\S*?:(\S+)")
 
 @dataclass
 class Worker:
-    """A thread of kt-kernel's. ``cpus``: where it may run, as found and before any repair."""
+    """A thread of kt-kernel. ``cpus``: where it may run, as found and before any repair."""
 
     tid: int
     name: str
@@ -39,12 +39,12 @@ class Worker:
 
     @property
     def right(self) -> bool:
-        """Whether it runs only beside its node, now."""
+        """Return whether it runs only beside its node now."""
         return self.repaired or not self.problem
 
     @property
     def far_memory(self) -> bool:
-        """Whether what it allocates is bound to another node than its own: nobody can change it."""
+        """Return whether its allocations are bound to another node, which nobody can change."""
         return bool(self.memory) and self.node not in self.memory
 
     def __str__(self) -> str:
@@ -61,14 +61,15 @@ class Worker:
 
 
 def thread_ids() -> frozenset[int]:
+    """Read the ids of this process's threads."""
     return frozenset(map(int, os.listdir(TASKS)))
 
 
 def workers(before: Collection[int] = (), node: int | None = None) -> list[Worker]:
-    """Those that this process has now, by thread id.
+    """List kt-kernel's threads in this process, by thread id.
 
-    before: threads that are not kt-kernel's. Others whose memory is bound to one node are its
-    workers too: the number at the end of a name may be too long for one. Those are for ``node``.
+    before: threads that are not kt-kernel's. Later ones without such a name are workers if their
+    memory is bound to one node: a name with too long a number is refused. Those are for ``node``.
     """
     every = threads()
     own = next(thread.name for thread in every if thread.main)
@@ -84,7 +85,7 @@ def workers(before: Collection[int] = (), node: int | None = None) -> list[Worke
 
 
 def _memory(tid: int) -> list[int]:
-    """The nodes of the thread's memory policy: what has none of its own shows the thread's."""
+    """Read the nodes of the thread's memory policy, which ranges without a policy show."""
     try:
         with open(f"{TASKS}/{tid}/numa_maps", encoding="utf-8", errors="replace") as file:
             match = BOUND.match(file.readline())
@@ -94,7 +95,7 @@ def _memory(tid: int) -> list[int]:
 
 
 def check(worker: Worker, machine: Topology, *, repair: bool) -> None:
-    """Find out whether it runs beside its node; if not and ``repair``, put it there."""
+    """Note whether the worker may run only beside its node; with ``repair``, put it there."""
     if worker.node is None:
         worker.problem = "has no name that tells its node; it was left where it is"
         return

@@ -1,13 +1,13 @@
-"""What kt-kernel calls a GGUFLoader, over numaload's weights: parsed in milliseconds, zero-copy.
+"""kt-kernel's GGUFLoader over numaload's weights: parsed in milliseconds, zero-copy.
 
 The contract is ``kt_kernel/utils/loader.py`` of kt-kernel 0.7.0 to 0.7.2: the same members, keys
-and value types. Where it differs, it is because the original fails there: arrays without elements
-(it cannot open such a file), u8 values (it takes them for text), types that it does not know.
+and value types. It differs only where the original fails: on arrays without elements (it cannot
+open such a file), u8 values (it takes them for text), and types that it does not know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,7 @@ from numaload.weights import Tensor, Weights
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Give = Callable[[Tensor], memoryview]  # the blocks, kept alive for whoever gets their address
-
-# Hugging Face's words, and GGUF's. In this order: later lines see what earlier ones made.
+# Words of Hugging Face's names, and GGUF's. Order counts: a line sees what earlier ones made.
 RENAMED = """
 lm_head.                               output.
 model.embed_tokens.                    token_embd.
@@ -66,7 +64,7 @@ model.layers.                          blk.
 RENAMES = [(words[0], "".join(words[1:])) for words in map(str.split, RENAMED.strip().split("\n"))]
 NUMBERS = {TYPE_NAMES[type_id]: code for type_id, code in CODES.items()}  # {"u32": "I", ...}
 GATES = "blk.{}.ffn_gate_exps.weight"  # (experts, inner dimension, hidden size)
-# {what get_model_config tells: (keys of the metadata, the first that is there; axis of GATES)}
+# {key of get_model_config: (metadata keys, of which the first that exists counts; axis of GATES)}
 CONFIG: dict[str, tuple[tuple[str, ...], int | None]] = {
     "num_experts": (
         ("expert_count", "expert.count", "moe.expert_count", "expert_feed_forward_length"), 0,
@@ -82,14 +80,14 @@ CONFIG: dict[str, tuple[tuple[str, ...], int | None]] = {
 
 
 def translate_name_to_gguf(name: str) -> str:
-    """A tensor's name in GGUF, from Hugging Face's or GGUF's own."""
+    """Translate a tensor's name from Hugging Face's to GGUF's; leave GGUF's as they are."""
     for theirs, ours in RENAMES:
         name = name.replace(theirs, ours)
     return name
 
 
 class Loader:
-    """Tensors and metadata of one or several models, as kt-kernel asks for them.
+    """Give tensors and metadata of one or several models, as kt-kernel asks for them.
 
     ``tensor_info``: {GGUF name: {"shape": numpy order, "dtype": gguf's type, "offset": bytes from
     the start of the file, "n_elements"}}; ``metadata``: text as str, numbers as arrays of one
@@ -97,15 +95,15 @@ class Loader:
     ``file_data_map``: {path: the whole file, uint8}. Of files that share a name, the last one's.
     """
 
-    def __init__(self, models: Sequence[Weights], give: Give) -> None:
+    def __init__(self, models: Sequence[Weights]) -> None:
         self._tensors = {name: tensor for model in models for name, tensor in model.items()}
-        self._models, self._give = models, give
+        self._models = models
         self.tensor_info = {name: _info(tensor) for name, tensor in self._tensors.items()}
         self.tensor_file_map = {name: tensor.path for name, tensor in self._tensors.items()}
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
-        """Read when first asked for, which kt-kernel does not do itself: vocabularies are long."""
+        """Read the metadata when first asked: kt-kernel does not, and vocabularies are long."""
         return {key: value for model in self._models for key, value in _metadata(model)}
 
     @property
@@ -122,29 +120,33 @@ class Loader:
         return translate_name_to_gguf(name) in self._tensors
 
     def get_ggml_type(self, name: str) -> Any:
-        """Raises: TensorNotFoundError, a KeyError."""
+        """Return gguf's type of a tensor. Raises: TensorNotFoundError, a KeyError."""
         return self.tensor_info[self._find(name).name]["dtype"]
 
     def get_undequanted_tensor_and_ggml_type(self, name: str) -> tuple[Any, Any]:
-        """(the blocks as a flat uint8 torch tensor, its type): zero-copy, read-only.
+        """Return the blocks as a flat uint8 torch tensor, zero-copy, read-only, and their type.
 
-        The memory stays when the tensor goes, since kt-kernel keeps the address alone: until its
-        Handle is released. Raises: TensorNotFoundError, UnknownQuantTypeError, ClosedError.
+        A Handle's loader keeps the memory until its release, since kt-kernel keeps the address
+        alone. Raises: TensorNotFoundError, UnknownQuantTypeError, ClosedError.
         """
         tensor = self._find(name)
-        data = torch_memory.over(self._give(tensor))
+        data = torch_memory.over(self.blocks_of(tensor))
         return data, self.tensor_info[tensor.name]["dtype"]
 
+    def blocks_of(self, tensor: Tensor) -> memoryview:
+        """Return the memory that is handed out for a tensor."""
+        return tensor.buffer
+
     def get_model_config(self, layer_idx: int = 0) -> dict[str, int | None]:
-        """Sizes of the experts: of the metadata, else of the layer's gate tensor, else None."""
+        """Return sizes of the experts, by the metadata, else the layer's gate tensor, else None."""
         arch = self.metadata.get("general.architecture", "unknown")
         shape = self.tensor_info.get(GATES.format(layer_idx), {"shape": []})["shape"]
         return {
-            what: self._number([f"{arch}.{key}" for key in keys], axis, shape)
+            what: self._size([f"{arch}.{key}" for key in keys], axis, shape)
             for what, (keys, axis) in CONFIG.items()
         }
 
-    def _number(self, keys: list[str], axis: int | None, shape: Sequence[int]) -> int | None:
+    def _size(self, keys: list[str], axis: int | None, shape: Sequence[int]) -> int | None:
         key = next((key for key in keys if key in self.metadata), None)
         if key is not None:
             value = self.metadata[key]
@@ -156,7 +158,7 @@ class Loader:
         return int(shape[axis]) if axis is not None and len(shape) >= 3 else None
 
     def print_metadata(self, filter_keywords: Sequence[str] | None = None) -> None:
-        """Print the metadata whose key has one of these words in it, or all."""
+        """Print the metadata whose key contains one of these words, or all of it."""
         words = [word.lower() for word in filter_keywords or [""]]
         for key, value in sorted(self.metadata.items()):
             if any(word in key.lower() for word in words):
@@ -181,7 +183,7 @@ def _info(tensor: Tensor) -> dict[str, Any]:
 
 
 def _dtype(tensor: Tensor) -> Any:
-    """gguf's enum, which has a name; the bare id where gguf, of whatever version, has none."""
+    """Return gguf's enum, which has a name; the bare id where this gguf does not know the type."""
     import gguf
 
     known = gguf.GGMLQuantizationType.__members__
@@ -190,7 +192,7 @@ def _dtype(tensor: Tensor) -> Any:
 
 
 def _metadata(model: Weights) -> Iterator[tuple[str, Any]]:
-    """As gguf-py's reader tells it, the counts of the header first; of all files."""
+    """List the metadata of all files as gguf-py's reader does: the header's counts first."""
     import numpy as np
 
     for part in model.parts:
@@ -203,7 +205,7 @@ def _metadata(model: Weights) -> Iterator[tuple[str, Any]]:
 
 
 def _first(metadata: Metadata, key: str) -> Any:
-    """Text as str, a number as an array of one, an array as its first element."""
+    """Return text as str, a number as an array of one, an array as its first element."""
     import numpy as np
 
     value, type_name = metadata[key], metadata.type_name(key)

@@ -14,7 +14,7 @@ import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from gguf.constants import GGUFValueType
@@ -67,7 +67,7 @@ class Image(NamedTuple):
         return self.data[offset : offset + items * dtype.itemsize].view(dtype)
 
     def array_head(self, offset: int) -> tuple[int, int]:
-        """(type of the elements, how many) of an array that begins there."""
+        """Read the type of the elements, and how many, of an array that begins there."""
         try:
             type_id, count = self.order.type_and_count.unpack_from(self.data.data, offset)
         except struct.error:
@@ -79,17 +79,23 @@ class Image(NamedTuple):
         return MetadataError(message, path=self.path, offset=offset)
 
 
-class Body(Protocol):
+class Body:
     """The parts of a value, and which of them are data, both counted from its first part."""
 
-    def __len__(self) -> int: ...
-    def span(self, index: int) -> Span: ...
-    def data(self) -> Sequence[int]: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def span(self, index: int) -> Span:
+        raise NotImplementedError
+
+    def data(self) -> Sequence[int]:
+        raise NotImplementedError
+
     def values(self, wanted: slice) -> list[Any] | None:
-        """Them as Python values, faster than by parts; None where it is not."""
+        """Return Python values, faster than by parts; None where there is no such way."""
 
 
-class Numbers:
+class Numbers(Body):
     """Numbers one after another: a part each."""
 
     def __init__(self, image: Image, offset: int, type_id: int, count: int) -> None:
@@ -111,52 +117,50 @@ class Numbers:
         return found
 
 
-class Strings:
+class Strings(Body):
     """Texts one after another: two parts each, length and bytes."""
 
-    def __init__(self, image: Image, offset: int, nbytes: int, count: int) -> None:
-        self._image, self._offset, self._nbytes, self._count = image, offset, nbytes, count
-        self._length = image.dtype(U64)
+    def __init__(self, image: Image, offset: int, count: int, nbytes: int | None) -> None:
+        self._image, self._offset, self._count, self._nbytes = image, offset, count, nbytes
 
     def __len__(self) -> int:
         return 2 * self._count
 
     @cached_property
-    def _starts(self) -> array[int]:
-        """Where each begins, and where the last one ends, counted from the first one's begin."""
-        raw = self._image.data[self._offset : self._offset + self._nbytes].data
-        unpack, at = self._image.order.u64.unpack_from, 0
-        starts = array("q", [0])
+    def starts(self) -> array[int]:
+        """Where each begins in the file, and where the last one ends."""
+        raw, unpack, at = self._image.data.data, self._image.order.u64.unpack_from, self._offset
+        starts = array("q", [at])
         try:
             for _ in range(self._count):
                 at += 8 + unpack(raw, at)[0]
                 starts.append(at)
         except (struct.error, OverflowError):
-            at = -1
-        if at != self._nbytes:
+            raise self._image.changed(self._offset) from None
+        if at > len(raw) or self._nbytes not in (None, at - self._offset):
             raise self._image.changed(self._offset)
         return starts
 
     def span(self, index: int) -> Span:
         number, is_text = divmod(index, 2)
-        start = self._starts[number]
+        start = self.starts[number]
         if not is_text:
-            return Span(self._offset + start, self._length, 1)
-        return Span(self._offset + start + 8, BYTES, self._starts[number + 1] - start - 8)
+            return Span(start, self._image.dtype(U64), 1)
+        return Span(start + 8, BYTES, self.starts[number + 1] - start - 8)
 
     def data(self) -> Sequence[int]:
         return range(1, len(self), 2)
 
     def values(self, wanted: slice) -> list[Any] | None:
-        raw = self._image.data[self._offset : self._offset + self._nbytes].tobytes()
-        starts = self._starts
+        starts, first = self.starts, self._offset
+        raw = self._image.data[first : starts[-1]].tobytes()
         return [
-            str(raw[starts[number] + 8 : starts[number + 1]], "utf-8")
+            str(raw[starts[number] + 8 - first : starts[number + 1] - first], "utf-8")
             for number in range(self._count)[wanted]
         ]
 
 
-class Nested:
+class Nested(Body):
     """Arrays in an array: the parts of all of them in a row, as gguf-py has it."""
 
     def __init__(self, image: Image, offset: int, count: int) -> None:
@@ -172,7 +176,7 @@ class Nested:
         return spans, data
 
     def _add(self, at: int, spans: list[Span], data: list[int], depth: int) -> int:
-        """The parts of the array at this byte; the byte after it."""
+        """Add the parts of the array at this byte; return the byte after it."""
         type_id, count = self._image.array_head(at)
         known = type_id in SMALLEST and depth <= MAX_NESTING
         if not known or at + count * SMALLEST[type_id] > self._image.data.size:
@@ -183,20 +187,10 @@ class Nested:
             for _ in range(count):
                 at = self._add(at, spans, data, depth + 1)
             return at
-        nbytes = self._strings_nbytes(at, count) if type_id == STRING else count * SMALLEST[type_id]
-        body = body_of(self._image, type_id, at, nbytes, count)
+        body = body_of(self._image, type_id, at, count)
         data += [len(spans) + index for index in body.data()]
         spans += map(body.span, range(len(body)))
-        return at + nbytes
-
-    def _strings_nbytes(self, start: int, count: int) -> int:
-        at = start
-        try:
-            for _ in range(count):
-                at += 8 + self._image.order.u64.unpack_from(self._image.data.data, at)[0]
-        except (struct.error, OverflowError):
-            raise self._image.changed(start) from None
-        return at - start
+        return body.starts[-1] if isinstance(body, Strings) else at + count * SMALLEST[type_id]
 
     def __len__(self) -> int:
         return len(self._flat[0])
@@ -207,12 +201,13 @@ class Nested:
     def data(self) -> Sequence[int]:
         return self._flat[1]
 
-    def values(self, wanted: slice) -> list[Any] | None: ...
 
-
-def body_of(image: Image, type_id: int, offset: int, nbytes: int, count: int = 1) -> Body:
+def body_of(
+    image: Image, type_id: int, offset: int, count: int = 1, nbytes: int | None = None
+) -> Body:
+    """Make the body of ``count`` values that begin at ``offset``. nbytes: of all, where known."""
     if type_id == STRING:
-        return Strings(image, offset, nbytes, count)
+        return Strings(image, offset, count, nbytes)
     if type_id == ARRAY:
         return Nested(image, offset, count)
     return Numbers(image, offset, type_id, count)
@@ -223,7 +218,7 @@ def array_head_spans(image: Image, offset: int) -> list[Span]:
 
 
 def array_types(image: Image, offset: int) -> list[GGUFValueType]:
-    """Of an array, its first element, that one's first element and so on, as far as there are."""
+    """List the types of an array, its first element, that one's first element and so on."""
     types = [GGUFValueType.ARRAY]
     type_id, count = image.array_head(offset)
     while count and type_id == ARRAY and len(types) <= MAX_NESTING:
@@ -242,11 +237,7 @@ class Parts(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._head) + (0 if self.body is None else len(self.body))
 
-    @overload
-    def __getitem__(self, index: int) -> NDArray[Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[NDArray[Any]]: ...
-    def __getitem__(self, index: int | slice) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         wanted = range(len(self))[index]
         return self._part(wanted) if isinstance(wanted, int) else [*map(self._part, wanted)]
 
@@ -261,7 +252,7 @@ class Parts(Sequence[Any]):
 
 
 class Indexes(Sequence[int]):
-    """Which parts of an array are its values: a list as well."""
+    """The indexes of an array's values among its parts: a list as well."""
 
     def __init__(self, first: int, body: Body) -> None:
         self._first, self._body = first, body
@@ -269,11 +260,7 @@ class Indexes(Sequence[int]):
     def __len__(self) -> int:
         return len(self._body.data())
 
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[int]: ...
-    def __getitem__(self, index: int | slice) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         found = self._body.data()[index]
         return found + self._first if isinstance(found, int) else [i + self._first for i in found]
 
@@ -293,11 +280,11 @@ class Field(ReaderField):  # type: ignore[misc] # gguf-py's types are not looked
     """gguf-py's ReaderField; ``parts`` and, of arrays, ``data`` are made when asked for."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles have their own parts, not the whole file's memory."""
+        """Copy and pickle the parts alone, not the whole file's memory."""
         return ReaderField, (self.offset, self.name, [*self.parts], [*self.data], self.types)
 
     def contents(self, index_or_slice: int | slice = slice(None)) -> Any:
-        """Plain Python values, of an array a list, as gguf-py has it."""
+        """Return plain Python values, of an array a list, as gguf-py does."""
         body = getattr(self.parts, "body", None)
         if self.types[:1] == [GGUFValueType.ARRAY] and isinstance(index_or_slice, slice) and body:
             found = body.values(index_or_slice)

@@ -72,7 +72,7 @@ class GGUFReader(NotCopyable, THEIRS):  # type: ignore[misc] # an instance of th
     """One file: its metadata as ``fields``, its ``tensors``, zero-copy."""
 
     def __init__(self, path: os.PathLike[str] | str, mode: Literal["r", "r+", "c"] = "r") -> None:
-        """mode: as of numpy.memmap: read only, write to the file, or write to memory alone.
+        """Open a file; mode as of numpy.memmap: read, write to the file, or to memory alone.
 
         Raises: ModelNotFoundError (a FileNotFoundError), ReadError (an OSError), the FormatErrors
         of a header (ValueErrors), UsageError.
@@ -88,7 +88,7 @@ class GGUFReader(NotCopyable, THEIRS):  # type: ignore[misc] # an instance of th
 
     @classmethod
     def over(cls, weights: Weights, part: int = 0) -> GGUFReader:
-        """The same over opened weights, of a replica too: all in that memory, read-only.
+        """Read opened weights, of a replica too: all in that memory, read-only.
 
         part: which file of a model in several. Raises: UsageError for other formats than GGUF.
         """
@@ -113,7 +113,7 @@ class GGUFReader(NotCopyable, THEIRS):  # type: ignore[misc] # an instance of th
         self._infos_start = self._add_fields(header)
 
     def _add_fields(self, header: Header) -> int:
-        """Those of the metadata; the byte after it."""
+        """Add a field for each metadata key; return the byte after the last."""
         at = FIRST_ENTRY
         for key, value in header.metadata.items():
             if key in self.fields:
@@ -124,7 +124,7 @@ class GGUFReader(NotCopyable, THEIRS):  # type: ignore[misc] # an instance of th
 
     @cached_property
     def tensors(self) -> list[ReaderTensor]:
-        """Raises: UnknownQuantTypeError; the fields can be read nevertheless."""
+        """All tensors. Raises: UnknownQuantTypeError; the fields can be read nevertheless."""
         return list(self._tensors())
 
     def _tensors(self) -> Iterator[ReaderTensor]:
@@ -153,7 +153,7 @@ class GGUFReader(NotCopyable, THEIRS):  # type: ignore[misc] # an instance of th
 
 
 def _mapped(file: SourceFile, mode: Literal["r", "r+", "c"]) -> NDArray[np.uint8]:
-    """All of the file, as gguf-py has it. Raises: ReadError."""
+    """Map all of the file, as gguf-py does. Raises: ReadError."""
     try:
         fd = os.open(file.path, os.O_RDWR | os.O_CLOEXEC) if mode == "r+" else os.dup(file.fd)
         with os.fdopen(fd, "r+b" if mode == "r+" else "rb") as handle:
@@ -169,7 +169,7 @@ def _mapped(file: SourceFile, mode: Literal["r", "r+", "c"]) -> NDArray[np.uint8
 
 
 def _counts(image: Image) -> Iterator[ReaderField]:
-    """What gguf-py counts among the fields, of the first 24 bytes."""
+    """Make fields of the header's version and counts, as gguf-py does."""
     for offset, name, type_id in (
         (4, "GGUF.version", U32),
         (8, "GGUF.tensor_count", U64),
@@ -180,7 +180,7 @@ def _counts(image: Image) -> Iterator[ReaderField]:
 
 
 def _field(image: Image, at: int, key: str, value: Any, type_name: str) -> tuple[Field, int]:
-    """The field whose entry begins at this byte, and the byte after it."""
+    """Return the field whose entry begins at this byte, and the byte after it."""
     length = len(key.encode())
     start = at + 8 + length + 4
     head = [
@@ -191,13 +191,14 @@ def _field(image: Image, at: int, key: str, value: Any, type_name: str) -> tuple
     if isinstance(value, MetadataArray):
         head += array_head_spans(image, start)
         types, start = array_types(image, start), start + ARRAY_HEAD
-        body = body_of(image, value.type_id, start, value.nbytes, len(value))
+        body = body_of(image, value.type_id, start, len(value), value.nbytes)
         data: Any = Indexes(len(head), body)
         nbytes = value.nbytes
     else:
         type_id = TYPE_IDS[type_name]
         nbytes = _nbytes(value) if type_name == "string" else SMALLEST[type_id]
-        body, types = body_of(image, type_id, start, nbytes), [GGUFValueType(type_id)]
+        body = body_of(image, type_id, start, nbytes=nbytes)
+        types = [GGUFValueType(type_id)]
         data = [len(head) + index for index in body.data()]
     return Field(at, key, Parts(image, head, body), data, types), start + nbytes
 
@@ -222,7 +223,7 @@ def _tensor_field(image: Image, at: int, info: TensorInfo) -> tuple[Field, int]:
 
 
 def _types(info: TensorInfo, path: str) -> tuple[Any, QuantType]:
-    """gguf-py's, and numaload's, which stands in where gguf-py has none."""
+    """Return gguf-py's type, where it has none numaload's, and numaload's."""
     if info.qtype is None:
         message = f"tensor {info.name!r}: {info.problem}"
         raise UnknownQuantTypeError(message, path=path)

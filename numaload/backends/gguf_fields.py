@@ -128,7 +128,7 @@ class Strings(Body):
 
     @cached_property
     def starts(self) -> array[int]:
-        """Where each begins in the file, and where the last one ends."""
+        """Find the byte at which each text begins, and the byte after the last."""
         raw, unpack, at = self._image.data.data, self._image.order.u64.unpack_from, self._offset
         starts = array("q", [at])
         try:

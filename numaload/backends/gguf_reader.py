@@ -124,7 +124,7 @@ class GGUFReader(NotCopyable, THEIRS):  # type: ignore[misc] # an instance of th
 
     @cached_property
     def tensors(self) -> list[ReaderTensor]:
-        """All tensors. Raises: UnknownQuantTypeError; the fields can be read nevertheless."""
+        """List all tensors. Raises: UnknownQuantTypeError; fields can be read nevertheless."""
         return list(self._tensors())
 
     def _tensors(self) -> Iterator[ReaderTensor]:

@@ -17,7 +17,7 @@ class Replaced:
 
     @property
     def places(self) -> list[str]:
-        """Where numaload's classes are now, each as module.NAME."""
+        """List where numaload's classes are now, each as module.NAME."""
         modules = [row for row in self.before if isinstance(row[0], ModuleType)]
         return sorted(f"{module.__name__}.{name}" for module, name, *_ in modules)
 

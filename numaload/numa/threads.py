@@ -23,8 +23,9 @@ STATE, UTIME, STIME, PROCESSOR = 0, 11, 12, 36
 
 
 class Thread(NamedTuple):
-    """``name``: the kernel's, at most 15 bytes of anything: a thread that was given none has its
-    creator's. Bytes that are no UTF-8 are surrogates, as in file names.
+    """One thread. ``name`` is the kernel's: at most 15 bytes, its creator's if it was given none.
+
+    Bytes of a name that are no UTF-8 are surrogates, as in file names.
     """
 
     tid: int

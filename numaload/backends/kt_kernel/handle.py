@@ -185,7 +185,7 @@ class Handle(NotCopyable):
 
     @property
     def report(self) -> Report:
-        """What the kernel says now; changes nothing."""
+        """The kernel's answers now; changes nothing."""
         return self._ask(repair=False)
 
     def _ask(self, *, repair: bool) -> Report:

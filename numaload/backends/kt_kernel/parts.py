@@ -141,7 +141,7 @@ class ExpertPart:
 
     @property
     def address(self) -> int:
-        """Where a placed part is while this object lives. Raises: UsageError for others."""
+        """The address of a placed part, good while it lives. Raises: UsageError for others."""
         if self.placed is None:
             raise UsageError(f"{self.name}: a part of a tensor is not contiguous; place() it")
         return self.placed.ctypes.data

@@ -36,7 +36,7 @@ class Given:
 
 @dataclass
 class Report:
-    """All by the kernel's word, at the time of asking. Sizes are bytes.
+    """The kernel's answers at the time of asking. Sizes are bytes.
 
     given: what kt-kernel was handed addresses of. grown: {node: bytes} by which this process's own
     memory grew since the first of them; None where the kernel does not say. workers: its threads.

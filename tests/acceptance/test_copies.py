@@ -210,7 +210,7 @@ def arena(_: Held) -> Arena:
 
 
 HALF_MADE: dict[str, Callable[[Held], Any]] = {
-    name: OWNERS[name] for name in ("weights", "file", "mirror", "lease", "mapping", "slices")
+    name: OWNERS[name] for name in ("weights", "file", "mirror", "lease", "mapping")
 } | {
     "arena": arena,
     "private arena": lambda _: private_memory(bound=False)(1 << 20, (0,)),
@@ -269,9 +269,7 @@ def test_files_that_cannot_be_opened_leave_nothing(
     assert descriptors() == before
 
 
-@pytest.mark.parametrize(
-    "owner", ["weights", "file", "slices", "mirror", "lease", "mapping", "job"]
-)
+@pytest.mark.parametrize("owner", ["weights", "file", "mirror", "lease", "mapping", "job"])
 def test_closing_twice_closes_nothing_of_others(held: Held, owner: str) -> None:
     thing = OWNERS[owner](held)
     close = getattr(thing, "close", lambda: thing.__exit__(None, None, None))

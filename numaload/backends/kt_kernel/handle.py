@@ -224,7 +224,7 @@ class Handle(NotCopyable):
         self._moved += [f"moved: {worker}" for worker in found if worker.repaired]
         return found
 
-    def node_of_workers(self) -> int | None:
+    def _node_of_workers(self) -> int | None:
         """Return the node that all of kt-kernel's workers are for, where it has a replica.
 
         Threads are looked at once for each time that there are new ones: a model has hundreds of
@@ -248,7 +248,7 @@ class Handle(NotCopyable):
             )
         return self._for_node
 
-    def keep(self, node: int | None, tensor: Tensor) -> memoryview:
+    def _keep(self, node: int | None, tensor: Tensor) -> memoryview:
         """Return a tensor's blocks, kept: kt-kernel has their address after every reference."""
         self._key(node)
         if not self._given:
@@ -256,7 +256,7 @@ class Handle(NotCopyable):
         buffer, address = tensor.buffer, tensor.address
         self._buffers.append(buffer)
         self._given.setdefault(node, {})[address] = tensor
-        self.node_of_workers()
+        self._node_of_workers()
         return buffer
 
     def close(self) -> None:
@@ -303,12 +303,12 @@ class _KeepingLoader(Loader):
         self.handle, self.node = handle, node
 
     def blocks_of(self, tensor: Tensor) -> memoryview:
-        return self.handle.keep(self.node, tensor)
+        return self.handle._keep(self.node, tensor)  # noqa: SLF001
 
 
 class _ChoosingLoader(_KeepingLoader):
     """Give the memory of the node that kt-kernel's workers are for: the loader that it gets."""
 
     def get_undequanted_tensor_and_ggml_type(self, name: str) -> tuple[Any, Any]:
-        node = self.handle.node_of_workers()
+        node = self.handle._node_of_workers()  # noqa: SLF001
         return self.handle.loader(node).get_undequanted_tensor_and_ggml_type(name)

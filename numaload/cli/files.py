@@ -1,45 +1,30 @@
-"""Verbs on files: ``inspect`` and ``prewarm``."""
+"""``numaload inspect``: what a model is, in a line, and its tensors."""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from numaload.cli import prewarming
-from numaload.cli.output import (
-    byte_count,
-    note,
-    print_json,
-    print_table,
-    progress_bar,
-    rate,
-    say,
-    size,
-)
+from numaload.cli.output import count, note, print_json, print_table, say, size
+from numaload.errors import printable
+
+if TYPE_CHECKING:
+    from numaload.weights import Weights
 
 SHOWN = 8  # elements of an array that inspect prints
 WIDTH = 100
-
-PREWARM_OPTIONS: dict[str, dict[str, Any]] = {
-    "--nodes": {"metavar": "LIST", "help": "nodes that the page cache is to land on"},
-    "--policy": {"choices": ["bind", "interleave"], "help": "bind unless given"},
-    "--move": {"action": "store_true", "help": "move there what is in RAM on other nodes"},
-    "--tensors": {"metavar": "REGEX", "help": "only tensors in whose names this is found"},
-    "--layers": {"metavar": "LIST", "help": "only these layers, as 0-9,12"},
-    "--way": {"choices": ["mapped", "buffered"], "help": "how to read, instead of the plan's way"},
-    "--threads": {"type": int, "metavar": "N", "help": "reading threads, instead of the plan's"},
-    "--chunk": {"type": byte_count, "metavar": "SIZE", "help": "bytes a read, as 8M"},
-    "--order": {"choices": ["file", "stripes"], "help": "stripes: a part for each thread"},
-    "--max-rate": {"type": byte_count, "metavar": "SIZE", "help": "bytes a second, as 200M"},
-    "--force": {
-        "action": "store_true",
-        "help": "begin what does not fit in memory; it stops before it pushes itself out",
-    },
-    "--background": {"action": "store_true", "help": "return at once, another process reads"},
-    "--lock": {"action": "store_true", "help": "another process keeps it in RAM until release"},
-}
+WORD = 40  # characters of a name in the summary
+SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))  # of parameters
+# llama.h, enum llama_ftype: what general.file_type means. Others are not known here.
+FILE_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K",
+    11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S",
+    17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS",
+    23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M",
+    30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4_MOE", 39: "NVFP4",
+    40: "Q1_0",
+}  # fmt: skip
 
 
 def add_verbs(verbs: Any) -> None:
@@ -53,13 +38,6 @@ def add_verbs(verbs: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(run=inspect)
 
-    parser = verbs.add_parser("prewarm", help="read files into the page cache, in parallel")
-    parser.add_argument("files", metavar="FILE", nargs="+")
-    for option, settings in PREWARM_OPTIONS.items():
-        parser.add_argument(option, **settings)
-    parser.add_argument("--json", action="store_true", help="print the API's report")
-    parser.set_defaults(run=prewarm)
-
 
 def inspect(options: argparse.Namespace) -> int:
     from numaload.weights import open_weights
@@ -68,9 +46,10 @@ def inspect(options: argparse.Namespace) -> int:
         if options.json:
             print_json(_as_dict(weights, with_metadata=options.metadata))
             return 0
+        say(summary(weights))
         for part in weights.parts:
-            header, count = part.header, len(part.header.tensors)
-            say(f"{part.file.path}: {header.title}, {count} tensors, {size(part.file.size)}")
+            tensors = count(len(part.header.tensors), "tensor")
+            say(f"{part.file.path}: {part.header.title}, {tensors}, {size(part.file.size)}")
         rows = [
             [t.name, t.type_name, "x".join(map(str, t.shape)), t.nbytes] for t in weights.values()
         ]
@@ -83,6 +62,45 @@ def inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def summary(weights: Weights) -> str:
+    """Describe a model in one line; what its header does not tell is left out."""
+    architecture = weights.metadata.get("general.architecture")
+    told = [printable(architecture, WORD)] if isinstance(architecture, str) else []
+    if weights:
+        told += [_parameters(weights), _file_type(weights)]
+    told.append(f"{size(weights.nbytes)} in {count(len(weights.paths), 'file')}")
+    layers = weights.metadata.get(f"{architecture}.block_count")
+    if _is_count(layers):
+        told.append(count(layers, "layer"))
+    context = weights.metadata.get(f"{architecture}.context_length")
+    if _is_count(context):
+        told.append(f"context {context}")
+    return ", ".join(told)
+
+
+def _is_count(value: Any) -> bool:
+    """Return whether metadata that should be a count is one: anybody may have written it."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _parameters(weights: Weights) -> str:
+    from math import prod
+
+    number = sum(prod(tensor.dims) for tensor in weights.values())
+    for scale, letter in SCALES:
+        if number >= scale:
+            return f"{number / scale:.1f} {letter} parameters"
+    return count(number, "parameter")
+
+
+def _file_type(weights: Weights) -> str:
+    """Return llama.cpp's name for the mix of types, or the type that takes most bytes."""
+    known = weights.metadata.get("general.file_type")
+    if _is_count(known) and known in FILE_TYPES:
+        return FILE_TYPES[known]
+    return printable(_by_type(weights)[0][0], WORD)
+
+
 def _by_type(weights: Any) -> list[list[Any]]:
     counts, nbytes = Counter[str](), Counter[str]()
     for tensor in weights.values():
@@ -92,7 +110,7 @@ def _by_type(weights: Any) -> list[list[Any]]:
 
 
 def _note_unusable(weights: Any) -> None:
-    """Say it once for each type: a model may have hundreds of such tensors."""
+    """Name each type that cannot be used once: a model may have hundreds of such tensors."""
     from numaload.errors import UnknownQuantTypeError
 
     said = set()
@@ -138,67 +156,3 @@ def _short(value: Any) -> str:
     if len(value) <= SHOWN:
         return repr(value.tolist())
     return f"[{', '.join(map(repr, value[:SHOWN]))}, ...] ({len(value)} elements)"
-
-
-def prewarm(options: argparse.Namespace) -> int:
-    from numaload.pagecache.prewarm import prewarm as warm
-
-    names = [option.removeprefix("--").replace("-", "_") for option in PREWARM_OPTIONS]
-    given = {name: getattr(options, name) for name in names}
-    with progress_bar("prewarm", quiet=options.json) as progress:
-        report = warm(options.files, **given, progress=progress, announce=_announce)
-    goes_on = options.background and report.holder is not None
-    if options.json:
-        print_json(report.to_dict())
-    else:
-        if not goes_on:
-            _tell(report)
-        prewarming.tell_started(report, background=goes_on)
-    return 0 if report.done or goes_on else 1
-
-
-def _announce(plan: Any) -> None:
-    note(f"plan: {plan}")
-
-
-def _tell(report: Any) -> None:
-    from numaload.numa.lists import format_list
-
-    known = "" if report.residency_known else " (the kernel tells only owners what is resident)"
-    had = f"{size(report.resident_before)} were resident{known}"
-    got = "done"
-    if report.read:
-        speed = f"{rate(report.read, report.seconds)}, threads: {report.threads}"
-        got = f"{size(report.read)} read in {report.seconds:.2f} s ({speed})"
-    of = "" if report.tensors is None else f"{report.tensors} tensors of "
-    say(f"{of}{len(report.paths)} files, {size(report.size)}: {had}, {got}")
-    if report.plan and report.plan.tried:
-        say(f"read: {report.plan}")
-    if report.nodes:
-        where = ", ".join(f"node {n}: {size(b)}" for n, b in report.on_nodes.items())
-        say(
-            f"asked for node {format_list(report.nodes)} ({report.policy}); the kernel says {where}"
-        )
-    if report.followed is not None:
-        say(f"process {report.followed} read {size(report.read_by_others)} meanwhile")
-    for line in _lacks(report):
-        note(line)
-
-
-def _lacks(report: Any) -> Iterator[str]:
-    if report.moved:
-        yield f"{size(report.moved)} were moved between nodes"
-    for why, nbytes in report.unmoved.items():
-        yield f"{size(nbytes)} cannot be moved: {why} (others map it, or that node is full)"
-    if report.elsewhere:
-        yield (
-            f"{size(report.elsewhere)} are on other nodes: page cache stays where it was first"
-            " read: --move moves it, or numaload evict FILE and prewarm again"
-        )
-    if report.stopped:
-        yield f"stopped at {size(report.resident)} of {size(report.size)}: {report.stopped}"
-    elif report.resident < report.size and report.residency_known:
-        of = f"{size(report.resident)} of {size(report.size)}"
-        yield f"only {of} are resident now: memory is short"
-    if report.holder and report.holder.lock and report.locked < report.size:
-        yield f"only {size(report.locked)} of {size(report.size)} are locked: memory is short"

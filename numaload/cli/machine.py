@@ -1,4 +1,4 @@
-"""``numaload nodes``: what the machine is made of and how memory will be bound."""
+"""``numaload nodes`` and ``numaload status --threads``: the machine, and who runs where on it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from numaload.cli.output import complain, print_json, print_table, say, size
 
 if TYPE_CHECKING:
     from numaload.numa.devices import FileDevice, Gpu
+    from numaload.doctor.findings import ThreadReport
+    from numaload.doctor.pools import Pool
     from numaload.numa.topology import Node, Topology
 
 K = TypeVar("K", bound=Hashable)
@@ -59,7 +61,7 @@ def _places(paths: list[str]) -> list[FileDevice]:
 
 
 def print_nodes(machine: Topology) -> None:
-    """A line per node: nodes at the same distance are named together, long lists come last."""
+    """Print a line per node: nodes at one distance are named together, long lists come last."""
     from numaload.numa.lists import format_list
 
     header = ["node", "memory", "free", "distances", "CPUs"]
@@ -83,7 +85,7 @@ def _memory(node: Node) -> tuple[str, str]:
 
 
 def gpu_line(gpu: Gpu) -> str:
-    """``GPU 0000:3b:00.0 10de:2330 (3D, nvidia): node 1, CPUs 8-15``."""
+    """Write ``GPU 0000:3b:00.0 10de:2330 (3D, nvidia): node 1, CPUs 8-15``."""
     from numaload.numa.devices import SILENT
     from numaload.numa.lists import format_list
 
@@ -95,7 +97,7 @@ def gpu_line(gpu: Gpu) -> str:
 
 
 def file_line(place: FileDevice) -> str:
-    """``model.gguf: ext4 on dm-0 (nvme0n1, nvme1n1): node 0-1``."""
+    """Write ``model.gguf: ext4 on dm-0 (nvme0n1, nvme1n1): node 0-1``."""
     from numaload.numa.lists import format_list
 
     if not place.device:
@@ -106,7 +108,7 @@ def file_line(place: FileDevice) -> str:
 
 
 def left_out(machine: Topology) -> list[str]:
-    """A line per reason why ``all`` does not include some nodes."""
+    """Return a line per reason why ``all`` does not include some nodes."""
     usable = set(machine.usable)
     reasons = ((why, n in usable) for n, why in machine.left_out.items())
     return [
@@ -134,16 +136,66 @@ def _cpus(node: Node) -> str:
 
 
 def _distances(node: Node) -> str:
-    """``10 to 0; 12 to 1-3; 32 to 4-7``: one number per node is unreadable beyond eight."""
+    """Write ``10 to 0; 12 to 1-3``: one number per node is unreadable beyond eight nodes."""
     near = _grouped(node.distances.values(), node.distances)
     return "; ".join(f"{distance} to {ids}" for distance, ids in sorted(near.items())) or "unknown"
 
 
 def _grouped(keys: Iterable[K], ids: Iterable[int]) -> dict[K, str]:
-    """{key: list of the ids that have it}."""
+    """Return {key: list of the ids that have it}."""
     from numaload.numa.lists import format_list
 
     groups: dict[K, list[int]] = {}
     for key, number in zip(keys, ids, strict=True):
         groups.setdefault(key, []).append(number)
     return {key: format_list(numbers) for key, numbers in groups.items()}
+
+
+def add_threads_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threads",
+        metavar="PID",
+        type=int,
+        help="which thread of this process may run where, and which get in each other's way",
+    )
+
+
+def show_threads(options: argparse.Namespace) -> int:
+    from numaload.errors import UsageError
+    from numaload.doctor.findings import inspect_threads
+
+    if options.files:
+        raise UsageError("--threads is about a process: it takes no FILE")
+    seen = inspect_threads(options.threads)
+    if options.json:
+        print_json(seen)
+        return 0
+    print_report(seen)
+    return 0
+
+
+def print_report(seen: ThreadReport) -> None:
+    header = ["threads", "name", "CPUs", "node", "last on", "have work", "CPU time", "waited"]
+    print_table(header, [_row(seen, pool) for pool in seen.pools])
+    for finding in seen.findings:
+        say(f"{finding.kind}: {finding.text}")
+        say(f"  to mend it: {finding.fix}")
+    if not seen.findings:
+        say("no thread gets in another one's way")
+
+
+def _row(seen: ThreadReport, pool: Pool) -> list[Any]:
+    from numaload.numa.lists import format_list
+
+    row = pool.to_dict()
+    own = f", {pool.each} each" if pool.each < len(pool.cpus) else ""
+    return [
+        len(pool.threads),
+        str(pool),
+        f"{format_list(pool.cpus) or 'unknown'}{own}",
+        format_list(pool.nodes) or "unknown",
+        format_list(row["last_on"]) or "unknown",
+        len(seen.runnable.intersection(row["tids"])),
+        f"{row['cpu_s']:.1f} s",
+        f"{row['waited_s']:.1f} s",
+    ]

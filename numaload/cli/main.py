@@ -1,10 +1,11 @@
-"""Arguments to verbs. Exit status: 0 done, 1 failed or not placed as asked, 2 usage, 130 Ctrl-C."""
+"""Run verbs. Exit status: 0 done, 1 failed or not placed as asked, 2 usage, 130 Ctrl-C."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from numaload._version import __version__
 from numaload.cli import interrupts
@@ -12,9 +13,33 @@ from numaload.cli import interrupts
 if TYPE_CHECKING:
     import argparse
 
+# {verb: the module of numaload.cli that adds it}: only that one is imported.
+VERBS = {
+    "inspect": "files",
+    "nodes": "machine",
+    "plan": "replicas",
+    "prewarm": "prewarming",
+    "evict": "pagecache",
+    "status": "stored",
+    "mirror": "replicas",
+    "verify": "stored",
+    "release": "stored",
+    "bench": "bench",
+}
+WITHOUT_FILES = ("nodes", "bench")  # these verbs never wait for a network file system
+IO_TIMEOUT = "NUMALOAD_IO_TIMEOUT"  # seconds, for this process and those that it starts
+TO_TRY = """
+Three lines to try:
+  numaload inspect MODEL.gguf    what is in the model
+  numaload prewarm MODEL.gguf    read it into RAM, so that the next program starts at once
+  numaload nodes                 NUMA nodes of this machine, and what this process may use"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; its exit status. Without ``argv`` this process is the command: see interrupts."""
+    """Run a verb; return its exit status.
+
+    Without ``argv`` this process is the command, and its signals and streams are set up for that.
+    """
     if argv is None:
         interrupts.open_standard()
         interrupts.raise_open_files()
@@ -49,19 +74,22 @@ def _run(arguments: list[str]) -> int:
 
 
 def _failed(error: Exception) -> int:
-    """Say what went wrong; the exit status. Imports only now: --version has no time for it."""
-    from numaload.cli.output import complain
+    """Say what went wrong; return the exit status. Imports only now: --version has no time."""
+    from numaload.cli.output import complain, drop, size
     from numaload.errors import CancelledError, NumaloadError, UsageError
 
     if isinstance(error, CancelledError):
-        complain(f"{error} after {error.done} of {error.total} bytes")
+        complain(f"{error} after {size(error.done)} of {size(error.total)}")
         return interrupts.INTERRUPTED
     if not isinstance(error, (NumaloadError, OSError)):
         raise error
     if not isinstance(error, BrokenPipeError):  # or else whoever read our output has seen enough
         complain(error)
     if not isinstance(error, NumaloadError):
-        _drop_output()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            drop(sys.stdout)
     return 2 if isinstance(error, UsageError) else 1
 
 
@@ -74,31 +102,55 @@ def _status(arguments: list[str]) -> int:
     except SystemExit:  # of argparse, which may have printed help
         sys.stdout.flush()
         raise
-    from numaload.cli import waiting
+    if options is None:
+        return 0
     from numaload.cli.output import show_warnings
 
-    waiting.obey(options)
+    if getattr(options, "io_timeout", None) is not None:
+        os.environ[IO_TIMEOUT] = f"{options.io_timeout:g}"
     interrupts.guard()
     show_warnings()
     return int(options.run(options))
 
 
-def _drop_output() -> None:
-    from numaload.cli.output import drop
+def _parse(arguments: list[str]) -> argparse.Namespace | None:
+    """Return the options of a verb; without any arguments print the help and return None."""
+    first = arguments[0] if arguments else ""
+    named = {first} if first in VERBS else VERBS.keys()  # help tells of all verbs
+    parser = _parser(named)
+    if not arguments:
+        parser.print_help()
+        print(TO_TRY)
+        return None
+    if first not in VERBS and not first.startswith("-"):
+        parser.error(_no_verb(first))
+    return parser.parse_args(arguments)
 
-    try:
-        sys.stdout.flush()
-    except OSError:
-        drop(sys.stdout)
+
+def _no_verb(word: str) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(word[:100], VERBS, n=1)  # comparing takes the square of the length
+    meant = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(VERBS)}"
+    return f"no verb {word!r}: {meant}"
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def _parser(named: Iterable[str]) -> argparse.ArgumentParser:
     import argparse
+    from importlib import import_module
 
-    from numaload.cli import bench, files, machine, pagecache, replicas, stored, waiting
     from numaload.errors import printable
 
+    class Formatter(argparse.HelpFormatter):
+        """Ask the terminal for its width only for help: argparse formats while it adds options."""
+
+        def __init__(self, prog: str, **options: Any) -> None:
+            super().__init__(prog, **{"width": _width()} | options)
+
     class Parser(argparse.ArgumentParser):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**{"formatter_class": Formatter} | options)
+
         def error(self, message: str) -> NoReturn:
             super().error(printable(message))  # it repeats what was given
 
@@ -108,8 +160,35 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         epilog="Nodes are written as in numactl: all, local, 0,2-3, !1.",
     )
     parser.add_argument("-V", "--version", action="version", version=f"numaload {__version__}")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for group in (files, pagecache, machine, replicas, stored, bench):
-        group.add_verbs(verbs)
-    waiting.add_option(verbs)
-    return parser.parse_args(arguments)
+    verbs = parser.add_subparsers(
+        title="verbs", metavar="VERB", required=True, prog="numaload"
+    )
+    for module in dict.fromkeys(VERBS[verb] for verb in named):
+        import_module(f"numaload.cli.{module}").add_verbs(verbs)
+    for verb, its in verbs.choices.items():
+        if verb not in WITHOUT_FILES:
+            _add_io_timeout(its)
+    return parser
+
+
+def _add_io_timeout(parser: argparse.ArgumentParser) -> None:
+    from numaload.cli.output import seconds
+
+    parser.add_argument(
+        "--io-timeout",
+        metavar="SECONDS",
+        type=seconds,
+        help="fail when a network file system does not answer for so long (default: wait)",
+    )
+
+
+def _width() -> int:
+    """Return the columns of help: as argparse has it, without importing shutil."""
+    try:
+        return max(int(os.environ.get("COLUMNS", "")), 40) - 2
+    except ValueError:
+        pass
+    try:
+        return max(os.get_terminal_size().columns, 40) - 2
+    except OSError:
+        return 78

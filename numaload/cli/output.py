@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +11,11 @@ from typing import Any, TextIO
 
 from numaload.errors import printable
 
-SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)([kKmMgGtT]?)(?:i?[bB])?")
+SIZE = r"(\d{1,12}(?:\.\d{1,6})?)([kKmMgGtT]?)(?:i?[bB])?"
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 WIDEST = 200  # characters to which a column is padded; a longer cell goes over
 WORTH_A_BAR = 64 << 20  # bytes; less is over before a bar is drawn
+TIMES = ((86400, "days"), (3600, "h"), (60, "min"))  # units of durations over their double
 
 
 def say(text: object) -> None:
@@ -42,18 +40,18 @@ def _tell(line: str) -> None:
 
 
 def drop(stream: TextIO) -> None:
-    """Have what cannot be written go nowhere: closing it must not fail once more."""
+    """Send to /dev/null what cannot be written: closing the stream must not fail once more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), stream.fileno())
 
 
 def show_step(name: object) -> None:
-    """Show on a terminal what is being done now, in place of what was; nothing of "" is left."""
+    """Show on a terminal what is being done now, in place of the last step; "" clears it."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{printable(name)}", end="", file=sys.stderr, flush=True)
 
 
 def show_warnings() -> None:
-    """Fallbacks as one line each, without Python's file and line."""
+    """Show warnings as one line each, without Python's file and line."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         _tell(f"warning: {printable(message)}")
@@ -63,7 +61,7 @@ def show_warnings() -> None:
 
 
 def size(nbytes: float) -> str:
-    """Bytes for people: 1536 is "1.5 KiB"."""
+    """Write bytes for people: 1536 is "1.5 KiB"."""
     for unit in UNITS:
         if abs(nbytes) < 1024 or unit == UNITS[-1]:
             break
@@ -71,9 +69,33 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
 
 
+def count(number: int, noun: str) -> str:
+    """Write a number with its noun: "1 file", "2 files"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def files_of(paths: Sequence[str]) -> str:
+    """Name a model by its first file, and say how many files it has if there are several."""
+    return f"{paths[0]} ({len(paths)} files)" if len(paths) > 1 else paths[0]
+
+
+def duration(seconds: float) -> str:
+    """Write seconds for people: 90 is "90 s", 7200 is "2 h"."""
+    for unit, name in TIMES:
+        if seconds >= 2 * unit:
+            return f"{seconds // unit:.0f} {name}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def rate(nbytes: int, seconds: float) -> str:
+    return f"{nbytes / max(seconds, 1e-9) / 1e9:.2f} GB/s"
+
+
 def byte_count(text: str) -> int:
-    """An option's value: "8M" is 8 MiB. Raises: ArgumentTypeError."""
-    match = SIZE.fullmatch(text)
+    """Read an option's value: "8M" is 8 MiB. Raises: ArgumentTypeError."""
+    import re
+
+    match = re.fullmatch(SIZE, text)
     if match is None:
         from argparse import ArgumentTypeError
 
@@ -81,11 +103,22 @@ def byte_count(text: str) -> int:
     return int(float(match[1]) * 1024 ** "BKMGT".index(match[2].upper() or "B"))
 
 
-def rate(nbytes: int, seconds: float) -> str:
-    return f"{nbytes / max(seconds, 1e-9) / 1e9:.2f} GB/s"
+def seconds(text: str) -> float:
+    """Read an option's value. Raises: ArgumentTypeError."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1
+    if not 0 < found < 1e6:
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(f"expected seconds, more than 0, found {text!r}")
+    return found
 
 
 def print_json(data: Any, *, a_line: bool = False) -> None:
+    import json
+
     indent = None if a_line else 2
     try:
         text = json.dumps(data, indent=indent, default=_plain, allow_nan=False)
@@ -95,7 +128,9 @@ def print_json(data: Any, *, a_line: bool = False) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """The same with NaN and infinities as strings."""
+    """Return the same value with NaN and infinities as strings."""
+    import math
+
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -115,7 +150,7 @@ def _plain(value: Any) -> Any:
 def print_table(
     header: Sequence[str], rows: Sequence[Sequence[Any]], *, figures: bool = False
 ) -> None:
-    """Left-aligned columns; numbers to the right. For terminals and for grep alike.
+    """Print columns aligned to the left, and numbers to the right, for terminals and for grep.
 
     figures: all columns but the first are numbers, though written as text.
     """
@@ -135,7 +170,7 @@ def print_table(
 
 @contextmanager
 def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A callback for the API that draws a bar, on a terminal and where there is time for one."""
+    """Give a callback for the API that draws a bar, on a terminal and for large work only."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -144,7 +179,7 @@ def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], No
 
 
 class _Bar:
-    """Begins with the first call, which the API makes after all it had to announce."""
+    """A bar that begins with the first call: the API announces its plan before it."""
 
     def __init__(self, label: str, stack: ExitStack) -> None:
         self.label, self.stack = label, stack

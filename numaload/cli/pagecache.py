@@ -1,4 +1,4 @@
-"""What is in the page cache: ``evict``, and that part of ``status``, once or again and again."""
+"""``numaload evict``, and the page cache in ``numaload status``, once or again and again."""
 
 from __future__ import annotations
 
@@ -10,11 +10,19 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from numaload.cli.output import complain, note, print_json, print_table, say, size
-from numaload.cli.waiting import seconds_of
+from numaload.cli.output import (
+    complain,
+    note,
+    print_json,
+    print_table,
+    say,
+    seconds,
+    size,
+)
 
 if TYPE_CHECKING:
-    from numaload.pagecache.residency import FileResidency, Span
+    from numaload.pagecache.evict import EvictedFile
+    from numaload.pagecache.residency import FileResidency, Span, TensorResidency
     from numaload.storage.files import SourceFile
 
 WATCH_S = 2.0  # seconds between two looks, unless given
@@ -30,7 +38,7 @@ def add_verbs(verbs: Any) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of ``status``."""
+    """Add the options of ``status`` that are about the page cache."""
     parser.add_argument(
         "--tensors", action="store_true", help="how much of each tensor is in the page cache"
     )
@@ -46,14 +54,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _seconds(text: str) -> float:
     try:
-        return seconds_of(text)
+        return seconds(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}; a FILE goes before --watch") from None
 
 
-def repeat(show: Callable[[], int], seconds: float | None) -> int:
-    """Once, or until Ctrl-C: on a terminal in place, else one after another."""
-    if seconds is None:
+def repeat(show: Callable[[], int], every: float | None) -> int:
+    """Show once, or until Ctrl-C: on a terminal in place, else one after another."""
+    if every is None:
         return show()
     in_place = sys.stdout.isatty()
     if in_place:
@@ -63,11 +71,11 @@ def repeat(show: Callable[[], int], seconds: float | None) -> int:
             show()
         sys.stdout.write((HOME if in_place else "") + text.getvalue())
         sys.stdout.flush()
-        time.sleep(seconds)
+        time.sleep(every)
 
 
 class Files:
-    """What ``status`` shows of these files; headers are read once, however often it looks."""
+    """The files that ``status`` shows; headers are read once, however often it looks."""
 
     def __init__(self, paths: Iterable[str], *, tensors: bool) -> None:
         self.paths, self.tensors = list(paths), tensors
@@ -130,27 +138,27 @@ def show_files(files: Sequence[FileResidency]) -> None:
 
 
 def bar(cells: Iterable[float]) -> str:
-    """A letter for each part of a file: all of it in RAM, at least half, some, nothing."""
+    """Draw a letter for each part of a file: all of it in RAM, at least half, some, nothing."""
     return "".join(FILLED[(cell > 0) + (cell >= 0.5) + (cell >= 1)] for cell in cells)
 
 
 def share(file: FileResidency) -> str:
-    """Never rounded to all or nothing where it is not."""
+    """Write a share that is never rounded to all or nothing where it is not."""
     percent = 100 * file.resident / file.size
     if 0 < percent < 100:
         percent = min(max(percent, 0.1), 99.9)
     return f"{percent:.3g} %"
 
 
-def _cells(found: Any) -> list[str]:
+def _cells(found: FileResidency | TensorResidency) -> list[str]:
     return [size(found.resident) + (f" +-{size(found.error)}" if found.error else "")]
 
 
 def _where(file: FileResidency) -> str:
-    return _by_node(file) if file.known else "unknown: the kernel tells only the owner"
+    return _by_node(file) if file.known else "unknown: the kernel tells only the file's owner"
 
 
-def _by_node(found: Any) -> str:
+def _by_node(found: FileResidency | TensorResidency) -> str:
     text = ", ".join(f"{node}: {size(nbytes)}" for node, nbytes in found.on_nodes.items())
     return text + (f" (+-{size(found.nodes_error)})" if found.nodes_error else "")
 
@@ -163,21 +171,22 @@ def evict(options: argparse.Namespace) -> int:
         print_json(report.to_dict())
     for file in report.files:
         if not options.json:
-            say(_told(file))
+            say(f"{file.path}: {_did(file)}")
         if file.why:
             left = f"{size(file.stays)} stay in RAM: " if file.stays else ""
             complain(f"{file.path}: {left}{file.why}")
     return 0 if report.done else 1
 
 
-def _told(file: Any) -> str:
+def _did(file: EvictedFile) -> str:
     if not file.known:
-        did = "asked for; how much was resident the kernel tells only the owner"
+        did = "given back; how much was in RAM the kernel tells only the file's owner"
+    elif not file.before:
+        return "nothing of it was in RAM"
+    elif file.stays:
+        did = f"{size(file.given_back)} of {size(file.before)} given back"
     else:
-        did = f"{size(file.before)} were resident, {size(file.given_back)} given back"
-    if file.written:
-        did += f", {size(file.written)} of it written to storage first"
-    elif file.written is None:
-        did += ", written to storage first where it was dirty"
-    stays = f", {size(file.stays)} stay" if file.stays else ""
-    return f"{file.path}: {did}{stays}"
+        did = f"{size(file.before)} given back"
+    if file.written is None:
+        return f"{did}, written to storage first where it was not yet"
+    return f"{did}, {size(file.written)} of it written to storage first" if file.written else did

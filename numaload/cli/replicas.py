@@ -1,13 +1,32 @@
-"""Verbs that make replicas: ``plan`` and ``mirror``."""
+"""``numaload plan`` and ``numaload mirror``, and where replicas are, in words."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from numaload.cli.output import complain, note, print_json, progress_bar, rate, say, size
-from numaload.cli.placements import ALLOW, PLACED, by_replica, node_list, where
+from numaload.cli.output import (
+    complain,
+    files_of,
+    note,
+    print_json,
+    progress_bar,
+    rate,
+    say,
+    size,
+)
 
+if TYPE_CHECKING:
+    from numaload.mirrors import MirrorReport
+    from numaload.numa.placement import Placement
+    from numaload.replicas.plan import Need, Plan
+
+PLACED = "placed, not bound"
+ALLOW = (
+    "memory may move later; in a container, --cap-add SYS_NICE (or seccomp=unconfined) allows"
+    " binding"
+)
 TEACH = (
     "no models known since boot: numaload mirror MODEL.gguf, or numaload prewarm MODEL.gguf first"
 )
@@ -55,7 +74,7 @@ def _common(parser: argparse.ArgumentParser, run: Any, help_: str) -> None:
 
 
 def _models(files: list[str]) -> list[Any]:
-    """The models given, or those used since boot that are still what they were."""
+    """Open the models given, or those used since boot that are still what they were."""
     from numaload.errors import NumaloadError
     from numaload.storage import known
     from numaload.weights import open_weights, reopen
@@ -102,23 +121,46 @@ def show_plan(options: argparse.Namespace) -> int:
     todo = plan_shared(models, machine, wanted)
     if options.json:
         print_json(todo)
-    else:
-        _print_plan(todo, say)
+        return 0 if todo.fits else 1
+    for line in _builds(todo):
+        say(line)
+    for need in todo.needs:
+        say(_fits(need))
     return 0 if todo.fits else 1
 
 
-def _print_plan(todo: Any, tell: Any) -> None:
+def _announce(todo: Plan) -> None:
+    """Say what will be built, and either how near to a limit that is or what does not fit."""
+    for line in _builds(todo):
+        note(f"plan: {line}")
+    short = [need for need in todo.needs if not need.fits]
+    known = [need for need in todo.needs if need.free is not None]
+    if not short and known:
+        short = [max(known, key=lambda need: need.needed / max(need.free or 0, 1))]
+    for need in short:
+        note(f"plan: {_fits(need)}")
+
+
+def _builds(todo: Plan) -> Iterable[str]:
     from numaload.numa.lists import format_list
 
     for model, groups in todo.builds:
-        parts = [f"interleaved over {format_list(group)}" for group in groups if len(group) > 1]
         alone = [group[0] for group in groups if len(group) == 1]
-        parts += [f"on node {format_list(alone)}"] if alone else []
-        on = "; ".join(parts)
-        where = f"to build {on}" if groups else "already on every node asked for"
-        tell(f"plan: {model.paths[0]}, {size(model.size)}: {where}")
-    for need in todo.needs:
-        tell(f"plan: {need}")
+        on = [f"interleaved over {format_list(group)}" for group in groups if len(group) > 1]
+        on += [f"on node {format_list(alone)}"] if alone else []
+        do = f"to build {'; '.join(on)}" if groups else "already on every node asked for"
+        yield f"{files_of(model.paths)}, {size(model.size)}: {do}"
+
+
+def _fits(need: Need) -> str:
+    """Compare with one limit: "node 0: fits: 0.6 GiB of 1.7 GiB"."""
+    if need.free is None:
+        return f"{need.name}: needs {size(need.needed)}; the kernel does not say what is free"
+    of = f"{size(need.needed)} of {size(need.free)}"
+    if need.fits:
+        return f"{need.name}: fits: {of}"
+    hint = f" ({need.hint})" if need.hint else ""
+    return f"{need.name}: does NOT fit: {of}, {size(need.needed - need.free)} too much{hint}"
 
 
 def mirror(options: argparse.Namespace) -> int:
@@ -129,9 +171,7 @@ def mirror(options: argparse.Namespace) -> int:
         complain(TEACH)
         return 2
     with progress_bar("mirror", quiet=options.json) as progress:
-        mirrors = mirror_shared(
-            models, machine, wanted, progress, lambda todo: _print_plan(todo, note)
-        )
+        mirrors = mirror_shared(models, machine, wanted, progress, _announce)
     if options.json:
         print_json([m.report for m in mirrors])
     for one in () if options.json else mirrors:
@@ -141,7 +181,7 @@ def mirror(options: argparse.Namespace) -> int:
 
 
 def _tell_how_long(*, hold: bool) -> None:
-    """Where logging out ends what was made, said while it can still be made otherwise."""
+    """Say where logging out ends what was made, while it can still be made otherwise."""
     from numaload.storage import logout, userdir
 
     ends = logout.killed_note() if hold else logout.emptied_note(userdir.path())
@@ -149,18 +189,54 @@ def _tell_how_long(*, hold: bool) -> None:
         note(ends)
 
 
-def _tell(report: Any) -> None:
+def _tell(report: MirrorReport) -> None:
+    model = files_of(report.paths)
     if report.copied:
         speed = rate(report.copied, report.seconds)
         how = PLACED if report.unbound else f"bound by {report.binding}"
-        say(f"{report.paths[0]}: {size(report.copied)} in {report.seconds:.2f} s ({speed}), {how}")
+        built = f"{size(report.copied)} of replicas built in {report.seconds:.2f} s ({speed})"
+        say(f"{model}: {built}, {how}")
         if report.plan:
             say(f"read: {report.plan}")
     else:
-        say(f"{report.paths[0]}: replicas were there already")
+        say(f"{model}: replicas were there already")
     for nodes, placement in by_replica(report.placements):
         say(f"node {nodes}: {where(placement)}")
     if report.unbound:
         note(f"node {node_list(report.unbound)}: {PLACED}: {ALLOW}")
     for pid in report.holders:
         say(f"held by process {pid} until: numaload release {report.paths[0]}")
+
+
+def node_list(nodes: Iterable[int]) -> str:
+    from numaload.numa.lists import format_list
+
+    return format_list(nodes)
+
+
+def by_replica(placements: Mapping[int, Placement]) -> list[tuple[str, Placement]]:
+    """Return [(nodes, their placement)]: nodes that share a replica once."""
+    nodes: dict[int, list[int]] = {}
+    for node, placement in placements.items():
+        nodes.setdefault(id(placement), []).append(node)
+    return [(node_list(them), placements[them[0]]) for them in nodes.values()]
+
+
+def where(placement: Placement) -> str:
+    """Say how many pages the kernel counts where they belong, and what else it says of them."""
+    share = 100 * placement.placed / max(placement.pages, 1)
+    sample = sum(placement.sampled.values())
+    witness = f"move_pages agrees on {sample} pages" if sample else "move_pages was not asked"
+    others = {n: c for n, c in placement.on.items() if n not in placement.asked}
+    text = f"{placement.placed} of {placement.pages} pages there ({share:.4g} %), {witness}"
+    huge = f", {size(placement.huge_pages)} in huge pages"
+    if len(placement.asked) > 1:
+        huge += f", interleaved: {_shares(placement)}"
+    return text + huge + (f"; ELSEWHERE by node: {others}" if others else "")
+
+
+def _shares(placement: Placement) -> str:
+    return ", ".join(
+        f"node {n} {100 * placement.on.get(n, 0) / max(placement.pages, 1):.3g} %"
+        for n in placement.asked
+    )

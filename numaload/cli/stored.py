@@ -1,4 +1,4 @@
-"""Verbs on what is in the store: ``status``, ``verify``, ``release``."""
+"""``numaload status``, ``verify`` and ``release``: verbs on what is in the store."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import argparse
 import time
 from typing import Any, NamedTuple
 
-from numaload.cli import pagecache, prewarming, threads
-from numaload.cli.output import complain, note, print_json, say, size
-from numaload.cli.placements import PLACED, by_replica, where
+from numaload.cli import machine, pagecache, prewarming
+from numaload.cli.output import (
+    complain,
+    count,
+    duration,
+    files_of,
+    note,
+    print_json,
+    say,
+    size,
+)
+from numaload.cli.replicas import PLACED, by_replica, where
 
 # By what has become of the file that was mirrored.
 SOURCE_TEXTS = {
@@ -37,15 +46,15 @@ def add_verbs(verbs: Any) -> None:
         parser.add_argument("--json", action="store_true", help="print the API's report")
         parser.set_defaults(run=run)
         if run is status:
-            threads.add_option(parser)
+            machine.add_threads_option(parser)
             pagecache.add_options(parser)
 
 
 class _Chosen(NamedTuple):
-    """Entries of the store for some files.
+    """Entries of the store, for some files or all.
 
-    missing: those of the files that have none. Of all the store, if no files were named: damaged,
-    what cannot be read, {name: why}; stays, why leftovers of entries cannot be cleared.
+    missing: files that have no entry. If no files were named: damaged, {name: why} of entries that
+    cannot be read, and stays, why leftovers of entries cannot be cleared.
     """
 
     entries: list[Any]
@@ -71,7 +80,7 @@ def _chosen(files: list[str]) -> _Chosen:
 
 
 def _wanted(files: list[str]) -> dict[str, set[str]]:
-    """{file: all paths that its model may be known by}."""
+    """Return {file: all paths that its model may be known by}."""
     from numaload.storage.files import model_paths
 
     return {file: _names([file, *_siblings(model_paths, file)]) for file in files}
@@ -108,7 +117,7 @@ def _siblings(find: Any, path: str) -> list[str]:
 
 def status(options: argparse.Namespace) -> int:
     if options.threads is not None:
-        return threads.show(options)
+        return machine.show_threads(options)
     from numaload.storage.files import model_paths
 
     given = dict.fromkeys(p for f in options.files for p in _siblings(model_paths, f))
@@ -153,11 +162,12 @@ def _print_stored(stored: list[dict[str, Any]]) -> None:
     say("replicas:" if stored else "replicas: none")
     for row in stored:
         about = SOURCE_NOTES[row["source"]]
-        say(f"  {row['paths'][0]}: {size(row['nbytes'])}, built {row['age_s']:.0f} s ago{about}")
+        built = f"{size(row['nbytes'])}, built {duration(row['age_s'])} ago"
+        say(f"  {files_of(row['paths'])}: {built}{about}")
         for nodes, placement in by_replica(row["placements"]):
             say(f"    node {nodes}: {where(placement)}")
         for nodes, paths in row["replicas"].items():
-            say(f"    node {nodes}: {paths[0]}")
+            say(f"    replica on node {nodes}: {paths[0]}")
         if row["holder"]:
             say(f"    held by process {row['holder']}")
         if not row["bound"]:
@@ -209,11 +219,11 @@ def verify(options: argparse.Namespace) -> int:
     _complain_damaged(damaged)
     if not (entries or missing or damaged):
         complain("nothing in the store: numaload mirror MODEL.gguf")
-    right, rows, machine = bool(entries) and not (missing or damaged), [], topology()
+    right, rows, here = bool(entries) and not (missing or damaged), [], topology()
     for entry in entries:
         path, source = entry.model.paths[0], entry.model.state()
         try:
-            found = verify_entry(entry, machine)
+            found = verify_entry(entry, here)
         except NumaloadError as error:  # the others are still worth verifying
             complain(str(error))
             rows.append({"path": path, "source": source, "right": False, "error": str(error)})
@@ -225,7 +235,7 @@ def verify(options: argparse.Namespace) -> int:
             note(f"{path}: {SOURCE_TEXTS[source]}; verified is the replica as it was built")
         for nodes, placement in () if options.json else by_replica(found.placements):
             bad = len(found.wrong_chunks.get(placement.asked[0], []))
-            sums = "all checksums right" if not bad else f"{bad} chunks DIFFER from the source"
+            sums = f"{count(bad, 'chunk')} DIFFER from the source" if bad else "all checksums right"
             say(f"{path}: node {nodes}: {where(placement)}; {sums}")
     if options.json:
         print_json(rows)
@@ -267,7 +277,7 @@ def release(options: argparse.Namespace) -> int:
             if one.in_use
             else ""
         )
-        say(f"released {one.entry.model.paths[0]}: {size(one.nbytes)}{later}")
+        say(f"released {files_of(one.entry.model.paths)}: {size(one.nbytes)}{later}")
     prewarming.tell_released(ended)
     if not (done or damaged or unread or stays or missing or ended.rows):
         say("nothing was in the store")

@@ -187,7 +187,7 @@ def test_bad_input_is_a_named_error(numaload: Numaload, tmp_path: Path) -> None:
 
 def test_prewarm_names_it() -> None:
     """Where page cache is on the wrong node, this is how to drop it."""
-    source = Path(str(api.__file__)).parent / "cli" / "files.py"
+    source = Path(str(api.__file__)).parent / "cli" / "prewarming.py"
     assert "dd if=" not in source.read_text()
 
 

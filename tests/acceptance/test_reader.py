@@ -17,6 +17,8 @@ import pytest
 import gguf_builder as gb
 import numaload as api
 from commands import Numaload, sparse_model
+from numaload.cli.files import FILE_TYPES
+from numaload.cli.output import size
 from numaload.demo import write_model
 
 TENSORS = {
@@ -119,7 +121,9 @@ def test_arrays_are_read_when_asked_for(tmp_path: Path) -> None:
 
 
 def test_inspect_as_text(numaload: Numaload, splits: list[str]) -> None:
-    lines = numaload("inspect", splits[1]).stdout.splitlines()
+    first, *lines = numaload("inspect", splits[1]).stdout.splitlines()
+    assert first.startswith("llama, ")
+    assert " in 3 files, 7 layers" in first
     for path, line, names in zip(
         splits, lines, itertools.zip_longest(*[iter(TENSORS)] * PER_FILE), strict=False
     ):
@@ -129,6 +133,53 @@ def test_inspect_as_text(numaload: Numaload, splits: list[str]) -> None:
         assert [name, qtype.name, "4x512", str(blocks.nbytes)] in cells
         assert [qtype.name, "1", str(blocks.nbytes)] in cells
     assert "llama.block_count" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("entries", "rows", "said"),
+    [
+        (
+            [
+                gb.entry("general.architecture", gb.STRING, gb.string("llama")),
+                gb.u32("general.file_type", 15),
+                gb.u32("llama.block_count", 1),
+                gb.u32("llama.context_length", 8192),
+            ],
+            [gb.tensor("t", (32, 100))],
+            "llama, 3.2 K parameters, Q4_K_M, {size} in 1 file, 1 layer, context 8192",
+        ),
+        ([], [gb.tensor("t")], "32 parameters, F32, {size} in 1 file"),
+        ([], [], "{size} in 1 file"),
+        (
+            [
+                gb.entry("general.architecture", gb.STRING, gb.string("\x1b" * 100)),
+                gb.entry("general.file_type", gb.STRING, gb.string("15")),
+                gb.u32("general.file_type.", 999),
+                gb.entry("\x1b.block_count", gb.STRING, gb.string("1")),
+            ],
+            [gb.tensor("t")],
+            r"\x1b\x1b",
+        ),
+    ],
+    ids=["all", "types", "nothing", "hostile"],
+)
+def test_inspect_begins_with_what_the_header_tells(
+    numaload: Numaload, tmp_path: Path, entries: list[bytes], rows: list[bytes], said: str
+) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gb.build(entries, rows, bytes(12800)))
+    line = numaload("inspect", path).stdout.splitlines()[0]
+    shown = said.format(size=size(path.stat().st_size))
+    assert line == shown or (line.startswith(shown) and len(line) < 120)
+
+
+def test_file_types_have_llama_cpp_s_names() -> None:
+    known = {one.value: one.name for one in gguf.LlamaFileType if one.name != "GUESSED"}
+    assert known == {
+        value: f"{'ALL' if name == 'F32' else 'MOSTLY'}_{name}"
+        for value, name in FILE_TYPES.items()
+        if value in known
+    }
 
 
 def test_inspect_with_metadata(numaload: Numaload, model: str) -> None:

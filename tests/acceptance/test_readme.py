@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from commands import Numaload
-from numaload.cli.main import main
+from numaload.cli.main import VERBS, main
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -36,21 +36,7 @@ def test_demo_runs_the_main_job(numaload: Numaload, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        "inspect",
-        "nodes",
-        "prewarm",
-        "evict",
-        "plan",
-        "mirror",
-        "status",
-        "verify",
-        "release",
-        "bench",
-    ],
-)
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_is_explained_and_has_help(
     verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,6 +45,31 @@ def test_every_verb_is_explained_and_has_help(
         main([verb, "--help"])
     assert ended.value.code == 0
     assert f"usage: numaload {verb}" in capsys.readouterr().out
+
+
+def test_without_a_verb_there_is_help_and_something_to_try(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert all(verb in said for verb in VERBS)
+    assert len(re.findall("^  numaload [a-z]+ ", said, re.MULTILINE)) == 3
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("mirrr", "no verb 'mirrr': did you mean mirror?"),
+        ("xyzzy", "no verb 'xyzzy': expected one of inspect, nodes, "),
+    ],
+)
+def test_a_mistyped_verb_names_the_right_one(
+    word: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([word, "m.gguf"])
+    assert ended.value.code == 2
+    assert f"numaload: error: {said}" in capsys.readouterr().err
 
 
 def test_python_example_runs(

@@ -75,7 +75,7 @@ def test_the_commands(folder: Path, numaload: Numaload) -> None:
     said = [run(["sh", "-c", line], folder, numaload) for line in lines.splitlines()]
     inspected, warmed, mirrored, status, verified, released = said
     assert "format (string) = 'pt'" in inspected
-    assert warmed.startswith("2 files")
+    assert "model-00001-of-00002.safetensors (2 files): " in warmed
     assert "pages there (100 %)" in mirrored
     assert "checkpoint/model-00001-of-00002.safetensors" in status
     assert "all checksums right" in verified

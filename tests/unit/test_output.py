@@ -18,6 +18,9 @@ from numaload.cli.machine import print_nodes
 from numaload.cli.output import (
     WORTH_A_BAR,
     complain,
+    count,
+    duration,
+    files_of,
     note,
     print_json,
     print_table,
@@ -49,6 +52,20 @@ Capture = pytest.CaptureFixture[str]
 )
 def test_size(nbytes: int, text: str) -> None:
     assert size(nbytes) == text
+
+
+def test_counts_agree_with_their_noun() -> None:
+    assert [count(n, "file") for n in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
+    assert files_of(["/m.gguf"]) == "/m.gguf"
+    assert files_of(["/m-1.gguf", "/m-2.gguf"]) == "/m-1.gguf (2 files)"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-1, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (2 * 86400, "2 days")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_rate() -> None:

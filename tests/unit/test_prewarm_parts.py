@@ -19,8 +19,8 @@ import pytest
 
 import numaload as api
 from commands import KEPT, evict, resident
-from numaload.cli.files import _tell
 from numaload.cli.output import print_json
+from numaload.cli.prewarming import tell
 from numaload.numa import syscalls
 from numaload.pagecache import prewarm
 from numaload.storage import known
@@ -143,7 +143,7 @@ def test_the_advice_for_the_wrong_node_works(cold: str, capsys: pytest.CaptureFi
         [cold], len(before), 0, len(before), len(before), 1.0, nodes=[1], policy="bind",
         on_nodes={0: len(before)},
     )  # fmt: skip
-    _tell(report)
+    tell(report)
     advice = re.search(r"numaload (evict FILE)", capsys.readouterr().err)
     assert advice
     words = advice[1].replace("FILE", cold).split()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from machines import EVERY_CPU, MACHINES
-from numaload.cli.threads import print_report
+from numaload.cli.machine import print_report
 from numaload.doctor.findings import ThreadReport, inspect_threads
 from numaload.doctor.pools import Pool, overloaded, pools, watch
 from numaload.numa.cgroups import cpu_quota
@@ -287,7 +287,7 @@ def test_the_table_and_the_findings(tmp_path: Path, capsys: pytest.CaptureFixtur
         ["2", "numaload", "0-1", "0", "1", "0", "1.0", "s", "0.5", "s"],
         ["1", "lost", "unknown", "unknown", "unknown", "0", "0.0", "s", "0.0", "s"],
     ]
-    assert rows[3:] == ["nothing gets in each other's way"]
+    assert rows[3:] == ["no thread gets in another one's way"]
     print_report(seen(found, machine(ONE, tmp_path), busy=found, quota=1.0))
     assert capsys.readouterr().out.splitlines()[4].startswith("quota: 4 threads have work (1 of py")
 

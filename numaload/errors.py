@@ -45,7 +45,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
 from errno import EMFILE, ENFILE
 from itertools import islice
 from typing import Any, NoReturn, SupportsIndex
@@ -171,6 +170,8 @@ class _LookupError(NumaloadError, KeyError):
         name = _as_text(self.name, str)
         if len(name) > LONGEST_COMPARED:
             return []
+        from difflib import get_close_matches
+
         known = (key for key in map(str, self._known) if len(key) <= LONGEST_COMPARED)
         return get_close_matches(name, islice(known, COMPARED), n=3)
 

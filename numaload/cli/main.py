@@ -160,9 +160,7 @@ def _parser(named: Iterable[str]) -> argparse.ArgumentParser:
         epilog="Nodes are written as in numactl: all, local, 0,2-3, !1.",
     )
     parser.add_argument("-V", "--version", action="version", version=f"numaload {__version__}")
-    verbs = parser.add_subparsers(
-        title="verbs", metavar="VERB", required=True, prog="numaload"
-    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, prog="numaload")
     for module in dict.fromkeys(VERBS[verb] for verb in named):
         import_module(f"numaload.cli.{module}").add_verbs(verbs)
     for verb, its in verbs.choices.items():

@@ -8,7 +8,6 @@ Both see only pages that this process has mapped: populate first.
 from __future__ import annotations
 
 import os
-import random
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -215,6 +214,8 @@ def sample(ranges: Sequence[Range], samples: int = SAMPLES) -> dict[int, int]:
     total = sum(pages)
     if not total:
         return {}
+    import random  # only now: starting has no time for it
+
     # Random, not every n-th: a stride would alias with interleaving.
     chosen = random.sample(range(total), samples) if total > samples else range(total)
     firsts = list(accumulate(pages, initial=0))

@@ -11,7 +11,6 @@ import ctypes
 import errno
 import mmap
 import os
-import platform
 from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
 from typing import NamedTuple
@@ -78,7 +77,7 @@ def binding() -> Binding:
         library = ctypes.CDLL(LIBNUMA, use_errno=True)
         return Binding(LIBNUMA, {name: _symbol(library, name) for name in PROTOTYPES})
     except (OSError, AttributeError):
-        numbers = NUMBERS.get(platform.machine())
+        numbers = NUMBERS.get(os.uname().machine)
     if numbers is None:
         return Binding(NO_CALLS, dict.fromkeys(PROTOTYPES, _unavailable))
     return Binding(SYSTEM_CALLS, {name: _raw(name, numbers[name]) for name in PROTOTYPES})
@@ -98,7 +97,7 @@ def _raw(name: str, number: int) -> Callable[..., int]:
 
 def _unavailable(*_: object) -> int:
     raise NumaUnavailableError(
-        f"no {LIBNUMA} and no system call numbers for {platform.machine()}: {LIBNUMA_HINT}",
+        f"no {LIBNUMA} and no system call numbers for {os.uname().machine}: {LIBNUMA_HINT}",
         errno=errno.ENOSYS,
     )
 
@@ -237,7 +236,7 @@ NO_CACHESTAT = {errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP}
 
 @cache
 def _cachestat() -> Callable[..., int] | None:
-    if platform.machine() not in NUMBERS:
+    if os.uname().machine not in NUMBERS:
         return None
     function = ctypes.CDLL(None, use_errno=True)["syscall"]
     function.argtypes = [_long, _int, _void_p, _void_p, ctypes.c_uint]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import resource
 import stat
@@ -180,6 +179,8 @@ class SourceFile(NotCopyable):
 
     def identity(self) -> Identity:
         head = self.read_at(0, min(HEAD_BYTES, self.size))
+        import hashlib
+
         return self.opened._replace(head=hashlib.blake2b(head, digest_size=16).hexdigest())
 
     def check_name(self) -> None:

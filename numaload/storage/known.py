@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -32,6 +31,8 @@ class Model:
     @property
     def key(self) -> str:
         """Return the model's name in the store. Other content has another key."""
+        import hashlib
+
         return hashlib.blake2b(repr(self.identities).encode(), digest_size=16).hexdigest()
 
     @property
@@ -124,6 +125,8 @@ def forget(paths: Sequence[str]) -> None:
 
 def _name(paths: Sequence[str]) -> str:
     """Return the name of a model's record, whatever its content."""
+    import hashlib
+
     names = b"\0".join(map(os.fsencode, paths))
     return f"{hashlib.blake2b(names, digest_size=16).hexdigest()}.json"
 

@@ -12,7 +12,6 @@ import json
 import os
 import pwd
 import re
-import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -218,6 +217,8 @@ def _check(where: str, fd: int) -> None:
         said = f"{where} has mode {stat.S_IMODE(status.st_mode):04o}, expected 0700"
         way_out = "set NUMALOAD_STORE to another folder on a tmpfs"  # others may use this one
         if _is_marked(fd):
+            import shlex
+
             way_out = f"chmod 700 {shlex.quote(where)}"
         raise StoreError(f"{said}: {way_out}")
     if syscalls.file_system(fd) != TMPFS:

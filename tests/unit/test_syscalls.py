@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
-import platform
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeVar
 
 import pytest
@@ -210,7 +211,7 @@ def test_no_hint_for_move_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("call", CALLS)
 def test_neither_library_nor_numbers(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(syscalls, "LIBNUMA", "libnuma-hidden.so.1")
-    monkeypatch.setattr(platform, "machine", lambda: "vax")
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="vax"))
     syscalls.binding.cache_clear()
     try:
         assert syscalls.binding().name == syscalls.NO_CALLS

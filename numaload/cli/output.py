@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
@@ -77,6 +77,13 @@ def count(number: int, noun: str) -> str:
 def files_of(paths: Sequence[str]) -> str:
     """Name a model by its first file, and say how many files it has if there are several."""
     return f"{paths[0]} ({len(paths)} files)" if len(paths) > 1 else paths[0]
+
+
+def on_nodes(nodes: Collection[int]) -> str:
+    """Write nodes with their noun: "node 0", "nodes 0-1"."""
+    from numaload.numa.lists import format_list
+
+    return f"{'node' if len(nodes) == 1 else 'nodes'} {format_list(nodes)}"
 
 
 def duration(seconds: float) -> str:

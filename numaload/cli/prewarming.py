@@ -15,6 +15,7 @@ from numaload.cli.output import (
     duration,
     files_of,
     note,
+    on_nodes,
     print_json,
     progress_bar,
     rate,
@@ -86,10 +87,8 @@ def tell(report: PrewarmReport) -> None:
     if report.plan and report.plan.tried:
         say(f"read: {report.plan}")
     if report.nodes:
-        from numaload.numa.lists import format_list
-
         where = ", ".join(f"node {n}: {size(b)}" for n, b in report.on_nodes.items())
-        asked = f"asked for node {format_list(report.nodes)} ({report.policy})"
+        asked = f"asked for {on_nodes(report.nodes)} ({report.policy})"
         say(f"{asked}; the kernel says {where or 'none of it is in RAM'}")
     if report.followed is not None:
         say(f"process {report.followed} read {size(report.read_by_others)} meanwhile")

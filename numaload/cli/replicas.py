@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from numaload.cli.output import (
     complain,
     files_of,
     note,
+    on_nodes,
     print_json,
     progress_bar,
     rate,
@@ -130,24 +131,23 @@ def show_plan(options: argparse.Namespace) -> int:
 
 
 def _announce(todo: Plan) -> None:
-    """Say what will be built, and either how near to a limit that is or what does not fit."""
+    """Say what will be built, and how near to a limit that is or what does not fit."""
     for line in _builds(todo):
         note(f"plan: {line}")
-    short = [need for need in todo.needs if not need.fits]
+    for need in todo.needs:
+        if not need.fits:
+            note(f"plan: {_fits(need)}")
     known = [need for need in todo.needs if need.free is not None]
-    if not short and known:
-        short = [max(known, key=lambda need: need.needed / max(need.free or 0, 1))]
-    for need in short:
-        note(f"plan: {_fits(need)}")
+    if todo.fits and known:
+        least = max(known, key=lambda need: need.needed / max(need.free or 0, 1))
+        note(f"plan: fits: {_of(least)} (tightest limit: {least.name})")
 
 
-def _builds(todo: Plan) -> Iterable[str]:
-    from numaload.numa.lists import format_list
-
+def _builds(todo: Plan) -> Iterator[str]:
     for model, groups in todo.builds:
         alone = [group[0] for group in groups if len(group) == 1]
-        on = [f"interleaved over {format_list(group)}" for group in groups if len(group) > 1]
-        on += [f"on node {format_list(alone)}"] if alone else []
+        on = [f"interleaved over {on_nodes(group)}" for group in groups if len(group) > 1]
+        on += [f"on {on_nodes(alone)}"] if alone else []
         do = f"to build {'; '.join(on)}" if groups else "already on every node asked for"
         yield f"{files_of(model.paths)}, {size(model.size)}: {do}"
 
@@ -156,11 +156,15 @@ def _fits(need: Need) -> str:
     """Compare with one limit: "node 0: fits: 0.6 GiB of 1.7 GiB"."""
     if need.free is None:
         return f"{need.name}: needs {size(need.needed)}; the kernel does not say what is free"
-    of = f"{size(need.needed)} of {size(need.free)}"
     if need.fits:
-        return f"{need.name}: fits: {of}"
+        return f"{need.name}: fits: {_of(need)}"
     hint = f" ({need.hint})" if need.hint else ""
-    return f"{need.name}: does NOT fit: {of}, {size(need.needed - need.free)} too much{hint}"
+    more = size(need.needed - need.free)
+    return f"{need.name}: does NOT fit: {_of(need)}, {more} too much{hint}"
+
+
+def _of(need: Need) -> str:
+    return f"{size(need.needed)} of {size(need.free or 0)}"
 
 
 def mirror(options: argparse.Namespace) -> int:
@@ -201,17 +205,11 @@ def _tell(report: MirrorReport) -> None:
     else:
         say(f"{model}: replicas were there already")
     for nodes, placement in by_replica(report.placements):
-        say(f"node {nodes}: {where(placement)}")
+        say(f"{nodes}: {where(placement)}")
     if report.unbound:
-        note(f"node {node_list(report.unbound)}: {PLACED}: {ALLOW}")
+        note(f"{on_nodes(report.unbound)}: {PLACED}: {ALLOW}")
     for pid in report.holders:
         say(f"held by process {pid} until: numaload release {report.paths[0]}")
-
-
-def node_list(nodes: Iterable[int]) -> str:
-    from numaload.numa.lists import format_list
-
-    return format_list(nodes)
 
 
 def by_replica(placements: Mapping[int, Placement]) -> list[tuple[str, Placement]]:
@@ -219,7 +217,7 @@ def by_replica(placements: Mapping[int, Placement]) -> list[tuple[str, Placement
     nodes: dict[int, list[int]] = {}
     for node, placement in placements.items():
         nodes.setdefault(id(placement), []).append(node)
-    return [(node_list(them), placements[them[0]]) for them in nodes.values()]
+    return [(on_nodes(them), placements[them[0]]) for them in nodes.values()]
 
 
 def where(placement: Placement) -> str:

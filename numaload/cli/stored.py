@@ -165,7 +165,7 @@ def _print_stored(stored: list[dict[str, Any]]) -> None:
         built = f"{size(row['nbytes'])}, built {duration(row['age_s'])} ago"
         say(f"  {files_of(row['paths'])}: {built}{about}")
         for nodes, placement in by_replica(row["placements"]):
-            say(f"    node {nodes}: {where(placement)}")
+            say(f"    {nodes}: {where(placement)}")
         for nodes, paths in row["replicas"].items():
             say(f"    replica on node {nodes}: {paths[0]}")
         if row["holder"]:
@@ -236,7 +236,7 @@ def verify(options: argparse.Namespace) -> int:
         for nodes, placement in () if options.json else by_replica(found.placements):
             bad = len(found.wrong_chunks.get(placement.asked[0], []))
             sums = f"{count(bad, 'chunk')} DIFFER from the source" if bad else "all checksums right"
-            say(f"{path}: node {nodes}: {where(placement)}; {sums}")
+            say(f"{path}: {nodes}: {where(placement)}; {sums}")
     if options.json:
         print_json(rows)
     return 0 if right else 1

@@ -51,7 +51,7 @@ def test_what_it_costs_is_said(numaload: Numaload, small: str) -> None:
 
 def test_two_replicas_half_on_each_node(numaload: Numaload, small: str) -> None:
     done = numaload("mirror", small, "--per", "socket")
-    assert "node 0-1: " in done.stdout
+    assert "nodes 0-1: " in done.stdout
     assert "interleaved: node 0 " in done.stdout
     (row,) = numaload.json("status")["replicas"]
     assert sorted(row["replicas"]) == ["0-1", "2-3"]
@@ -120,7 +120,7 @@ def test_page_cache_on_one_node_of_a_socket(
 
 def test_part_of_a_socket(numaload: Numaload, small: str) -> None:
     done = numaload("mirror", small, "--per", "socket", "--nodes", "0-2")
-    assert "to build interleaved over 0-1; on node 2" in done.stderr
+    assert "to build interleaved over nodes 0-1; on node 2" in done.stderr
     numaload("verify")
 
 

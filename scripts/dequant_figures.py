@@ -1,4 +1,4 @@
-"""The tables and the plot of dequantization in README.md and docs/kernels.md, from measurements.
+"""Make the tables and the plot of dequantization in docs/types.md and docs/kernels.md.
 
     dequant_figures.py [--measure] [--count] [--ggml [NAME=]PATH]... [--qtype LIST]
 
@@ -33,7 +33,7 @@ from numaload.kernels import registry
 
 ROOT = Path(__file__).parents[1]
 FIGURES, COUNTS = ROOT / "docs/dequant.json", ROOT / "docs/instructions.json"
-PICTURE, README, KERNELS = ROOT / "docs/dequant.svg", ROOT / "README.md", ROOT / "docs/kernels.md"
+PICTURE, TYPES, KERNELS = (ROOT / f"docs/{n}" for n in ("dequant.svg", "types.md", "kernels.md"))
 END = "<!-- end -->"
 INSTRUCTIONS = 24  # of this processor in a nanosecond, from the two types that need most of them
 SLOW_IN_GGML = {"IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q1_0"}
@@ -144,7 +144,7 @@ def report() -> DequantReport:
     return DequantReport(**data | {"rows": [Row(**row) for row in data["rows"]]})
 
 
-def readme_table() -> str:
+def types_table() -> str:
     names, rows = table.dequant_table(report())
     lines = [names, ["---"] + ["---:"] * (len(names) - 1), *rows]
     shown = [i for i, name in enumerate(names) if name in COLUMNS]
@@ -227,7 +227,7 @@ def renewed(path: Path) -> str:
 
 
 PARTS = {
-    README: {"table of scripts/dequant_figures.py": readme_table},
+    TYPES: {"table of scripts/dequant_figures.py": types_table},
     KERNELS: {
         "table of scripts/dequant_figures.py": kernels_table,
         "ranges of scripts/dequant_figures.py": ranges_text,

@@ -1,4 +1,4 @@
-"""What README.md and docs/kernels.md show of kernels: made from figures and sources, musts met."""
+"""Check that docs/types.md and docs/kernels.md show what figures and sources say, musts met."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def figures() -> ModuleType:
     return script("dequant_figures")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/kernels.md"])
+@pytest.mark.parametrize("name", ["docs/types.md", "docs/kernels.md"])
 def test_tables_are_those_of_the_figures(figures: ModuleType, name: str) -> None:
     """After a change: scripts/dequant_figures.py."""
     assert figures.renewed(ROOT / name) == (ROOT / name).read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def test_every_type_is_in_both(figures: ModuleType) -> None:
             assert f"| {qtype.name} |" in text
     layouts = figures.layouts()
     assert all(f"\n{qtype.name}, " in layouts for qtype in registry.KERNELS)
-    assert "docs/dequant.svg" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "(dequant.svg)" in (ROOT / "docs/types.md").read_text(encoding="utf-8")
     assert (ROOT / "docs/dequant.svg").stat().st_size > 10_000
 
 

@@ -72,10 +72,24 @@ def test_a_mistyped_verb_names_the_right_one(
     assert f"numaload: error: {said}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
 def test_python_example_runs(
-    numaload: Numaload, model: str, monkeypatch: pytest.MonkeyPatch
+    numaload: Numaload, model: str, monkeypatch: pytest.MonkeyPatch, page: str
 ) -> None:
-    """The README's example, on the test's model."""
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    """On the test's model."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert "model.gguf" in example
-    exec(compile(example.replace("model.gguf", model), "README.md", "exec"), {})  # noqa: S102
+    exec(compile(example.replace("model.gguf", model), page, "exec"), {})  # noqa: S102
+
+
+def test_links_lead_to_files_that_are_there() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), (page, link)
+
+
+def test_the_picture_is_the_one_that_its_script_draws(tmp_path: Path) -> None:
+    drawn = tmp_path / "mirror.svg"
+    subprocess.run([sys.executable, ROOT / "scripts/draw_mirror.py", drawn], check=True)
+    assert drawn.read_text() == (ROOT / "docs/mirror.svg").read_text()
+    assert "(docs/mirror.svg)" in README

@@ -1,4 +1,4 @@
-"""A model to try things on: random weights in several types, written with the gguf package.
+"""Write a model to try things on: random weights in several types, written with the gguf package.
 
 ``python -m numaload.demo DIR --size 300M --splits 3``
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import glob
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +43,7 @@ def _layers(size: int, rng: Any) -> Iterator[tuple[str, QuantType, Any]]:
 
 
 def write_model(path: str, size: int, splits: int = 1, seed: int = 0) -> list[str]:
-    """Write a model of about ``size`` bytes at ``path`` (a .gguf); the files written.
+    """Write a model of about ``size`` bytes at ``path`` (a .gguf); return the files written.
 
     With splits over 1 the names are those of gguf-split: NAME-00001-of-0000N.gguf.
     """
@@ -67,19 +67,12 @@ def write_model(path: str, size: int, splits: int = 1, seed: int = 0) -> list[st
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    stem = path.removesuffix(".gguf")
-    if splits == 1:
-        return [path]
-    return sorted(f"{stem}{n}" for n in _split_endings(stem))
-
-
-def _split_endings(stem: str) -> list[str]:
-    folder, name = os.path.split(stem)
-    return [n.removeprefix(name) for n in os.listdir(folder or ".") if n.startswith(f"{name}-0")]
+    stem = glob.escape(path.removesuffix(".gguf"))
+    return [path] if splits == 1 else sorted(glob.glob(f"{stem}-0*"))
 
 
 def parse_size(text: str) -> int:
-    """``300M`` as bytes; units are powers of 1024."""
+    """Read ``300M`` as bytes; units are powers of 1024."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
     scale = units.get(text[-1:].upper(), 1)
     return int(float(text[:-1] if scale > 1 else text) * scale)

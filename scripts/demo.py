@@ -1,4 +1,4 @@
-"""The main job, end to end, on a demo model: inspect, prewarm, mirror, verify, dequantize.
+"""Run the main job, end to end, on a demo model: inspect, prewarm, mirror, verify, dequantize.
 
 Every step is the command that a user would type, or a few lines of the Python API.
 """
@@ -32,7 +32,7 @@ def type_command(*words: str) -> None:
 
 
 def give_back_page_cache(paths: list[str]) -> None:
-    """So that prewarming has something to read. Needs no root: it is our own file."""
+    """Drop files from RAM, so that prewarming has something to read. Needs no root."""
     for path in paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -40,7 +40,7 @@ def give_back_page_cache(paths: list[str]) -> None:
 
 
 def dequantize_a_layer(path: str) -> None:
-    """In another process than the one that mirrored: it attaches."""
+    """Attach to the replica that another process made, and dequantize a layer from it."""
     with numaload.attach(path) as mirror:
         node = mirror.nodes[0]
         with mirror.pinned(node) as view:

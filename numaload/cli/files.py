@@ -35,7 +35,6 @@ def add_verbs(verbs: Any) -> None:
         help="any one of the model's files, GGUF or safetensors; of these also index or folder",
     )
     parser.add_argument("--metadata", action="store_true", help="print the metadata too")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(run=inspect)
 
 

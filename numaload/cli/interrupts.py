@@ -1,16 +1,16 @@
 """Ctrl-C on the command line: the first stops what is going on, the second ends at once.
 
-Python raises KeyboardInterrupt wherever the main thread happens to be, which undoes what was begun
-from nearly everywhere. Nearly: it is lost inside ``__del__``, and between taking a lock and the
-block that gives it back it leaves others waiting. So it is raised once, and if the process is still
-there after GRACE_S it just ends. That is safe at any moment: memory and nameless files go with the
-process, and what has a name is cleared by the next verb, as after a kill.
+Python raises KeyboardInterrupt wherever the main thread happens to be. Nearly everywhere that
+undoes what was begun. But it is lost inside ``__del__``, and between taking a lock and the block
+that gives it back it leaves others waiting. So it is raised once, and a process that is still there
+after GRACE_S just ends. That is safe at any moment: memory and nameless files go with the process,
+and the next verb clears what has a name, as after a kill.
 
-While the main thread waits inside the kernel for a network file system no handler runs at all. Then
-another thread sees that Ctrl-C is not delivered, and ends the process: most of these waits give way
-to SIGKILL, which that is.
+While the main thread waits inside the kernel for a network file system, no handler runs at all.
+Then another thread sees that Ctrl-C is not delivered, and ends the process. That is a SIGKILL, to
+which most of these waits give way.
 
-Only the process whose command line this is does that; users of the API keep their own handlers.
+Only the process whose command line this is does so; users of the API keep their own handlers.
 """
 
 from __future__ import annotations
@@ -92,19 +92,19 @@ def _watch() -> None:
 
 
 def _undelivered() -> bool:
-    """Whether a SIGINT waits until the main thread comes back from the kernel."""
+    """Return whether a SIGINT waits until the main thread comes back from the kernel."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         masks = [line.split()[1] for line in file if line.startswith(PENDING)]
     return any(int(mask, 16) >> (signal.SIGINT - 1) & 1 for mask in masks)
 
 
 def came() -> bool:
-    """Whether Ctrl-C came: then every error is a consequence of it."""
+    """Return whether Ctrl-C came: then every error is a consequence of it."""
     return _came
 
 
 def finished(status: int) -> int:
-    """Nothing is left to stop: from now on Ctrl-C does not change how this ends."""
+    """Return the exit status; from now on Ctrl-C changes nothing: there is nothing to stop."""
     global _over, _ends_with  # noqa: PLW0603 - there is one process
     _ends_with = INTERRUPTED if _came else status
     _over = True
@@ -121,7 +121,7 @@ def _first(*_: object) -> None:
 
 
 def _end(*_: object) -> None:
-    """No buffers are flushed, nothing is waited for."""
+    """End at once: flush no buffers, wait for nothing."""
     shown = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides the cursor
     said = b"" if _over else b"numaload: error: interrupted\n"
     try:

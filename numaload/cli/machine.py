@@ -22,7 +22,6 @@ def add_verbs(verbs: Any) -> None:
     parser.add_argument(
         "files", metavar="FILE", nargs="*", help="also say which disk and node these files are on"
     )
-    parser.add_argument("--json", action="store_true", help="print the API's report")
     parser.set_defaults(run=nodes)
 
 

@@ -26,7 +26,6 @@ VERBS = {
     "release": "stored",
     "bench": "bench",
 }
-WITHOUT_FILES = ("nodes", "bench")  # these verbs never wait for a network file system
 IO_TIMEOUT = "NUMALOAD_IO_TIMEOUT"  # seconds, for this process and those that it starts
 TO_TRY = """
 Three lines to try:
@@ -164,14 +163,19 @@ def _parser(named: Iterable[str]) -> argparse.ArgumentParser:
     for module in dict.fromkeys(VERBS[verb] for verb in named):
         import_module(f"numaload.cli.{module}").add_verbs(verbs)
     for verb, its in verbs.choices.items():
-        if verb not in WITHOUT_FILES:
-            _add_io_timeout(its)
+        _add_common(verb, its)
     return parser
 
 
-def _add_io_timeout(parser: argparse.ArgumentParser) -> None:
+def _add_common(verb: str, parser: argparse.ArgumentParser) -> None:
+    """Add the options of all verbs but bench, which has parsers below its own."""
     from numaload.cli.output import seconds
 
+    if verb == "bench":
+        return
+    parser.add_argument("--json", action="store_true", help="print the API's report")
+    if verb == "nodes":  # it reads no file, and its disks are looked up in /sys
+        return
     parser.add_argument(
         "--io-timeout",
         metavar="SECONDS",

@@ -33,7 +33,6 @@ CLEAR, HOME = "\x1b[2J", "\x1b[H\x1b[J"  # the screen; ECMA-48: ED, CUP
 def add_verbs(verbs: Any) -> None:
     parser = verbs.add_parser("evict", help="give the page cache of files back, without root")
     parser.add_argument("files", metavar="FILE", nargs="+", help="with its split siblings")
-    parser.add_argument("--json", action="store_true", help="print the API's report")
     parser.set_defaults(run=evict)
 
 

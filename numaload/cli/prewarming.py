@@ -56,7 +56,6 @@ def add_verbs(verbs: Any) -> None:
     parser.add_argument("files", metavar="FILE", nargs="+")
     for option, settings in OPTIONS.items():
         parser.add_argument(option, **settings)
-    parser.add_argument("--json", action="store_true", help="print the API's report")
     parser.set_defaults(run=prewarm)
 
 
@@ -154,7 +153,7 @@ def _tell_started(report: PrewarmReport, *, background: bool) -> None:
 
 
 class Released(NamedTuple):
-    """What release ended. ``files``: those of the files asked for that had a process."""
+    """Processes that release ended. ``files``: those of the files asked for that had a process."""
 
     rows: list[dict[str, Any]]
     files: set[str]

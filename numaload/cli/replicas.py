@@ -29,7 +29,8 @@ ALLOW = (
     " binding"
 )
 TEACH = (
-    "no models known since boot: numaload mirror MODEL.gguf, or numaload prewarm MODEL.gguf first"
+    "no models known since boot; name one: numaload mirror MODEL.gguf, or first"
+    " numaload prewarm MODEL.gguf"
 )
 
 
@@ -70,7 +71,6 @@ def add_verbs(verbs: Any) -> None:
 
 def _common(parser: argparse.ArgumentParser, run: Any, help_: str) -> None:
     parser.add_argument("files", metavar="FILE", nargs="*", help=help_)
-    parser.add_argument("--json", action="store_true", help="print the API's report")
     parser.set_defaults(run=run)
 
 

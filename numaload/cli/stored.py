@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from numaload.cli import machine, pagecache, prewarming
@@ -43,7 +45,6 @@ def add_verbs(verbs: Any) -> None:
         parser.add_argument(
             "files", metavar="FILE", nargs="*", help="by default everything in the store"
         )
-        parser.add_argument("--json", action="store_true", help="print the API's report")
         parser.set_defaults(run=run)
         if run is status:
             machine.add_threads_option(parser)
@@ -81,14 +82,11 @@ def _chosen(files: list[str]) -> _Chosen:
 
 def _wanted(files: list[str]) -> dict[str, set[str]]:
     """Return {file: all paths that its model may be known by}."""
-    from numaload.storage.files import model_paths
-
-    return {file: _names([file, *_siblings(model_paths, file)]) for file in files}
+    return {file: _names([file, *_siblings(file)]) for file in files}
 
 
-def _names(paths: Any) -> set[str]:
-    import os
-
+def _names(paths: Iterable[str]) -> set[str]:
+    """Return the names that these files may be known by, with and without links."""
     from numaload.storage.files import real_path
 
     return {name for path in paths for name in (os.path.abspath(path), real_path(path))}
@@ -96,7 +94,7 @@ def _names(paths: Any) -> set[str]:
 
 def _complain_none(missing: list[str]) -> None:
     for file in missing:
-        complain(f"{file}: no replicas of it in the store: numaload mirror {file}")
+        complain(f"{file}: no replicas of it in the store; to make them: numaload mirror {file}")
 
 
 def _complain_damaged(damaged: dict[str, str]) -> bool:
@@ -106,11 +104,13 @@ def _complain_damaged(damaged: dict[str, str]) -> bool:
     return bool(damaged)
 
 
-def _siblings(find: Any, path: str) -> list[str]:
+def _siblings(path: str) -> list[str]:
+    """Return all files of the model that this one belongs to, as far as they can be told."""
     from numaload.errors import ReadError, SplitError
+    from numaload.storage.files import model_paths
 
     try:
-        return list(find(path))
+        return list(model_paths(path))
     except (ReadError, SplitError):
         return [path]
 
@@ -118,9 +118,7 @@ def _siblings(find: Any, path: str) -> list[str]:
 def status(options: argparse.Namespace) -> int:
     if options.threads is not None:
         return machine.show_threads(options)
-    from numaload.storage.files import model_paths
-
-    given = dict.fromkeys(p for f in options.files for p in _siblings(model_paths, f))
+    given = dict.fromkeys(path for file in options.files for path in _siblings(file))
     files = pagecache.Files(given or _used(), tensors=options.tensors)
     return pagecache.repeat(lambda: _show_status(options, files), options.watch)
 
@@ -218,7 +216,7 @@ def verify(options: argparse.Namespace) -> int:
     _complain_none(missing)
     _complain_damaged(damaged)
     if not (entries or missing or damaged):
-        complain("nothing in the store: numaload mirror MODEL.gguf")
+        complain("nothing in the store; to fill it: numaload mirror MODEL.gguf")
     right, rows, here = bool(entries) and not (missing or damaged), [], topology()
     for entry in entries:
         path, source = entry.model.paths[0], entry.model.state()
@@ -243,8 +241,6 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def release(options: argparse.Namespace) -> int:
-    import os
-
     from numaload.replicas import store
 
     damaged, foreign = ([], []) if options.files else store.release_damaged()
@@ -270,15 +266,14 @@ def release(options: argparse.Namespace) -> int:
     for path in foreign:
         note(f"{path} stays: it is not as numaload makes it; remove it yourself if it may go")
     for one in done:
-        if one.error:
-            continue
-        later = (
-            "; still in use, the memory comes back when the last process closes it"
-            if one.in_use
-            else ""
-        )
-        say(f"released {files_of(one.entry.model.paths)}: {size(one.nbytes)}{later}")
+        if not one.error:
+            say(f"released {files_of(one.entry.model.paths)}: {size(one.nbytes)}{_later(one)}")
     prewarming.tell_released(ended)
     if not (done or damaged or unread or stays or missing or ended.rows):
         say("nothing was in the store")
     return status
+
+
+def _later(released: Any) -> str:
+    still = "; still in use, the memory comes back when the last process closes it"
+    return still if released.in_use else ""

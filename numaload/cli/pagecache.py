@@ -10,15 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from numaload.cli.output import (
-    complain,
-    note,
-    print_json,
-    print_table,
-    say,
-    seconds,
-    size,
-)
+from numaload.cli.output import complain, note, print_json, print_table, say, seconds, size
 
 if TYPE_CHECKING:
     from numaload.pagecache.evict import EvictedFile

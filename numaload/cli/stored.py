@@ -15,6 +15,7 @@ from numaload.cli.output import (
     duration,
     files_of,
     note,
+    on_nodes,
     print_json,
     say,
     size,
@@ -164,8 +165,8 @@ def _print_stored(stored: list[dict[str, Any]]) -> None:
         say(f"  {files_of(row['paths'])}: {built}{about}")
         for nodes, placement in by_replica(row["placements"]):
             say(f"    {nodes}: {where(placement)}")
-        for nodes, paths in row["replicas"].items():
-            say(f"    replica on node {nodes}: {paths[0]}")
+        for group, paths in zip(row["groups"], row["replicas"].values(), strict=True):
+            say(f"    replica on {on_nodes(group)}: {paths[0]}")
         if row["holder"]:
             say(f"    held by process {row['holder']}")
         if not row["bound"]:
@@ -191,7 +192,7 @@ def _entry_status(entry: Any) -> dict[str, Any] | None:
             return None  # released by someone else just now
         complain(str(error))
         failed = {"error": str(error)}
-    count = range(len(entry.model.paths))
+    files = range(len(entry.model.paths))
     source = entry.model.state()
     return {
         "paths": list(entry.model.paths),
@@ -200,7 +201,7 @@ def _entry_status(entry: Any) -> dict[str, Any] | None:
         "unchanged": source == "unchanged",
         "source": source,
         "placements": placements,
-        "replicas": {format_list(g): [entry.path(g, i) for i in count] for g in entry.groups},
+        "replicas": {format_list(g): [entry.path(g, i) for i in files] for g in entry.groups},
         "groups": entry.groups,
         "bound": entry.bound,
         "holder": entry.holder.pid if entry.holder else None,

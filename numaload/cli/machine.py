@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from numaload.cli.output import complain, print_json, print_table, say, size
 
 if TYPE_CHECKING:
-    from numaload.numa.devices import FileDevice, Gpu
     from numaload.doctor.findings import ThreadReport
     from numaload.doctor.pools import Pool
+    from numaload.numa.devices import FileDevice, Gpu
     from numaload.numa.topology import Node, Topology
 
 K = TypeVar("K", bound=Hashable)
@@ -160,8 +160,8 @@ def add_threads_option(parser: argparse.ArgumentParser) -> None:
 
 
 def show_threads(options: argparse.Namespace) -> int:
-    from numaload.errors import UsageError
     from numaload.doctor.findings import inspect_threads
+    from numaload.errors import UsageError
 
     if options.files:
         raise UsageError("--threads is about a process: it takes no FILE")

@@ -19,9 +19,9 @@ from numaload.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from numaload.mirrors import MirrorReport
     from numaload.numa.placement import Placement
-    from numaload.replicas.plan import Need, Plan
+    from numaload.replicas.plan import MirrorPlan, Need
+    from numaload.replicas.views import MirrorReport
 
 PLACED = "placed, not bound"
 ALLOW = (
@@ -130,7 +130,7 @@ def show_plan(options: argparse.Namespace) -> int:
     return 0 if todo.fits else 1
 
 
-def _announce(todo: Plan) -> None:
+def _announce(todo: MirrorPlan) -> None:
     """Say what will be built, and how near to a limit that is or what does not fit."""
     for line in _builds(todo):
         note(f"plan: {line}")
@@ -143,7 +143,7 @@ def _announce(todo: Plan) -> None:
         note(f"plan: fits: {_of(least)} (tightest limit: {least.name})")
 
 
-def _builds(todo: Plan) -> Iterator[str]:
+def _builds(todo: MirrorPlan) -> Iterator[str]:
     for model, groups in todo.builds:
         alone = [group[0] for group in groups if len(group) == 1]
         on = [f"interleaved over {on_nodes(group)}" for group in groups if len(group) > 1]

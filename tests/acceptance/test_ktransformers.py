@@ -211,6 +211,16 @@ def test_blocks_outlive_the_loader_and_its_close(folder: Path) -> None:
     assert data.tobytes() == TENSORS[GATE][1].tobytes()
 
 
+def test_load_gguf_adds_an_opened_file(loader: GGUFLoader, tmp_path: Path) -> None:
+    path = tmp_path / "other.gguf"
+    gb.write_good(path, {"other.weight": (QuantType.F32, np.ones(4, np.float32))})
+    with path.open("rb") as file:
+        loader.load_gguf(file)
+    assert loader.has_tensor("other.weight")
+    assert loader.tensor_file_map["other.weight"] == str(path)
+    assert loader.load_gguf_tensor("other.weight").tolist() == [1] * 4
+
+
 # Replicas
 
 

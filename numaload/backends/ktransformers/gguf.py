@@ -22,6 +22,7 @@ from numaload.backends.ktransformers.names import translate_name_to_gguf
 from numaload.dequantize import as_output, dequantize_blocks, dtype_of
 from numaload.dtypes import dtype_name, kernel_dtype
 from numaload.errors import (
+    FileChangedError,
     MetadataError,
     MetadataKeyError,
     ModelNotFoundError,
@@ -30,7 +31,7 @@ from numaload.errors import (
 )
 from numaload.formats.metadata import MetadataArray
 from numaload.formats.qtypes import BLOCKS
-from numaload.weights import Tensor, Weights
+from numaload.weights import Tensor, Weights, open_weights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,6 +78,15 @@ class GGUFLoader(FolderLoader):
             self._add(weights)
         if not self.file_data_map:
             raise ModelNotFoundError("no .gguf files here or below", path=self.folder)
+
+    def load_gguf(self, file: Any) -> None:
+        """Add an opened file, by its name, and its split siblings. Raises: FileChangedError."""
+        weights = open_weights(file.name)
+        self._opened.append(weights)
+        status = os.fstat(file.fileno())
+        if (status.st_dev, status.st_ino) not in [p.file.opened[:2] for p in weights.parts]:
+            raise FileChangedError("its name leads to another file now", path=file.name)
+        self._add(weights)
 
     def _add(self, weights: Weights) -> None:
         for part, (path, opened) in enumerate(zip(weights.paths, weights.parts, strict=True)):

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from numaload.backends.state_dict import load_state_dict
     from numaload.formats.qtypes import QuantType
     from numaload.numa.topology import Topology, topology
+    from numaload.pagecache.background import PrewarmHolder
     from numaload.pagecache.evict import EvictReport, evict
-    from numaload.pagecache.holder import PrewarmHolder
     from numaload.pagecache.job import PrewarmJob, prewarm_async
     from numaload.pagecache.prewarm import PrewarmReport, prewarm
     from numaload.pagecache.residency import ResidencyReport, residency
@@ -72,7 +72,7 @@ _PLACES: dict[str, tuple[str, str | None]] = {
     "PrewarmReport": ("pagecache.prewarm", "PrewarmReport"),
     "prewarm": ("pagecache.prewarm", "prewarm"),
     "prewarm_async": ("pagecache.job", "prewarm_async"),
-    "PrewarmHolder": ("pagecache.holder", "PrewarmHolder"),
+    "PrewarmHolder": ("pagecache.background", "PrewarmHolder"),
     "PrewarmJob": ("pagecache.job", "PrewarmJob"),
     "stream": ("pipeline.stream", "stream"),
     "Tensor": ("weights", "Tensor"),

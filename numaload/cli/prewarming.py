@@ -267,7 +267,7 @@ def release(wanted: Wanted) -> Released:
     """End the processes, and forget those that failed. One that cannot be ended stops no other."""
     from numaload.errors import StoreError
     from numaload.pagecache import records
-    from numaload.pagecache.holder import PrewarmHolder
+    from numaload.pagecache.background import PrewarmHolder
     from numaload.storage import following
 
     following.sweep()

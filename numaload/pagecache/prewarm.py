@@ -94,15 +94,15 @@ def prewarm(
             with landing(placing):
                 chosen = choose(models, tensors, layers)
             return _on_files(models, chosen, run)
-        from numaload.pagecache.holder import Wanted, prewarm_held
+        from numaload.pagecache.background import Request, prewarm_held
 
         how = {
             "nodes": placing.nodes if placing else None, "policy": policy, "move": move,
             "way": way, "threads": threads, "chunk": chunk, "order": order,
             "max_rate": max_rate, "force": force, "io_timeout": io_timeout,
         }  # fmt: skip
-        wanted = Wanted.of(models, tensors, layers, how, lock=lock)
-        return prewarm_held(wanted, background=background, progress=progress)
+        request = Request.of(models, tensors, layers, how, lock=lock)
+        return prewarm_held(request, background=background, progress=progress)
 
 
 def _on_files(

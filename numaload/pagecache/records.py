@@ -1,8 +1,7 @@
-"""What holders of page cache do, as they write it down: ``prewarming/PID-START.json``.
+"""Records of the holders of page cache: ``prewarming/PID-START.json`` in the user's folder.
 
-A holder is known by process id, start time and the namespace of the id, since ids are used again.
-It writes its record whole, by a rename, and takes it away when it ends; what failed or was killed
-leaves it for the next ``status``.
+A holder writes its record whole, by a rename, and takes it away when it ends. What failed or was
+killed leaves it for the next ``status``.
 """
 
 from __future__ import annotations
@@ -15,25 +14,24 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from numaload import errors
-from numaload.errors import NumaloadError, StoreError, check_limits, reason, warn_once
-from numaload.replicas import holder
-from numaload.replicas.holder import namespace
+from numaload.errors import StoreError, check_limits, reason, warn_once
+from numaload.holder.process import HolderProcess, namespace, packed
 from numaload.storage import userdir
 
 FOLDER = "prewarming"
-NAME = "numaload-warm"  # of the process: at most 15 characters
 READING, HELD, FAILED, KILLED = "reading", "held", "failed", "killed"
 STATES = (READING, HELD, FAILED)
 MOST_PATHS = 1 << 14  # models have thousands at most; following the links of one takes 0.25 ms
 RECORD = re.compile(r"(\d{1,18})-(\d{1,18})\.json")
 ASIDE = re.compile(rf"\.{RECORD.pattern}\.[0-9a-f]{{8}}")  # as userdir.write_whole names it
-FieldsOf = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Record:
-    """``files``: (device, inode) of each path. Bytes: done of total read, locked of size."""
+    """What a holder of page cache does. ``files``: (device, inode) of each path.
+
+    Bytes: done of total read, locked of size.
+    """
 
     pid: int
     start: int
@@ -48,8 +46,12 @@ class Record:
     total: int = 0
     locked: int = 0
     notes: tuple[str, ...] = ()  # fallbacks
-    error: FieldsOf = field(default_factory=dict)  # see ``packed``
-    report: FieldsOf = field(default_factory=dict)
+    error: dict[str, Any] = field(default_factory=dict)  # as holder.process packs it
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def process(self) -> HolderProcess:
+        return HolderProcess(self.pid, self.start, self.namespace)
 
     @property
     def name(self) -> str:
@@ -57,15 +59,15 @@ class Record:
 
     @property
     def foreign(self) -> bool:
-        """Of another container: whether it lives cannot be seen from here."""
-        return self.namespace != namespace()
+        """Return whether it is of another container: whether it lives cannot be seen from here."""
+        return self.process.foreign
 
     @property
-    def alive(self) -> bool:
-        return self.foreign or alive(self.pid, self.start)
+    def ended(self) -> bool:
+        return self.state in (FAILED, KILLED)
 
     def covers(self, other: tuple[int, int], part: tuple[str, str], *, lock: bool) -> bool:
-        """Whether this keeps that file, or reads it, as it is asked for."""
+        """Return whether this keeps that file, or reads it, as it is asked for."""
         return other in self.files and self.part in (part, ("", "")) and (self.lock or not lock)
 
     def to_json(self) -> bytes:
@@ -75,9 +77,10 @@ class Record:
     def from_json(cls, text: bytes) -> Record:
         """Raises: userdir.UNREADABLE for what to_json did not write."""
         data, number = json.loads(text), userdir.number
-        for key in ("start", "done", "total", "locked"):
+        process = HolderProcess.checked(data["pid"], data["start"], data["namespace"])
+        data["namespace"] = process.namespace
+        for key in ("done", "total", "locked"):
             number(data[key])
-        number(data["pid"], least=1, below=1 << 31)
         if data["state"] not in STATES or type(data["lock"]) is not bool:
             raise ValueError("no state that is known")
         if len(data["paths"]) > MOST_PATHS:
@@ -93,13 +96,8 @@ class Record:
         return cls(**data)
 
 
-def alive(pid: int, start: int) -> bool:
-    """Whether this is still the process that holds, not another one of its id."""
-    return holder.alive(pid, start, NAME)
-
-
 def write(record: Record) -> None:
-    """Raises: StoreError."""
+    """Write a record, or write it anew. Raises: StoreError."""
     with userdir.within(FOLDER) as folder:
         assert folder is not None  # noqa: S101 - it was made
         try:
@@ -110,7 +108,7 @@ def write(record: Record) -> None:
 
 
 def remove(record: Record) -> bool:
-    """Whether it was there."""
+    """Take a record away; return whether it was there."""
     with userdir.within(FOLDER, create=False) as folder:
         if folder is not None:
             with suppress(FileNotFoundError):
@@ -121,55 +119,35 @@ def remove(record: Record) -> bool:
 
 def is_there(record: Record) -> bool:
     with userdir.within(FOLDER, create=False) as folder:
-        return folder is not None and record.name in userdir.listed(folder)
+        return record.name in userdir.listed(folder)
 
 
 def sweep() -> None:
     """Clear what holders left that were killed while they wrote."""
-    take_over()
     with userdir.within(FOLDER, create=False) as folder:
-        for name in userdir.listed(folder) if folder is not None else ():
+        for name in userdir.listed(folder):
             match = ASIDE.fullmatch(name)
-            if match and not alive(int(match[1]), int(match[2])):
+            if match and not HolderProcess(int(match[1]), int(match[2]), namespace()).alive():
                 with suppress(OSError):
                     os.unlink(name, dir_fd=folder)
 
 
-def take_over() -> None:
-    """Move the records here that processes of an earlier version write."""
-    with userdir.earlier(FOLDER) as old:
-        for name in userdir.listed(old) if old is not None else ():
-            with suppress(*userdir.UNREADABLE):  # no record
-                _parsed(name, old)
-                with userdir.within(FOLDER) as folder:
-                    os.rename(name, name, src_dir_fd=old, dst_dir_fd=folder)
-
-
 def records() -> list[Record]:
-    """All there are, oldest first: of holders that live, failed or were killed."""
-    take_over()
-    found: list[Record] = []
+    """Return all there are, oldest first: of holders that live, failed or were killed."""
     with userdir.within(FOLDER, create=False) as folder:
-        for name in userdir.listed(folder) if folder is not None else ():
-            found.extend(_read(name, folder))
+        names = filter(RECORD.fullmatch, userdir.listed(folder))
+        found = [record for name in names for record in _read(name, folder)]
     return sorted(found, key=lambda record: record.since)
 
 
-def _parsed(name: str, folder: int | None) -> Record:
-    """Raises: userdir.UNREADABLE."""
-    assert folder is not None  # noqa: S101 - names come from it
-    record = Record.from_json(userdir.read_owned(name, folder))
-    if record.name != name:
-        raise ValueError("the record of another process")
-    return record
-
-
 def _read(name: str, folder: int | None) -> Iterator[Record]:
-    if not RECORD.fullmatch(name):
-        return
+    """Give the record, if it is one: with its end, where its holder was killed."""
+    assert folder is not None  # noqa: S101 - names come from it
     with suppress(FileNotFoundError):  # it ended just now
         try:
-            record = _parsed(name, folder)
+            record = Record.from_json(userdir.read_owned(name, folder))
+            if record.name != name:
+                raise ValueError("the record of another process")
         except FileNotFoundError:
             raise
         except userdir.UNREADABLE as error:
@@ -177,7 +155,7 @@ def _read(name: str, folder: int | None) -> Iterator[Record]:
             check_limits(error, where)
             warn_once(where, f"{where}: no record that can be read ({error}); left out, remove it")
             return
-        if record.state == FAILED or record.alive:
+        if record.state == FAILED or record.foreign or record.process.alive():
             yield record
             return
         # It may have taken its record away and ended since that was read.
@@ -190,23 +168,3 @@ def _killed(record: Record) -> StoreError:
         f"process {record.pid}, which {'kept' if record.state == HELD else 'was reading'}"
         f" {record.paths[0]}, is gone: it was killed, or its container ended"
     )
-
-
-def packed(error: NumaloadError) -> FieldsOf:
-    """An error of numaload's as JSON takes it."""
-    _, (kind, args, fields) = error.__reduce__()
-    plain: FieldsOf = json.loads(json.dumps({"args": list(args), "fields": fields}, default=str))
-    return {"kind": kind.__name__, "text": str(error)} | plain
-
-
-def unpacked(data: FieldsOf) -> NumaloadError:
-    """The error that was packed; a StoreError of its text for one that is not known here."""
-    kind = getattr(errors, str(data.get("kind")), None)
-    text = str(data.get("text", "failed"))
-    if not (isinstance(kind, type) and issubclass(kind, NumaloadError)):
-        return StoreError(text)
-    try:
-        error = errors._rebuilt(kind, tuple(data["args"]), dict(data["fields"]))  # noqa: SLF001
-        return error if isinstance(error, NumaloadError) and str(error) else StoreError(text)
-    except userdir.UNREADABLE:  # or it lacks what its text is made of
-        return StoreError(text)

@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+from numaload.holder.process import HolderProcess
 from numaload.numa.lists import Group, format_list
 from numaload.replicas.build import CHUNK
 from numaload.replicas.plan import nodes_of
@@ -17,15 +18,6 @@ from numaload.storage.known import Model
 VERSION = 2
 MOST_NODES = 1 << 16  # kernels are built for at most 1024
 LATEST = 1 << 40  # seconds since the epoch, which calendars still have
-
-
-class Holder(NamedTuple):
-    """The process that keeps the memory files of an entry open."""
-
-    pid: int
-    start: int  # when it was started, in clock ticks since boot: a reused pid has another
-    namespace: str  # of its process ids: elsewhere the number means another process
-    files: frozenset[tuple[int, int]]  # (device, inode) of what it holds
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,8 @@ class Entry:
     created: float  # seconds since the epoch
     seconds: float  # that building took
     bound: bool = True  # False: placed by first touch, where binding was refused
-    holder: Holder | None = None
+    holder: HolderProcess | None = None  # that keeps its memory files open
+    held: frozenset[tuple[int, int]] = frozenset()  # (st_dev, st_ino) of these
 
     @property
     def nodes(self) -> list[int]:
@@ -85,7 +78,8 @@ class Entry:
             created=userdir.number(row["created"], float, below=LATEST),
             seconds=userdir.number(row["seconds"], float),
             bound=row["bound"] is True,
-            holder=_holder(row),
+            holder=holder_of(row),
+            held=_held(row),
         )
         entry._check()
         return entry
@@ -115,15 +109,15 @@ def _is_group(group: Sequence[Any]) -> bool:
     return bool(group) and all(type(n) is int and 0 <= n < MOST_NODES for n in group)
 
 
-def _holder(row: dict[str, Any]) -> Holder | None:
+def holder_of(row: dict[str, Any]) -> HolderProcess | None:
+    """Return the process that holds an entry of this manifest. Raises: userdir.UNREADABLE."""
     found = row.get("holder")
     if found is None:
         return None
-    number = userdir.number
-    files = frozenset((number(device), number(inode)) for device, inode in found["files"])
-    return Holder(pid_of(found), number(found["start"]), str(row["pid_namespace"]), files)
+    return HolderProcess.checked(found["pid"], found["start"], row["pid_namespace"])
 
 
-def pid_of(found: dict[str, Any]) -> int:
-    """Raises: ValueError for what no process has."""
-    return int(userdir.number(found["pid"], below=1 << 31))
+def _held(row: dict[str, Any]) -> frozenset[tuple[int, int]]:
+    found, number = row.get("holder"), userdir.number
+    files = () if found is None else found["files"]
+    return frozenset((number(device), number(inode)) for device, inode in files)

@@ -18,7 +18,7 @@ from numaload.errors import (
 )
 from numaload.numa.lists import Group
 from numaload.numa.mapping import Mapping, map_file
-from numaload.replicas.entry import Entry, Holder, folder_of
+from numaload.replicas.entry import Entry, folder_of
 from numaload.storage import userdir
 
 
@@ -33,7 +33,7 @@ class Lease(NotCopyable):
 
     def __init__(self, entry: Entry) -> None:
         self.entry, self.fd = entry, -1
-        with userdir.opened(create=False) as store, self._gone():
+        with userdir.existing() as store, self._gone():
             if store is None:
                 raise FileNotFoundError
             self.fd = os.open(entry.name, userdir.DIRECTORY, dir_fd=store)
@@ -45,11 +45,10 @@ class Lease(NotCopyable):
 
     def map(self, group: Group) -> list[Mapping]:
         """Map the files of the replica on these nodes, read-only. Raises: StoreError."""
-        model = self.entry.model
         with self._gone(), userdir.folder(folder_of(group), self.fd) as folder:
             return [
-                _map_replica(self.entry.path(group, i), identity.size, folder, self.entry.holder)
-                for i, identity in enumerate(model.identities)
+                _map_replica(self.entry, self.entry.path(group, i), identity.size, folder)
+                for i, identity in enumerate(self.entry.model.identities)
             ]
 
     @contextmanager
@@ -79,9 +78,9 @@ class Lease(NotCopyable):
         self.close()
 
 
-def _map_replica(path: str, size: int, folder: int, held_by: Holder | None) -> Mapping:
-    if held_by is not None:
-        fd = _open_held(path, folder, held_by)
+def _map_replica(entry: Entry, path: str, size: int, folder: int) -> Mapping:
+    if entry.holder is not None:
+        fd = _open_held(entry, path, folder)
     else:
         fd = os.open(
             os.path.basename(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=folder
@@ -97,13 +96,17 @@ def _map_replica(path: str, size: int, folder: int, held_by: Holder | None) -> M
         os.close(fd)
 
 
-def _open_held(path: str, folder: int, held_by: Holder) -> int:
-    """Open what a link leads to, after a look at it: another process may have the pid."""
+def _open_held(entry: Entry, path: str, folder: int) -> int:
+    """Open what the link leads to, once it is known for what the holder was given.
+
+    Another process may have the pid by now.
+    """
     found = os.open(os.path.basename(path), os.O_PATH | os.O_CLOEXEC, dir_fd=folder)
     try:
         status = os.fstat(found)
-        if (status.st_dev, status.st_ino) not in held_by.files:
-            raise StoreError(f"replica {path} is not what process {held_by.pid} was given to hold")
+        if (status.st_dev, status.st_ino) not in entry.held:
+            pid = entry.holder.pid if entry.holder else None
+            raise StoreError(f"replica {path} is not what process {pid} was given to hold")
         return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(found)

@@ -30,7 +30,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from errno import EEXIST, ENOENT, ENOTEMPTY
 from typing import Any
 
 from numaload.errors import (
@@ -41,11 +40,13 @@ from numaload.errors import (
     reason,
     warn_once,
 )
+from numaload.holder.process import HolderProcess
 from numaload.numa.lists import Group
-from numaload.replicas import holder, holder_main
+from numaload.replicas import folders
+from numaload.replicas import hold as holding
 from numaload.replicas.build import Built
-from numaload.replicas.entry import Entry, Holder, folder_of, pid_of
-from numaload.replicas.holder_main import LOCK, MANIFEST, remove
+from numaload.replicas.entry import Entry, folder_of, holder_of
+from numaload.replicas.folders import MANIFEST
 from numaload.storage import userdir
 from numaload.storage.known import Model
 
@@ -66,8 +67,7 @@ def scan() -> tuple[list[Entry], dict[str, str]]:
     """Return the entries, oldest first, and {name: why} of those that cannot be read."""
     found: list[Entry] = []
     damaged: dict[str, str] = {}
-    take_over()
-    with userdir.opened(create=False) as store:
+    with userdir.existing() as store:
         for name in _entry_names(store) if store is not None else ():
             entry = _read(name, store)
             if isinstance(entry, Entry):
@@ -95,26 +95,8 @@ def _entry_names(store: int) -> list[str]:
     return [name for name in userdir.listed(store) if userdir.ENTRY.fullmatch(name)]
 
 
-def take_over() -> None:
-    """Move entries here that an earlier version made, and a holder of that may make again."""
-    with userdir.earlier() as old:
-        names = _entry_names(old) if old is not None else []
-        names = [name for name in names if isinstance(_read(name, old), Entry)]
-        if not names:
-            return
-        where = os.path.dirname(userdir.path())
-        with userdir.opened() as store, _alone(old, where) as alone:
-            for name in names if alone else ():
-                try:
-                    os.rename(name, name, src_dir_fd=old, dst_dir_fd=store)
-                except OSError as error:  # noqa: PERF203 - the others are moved all the same
-                    if error.errno not in (ENOENT, ENOTEMPTY, EEXIST):  # it was moved before
-                        why = f"{where}/{name}: {reason(error)}: of an earlier version, stays there"
-                        warn_once(why, why)
-
-
 def is_there(entry: Entry) -> bool:
-    with userdir.opened(create=False) as store:
+    with userdir.existing() as store:
         return store is not None and _is_there(entry.name, store)
 
 
@@ -146,18 +128,15 @@ def building() -> Iterator[int]:
 
     Yields the store's descriptor, cleared of what killed builders left.
     """
-    take_over()
     with userdir.opened() as store:
-        if store is None:
-            raise StoreError(f"{userdir.path()} cannot be made")
         if getattr(_local, "builds", False):
             raise UsageError(
                 "called in the progress callback of another mirror(shared=True): the store has one"
                 " builder at a time; call it when that has returned"
             )
-        lock, pid = _lock_file(store), os.getpid()
+        lock, pid = folders.lock_file(store), os.getpid()
         try:
-            if not _try_lock(lock):
+            if not userdir.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 warn_once("building", "another process is building replicas; waiting for it")
                 userdir.flock(lock, fcntl.LOCK_EX)
             _local.builds = True
@@ -166,58 +145,19 @@ def building() -> Iterator[int]:
         finally:
             _local.builds = False
             if os.getpid() == pid:
-                _unlock(lock)
+                folders.unlock(lock)
             else:  # forked meanwhile: the lock is the parent's
                 os.close(lock)
 
 
 def sweep() -> list[str]:
     """Clear what killed processes left, unless someone builds; return why replicas stay."""
-    take_over()
-    with userdir.opened(create=False) as store:
+    with userdir.existing() as store:
         if store is not None:
-            with _alone(store) as alone:
+            with folders.alone(store) as alone:
                 if alone:
                     return _sweep(store)
     return []
-
-
-@contextmanager
-def _alone(store: int | None, where: str = "") -> Iterator[bool]:
-    """Yield whether nobody builds there now, nor begins to before this ends.
-
-    where: of which folder it is, where that is not the store's.
-    """
-    try:
-        lock = _lock_file(store, where)
-    except StoreError as error:
-        warn_once("lock", f"{error}; what others left there stays")
-        yield False
-        return
-    try:
-        yield _try_lock(lock)
-    finally:
-        _unlock(lock)
-
-
-def _lock_file(store: int | None, where: str = "") -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        return os.open(LOCK, flags, 0o600, dir_fd=store)
-    except OSError as error:
-        raise StoreError(f"{where or userdir.path()}/{LOCK}: {reason(error)}") from error
-
-
-def _try_lock(fd: int) -> bool:
-    return userdir.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _unlock(fd: int) -> None:
-    """Unlock: closing alone would leave it locked where a child was forked meanwhile."""
-    try:
-        userdir.flock(fd, fcntl.LOCK_UN)
-    finally:
-        os.close(fd)
 
 
 def _sweep(store: int) -> list[str]:
@@ -240,21 +180,15 @@ def _sweep(store: int) -> list[str]:
     return stays
 
 
-def _lost(entry: Entry) -> Holder | None:
-    """Return its holder if that has died. In another container that cannot be seen."""
-    held_by = entry.holder
-    return None if held_by is None or _is_foreign(held_by) or _reachable(entry) else held_by
+def _lost(entry: Entry) -> HolderProcess | None:
+    """Return its holder, if that has died. Of one in another container that cannot be seen."""
+    holder = entry.holder
+    return None if holder is None or holder.foreign or holder.alive() else holder
 
 
 def _reachable(entry: Entry) -> bool:
-    held_by = entry.holder
-    if held_by is None:
-        return True
-    return not _is_foreign(held_by) and holder.alive(held_by.pid, held_by.start)
-
-
-def _is_foreign(held_by: Holder) -> bool:
-    return held_by.namespace != holder.namespace()
+    holder = entry.holder
+    return holder is None or (not holder.foreign and holder.alive())
 
 
 def publish(model: Model, built: Built, store: int, *, hold: bool = False) -> Entry:
@@ -271,44 +205,27 @@ def publish(model: Model, built: Built, store: int, *, hold: bool = False) -> En
         seconds=built.seconds,
         bound=built.bound,
     )
+    links = [
+        (folder_of(group), os.path.basename(path), arena.fd)
+        for group, arenas in built.arenas.items()
+        for path, arena in zip(model.paths, arenas, strict=True)
+        if arena.fd is not None  # as all have that are to be published
+    ]
     if hold:
-        return _publish_held(entry, built, store)
-    aside = f".{entry.name}"
-    try:
-        os.mkdir(aside, 0o700, dir_fd=store)
-        with userdir.folder(aside, store) as folder:
-            userdir.write_whole(MANIFEST, json.dumps(entry.manifest()).encode(), folder)
-            for group, arenas in built.arenas.items():
-                os.mkdir(folder_of(group), 0o700, dir_fd=folder)
-                with userdir.folder(folder_of(group), folder) as inside:
-                    for path, arena in zip(model.paths, arenas, strict=True):
-                        # Only a call with a dir_fd follows the link of /proc to the nameless file.
-                        os.link(
-                            f"/proc/self/fd/{arena.fd}", os.path.basename(path), dst_dir_fd=inside
-                        )
-        os.rename(aside, entry.name, src_dir_fd=store, dst_dir_fd=store)
-    except BaseException:
-        remove(aside, store)
-        raise
+        return _publish_held(entry, links, store)
+    files = [(node, file, f"/proc/self/fd/{fd}") for node, file, fd in links]
+    folders.write(entry.name, json.dumps(entry.manifest()).encode(), files, store)
     return entry
 
 
-def _publish_held(entry: Entry, built: Built, store: int) -> Entry:
-    links = []
-    for group, arenas in built.arenas.items():
-        for path, arena in zip(entry.model.paths, arenas, strict=True):
-            assert arena.fd is not None  # noqa: S101 - memory files have descriptors
-            holder.seal(arena.fd)
-            links.append((folder_of(group), os.path.basename(path), arena.fd))
-    manifest = entry.manifest() | {"pid_namespace": holder.namespace()}
-    pid = holder.start_holder(userdir.path(), entry.name, manifest, links)
+def _publish_held(entry: Entry, links: list[tuple[str, str, int]], store: int) -> Entry:
+    process = holding.hold(entry.name, entry.manifest(), links)
     published = _read(entry.name, store)
     if isinstance(published, Entry):
         return published
-    there = _is_there(entry.name, store)
+    there, where = _is_there(entry.name, store), f"{userdir.path()}/{entry.name}"
     with suppress(OSError):  # it has ended, if its entry was released
-        holder.end_holder(pid, holder_main.started(pid))
-    where = f"{userdir.path()}/{entry.name}"
+        process.end()
     if not there:
         raise ReplicaNotFoundError(f"{where}: released while it was published")
     raise StoreError(f"{where}: its holder wrote no manifest that can be read: {published}")
@@ -337,11 +254,11 @@ class Released:
 def release(chosen: Sequence[Entry]) -> list[Released]:
     """Take these entries out of the store. What cannot be, says so and stops no other."""
     done = []
-    with userdir.opened(create=False) as store:
+    with userdir.existing() as store:
         for entry in chosen if store is not None else ():
             try:
                 with userdir.folder(entry.name, store) as folder:
-                    in_use = not _try_lock(folder)
+                    in_use = not userdir.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except FileNotFoundError:
                 continue  # someone else released it just now
             except OSError:  # what is wrong with it shows when it is taken away
@@ -352,18 +269,18 @@ def release(chosen: Sequence[Entry]) -> list[Released]:
     return done
 
 
-def _end(held_by: Holder) -> str:
+def _end(holder: HolderProcess) -> str:
     """End the holder, which takes its entry away; alive, it would publish again what vanishes.
 
-    Why it is not ended, or an empty string.
+    Return why it is not ended, or an empty string.
     """
-    if _is_foreign(held_by):
+    if holder.foreign:
         return (
-            f"process {held_by.pid} of another container or process namespace holds it: if that"
+            f"process {holder.pid} of another container or process namespace holds it: if that"
             " lives, it publishes it again; release it there"
         )
     try:
-        holder.end_holder(held_by.pid, held_by.start)
+        holder.end()
     except StoreError as error:
         return str(error)
     return ""
@@ -374,14 +291,14 @@ def release_damaged() -> tuple[list[str], list[str]]:
 
     Its paths, and those of what stays, since numaload did not make it.
     """
-    with userdir.opened(create=False) as store:
+    with userdir.existing() as store:
         if store is None:
             return [], []
         stays = {name for name in userdir.listed(store) if not userdir.OURS.fullmatch(name)}
         damaged = scan()[1]
         for name in damaged:
             _end_damaged(name, store)
-            remove(name, store)
+            folders.remove(name, store)
         stays |= {name for name in damaged if _is_there(name, store)}
     where = userdir.path()
     gone = [f"{where}/{name}" for name in damaged if name not in stays]
@@ -393,10 +310,9 @@ def _end_damaged(name: str, store: int | None) -> None:
     with suppress(*userdir.UNREADABLE):
         with userdir.folder(name, store) as folder:
             data = userdir.read_owned(MANIFEST, folder)
-        row = json.loads(data, parse_int=lambda digits: int(digits[:20]))
-        if row["pid_namespace"] == holder.namespace():
-            number = userdir.number
-            holder.end_holder(pid_of(row["holder"]), number(row["holder"]["start"]))
+        holder = holder_of(json.loads(data, parse_int=lambda digits: int(digits[:20])))
+        if holder is not None and not holder.foreign:
+            holder.end()
 
 
 def _take_away(name: str, store: int | None) -> str:
@@ -415,12 +331,12 @@ def _take_away(name: str, store: int | None) -> str:
 def _remove(name: str, store: int) -> str:
     """Remove it, as others may just now; return why its replicas stay, or an empty string."""
     for pause in PAUSES_S:
-        remove(name, store)
+        replicas = folders.remove(name, store)
         if not _is_there(name, store):
             return ""
         time.sleep(pause)
     why = f"{userdir.path()}/{name} stays: not all of it can be removed, or is numaload's"
-    if holder_main.left(name, store):
+    if replicas:
         return why
     warn_once(why, why)
     return ""

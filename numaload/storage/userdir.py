@@ -8,13 +8,12 @@ nothing is removed but what has the form of what numaload makes.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import pwd
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from errno import ENOENT
 from functools import lru_cache
 from typing import Any
@@ -22,7 +21,6 @@ from typing import Any
 from numaload.errors import StoreError, reason, warn_once
 from numaload.numa import syscalls
 from numaload.numa.mounts import mount_of
-from numaload.storage.files import absolute
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 SPARE = 12  # descriptors that work in the store needs at a time, starting a holder most
@@ -51,22 +49,38 @@ def path() -> str:
 @lru_cache
 def _base(given: str) -> str:
     # Absolute: paths of replicas are printed for others. Once: a process may change its folder.
-    whole = absolute(given)
-    if not os.path.isabs(whole):
-        raise StoreError(f"NUMALOAD_STORE={given}: {os.strerror(ENOENT)}: give it from /")
-    return whole
+    try:
+        # Above what a link leads to is another folder than above the link.
+        return os.path.realpath(given) if ".." in given.split("/") else os.path.abspath(given)
+    except (OSError, ValueError) as error:  # no working directory
+        raise StoreError(
+            f"NUMALOAD_STORE={given}: {os.strerror(ENOENT)}: give it from /"
+        ) from error
 
 
 @contextmanager
-def opened(*, create: bool = True) -> Iterator[int | None]:
-    """A descriptor of the folder, checked; None where there is none and none is to be made.
+def opened() -> Iterator[int]:
+    """Give a descriptor of the folder, made if it is not there, and checked.
 
     Everything below is reached through the descriptor, so that nobody can swap the folder.
     Raises: StoreError if it is not this user's own, open to others, or not made by numaload.
     """
     where = path()
-    if create:
-        _make(where)
+    for made in (os.path.dirname(where), where):
+        if not os.path.isdir(made):
+            check_tmpfs(os.path.dirname(made))
+            with suppress(FileExistsError), named(made):
+                os.mkdir(made, 0o700)
+    with existing() as store:
+        if store is None:
+            raise StoreError(f"{where}: was removed while it was made")
+        yield store
+
+
+@contextmanager
+def existing() -> Iterator[int | None]:
+    """Give a descriptor of the folder, checked; None where there is none. Raises: StoreError."""
+    where = path()
     fd = _open(where)
     if fd is None:
         yield None
@@ -95,15 +109,6 @@ def _open(where: str) -> int | None:
         ) from error
 
 
-def _make(where: str) -> None:
-    """Make the folder, and the one it is to lie in, on a tmpfs only. Raises: StoreError."""
-    for folder in (os.path.dirname(where), where):
-        if not os.path.isdir(folder):
-            check_tmpfs(os.path.dirname(folder))
-            with suppress(FileExistsError), named(folder):
-                os.mkdir(folder, 0o700)
-
-
 @contextmanager
 def named(where: str) -> Iterator[None]:
     """Say where it is that something failed. Raises: StoreError."""
@@ -118,27 +123,6 @@ def named(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def earlier(name: str = ".") -> Iterator[int | None]:
-    """A descriptor of a folder in which an earlier version kept what is below ``path`` now.
-
-    That was the very folder that NUMALOAD_STORE names. None where it cannot have been.
-    """
-    fd = -1
-    with suppress(OSError):
-        base = os.open(os.path.dirname(path()), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            if _is_private(os.fstat(base)):
-                fd = os.open(name, DIRECTORY, dir_fd=base)
-        finally:
-            os.close(base)
-    try:
-        yield None if fd < 0 else fd
-    finally:
-        if fd >= 0:
-            os.close(fd)
-
-
-@contextmanager
 def folder(name: str, parent: int | None) -> Iterator[int]:
     """A descriptor of a folder below another one, following no link. Raises: OSError."""
     fd = os.open(name, DIRECTORY, dir_fd=parent)
@@ -150,20 +134,19 @@ def folder(name: str, parent: int | None) -> Iterator[int]:
 
 @contextmanager
 def within(name: str, *, create: bool = True) -> Iterator[int | None]:
-    """A descriptor of this folder of the user's; None where it is not there and not to be made.
+    """Give a descriptor of this folder of the user's, made if it is not there.
 
-    None also where something else is in its place, which is said. Raises: StoreError, and if it is
-    to be made also for that.
+    create: False gives None where there is none, and where something else is in its place, which
+    is said. Raises: StoreError.
     """
-    with opened(create=create) as store:
-        fd, where = -1, f"{path()}/{name}"
+    with opened() if create else existing() as store, ExitStack() as held:
+        fd, where = None, f"{path()}/{name}"
         try:
-            if store is None:
-                raise FileNotFoundError(ENOENT, where)
             if create:
                 with suppress(FileExistsError):
                     os.mkdir(name, 0o700, dir_fd=store)
-            fd = os.open(name, DIRECTORY, dir_fd=store)
+            if store is not None:
+                fd = held.enter_context(folder(name, store))
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -171,13 +154,9 @@ def within(name: str, *, create: bool = True) -> Iterator[int | None]:
             if create:
                 raise StoreError(said) from error
             warn_once(where, f"{said}; left out")
-        if create and fd < 0:
+        if create and fd is None:
             raise StoreError(f"{where}: was removed while it was made")
-        try:
-            yield None if fd < 0 else fd
-        finally:
-            if fd >= 0:
-                os.close(fd)
+        yield fd
 
 
 def check_spare(fd: int) -> None:
@@ -232,12 +211,11 @@ def _is_private(status: os.stat_result) -> bool:
 
 
 def _check_made(where: str, fd: int) -> None:
-    """Mark what is empty, which may have been made just now, or an earlier version's store."""
+    """Mark what is empty, or has only what numaload makes: its maker may have been killed."""
     if _is_marked(fd):
         return
-    names = listed(fd)
-    foreign = sorted(name for name in names if name == MARKER or not OURS.fullmatch(name))
-    if foreign and not any(_is_entry(name, fd) for name in names):
+    foreign = sorted(n for n in listed(fd) if n == MARKER or not OURS.fullmatch(n))
+    if foreign:
         raise StoreError(
             f"{where}: numaload did not make it, found {foreign[0]} in it: move that elsewhere, or"
             " set NUMALOAD_STORE to another folder on a tmpfs"
@@ -250,15 +228,6 @@ def _is_marked(store: int) -> bool:
     with suppress(FileNotFoundError):
         status = os.stat(MARKER, dir_fd=store, follow_symlinks=False)
         return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
-    return False
-
-
-def _is_entry(name: str, store: int) -> bool:
-    """Whether this is an entry by its name and its manifest."""
-    if not ENTRY.fullmatch(name):
-        return False
-    with suppress(*UNREADABLE), folder(name, store) as inside:
-        return "checksums" in json.loads(read_owned("manifest.json", inside))
     return False
 
 
@@ -280,8 +249,10 @@ def read_owned(name: str, folder: int) -> bytes:
         os.close(fd)
 
 
-def listed(folder: int) -> list[str]:
-    """The names in a folder of the user's. Raises: StoreError."""
+def listed(folder: int | None) -> list[str]:
+    """Return the names in a folder of the user's, none where there is none. Raises: StoreError."""
+    if folder is None:
+        return []
     with named(path()):
         return os.listdir(folder)
 

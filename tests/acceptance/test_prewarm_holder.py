@@ -20,7 +20,7 @@ import numaload as api
 from commands import KEPT, LIMIT_S, Numaload, evict, resident, running, sparse_model, wait_for
 from numaload.errors import CancelledError, NodeMemoryError, ReadError, StoreError
 from numaload.numa.memory import available
-from numaload.pagecache import holder, records
+from numaload.pagecache import background, records
 
 MIB = 1 << 20
 SIZE = 120 * MIB
@@ -48,8 +48,8 @@ def held(numaload: Numaload) -> Iterator[Numaload]:
 def ends(store: Path) -> Iterator[None]:
     """For the API: holders end with the test."""
     yield
-    for one in holder.holders():
-        one.release()
+    for record in records.records():
+        background.PrewarmHolder.of(record).release()
 
 
 def lockable(nbytes: int) -> bool:
@@ -270,7 +270,6 @@ def test_a_callback_ends_what_was_started_for_it(ends: None, big: str) -> None:
     with pytest.raises(CancelledError) as caught:
         api.prewarm(big, lock=True, max_rate=40 * MIB, progress=lambda done, _: done < 20 * MIB)
     assert caught.value.done >= 20 * MIB
-    assert holder.holders() == []
     assert records.records() == []
 
 
@@ -321,7 +320,7 @@ def test_one_that_does_not_listen_is_killed(
     one = api.prewarm(big, background=True, max_rate=30 * MIB).holder
     assert one is not None
     os.kill(one.pid, signal.SIGSTOP)
-    monkeypatch.setattr("numaload.replicas.holder.END_S", 0.3)
+    monkeypatch.setattr("numaload.holder.process.END_S", 0.3)
     assert one.release()
     assert not running(one.pid)
     assert records.records() == []

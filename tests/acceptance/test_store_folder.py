@@ -6,17 +6,17 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import numaload as api
-from commands import LIMIT_S, Numaload, running, sparse_model, wait_for
+from commands import LIMIT_S, Numaload, running, sparse_model
 from numaload.errors import NumaloadWarning, StoreError
+from numaload.holder.process import HolderProcess
 from numaload.numa.mounts import mount_of
-from numaload.replicas import holder
+from numaload.replicas import hold as holding
 from numaload.replicas import store as stores
 from numaload.storage import userdir
 
@@ -106,16 +106,14 @@ def test_links_in_the_store_are_not_followed(base: Path, small: str, tmp_path: P
     assert (elsewhere / "m.gguf").exists()
 
 
-@pytest.mark.parametrize("kind", ["empty", "an earlier version's", "a user's"])
+@pytest.mark.parametrize("kind", ["empty", "numaload's", "a user's"])
 def test_a_folder_without_the_marker(base: Path, small: str, kind: str) -> None:
     """Empty, it may have been made just now; its maker may have been killed."""
     own = base / OWN
-    if kind == "an earlier version's":
+    if kind == "numaload's":
         api.mirror(small, shared=True).close()
         (own / userdir.MARKER).unlink()
-        (own / "notes.txt").touch()
         api.attach(small).close()
-        assert (own / "notes.txt").exists()
     else:
         own.mkdir(mode=0o700)
     if kind == "a user's":
@@ -132,56 +130,6 @@ def test_a_folder_without_the_marker(base: Path, small: str, kind: str) -> None:
         api.mirror(small, shared=True).close()
         assert (own / userdir.MARKER).exists()
         stores.release(stores.entries())
-
-
-@pytest.fixture
-def as_before(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """Numaload keeps the store where earlier versions did; the call ends that."""
-    with monkeypatch.context() as earlier:
-        earlier.setattr(userdir, "path", lambda: str(base))
-
-        def upgrade() -> None:
-            (base / userdir.MARKER).unlink()
-            earlier.undo()
-
-        yield upgrade
-
-
-@pytest.mark.parametrize("hold", [False, True], ids=["files", "a living holder"])
-def test_an_earlier_version_s_replicas_are_taken_over(
-    base: Path, small: str, as_before: Callable[[], None], hold: bool
-) -> None:
-    api.mirror(small, shared=True, hold=hold).close()
-    (entry,) = stores.entries()
-    assert (base / entry.name).exists()
-    as_before()
-    (base / "thesis.txt").touch()
-    (base / userdir.MARKER).touch()  # which earlier holders did not look for
-    numaload = Numaload(base)
-    if hold:
-        numaload("status")
-        wait_for((base / entry.name).exists, "the holder to publish where it did before")
-    assert len(numaload.json("status")["replicas"]) == 1
-    with api.attach(small) as mirror:
-        assert mirror.verify().right
-    numaload("release")
-    assert stores.entries() == []
-    assert not (base / entry.name).exists()
-    assert (base / "thesis.txt").exists()
-    assert not hold or (entry.holder and not running(entry.holder.pid))
-
-
-def test_an_earlier_version_s_prewarming_is_seen_and_ended(
-    base: Path, small: str, as_before: Callable[[], None]
-) -> None:
-    big = sparse_model(Path(small).with_name("big.gguf"), 32 * MIB)
-    one = api.prewarm(big, background=True, max_rate=MIB).holder
-    assert one is not None
-    as_before()
-    (row,) = Numaload(base).json("status")["prewarming"]
-    assert row["pid"] == one.pid
-    Numaload(base)("release")
-    assert not running(one.pid)
 
 
 NONSENSE = ["a disk", "a file", "no parent", "another kind", "a newline", "too long"]
@@ -323,15 +271,16 @@ def test_a_folder_that_others_use_is_not_to_be_closed(base: Path) -> None:
 def test_what_was_lost_to_release_while_it_was_published_is_built_again(
     base: Path, small: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, pids = holder.start_holder, []
+    real, pids = holding.hold, []
 
-    def start(*arguments: Any) -> int:
-        pids.append(real(*arguments))
+    def start(*arguments: Any) -> HolderProcess:
+        holder = real(*arguments)
+        pids.append(holder.pid)
         if len(pids) == 1:
             stores.release(stores.entries())
-        return pids[-1]
+        return holder
 
-    monkeypatch.setattr(holder, "start_holder", start)
+    monkeypatch.setattr(holding, "hold", start)
     with pytest.warns(NumaloadWarning, match="released while it was published; mirrored once more"):
         api.mirror(small, shared=True, hold=True).close()
     assert [running(pid) for pid in pids] == [False, True]

@@ -20,22 +20,25 @@ import pytest
 
 from commands import running, wait_for
 from numaload.errors import StoreError
-from numaload.replicas import holder, holder_main
+from numaload.holder import process
+from numaload.holder.process import TASKS, HolderProcess
+from numaload.numa.mounts import mount_of
+from numaload.replicas import hold as holding
+from numaload.replicas.hold import hold
 from numaload.storage.userdir import MARKER
 
 NAME = "0123456789abcdef0123456789abcdef.cafecafe"
 MANIFEST = {"version": 1, "model": {"paths": ["/x/m.gguf"]}}
 PAGES = os.urandom(3 * 4096 + 5)
-SCRIPT = holder_main.__file__
+INTERVAL_S = 1.0  # between two looks whether the entry is there
 SMALL = 20 << 20  # of memory: an interpreter and no more, half of it shared with every other one
 
-Start = Callable[..., int]
+Start = Callable[..., HolderProcess]
 
 
 def memfd(data: bytes = PAGES) -> int:
     fd = os.memfd_create("numaload-test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.write(fd, data)
-    holder.seal(fd)
     return fd
 
 
@@ -44,7 +47,7 @@ def manifest_of(store: Path) -> Any:
 
 
 def start_time(pid: int) -> int:
-    return holder_main.started(pid)
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 def descriptors() -> int:
@@ -54,24 +57,21 @@ def descriptors() -> int:
 @pytest.fixture
 def start(store: Path) -> Iterator[Start]:
     """Starts holders that end with the test."""
-    started: list[tuple[int, int]] = []
+    started: list[HolderProcess] = []
 
-    def one(files: list[tuple[str, str]] | None = None, where: Path = store, **more: Any) -> int:
-        where.mkdir(mode=0o700, exist_ok=True)
+    def one(files: list[tuple[str, str]] | None = None, **more: Any) -> HolderProcess:
         links = [(node, name, memfd()) for node, name in files or [("node0", "m.gguf")]]
         try:
             paths = [f"/x/{name}" for _, name, _ in links]
-            manifest = MANIFEST | {"model": {"paths": paths}} | more
-            pid = holder.start_holder(str(where), NAME, manifest, links)
+            started.append(hold(NAME, MANIFEST | {"model": {"paths": paths}} | more, links))
         finally:
             for _, _, fd in links:
                 os.close(fd)
-        started.append((pid, start_time(pid)))
-        return pid
+        return started[-1]
 
     yield one
-    for pid, began in started:
-        holder.end_holder(pid, began)
+    for holder in started:
+        holder.end()
 
 
 def listed(store: Path) -> list[str]:
@@ -81,7 +81,7 @@ def listed(store: Path) -> list[str]:
 
 def test_an_entry_of_links_that_every_process_can_read(store: Path, start: Start) -> None:
     files = [("node0", "m-00001.gguf"), ("node0", "m-00002.gguf"), ("node3", "m-00001.gguf")]
-    pid = start(files, seconds=1.5)
+    pid = start(files, seconds=1.5).pid
     for node, name in files:
         path = store / NAME / node / name
         assert os.readlink(path).startswith(f"/proc/{pid}/fd/")
@@ -92,6 +92,7 @@ def test_an_entry_of_links_that_every_process_can_read(store: Path, start: Start
     assert (found["version"], found["seconds"]) == (1, 1.5)
     assert found["holder"]["pid"] == pid
     assert found["holder"]["start"] == start_time(pid)
+    assert found["pid_namespace"] == os.readlink("/proc/self/ns/pid")
     seen = [os.stat(store / NAME / node / name) for node, name in files]
     assert found["holder"]["files"] == [[s.st_dev, s.st_ino] for s in seen]
     assert listed(store) == [NAME]
@@ -99,11 +100,11 @@ def test_an_entry_of_links_that_every_process_can_read(store: Path, start: Start
 
 
 def test_it_is_small_apart_from_us_and_called_by_its_name(start: Start) -> None:
-    pid = start()
+    pid = start().pid
     status = dict(
         line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
     )
-    assert status["Name"] == holder_main.NAME
+    assert status["Name"] == holding.NAME
     assert int(status["VmRSS"].split()[0]) << 10 < SMALL
     assert os.getsid(pid) not in (os.getsid(0), pid)  # of no terminal, and cannot get one
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
@@ -118,50 +119,46 @@ def test_it_is_small_apart_from_us_and_called_by_its_name(start: Start) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGPIPE])
 def test_it_outlives_what_ends_others(store: Path, start: Start, number: signal.Signals) -> None:
-    pid = start()
-    os.kill(pid, number)
+    holder = start()
+    os.kill(holder.pid, number)
     time.sleep(0.2)
-    assert holder.alive(pid, start_time(pid))
+    assert holder.alive()
     assert (store / NAME / "node0" / "m.gguf").read_bytes() == PAGES
 
 
 BUILDER = """
 import json, os, sys
-from numaload.replicas import holder
+from numaload.replicas.hold import hold
 fd = os.memfd_create("numaload-test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 os.write(fd, b"held")
-holder.seal(fd)
 manifest = {"version": 1, "model": {"paths": ["/x/m.gguf"]}}
-pid = holder.start_holder(sys.argv[1], sys.argv[2], manifest, [("node0", "m.gguf", fd)])
-print(pid, flush=True)
-os.kill(os.getpid(), int(sys.argv[3]))
+holder = hold(sys.argv[1], manifest, [("node0", "m.gguf", fd)])
+print(json.dumps(holder), flush=True)
+os.kill(os.getpid(), int(sys.argv[2]))
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
 def test_it_outlives_its_builder_and_the_session(store: Path, number: signal.Signals) -> None:
-    store.mkdir(mode=0o700)
-    words = [sys.executable, "-c", BUILDER, str(store), NAME, str(int(number))]
+    words = [sys.executable, "-c", BUILDER, NAME, str(int(number))]
     done = subprocess.run(words, stdout=subprocess.PIPE, start_new_session=True, check=False)
     assert done.returncode == -number
-    pid = int(done.stdout)
-    began = start_time(pid)
+    holder = HolderProcess(*json.loads(done.stdout))
     try:
         assert (store / NAME / "node0" / "m.gguf").read_bytes() == b"held"
     finally:
-        assert holder.end_holder(pid, began)
+        assert holder.end()
     assert listed(store) == []
 
 
 def test_ending_it_takes_the_entry_away_and_frees_the_memory(store: Path, start: Start) -> None:
-    pid = start()
-    began = start_time(pid)
+    holder = start()
     reader = os.open(store / NAME / "node0" / "m.gguf", os.O_RDONLY)
     try:
-        assert holder.end_holder(pid, began)
+        assert holder.end()
         assert listed(store) == []
-        assert not holder.alive(pid, began)
-        assert not holder.end_holder(pid, began)
+        assert not holder.alive()
+        assert not holder.end()
         # Whoever has it open keeps it: it hurts nobody.
         assert os.pread(reader, len(PAGES), 0) == PAGES
     finally:
@@ -169,10 +166,9 @@ def test_ending_it_takes_the_entry_away_and_frees_the_memory(store: Path, start:
 
 
 def test_killed_it_leaves_an_entry_that_leads_nowhere(store: Path, start: Start) -> None:
-    pid = start()
-    began, path = start_time(pid), store / NAME / "node0" / "m.gguf"
-    os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not holder.alive(pid, began), "the holder to die")
+    holder, path = start(), store / NAME / "node0" / "m.gguf"
+    os.kill(holder.pid, signal.SIGKILL)
+    wait_for(lambda: not holder.alive(), "the holder to die")
     assert os.path.islink(path)
     # Until its parent looks, the dead process is there, with files that nobody may see.
     with pytest.raises((FileNotFoundError, PermissionError)):
@@ -181,7 +177,7 @@ def test_killed_it_leaves_an_entry_that_leads_nowhere(store: Path, start: Start)
 
 @pytest.mark.parametrize("what", ["the store", "the entry", "its manifest", "a link"])
 def test_it_publishes_again_what_somebody_removed(store: Path, start: Start, what: str) -> None:
-    pid = start([("node0", "a.gguf"), ("node1", "a.gguf")])
+    holder = start([("node0", "a.gguf"), ("node1", "a.gguf")])
     before = manifest_of(store)
     if what == "the store":
         shutil.rmtree(store)  # as at logout
@@ -197,24 +193,24 @@ def test_it_publishes_again_what_somebody_removed(store: Path, start: Start, wha
     assert manifest_of(store) == before
     assert stat.S_IMODE(os.stat(store).st_mode) == 0o700
     assert listed(store) == [NAME, "lock"]
-    assert holder.end_holder(pid, start_time(pid))
+    assert holder.end()
     assert listed(store) == ["lock"]
 
 
 def test_it_waits_for_who_builds(store: Path, start: Start) -> None:
     """A sweep would take the folder that it is writing; and it still hears SIGTERM meanwhile."""
-    pid = start()
+    holder = start()
     lock = os.open(store / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         shutil.rmtree(store / NAME)
-        time.sleep(2.5 * holder_main.INTERVAL_S)
+        time.sleep(2.5 * INTERVAL_S)
         assert listed(store) == ["lock"]
         fcntl.flock(lock, fcntl.LOCK_UN)
         wait_for((store / NAME).exists, "the entry to come back", 60)
         fcntl.flock(lock, fcntl.LOCK_EX)
         shutil.rmtree(store / NAME)
-        assert holder.end_holder(pid, start_time(pid))
+        assert holder.end()
         assert listed(store) == ["lock"]
     finally:
         os.close(lock)
@@ -232,7 +228,7 @@ def test_it_does_not_publish_into_a_folder_that_is_not_safe(
     else:
         store.mkdir()
         store.chmod(0o755)
-    time.sleep(2.5 * holder_main.INTERVAL_S)
+    time.sleep(2.5 * INTERVAL_S)
     assert listed(store) == []
     if kind == "a link":
         store.unlink()
@@ -242,35 +238,34 @@ def test_it_does_not_publish_into_a_folder_that_is_not_safe(
 
 
 def test_only_this_very_process_is_ended(start: Start) -> None:
-    pid = start()
-    began = start_time(pid)
-    assert holder.alive(pid, began)
-    assert not holder.alive(pid, began + 1)
-    assert not holder.end_holder(pid, began + 1)
+    holder = start()
+    assert holder.alive()
+    other_start = holder._replace(start=holder.start + 1)
+    assert not other_start.alive()
+    assert not other_start.end()
     # Another process of ours, by its own start time: it is no holder.
     with subprocess.Popen(["sleep", "600"]) as other:
-        assert not holder.end_holder(other.pid, start_time(other.pid))
+        assert not holder._replace(pid=other.pid, start=start_time(other.pid)).end()
         assert other.poll() is None
         other.kill()
-    assert holder.alive(pid, began)
+    assert holder.alive()
 
 
 def test_one_that_does_not_listen_is_killed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    pid = start()
-    began = start_time(pid)
-    os.kill(pid, signal.SIGSTOP)
-    monkeypatch.setattr(holder, "END_S", 0.2)
-    assert holder.end_holder(pid, began)
-    assert not holder.alive(pid, began)
+    holder = start()
+    os.kill(holder.pid, signal.SIGSTOP)
+    monkeypatch.setattr(process, "END_S", 0.2)
+    assert holder.end()
+    assert not holder.alive()
 
 
 def test_without_pidfds(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: int) -> int:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    pid = start()
+    holder = start()
     monkeypatch.setattr(os, "pidfd_open", refuse)
-    assert holder.end_holder(pid, start_time(pid))
+    assert holder.end()
 
 
 def test_a_hundred_files(store: Path, start: Start) -> None:
@@ -288,99 +283,94 @@ def test_a_manifest_larger_than_a_pipe(store: Path, start: Start) -> None:
     assert manifest_of(store)["checksums"] == [sums]
 
 
-def test_names_that_are_no_text(store: Path, start: Start) -> None:
+def test_names_that_are_no_text(store: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     name = os.fsdecode(b"\xff\n\xe4.gguf")
-    inner = store / os.fsdecode(b"\xfe")
-    store.mkdir(mode=0o700)
-    start([("node0", name)], where=inner)
+    inner = store.parent / os.fsdecode(b"\xfe") / store.name
+    monkeypatch.setenv("NUMALOAD_STORE", str(inner))
+    start([("node0", name)])
     assert (inner / NAME / "node0" / name).read_bytes() == PAGES
+
+
+COMMAND = [sys.executable, "-I", "-S", process.MAIN]
 
 
 def run_script(line: bytes) -> subprocess.CompletedProcess[bytes]:
     """The script as it is, with what a builder may send; its standard input ends after that."""
-    return subprocess.run(
-        [sys.executable, "-I", "-S", SCRIPT], input=line, capture_output=True, check=False
-    )
+    return subprocess.run(COMMAND, input=line, capture_output=True, check=False)
+
+
+def request(store: Path) -> bytes:
+    row = {
+        "name": holding.NAME, "task": TASKS[holding.NAME], "store": str(store), "path": sys.path,
+        "arguments": {"name": NAME, "manifest": MANIFEST | {"holder": {"files": []}}, "files": []},
+    }  # fmt: skip
+    return json.dumps(row).encode() + b"\n"
 
 
 @pytest.mark.parametrize("cut", [0, 1, -2, -1])
 def test_a_builder_that_dies_while_it_asks_leaves_nothing(store: Path, cut: int) -> None:
     store.mkdir(mode=0o700)
-    row = {
-        "store": str(store), "name": NAME, "locked": True, "links": [],
-        "manifest": MANIFEST | {"holder": {"files": []}},
-    }  # fmt: skip
-    line = json.dumps(row).encode() + b"\n"
-    done = run_script(line[:cut])
+    done = run_script(request(store)[:cut])
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
     assert listed(store) == []
 
 
 @pytest.mark.parametrize("line", [b"{\n", b"[]\n", b"{}\n", b'{"store": 1}\n', b"\xff\n"])
 def test_what_is_no_request_is_refused(line: bytes) -> None:
-    said = json.loads(run_script(line).stdout)
-    assert said["pid"] == 0
-    assert said["error"]
+    done = run_script(line)
+    assert json.loads(done.stdout)["error"]["text"]
+    assert not done.stderr
 
 
 def test_a_builder_that_does_not_wait_for_the_answer(store: Path) -> None:
     """It may have been stopped by Ctrl-C: nothing stays published, nothing held."""
-    store.mkdir(mode=0o700)
-    row = {
-        "store": str(store), "name": NAME, "locked": True, "links": [],
-        "manifest": MANIFEST | {"holder": {"files": []}},
-    }  # fmt: skip
     read, write = os.pipe()
     os.close(read)
     with subprocess.Popen(
-        [sys.executable, "-I", "-S", SCRIPT], stdin=subprocess.PIPE, stdout=write
+        COMMAND, stdin=subprocess.PIPE, stdout=write, start_new_session=True
     ) as job:
         os.close(write)
-        job.communicate(json.dumps(row).encode() + b"\n")
-    wait_for(lambda: group_is_gone(job.pid), "the holder to end", 60)
+        job.communicate(request(store))
+    wait_for(lambda: is_gone(job.pid), "the holder to end", 60)
     assert listed(store) == []
 
 
-def group_is_gone(pid: int) -> bool:
-    return not any(
-        str(pid) in path.read_text().split()[3:4]
-        for path in Path("/proc").glob("[0-9]*/stat")
-        if path.exists()
-    )
+def is_gone(session: int) -> bool:
+    """Whether no process is left of a session."""
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+    return not any(int(stat.rpartition(")")[2].split()[3]) == session for stat in stats)
 
 
 @pytest.mark.parametrize("kind", ["missing", "a file", "open to others", "a name too long"])
-def test_a_store_that_cannot_be_written_is_an_error(store: Path, kind: str) -> None:
+def test_a_store_that_cannot_be_written_is_an_error(
+    store: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where = store
     if kind == "missing":
         where = store / "not" / "there"
+        monkeypatch.setenv("NUMALOAD_STORE", str(where))
     elif kind == "a file":
         store.touch(mode=0o600)
     elif kind == "open to others":
         store.mkdir()
         store.chmod(0o755)
-    else:
-        store.mkdir(mode=0o700)
-        (store / MARKER).touch()
-        (store / f".{NAME}").mkdir()
-        (store / NAME).touch()
     fd, before = memfd(), descriptors()
     name = "x" * 300 if kind == "a name too long" else "m.gguf"
     with pytest.raises(StoreError, match="replicas cannot be held: ") as caught:
-        holder.start_holder(str(where), NAME, MANIFEST, [("node0", name, fd)])
+        hold(NAME, MANIFEST, [("node0", name, fd)])
     assert str(where) in str(caught.value)
     assert descriptors() == before
     os.close(fd)
     assert not (store / f".{NAME}").exists()
-    assert not store.is_dir() or not (store / NAME).is_dir()
+    assert not (store / NAME).exists()
 
 
 def test_a_python_that_does_not_start_is_an_error(
     store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(holder_main, "__file__", str(tmp_path / "absent.py"))
+    monkeypatch.setattr(process, "MAIN", str(tmp_path / "absent.py"))
     with pytest.raises(StoreError, match=r"ended without an answer \(status 2\).*absent\.py"):
-        holder.start_holder(str(store), NAME, MANIFEST, [])
+        hold(NAME, MANIFEST, [])
 
 
 def test_a_holder_that_does_not_answer_is_ended(
@@ -393,48 +383,49 @@ def test_a_holder_that_does_not_answer_is_ended(
         f"if not os.fork():\n    open({str(told)!r}, 'w').write(str(os.getpid()))\n"
         "time.sleep(600)\n"
     )
-    monkeypatch.setattr(holder_main, "__file__", str(silent))
-    monkeypatch.setattr(holder, "ANSWER_S", 1.0)
+    monkeypatch.setattr(process, "MAIN", str(silent))
+    monkeypatch.setattr(process, "ANSWER_S", 1.0)
     with pytest.raises(StoreError, match="no answer in"):
-        holder.start_holder(str(store), NAME, MANIFEST, [])
+        hold(NAME, MANIFEST, [])
     wait_for(lambda: not running(int(told.read_text())), "the other process to end")
 
 
 def test_ctrl_c_while_it_is_started_leaves_nothing(
     store: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Any] = []
+    seen: list[HolderProcess] = []
     real = subprocess.Popen.communicate
 
     def stopped(self: subprocess.Popen[bytes], *arguments: Any, **options: Any) -> Any:
         real(self, *arguments, **options)
         if not seen:
-            seen.append(json.loads((store / NAME / "manifest.json").read_text())["holder"])
+            row = manifest_of(store)
+            holder = row["holder"]
+            seen.append(HolderProcess(holder["pid"], holder["start"], row["pid_namespace"]))
             raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess.Popen, "communicate", stopped)
     with pytest.raises(KeyboardInterrupt):
         start()
     (found,) = seen
-    wait_for(lambda: not holder.alive(found["pid"], found["start"]), "the holder to end")
+    wait_for(lambda: not found.alive(), "the holder to end")
     assert listed(store) == []
 
 
 def test_descriptors_of_a_process_without_standard_input(store: Path) -> None:
     """The number 0 is then the next one that is opened, and in the holder it is something else."""
-    store.mkdir(mode=0o700)
     program = BUILDER.replace("fd = ", "os.close(0)\nfd = ").replace(
-        "pid = ", "assert os.dup2(fd, 0) == 0\npid = "
+        "holder = ", "assert os.dup2(fd, 0) == 0\nholder = "
     )
     assert "fd)])" in program
     program = program.replace("fd)])", "0)])")
-    words = [sys.executable, "-c", program, str(store), NAME, "9"]
+    words = [sys.executable, "-c", program, NAME, "9"]
     done = subprocess.run(words, stdout=subprocess.PIPE, check=False)
-    pid = int(done.stdout)
+    holder = HolderProcess(*json.loads(done.stdout))
     try:
         assert (store / NAME / "node0" / "m.gguf").read_bytes() == b"held"
     finally:
-        holder.end_holder(pid, start_time(pid))
+        holder.end()
 
 
 def test_sealed_memory_stays_what_it_is(store: Path, start: Start) -> None:
@@ -443,8 +434,8 @@ def test_sealed_memory_stays_what_it_is(store: Path, start: Start) -> None:
     fd = os.open(path, os.O_RDONLY)
     seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     os.close(fd)
-    assert seals & holder.SEALS == holder.SEALS
-    if seals & holder.F_SEAL_FUTURE_WRITE and os.geteuid() == 0:  # whom no mode keeps out
+    assert seals & holding.SEALS == holding.SEALS
+    if seals & holding.F_SEAL_FUTURE_WRITE and os.geteuid() == 0:  # whom no mode keeps out
         with open(path, "r+b", buffering=0) as file, pytest.raises(PermissionError):
             file.write(b"x")
     if os.geteuid() == 0:
@@ -453,27 +444,31 @@ def test_sealed_memory_stays_what_it_is(store: Path, start: Start) -> None:
     assert path.read_bytes() == PAGES
 
 
-@pytest.mark.parametrize("kernel", ["this one", "before 5.1"])
-def test_seals_where_the_kernel_has_fewer(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernel == "before 5.1":
-        monkeypatch.setattr(holder, "F_SEAL_FUTURE_WRITE", 1 << 30)  # a seal it does not know
-    fd = memfd()
-    assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & holder.SEALS == holder.SEALS
-    with pytest.raises(PermissionError):
-        os.ftruncate(fd, 0)
+def test_seals_where_the_kernel_has_fewer(
+    store: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels before 5.1."""
+    monkeypatch.setattr(holding, "F_SEAL_FUTURE_WRITE", 1 << 30)  # a seal it does not know
+    start()
+    fd = os.open(store / NAME / "node0" / "m.gguf", os.O_RDONLY)
+    assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & holding.SEALS == holding.SEALS
     os.close(fd)
 
 
 def test_the_kernel_keeps_the_whole_name() -> None:
-    assert len(holder_main.NAME) <= 15
+    assert max(map(len, TASKS)) <= 15
 
 
 @pytest.mark.parametrize("kind", ["a folder of the user's", "a link to a disk"])
-def test_it_publishes_nowhere_else_than_at_first(
+def test_it_publishes_in_no_folder_that_is_not_the_store_s(
     kind: str, store: Path, start: Start, tmp_path: Path
 ) -> None:
-    pid, folder, away = start(), store.parent, store.parent.with_name(f"{store.parent.name}-away")
+    holder, folder = start(), store.parent
+    away = folder.with_name(f"{folder.name}-away")
     if kind == "a link to a disk":
+        mount = mount_of(str(tmp_path))
+        if mount is not None and mount.kind == "tmpfs":
+            pytest.skip("temporary files are on no disk here")
         os.rename(folder, away)
         folder.symlink_to(tmp_path)
     else:
@@ -482,10 +477,11 @@ def test_it_publishes_nowhere_else_than_at_first(
         (mine / "thesis.txt").touch()
         os.rename(store, away)
         os.rename(mine, store)
-    time.sleep(2.5 * holder_main.INTERVAL_S)
-    assert running(pid)
-    assert listed(store) == ([] if kind == "a link to a disk" else ["thesis.txt"])
-    assert not (store / MARKER).exists()
+    time.sleep(2.5 * INTERVAL_S)
+    assert running(holder.pid)
+    assert os.listdir(folder if kind == "a link to a disk" else store) == (
+        [] if kind == "a link to a disk" else ["thesis.txt"]
+    )
     if kind == "a link to a disk":
         folder.unlink()
         os.rename(away, folder)

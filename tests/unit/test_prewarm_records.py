@@ -14,10 +14,10 @@ import pytest
 from numaload import errors
 from numaload.cli import prewarming
 from numaload.errors import NumaloadError, NumaloadWarning, StoreError
+from numaload.holder.process import namespace, packed, unpacked
 from numaload.pagecache import records
-from numaload.pagecache.holder import PrewarmHolder
-from numaload.pagecache.records import Record, packed, unpacked
-from numaload.replicas import holder
+from numaload.pagecache.background import PrewarmHolder
+from numaload.pagecache.records import Record
 from numaload.storage import files, userdir
 
 Make = Callable[..., Record]
@@ -32,7 +32,7 @@ def make(tmp_path: Path) -> Make:
 
     def one(**fields: Any) -> Record:
         record = Record(
-            pid=4_000_000, start=1, namespace=holder.namespace(), paths=(str(path),),
+            pid=4_000_000, start=1, namespace=namespace(), paths=(str(path),),
             files=((status.st_dev, status.st_ino),), part=("", ""), lock=False, since=1e9,
         )  # fmt: skip
         return replace(record, **fields)
@@ -58,7 +58,7 @@ def test_of_one_that_is_gone_it_is_said_that_it_was_killed(store: Path, make: Ma
     records.write(make())
     (record,) = records.records()
     assert record.state == "killed"
-    assert not record.alive
+    assert not record.process.alive()
     assert "process 4000000, which was reading" in str(unpacked(record.error))
     assert records.is_there(record)  # until it is told
 

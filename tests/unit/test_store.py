@@ -16,9 +16,9 @@ import pytest
 import numaload as api
 from commands import running, sparse_model
 from numaload.errors import NumaloadWarning, ReplicaNotFoundError, StoreError
+from numaload.holder.process import HolderProcess
 from numaload.replicas import store as stores
 from numaload.replicas.arena import store_memory
-from numaload.replicas.entry import Holder
 from numaload.replicas.lease import Lease
 from numaload.replicas.mirror import MirrorOptions, mirror_shared
 from numaload.replicas.plan import MirrorPlan
@@ -169,10 +169,10 @@ def a_folder(replica: Path) -> None:
     replica.mkdir()
 
 
-BROKEN: dict[str, tuple[Callable[[Path], object], Holder | None]] = {
+BROKEN: dict[str, tuple[Callable[[Path], object], HolderProcess | None]] = {
     "has 5 bytes, expected": (lambda replica: os.truncate(replica, 5), None),
     "is not a file of this user's": (a_folder, None),
-    "is not what process 1 was given to hold": (Path.stat, Holder(1, 0, "", frozenset())),
+    "is not what process 1 was given to hold": (Path.stat, HolderProcess(1, 0, "")),
 }
 
 

@@ -1,0 +1,1 @@
+"""Processes that keep memory alive after the command that started them has ended."""

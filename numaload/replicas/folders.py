@@ -1,0 +1,178 @@
+"""Write folders of entries so that they appear whole, and remove them without what is foreign."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from numaload.errors import StoreError, reason, warn_once
+from numaload.storage import userdir
+
+MANIFEST, LOCK = "manifest.json", "lock"
+ASIDE = re.compile(rf"\.{MANIFEST}\.[0-9a-f]{{8}}")  # while it is written
+NODES, LINK = re.compile(r"node[0-9,-]+"), re.compile(r"/proc/\d+/fd/\d+")
+REPLICA_MODE = 0o400
+# Errors that say that there is nothing, or no entry. EPERM is raised here, for other file systems.
+NO_ENTRY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EPERM)
+
+Links = Sequence[tuple[str, str, str]]  # (folder in the entry, file name, what it leads to)
+
+
+def lock_file(store: int) -> int:
+    """Open what whoever changes the store locks. Raises: StoreError."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(LOCK, flags, 0o600, dir_fd=store)
+    except OSError as error:
+        raise StoreError(f"{userdir.path()}/{LOCK}: {reason(error)}") from error
+
+
+def unlock(fd: int) -> None:
+    """Unlock and close it. Closing alone leaves it locked where a child was forked meanwhile."""
+    try:
+        userdir.flock(fd, fcntl.LOCK_UN)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def alone(store: int) -> Iterator[bool]:
+    """Tell whether nobody builds in the store now, nor begins to before this ends."""
+    try:
+        lock = lock_file(store)
+    except StoreError as error:
+        warn_once("lock", f"{error}; what others left there stays")
+        yield False
+        return
+    try:
+        yield userdir.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        unlock(lock)
+
+
+def write(name: str, manifest: bytes, files: Links, store: int, *, held: bool = False) -> None:
+    """Write an entry: all of it appears at once, by one rename. Raises: OSError.
+
+    files: what the names are given to. held: to be linked to, where a process has it open.
+    """
+    aside = f".{name}"
+    try:
+        os.mkdir(aside, 0o700, dir_fd=store)
+        with userdir.folder(aside, store) as folder:
+            userdir.write_whole(MANIFEST, manifest, folder)
+            for node in dict.fromkeys(node for node, _, _ in files):
+                os.mkdir(node, 0o700, dir_fd=folder)
+            for node, file, target in files:
+                if held:
+                    os.symlink(target, f"{node}/{file}", dir_fd=folder)
+                else:  # only with a dir_fd does link follow that of /proc to a nameless file
+                    os.link(target, f"{node}/{file}", dst_dir_fd=folder)
+        os.rename(aside, name, src_dir_fd=store, dst_dir_fd=store)
+    except BaseException:
+        remove(aside, store)
+        raise
+
+
+def remove(name: str, store: int) -> bool:
+    """Remove an entry, following no link and entering no other file system.
+
+    What does not look like a part of an entry stays, and with it what it lies in.
+    Return whether replicas stay, or may: its folder cannot be read.
+    """
+    try:
+        folder = _below(name, store)
+        try:
+            stays = _empty(folder, _named(folder))
+        finally:
+            os.close(folder)
+    except OSError as error:
+        stays = error.errno not in NO_ENTRY
+    with suppress(OSError):
+        os.rmdir(name, dir_fd=store)
+    return stays
+
+
+def _below(name: str, parent: int) -> int:
+    folder = os.open(name, userdir.DIRECTORY, dir_fd=parent)
+    if os.fstat(folder).st_dev != os.fstat(parent).st_dev:
+        os.close(folder)
+        raise PermissionError(errno.EPERM, "is another file system", name)
+    return folder
+
+
+def _named(folder: int) -> dict[str, str] | None:
+    """Return {replica's name: size} by the manifest, None without one. Raises: OSError."""
+    try:
+        # Numbers may be of any length.
+        row = json.loads(userdir.read_owned(MANIFEST, folder), parse_int=str)
+        if row["version"].isdecimal():
+            sizes = {os.path.basename(str(path)): "" for path in row["model"]["paths"]}
+            with suppress(LookupError, TypeError):  # damaged: the mode of a replica is enough
+                sizes.update(zip(sizes, (i[2] for i in row["model"]["identities"])))  # noqa: B905
+            return sizes
+    except FileNotFoundError:
+        return None
+    except userdir.UNREADABLE as error:
+        if isinstance(error, OSError) and not isinstance(error, StoreError):
+            raise
+    raise PermissionError(errno.EPERM, "is no manifest of an entry", MANIFEST)
+
+
+def _empty(folder: int, sizes: dict[str, str] | None) -> bool:
+    """Remove what is in an entry; return whether replicas stay.
+
+    The manifest goes last: it tells who goes on after a kill which files are replicas.
+    """
+    stays = False
+    for node in filter(NODES.fullmatch, os.listdir(folder)):
+        stays |= _empty_node(node, folder, sizes)
+    found = os.listdir(folder)
+    if not any(map(NODES.fullmatch, found)):
+        for file in found:
+            if file == MANIFEST or ASIDE.fullmatch(file):
+                with suppress(FileNotFoundError):  # others remove it at the same time
+                    os.unlink(file, dir_fd=folder)
+    return stays
+
+
+def _empty_node(node: str, folder: int, sizes: dict[str, str] | None) -> bool:
+    """Remove a node's replicas; return whether any stay. Errors stop neither others nor this."""
+    stays = False
+    try:
+        inside = _below(node, folder)
+        try:
+            for file in os.listdir(inside):
+                if sizes is None or file in sizes:
+                    stays |= not _unlink(file, inside, sizes or {}) and sizes is not None
+        finally:
+            os.close(inside)
+    except OSError as error:
+        stays |= error.errno not in NO_ENTRY
+    with suppress(OSError):
+        os.rmdir(node, dir_fd=folder)
+    return stays
+
+
+def _unlink(name: str, folder: int, sizes: dict[str, str]) -> bool:
+    """Remove what looks like a replica; return whether none of it is left."""
+    try:
+        if _is_replica(name, folder, sizes):
+            os.unlink(name, dir_fd=folder)
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    return True
+
+
+def _is_replica(name: str, folder: int, sizes: dict[str, str]) -> bool:
+    """Return whether it looks like one: a holder's link, or a file of its mode or its size."""
+    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    if stat.S_ISLNK(status.st_mode):
+        return LINK.fullmatch(os.readlink(name, dir_fd=folder)) is not None
+    is_its_size = stat.S_ISREG(status.st_mode) and str(status.st_size) == sizes.get(name)
+    return is_its_size or status.st_mode == stat.S_IFREG | REPLICA_MODE

@@ -107,8 +107,13 @@ class HolderProcess(NamedTuple):
 
 def _stat(pid: int) -> tuple[str, str, int]:
     """Return a process's name, state and start. Raises: OSError."""
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        head, _, tail = file.read().rpartition(b")")
+    path = f"/proc/{pid}/stat"
+    try:
+        with open(path, "rb") as file:
+            head, _, tail = file.read().rpartition(b")")
+    except OSError as error:
+        error.filename = path
+        raise
     fields = tail.split()
     return head.partition(b"(")[2].decode(errors="replace"), fields[0].decode(), int(fields[19])
 

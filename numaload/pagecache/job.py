@@ -1,4 +1,4 @@
-"""``prewarm_async``: prewarming in a thread of this process, which goes on with other things."""
+"""Prewarm in a thread of this process, which goes on with other things: ``prewarm_async``."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class PrewarmJob(NotCopyable):
             raise no_thread(error) from error
 
     def progress(self) -> tuple[int, int]:
-        """(bytes read, bytes to be read); (0, 0) until that is known."""
+        """Return (bytes read, bytes to be read); (0, 0) until that is known."""
         return self._step
 
     def done(self) -> bool:
-        """Whether it has ended, however that was."""
+        """Return whether it has ended, in success or failure."""
         return self._future.done()
 
     def cancel(self) -> None:

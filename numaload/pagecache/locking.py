@@ -1,4 +1,4 @@
-"""Page cache that stays: mapped and locked in RAM, as long as this process lives.
+"""Lock page cache in RAM as long as this process lives, by mapping it.
 
 A range is locked before anything of it is read (MLOCK_ONFAULT): from then on each page that is
 mapped is locked with that, and what is read is mapped soon after. What is mapped of a file counts
@@ -32,10 +32,13 @@ PAUSE_S, IDLE_SHARE = 0.5, 9  # between two looks at what was read meanwhile: of
 
 
 class Locked:
-    """These byte ranges of files, locked from when they are in RAM on."""
+    """Byte ranges of files, locked from when they are in RAM on."""
 
     def __init__(self, files: Sequence[SourceFile], runs: Sequence[Runs]) -> None:
-        """Raises: NodeMemoryError where this user may not lock so much; nothing was read then."""
+        """Lock the ranges, of which nothing need be in RAM yet.
+
+        Raises: NodeMemoryError where this user may not lock so much.
+        """
         self.nbytes = 0  # that are in RAM and locked
         self.size = sum(stop - start for its in runs for start, stop in its)
         self._whole: list[Mapping] = []
@@ -52,7 +55,7 @@ class Locked:
                 self._todo.extend((mapping, edge, min(edge + LOOK, stop)) for edge in blocks)
 
     def catch_up(self) -> int:
-        """Lock what is in RAM by now; bytes of pages that are locked.
+        """Lock what is in RAM by now; return how many bytes are locked.
 
         Raises: NumaError for a file that got shorter.
         """
@@ -74,7 +77,7 @@ def _pages(start: int, stop: int) -> int:
 
 
 def raise_limit() -> int:
-    """The soft limit to the hard one, as anybody may; bytes that may be locked, -1: any number."""
+    """Raise the soft limit to the hard one, as anybody may; return it in bytes, -1: any number."""
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft != hard:
         with suppress(OSError, ValueError):
@@ -101,7 +104,7 @@ def _lock(mapping: Mapping, start: int, stop: int, needed: int, limit: int) -> N
 
 
 def check_room(size: int) -> None:
-    """Raises: NodeMemoryError. Locked page cache is no room any more, for anything."""
+    """Refuse to lock what leaves others no room. Raises: NodeMemoryError."""
     tightest = memory.available()
     total = memory.fields("/proc/meminfo").get("MemTotal", 0)
     free = max(0, tightest.free - memory.reserve(total))
@@ -119,7 +122,10 @@ def check_room(size: int) -> None:
 def chosen_of(
     paths: Sequence[str], tensors: str | None, layers: str | int | None
 ) -> Iterator[tuple[list[SourceFile], list[Runs]]]:
-    """Files of these models, opened, and which ranges of each are meant. Raises: NumaloadError."""
+    """Open the files of these models; give them, and which ranges of each are meant.
+
+    Raises: NumaloadError.
+    """
     models = models_of(list(paths))
     chosen = choose(models, tensors, layers)
     names = dict.fromkeys(real(path) for its in models for path in its)
@@ -142,7 +148,7 @@ def lock(
 
 
 class LockingMeanwhile:
-    """A thread that locks what is read meanwhile, so that little can be pushed out before."""
+    """Lock in a thread what is read meanwhile, so that little can be pushed out before."""
 
     def __init__(self, locked: Locked) -> None:
         self._locked, self._stop = locked, threading.Event()

@@ -1,4 +1,4 @@
-"""What prewarming did, in numbers."""
+"""Report what prewarming did, in numbers."""
 
 from __future__ import annotations
 

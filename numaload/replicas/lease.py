@@ -1,4 +1,4 @@
-"""Replicas of the store in use: mapped by this process, and not released unseen meanwhile."""
+"""Map replicas of the store, so that ``release`` knows that they are in use."""
 
 from __future__ import annotations
 

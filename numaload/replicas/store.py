@@ -306,7 +306,7 @@ def release_damaged() -> tuple[list[str], list[str]]:
 
 
 def _end_damaged(name: str, store: int | None) -> None:
-    """End the holder of a damaged entry, if its manifest still tells of one."""
+    """End the holder that a manifest tells of, which may be damaged or another version's."""
     with suppress(*userdir.UNREADABLE):
         with userdir.folder(name, store) as folder:
             data = userdir.read_owned(MANIFEST, folder)

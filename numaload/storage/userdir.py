@@ -37,7 +37,7 @@ UNREADABLE = (
 
 
 def path() -> str:
-    """The folder: of this name below what NUMALOAD_STORE names, or that itself if it has the name.
+    """Return the folder's name: below what NUMALOAD_STORE names, or that itself if it is called so.
 
     Raises: StoreError.
     """
@@ -124,7 +124,7 @@ def named(where: str) -> Iterator[None]:
 
 @contextmanager
 def folder(name: str, parent: int | None) -> Iterator[int]:
-    """A descriptor of a folder below another one, following no link. Raises: OSError."""
+    """Give a descriptor of a folder below another one, following no link. Raises: OSError."""
     fd = os.open(name, DIRECTORY, dir_fd=parent)
     try:
         yield fd
@@ -160,9 +160,10 @@ def within(name: str, *, create: bool = True) -> Iterator[int | None]:
 
 
 def check_spare(fd: int) -> None:
-    """Raises: StoreError if this process may not open the files that work in the store needs.
+    """Refuse to begin if this process may not open the files that work in the store needs.
 
-    Asked before: half-way, what was begun could not even be taken away. ``fd``: any that is open.
+    Half-way, what was begun could not even be taken away. ``fd``: any that is open.
+    Raises: StoreError.
     """
     spare: list[int] = []
     try:
@@ -232,7 +233,7 @@ def _is_marked(store: int) -> bool:
 
 
 def read_owned(name: str, folder: int) -> bytes:
-    """A small file of this user's inside the folder. Raises: OSError, StoreError."""
+    """Read a small file of this user's inside the folder. Raises: OSError, StoreError."""
     # A FIFO would otherwise be waited for.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(name, flags, dir_fd=folder)
@@ -258,7 +259,7 @@ def listed(folder: int | None) -> list[str]:
 
 
 def flock(fd: int, how: int) -> bool:
-    """Whether it is locked now, or unlocked; False if others have it. Raises: StoreError."""
+    """Lock or unlock it; return False if others have it. Raises: StoreError."""
     with named(path()), suppress(BlockingIOError):
         fcntl.flock(fd, how)
         return True
@@ -280,7 +281,7 @@ def write_whole(name: str, data: bytes, folder: int) -> None:
 
 
 def check_tmpfs(where: str) -> None:
-    """Raises: StoreError elsewhere: other file systems ignore where memory is bound to."""
+    """Refuse other file systems: they ignore where memory is bound to. Raises: StoreError."""
     with named(where):
         mount = mount_of(where)
     if mount is not None and mount.kind != "tmpfs":
@@ -291,14 +292,14 @@ def check_tmpfs(where: str) -> None:
 
 
 def number(value: Any, kind: type = int, *, least: int = 0, below: int = 1 << 64) -> Any:
-    """A number of a record, where anything may stand. Raises: ValueError."""
+    """Return a number of a record, where anything may stand. Raises: ValueError."""
     if type(value) not in (int, kind) or not least <= value < below:
         raise ValueError("a number of another type, or out of range")
     return kind(value)
 
 
 def paths(values: Any) -> tuple[str, ...]:
-    """Paths of a record, where anything may stand. Raises: ValueError, TypeError."""
+    """Return paths of a record, where anything may stand. Raises: ValueError, TypeError."""
     for value in values:
         if type(value) is not str or not os.path.isabs(value) or b"\0" in os.fsencode(value):
             raise ValueError("wrong paths")

@@ -54,7 +54,7 @@ def run(
     except Exception as error:
         if host.answered:
             task.update(state=FAILED, error=packed(error))
-            task.write()
+            task.tend()
             return
         task.forget()
         raise
@@ -64,7 +64,7 @@ def run(
 class _Task:
     def __init__(self, host: Host, record: Record, options: dict[str, Any]) -> None:
         self.host, self.record, self.options = host, record, options
-        self.saved, self.written = True, 0.0
+        self.written = 0.0  # when its record was, on the monotonic clock
         self.tensors, self.layers = (part or None for part in record.part)
 
     def work(self) -> Locked | None:
@@ -99,14 +99,14 @@ class _Task:
         if count < locked.size:
             self.note(f"{count} of {locked.size} bytes are locked: memory is short")
         self.update(state=HELD, locked=count, report=report.to_dict())
-        self.write()
+        self.tend()
 
     def _progress(self, done: int, total: int) -> bool:
         self.update(done=done, total=total)
         if not self.host.answered:
             return self._answer()
         if time.monotonic() - self.written > WRITE_S:
-            self.write()
+            self.tend()
         return not self.host.ended
 
     def _answer(self) -> bool:
@@ -128,16 +128,11 @@ class _Task:
     def note(self, message: Warning | str, *_: Any, **__: Any) -> None:
         self.update(notes=(*self.record.notes, str(message)))
 
-    def write(self) -> None:
-        self.written, self.saved = time.monotonic(), False
+    def tend(self) -> None:
+        """Write the record: anew, and again where somebody removed it."""
+        self.written = time.monotonic()
         with suppress(OSError):  # a full tmpfs
             records.write(self.record)
-            self.saved = True
-
-    def tend(self) -> None:
-        """Write the record again if somebody removed it, or if it could not be written."""
-        if not (self.saved and records.is_there(self.record)):
-            self.write()
 
     def forget(self) -> None:
         with suppress(OSError):

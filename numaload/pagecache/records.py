@@ -107,19 +107,11 @@ def write(record: Record) -> None:
             raise StoreError(f"{where}: {reason(error)}") from error
 
 
-def remove(record: Record) -> bool:
-    """Take a record away; return whether it was there."""
-    with userdir.within(FOLDER, create=False) as folder:
+def remove(record: Record) -> None:
+    """Take a record away, if it is there."""
+    with userdir.within(FOLDER, create=False) as folder, suppress(FileNotFoundError):
         if folder is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(record.name, dir_fd=folder)
-                return True
-    return False
-
-
-def is_there(record: Record) -> bool:
-    with userdir.within(FOLDER, create=False) as folder:
-        return record.name in userdir.listed(folder)
+            os.unlink(record.name, dir_fd=folder)
 
 
 def sweep() -> None:

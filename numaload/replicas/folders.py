@@ -24,36 +24,36 @@ NO_ENTRY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EPERM)
 Links = Sequence[tuple[str, str, str]]  # (folder in the entry, file name, what it leads to)
 
 
-def lock_file(store: int) -> int:
-    """Open what whoever changes the store locks. Raises: StoreError."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        return os.open(LOCK, flags, 0o600, dir_fd=store)
-    except OSError as error:
-        raise StoreError(f"{userdir.path()}/{LOCK}: {reason(error)}") from error
-
-
-def unlock(fd: int) -> None:
-    """Unlock and close it. Closing alone leaves it locked where a child was forked meanwhile."""
-    try:
-        userdir.flock(fd, fcntl.LOCK_UN)
-    finally:
-        os.close(fd)
-
-
 @contextmanager
-def alone(store: int) -> Iterator[bool]:
-    """Tell whether nobody builds in the store now, nor begins to before this ends."""
+def alone(store: int, *, wait: bool = False) -> Iterator[bool]:
+    """Lock the store; give whether nobody else builds there until this ends.
+
+    wait: for who builds now, else the store is left as it is. Raises: StoreError.
+    """
+    flags, pid = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, os.getpid()
     try:
-        lock = lock_file(store)
-    except StoreError as error:
-        warn_once("lock", f"{error}; what others left there stays")
+        lock = os.open(LOCK, flags, 0o600, dir_fd=store)
+    except OSError as error:
+        why = f"{userdir.path()}/{LOCK}: {reason(error)}"
+        if wait:
+            raise StoreError(why) from error
+        warn_once("lock", f"{why}; what others left there stays")
         yield False
         return
     try:
-        yield userdir.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = userdir.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if wait and not free:
+            warn_once("building", "another process is building replicas; waiting for it")
+            free = userdir.flock(lock, fcntl.LOCK_EX)
+        yield free
     finally:
-        unlock(lock)
+        try:
+            # Closing alone would leave it locked where a child was forked meanwhile; in the child
+            # the lock is the parent's.
+            if os.getpid() == pid:
+                userdir.flock(lock, fcntl.LOCK_UN)
+        finally:
+            os.close(lock)
 
 
 def write(name: str, manifest: bytes, files: Links, store: int, *, held: bool = False) -> None:

@@ -134,20 +134,13 @@ def building() -> Iterator[int]:
                 "called in the progress callback of another mirror(shared=True): the store has one"
                 " builder at a time; call it when that has returned"
             )
-        lock, pid = folders.lock_file(store), os.getpid()
-        try:
-            if not userdir.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                warn_once("building", "another process is building replicas; waiting for it")
-                userdir.flock(lock, fcntl.LOCK_EX)
+        with folders.alone(store, wait=True):
             _local.builds = True
-            _sweep(store)
-            yield store
-        finally:
-            _local.builds = False
-            if os.getpid() == pid:
-                folders.unlock(lock)
-            else:  # forked meanwhile: the lock is the parent's
-                os.close(lock)
+            try:
+                _sweep(store)
+                yield store
+            finally:
+                _local.builds = False
 
 
 def sweep() -> list[str]:

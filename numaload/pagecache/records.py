@@ -116,6 +116,7 @@ def remove(record: Record) -> None:
 
 def sweep() -> None:
     """Clear what holders left that were killed while they wrote."""
+    take_over()
     with userdir.within(FOLDER, create=False) as folder:
         for name in userdir.listed(folder):
             match = ASIDE.fullmatch(name)
@@ -124,22 +125,39 @@ def sweep() -> None:
                     os.unlink(name, dir_fd=folder)
 
 
+def take_over() -> None:
+    """Move the records here that processes of an earlier version write."""
+    with userdir.earlier(FOLDER) as old:
+        for name in userdir.listed(old):
+            with suppress(*userdir.UNREADABLE):  # no record
+                _parsed(name, old)
+                with userdir.within(FOLDER) as folder:
+                    os.rename(name, name, src_dir_fd=old, dst_dir_fd=folder)
+
+
 def records() -> list[Record]:
     """Return all there are, oldest first: of holders that live, failed or were killed."""
+    take_over()
     with userdir.within(FOLDER, create=False) as folder:
         names = filter(RECORD.fullmatch, userdir.listed(folder))
         found = [record for name in names for record in _read(name, folder)]
     return sorted(found, key=lambda record: record.since)
 
 
+def _parsed(name: str, folder: int | None) -> Record:
+    """Return the record of this name. Raises: userdir.UNREADABLE where there is none."""
+    assert folder is not None  # noqa: S101 - names come from it
+    record = Record.from_json(userdir.read_owned(name, folder))
+    if record.name != name:
+        raise ValueError("the record of another process")
+    return record
+
+
 def _read(name: str, folder: int | None) -> Iterator[Record]:
     """Give the record, if it is one: with its end, where its holder was killed."""
-    assert folder is not None  # noqa: S101 - names come from it
     with suppress(FileNotFoundError):  # it ended just now
         try:
-            record = Record.from_json(userdir.read_owned(name, folder))
-            if record.name != name:
-                raise ValueError("the record of another process")
+            record = _parsed(name, folder)
         except FileNotFoundError:
             raise
         except userdir.UNREADABLE as error:

@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from errno import EEXIST, ENOENT, ENOTEMPTY
 from typing import Any
 
 from numaload.errors import (
@@ -67,8 +68,9 @@ def scan() -> tuple[list[Entry], dict[str, str]]:
     """Return the entries, oldest first, and {name: why} of those that cannot be read."""
     found: list[Entry] = []
     damaged: dict[str, str] = {}
+    take_over()
     with userdir.existing() as store:
-        for name in _entry_names(store) if store is not None else ():
+        for name in _entry_names(store):
             entry = _read(name, store)
             if isinstance(entry, Entry):
                 found.append(entry)
@@ -78,6 +80,22 @@ def scan() -> tuple[list[Entry], dict[str, str]]:
                     " numaload release without FILE takes away what numaload made of it"
                 )
     return sorted(found, key=lambda entry: entry.created), damaged
+
+
+def take_over() -> None:
+    """Move entries here that an earlier version made, and a holder of that may make again."""
+    with userdir.earlier() as old:
+        names = [name for name in _entry_names(old) if isinstance(_read(name, old), Entry)]
+        if old is None or not names:
+            return
+        with userdir.opened() as store, folders.alone(old) as alone:
+            for name in names if alone else ():
+                try:
+                    os.rename(name, name, src_dir_fd=old, dst_dir_fd=store)
+                except OSError as error:  # noqa: PERF203 - the others are moved all the same
+                    if error.errno not in (ENOENT, ENOTEMPTY, EEXIST):  # it was moved before
+                        why = f"{name}: {reason(error)}: of an earlier version, stays where it is"
+                        warn_once(why, why)
 
 
 def _read(name: str, store: int | None) -> Entry | str:
@@ -91,7 +109,7 @@ def _read(name: str, store: int | None) -> Entry | str:
         return why or type(error).__name__
 
 
-def _entry_names(store: int) -> list[str]:
+def _entry_names(store: int | None) -> list[str]:
     return [name for name in userdir.listed(store) if userdir.ENTRY.fullmatch(name)]
 
 
@@ -128,6 +146,7 @@ def building() -> Iterator[int]:
 
     Yields the store's descriptor, cleared of what killed builders left.
     """
+    take_over()
     with userdir.opened() as store:
         if getattr(_local, "builds", False):
             raise UsageError(
@@ -145,6 +164,7 @@ def building() -> Iterator[int]:
 
 def sweep() -> list[str]:
     """Clear what killed processes left, unless someone builds; return why replicas stay."""
+    take_over()
     with userdir.existing() as store:
         if store is not None:
             with folders.alone(store) as alone:

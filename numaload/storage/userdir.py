@@ -123,6 +123,22 @@ def named(where: str) -> Iterator[None]:
 
 
 @contextmanager
+def earlier(name: str = ".") -> Iterator[int | None]:
+    """Give a descriptor of the folder in which an earlier version kept what is below ``path`` now.
+
+    That was the very folder that NUMALOAD_STORE names. None where it cannot have been.
+    """
+    with ExitStack() as opened:
+        fd = None
+        with suppress(OSError):
+            base = os.open(os.path.dirname(path()), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            opened.callback(os.close, base)
+            if _is_private(os.fstat(base)):
+                fd = opened.enter_context(folder(name, base))
+        yield fd
+
+
+@contextmanager
 def folder(name: str, parent: int | None) -> Iterator[int]:
     """Give a descriptor of a folder below another one, following no link. Raises: OSError."""
     fd = os.open(name, DIRECTORY, dir_fd=parent)

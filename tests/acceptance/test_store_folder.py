@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from commands import LIMIT_S, Numaload, running, sparse_model
 from numaload.errors import NumaloadWarning, StoreError
 from numaload.holder.process import HolderProcess
 from numaload.numa.mounts import mount_of
+from numaload.pagecache.records import Record
 from numaload.replicas import hold as holding
 from numaload.replicas import store as stores
 from numaload.storage import userdir
@@ -130,6 +135,91 @@ def test_a_folder_without_the_marker(base: Path, small: str, kind: str) -> None:
         api.mirror(small, shared=True).close()
         assert (own / userdir.MARKER).exists()
         stores.release(stores.entries())
+
+
+EARLIER = """
+import signal, sys
+with open("/proc/self/comm", "w") as file:
+    file.write(sys.argv[1])
+print("ready", flush=True)
+signal.pause()
+"""
+
+
+@contextmanager
+def earlier_holder(name: str, *fds: int) -> Iterator[HolderProcess]:
+    """A process as an earlier version's holder is known: by its name and its start."""
+    with subprocess.Popen(
+        [sys.executable, "-c", EARLIER, name], stdout=subprocess.PIPE, pass_fds=fds
+    ) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == b"ready\n"
+        ticks = Path(f"/proc/{job.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        yield HolderProcess(job.pid, int(ticks), os.readlink("/proc/self/ns/pid"))
+        job.kill()
+
+
+@pytest.fixture
+def as_before(base: Path, small: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An entry where earlier versions kept it: in the very folder that NUMALOAD_STORE names."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(userdir, "path", lambda: str(base))
+        api.mirror(small, shared=True).close()
+        (entry,) = stores.entries()
+    (base / userdir.MARKER).unlink()
+    (base / "thesis.txt").touch()
+    return base / entry.name
+
+
+def test_an_earlier_version_s_replicas_are_taken_over(
+    base: Path, small: str, as_before: Path
+) -> None:
+    assert len(Numaload(base).json("status")["replicas"]) == 1
+    with api.attach(small) as mirror:
+        assert mirror.verify().right
+    Numaload(base)("release")
+    assert stores.entries() == []
+    assert sorted(os.listdir(base)) == ["known", "lock", OWN, "thesis.txt"]
+
+
+def test_an_earlier_version_s_holder_is_ended(base: Path, small: str, as_before: Path) -> None:
+    (replica,) = as_before.glob("node*/*")
+    with replica.open("rb") as file, earlier_holder("numaload-hold", file.fileno()) as holder:
+        status = os.fstat(file.fileno())
+        row = json.loads((as_before / "manifest.json").read_text())
+        row["holder"] = {
+            "pid": holder.pid, "start": holder.start, "files": [[status.st_dev, status.st_ino]],
+        }  # fmt: skip
+        (as_before / "manifest.json").write_text(
+            json.dumps(row | {"pid_namespace": holder.namespace})
+        )
+        replica.unlink()
+        replica.symlink_to(f"/proc/{holder.pid}/fd/{file.fileno()}")
+        shutil.copytree(as_before, base / "again", symlinks=True)
+        assert len(Numaload(base).json("status")["replicas"]) == 1
+        os.rename(base / "again", as_before)  # as it publishes again what was moved
+        assert Numaload(base).json("status")["replicas"][0]["holder"] == holder.pid
+        with api.attach(small) as mirror:
+            assert mirror.verify().right
+        Numaload(base)("release")
+        assert not running(holder.pid)
+        shutil.rmtree(as_before)  # as it takes away itself what it published
+        assert stores.entries() == []
+
+
+def test_an_earlier_version_s_prewarming_is_seen_and_ended(base: Path, small: str) -> None:
+    (base / "prewarming").mkdir()
+    with earlier_holder("numaload-warm") as holder:
+        status = os.stat(small)
+        record = Record(
+            **holder._asdict(), paths=(small,), files=((status.st_dev, status.st_ino),),
+            part=("", ""), lock=False, since=1e9,
+        )  # fmt: skip
+        (base / "prewarming" / record.name).write_bytes(record.to_json())
+        (row,) = Numaload(base).json("status")["prewarming"]
+        assert row["pid"] == holder.pid
+        Numaload(base)("release")
+        assert not running(holder.pid)
 
 
 NONSENSE = ["a disk", "a file", "no parent", "another kind", "a newline", "too long"]

@@ -94,13 +94,14 @@ def _take_name(name: str) -> None:
         raise
 
 
-def _run(request: Any) -> int:
+def _run(line: bytes) -> int:
     """Run the task; tell who started it the error that stops it before it was ready."""
     from numaload.holder.process import HolderProcess, packed
 
     host = None
     try:
-        sys.path[1:] = request["path"]
+        request = json.loads(line)
+        sys.path += request["path"]
         os.environ["NUMALOAD_STORE"] = request["store"]
         _take_name(request["name"])
         host = Host(HolderProcess.current())
@@ -126,14 +127,10 @@ def main() -> int:
     # A child of init's: nobody has to wait for it, and no shell has it among its jobs.
     if os.fork():
         return 0
-    # First of all the package that this script lies in: an editable installation is found by a
-    # hook that this process does not have.
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
-    try:
-        request = json.loads(line)
-    except ValueError:
-        request = None
-    return _run(request)
+    # After Python's own the package that this script lies in: an editable installation is found by
+    # a hook that this process does not have.
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
+    return _run(line)
 
 
 if __name__ == "__main__":

@@ -206,20 +206,15 @@ def _alone() -> Iterator[None]:
 
 def _waited(holder: PrewarmHolder, progress: Progress | None) -> PrewarmReport | None:
     """Wait for it. Ctrl-C, or the callback, ends also the process if it was started for this."""
-    last = [0, 0]
-
-    def look(done: int, total: int) -> bool:
-        last[:] = done, total
-        return progress is None or progress(done, total) is not False
-
     try:
-        return holder.wait(look)
+        return holder.wait(progress)
     except (KeyboardInterrupt, CancelledError) as error:
+        done, total = holder.progress() or (0, 0)
         if holder.new:
             holder.release()
         if isinstance(error, CancelledError):
             raise
-        raise CancelledError("interrupted", done=last[0], total=last[1]) from None
+        raise CancelledError("interrupted", done=done, total=total) from None
 
 
 def _now(request: Request) -> PrewarmReport:

@@ -73,6 +73,15 @@ def test_one_of_another_container_is_neither_dead_nor_ended(store: Path, make: M
     assert records.records() == []
 
 
+def test_one_that_ended_by_itself_meanwhile_is_told(
+    store: Path, make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records.write(make(namespace="pid:[1]", state="held"))  # of which nobody knows whether it lives
+    monkeypatch.setattr(PrewarmHolder, "release", lambda _: False)
+    prewarming.tell_released(prewarming.release({}))
+    assert "had ended by itself" in capsys.readouterr().out
+
+
 KINDS = ["", "{", "[]", "{}", '{"pid": 1}', "null", "[" * 100_000, '{"pid": ' + "9" * 5000 + "}"]
 
 

@@ -130,7 +130,7 @@ ELSEWHERE: dict[type[errors.NumaloadError], str] = {
     errors.NumaError: "tests/unit/test_syscalls.py",
     errors.NumaUnavailableError: "tests/unit/test_syscalls.py",
     errors.PlacementError: "tests/unit/test_placement.py",
-    errors.StalledError: "tests/unit/test_netreader.py",
+    errors.StalledError: "tests/unit/test_network.py",
     errors.StateDictError: "tests/acceptance/test_load_state_dict.py",
     errors.BackendError: "tests/unit/test_kt_kernel_parts.py",
 }

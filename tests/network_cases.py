@@ -22,10 +22,9 @@ import numpy as np
 import pytest
 
 import numaload as api
-from commands import LIMIT_S, Numaload, running, used_bytes, wait_for
+from commands import LIMIT_S, Numaload, used_bytes, wait_for
 from fuse_server import FuseServer, served
-from numaload.storage import netreader
-from numaload.storage.netreader_main import NAME
+from numaload.storage import network
 
 MIB = 1 << 20
 PAGE = 4096
@@ -68,28 +67,15 @@ def volume(tmp_path: Path, model_files: list[str], store: Path) -> Iterator[Volu
     with served(folder, point) as server:
         files = [str(point / os.path.basename(path)) for path in model_files]
         yield Volume(server, files, model_files)
-    none_left()
 
 
-def readers() -> list[int]:
-    """Processes of this test that ask network file systems: they have the name of its store."""
-    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_reader(pid)]
-
-
-def none_left() -> None:
-    """Soon: those that were not waited for are still ending."""
-    wait_for(lambda: readers() == [], "processes that ask to end")
-
-
-def is_reader(pid: int) -> bool:
-    store = f"NUMALOAD_STORE={os.environ['NUMALOAD_STORE']}".encode()
+def asks(job: subprocess.Popen[str]) -> bool:
+    """Whether it has a thread that asks a network file system."""
     try:
-        name = Path(f"/proc/{pid}/comm").read_text().strip()
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
+        names = [task.read_text() for task in Path(f"/proc/{job.pid}/task").glob("*/comm")]
+    except OSError:  # one of them ended just now
         return False
-    # The kernel may hold a process whose memory it has taken already.
-    return name == NAME and running(pid) and (store in environment or environment == [b""])
+    return f"{network.NAME}\n" in names
 
 
 def entries(numaload: Numaload) -> list[str]:
@@ -99,7 +85,6 @@ def entries(numaload: Numaload) -> list[str]:
 
 
 def nothing_left(numaload: Numaload, before: int) -> None:
-    none_left()
     assert entries(numaload) == []
     if EMULATED:  # elsewhere others use it too
         assert used_bytes(numaload.store.parent) - before < MIB
@@ -154,7 +139,6 @@ def test_every_byte(volume: Volume, numaload: Numaload) -> None:
             assert bytes(mirror.view(mirror.nodes[0]).image(i)) == Path(original).read_bytes()
     numaload("release")
     assert numaload.json("prewarm", volume.model)["done"]
-    none_left()
 
 
 def test_every_tensor(volume: Volume) -> None:
@@ -165,7 +149,6 @@ def test_every_tensor(volume: Volume) -> None:
             assert np.array_equal(array, expected[name])
         for name in expected:
             assert np.array_equal(copied[name].blocks, far[name].blocks)
-    none_left()
 
 
 def test_what_is_resident_is_not_read(volume: Volume, numaload: Numaload) -> None:
@@ -181,18 +164,46 @@ def test_what_is_resident_is_not_read(volume: Volume, numaload: Numaload) -> Non
 
 @pytest.mark.parametrize("verb", ["inspect", "prewarm", "plan", "mirror"])
 def test_a_server_that_says_nothing(volume: Volume, numaload: Numaload, verb: str) -> None:
-    """The kernel holds who asked until there is an answer, also when killed: that is said."""
-    volume.server.tell("stall", "all")
-    done = numaload(verb, volume.model, "--io-timeout", 1, status=1)
-    (line,) = errors_in(done.stderr)
+    volume.server.freeze()
+    line = failed(numaload, verb, volume.model, "--io-timeout", 1)
+    volume.server.thaw()
     assert f"{volume.model}: no answer for 1 s from test-server (fuse, mounted at" in line
     assert str(volume.server.point) in line
     assert "--io-timeout SECONDS" in line
-    held = readers()
-    assert [f"process {pid} ({NAME}) does not end" in done.stderr for pid in held] == [True]
+
+
+def said(job: subprocess.Popen[str]) -> str:
+    """Its next error, which comes before it ends."""
+    assert job.stderr is not None
+    for line in job.stderr:
+        if errors_in(line):
+            return line
+    pytest.fail("it ended without an error")
+
+
+def test_a_question_that_the_server_took_holds_the_exit(volume: Volume, numaload: Numaload) -> None:
+    """The kernel keeps who asked until there is an answer, also when killed: as it does cat."""
+    volume.server.tell("stall", "all")
+    job = numaload.start("inspect", volume.model, "--io-timeout", 1)
+    assert "no answer for 1 s" in said(job)
     volume.server.tell("work")
-    none_left()
+    job.communicate(timeout=LIMIT_S)
+    assert job.returncode == 1
+
+
+@pytest.mark.parametrize("verb", READING)
+def test_ctrl_c_while_the_server_has_the_question(
+    volume: Volume, numaload: Numaload, verb: str
+) -> None:
+    """It is undone and said at once; the process ends with the answer."""
+    volume.server.tell("stall", "all")
+    job = begun(volume, numaload, verb)
+    job.send_signal(signal.SIGINT)
+    assert "interrupted" in said(job)
     assert entries(numaload) == []
+    volume.server.tell("work")
+    job.communicate(timeout=LIMIT_S)
+    assert job.returncode == 130
 
 
 @pytest.mark.parametrize("verb", READING)
@@ -211,12 +222,11 @@ def test_the_variable_and_what_is_no_time(
 ) -> None:
     for text in ("0", "soon", "nan"):
         assert "seconds" in numaload("inspect", volume.model, "--io-timeout", text, status=2).stderr
-    volume.server.tell("stall", "all")
+    volume.server.freeze()
     monkeypatch.setenv("NUMALOAD_IO_TIMEOUT", "1")
     numaload = Numaload(numaload.store)  # with this environment
     assert "no answer for 1 s" in numaload("inspect", volume.model, status=1).stderr
-    volume.server.tell("work")
-    none_left()
+    volume.server.thaw()
     monkeypatch.setenv("NUMALOAD_IO_TIMEOUT", "later")
     done = numaload("inspect", volume.model, status=2)
     assert "NUMALOAD_IO_TIMEOUT: 'later', expected seconds" in done.stderr
@@ -243,21 +253,16 @@ def test_the_api_names_it(volume: Volume, store: Path, what: str) -> None:
     assert error.offset is not None
     assert (error.seconds, error.server) == (1, "test-server")
     assert error.mount == str(volume.server.point)
-    none_left()
 
 
-@pytest.mark.parametrize("stalled", ["all", "reads"])
 @pytest.mark.parametrize(("verb", "times"), CTRL_C)
-def test_ctrl_c(volume: Volume, numaload: Numaload, verb: str, times: int, stalled: str) -> None:
+def test_ctrl_c(volume: Volume, numaload: Numaload, verb: str, times: int) -> None:
     before = used_bytes(numaload.store.parent)
     volume.forget()
-    volume.server.tell("stall", stalled)
+    volume.server.tell("stall", "reads")
     interrupted(begun(volume, numaload, verb), times)
-    if stalled == "reads":
-        none_left()
-    volume.server.tell("work")  # what the kernel holds until there is an answer goes then
-    none_left()
     nothing_left(numaload, before)
+    volume.server.tell("work")
     assert numaload.json("prewarm", volume.model)["done"]
 
 
@@ -269,10 +274,12 @@ def test_ctrl_c_where_closing_waits_too(volume: Volume, numaload: Numaload) -> N
     volume.server.tell("stall", "reads")
     job = begun(volume, numaload, "mirror")
     volume.server.tell("stall", "all")
-    interrupted(job)
-    volume.server.tell("work")
-    none_left()
+    job.send_signal(signal.SIGINT)
+    assert "interrupted" in said(job)
     assert entries(numaload) == []
+    volume.server.tell("work")
+    job.communicate(timeout=LIMIT_S)
+    assert job.returncode == 130
 
 
 @pytest.mark.parametrize("verb", ["inspect", *READING][:: 2 if EMULATED else 1])
@@ -281,10 +288,9 @@ def test_ctrl_c_where_the_server_does_not_run(
 ) -> None:
     volume.server.freeze()
     job = numaload.start(verb, volume.model)
-    wait_for(lambda: readers() != [], "the question")
+    wait_for(lambda: asks(job), "the question")
     interrupted(job)
     volume.server.thaw()
-    none_left()
 
 
 NAMES = """
@@ -352,26 +358,14 @@ def test_ctrl_c_in_a_program(volume: Volume, numaload: Numaload, what: str) -> N
     said = json.loads(out.splitlines()[-1])
     assert said["came"] - sent < ENDS_S, errors
     assert said["threads"] == []
-    none_left()
     assert entries(numaload) == []
-
-
-def test_a_killed_process_leaves_none(volume: Volume, numaload: Numaload) -> None:
-    volume.forget()
-    numaload("inspect", volume.model)
-    volume.server.tell("stall", "reads")
-    job = begun(volume, numaload, "prewarm")
-    assert readers() != []
-    job.kill()
-    job.communicate()
-    none_left()
 
 
 def test_a_slow_server_is_waited_for(
     volume: Volume, monkeypatch: pytest.MonkeyPatch, store: Path
 ) -> None:
-    monkeypatch.setattr(netreader, "SAY_S", 0.3)
-    monkeypatch.setattr(netreader, "TICK_S", 0.05)
+    monkeypatch.setattr(network, "SAY_S", 0.3)
+    monkeypatch.setattr(network, "TICK_S", 0.05)
     monkeypatch.setattr(api.errors, "_said", set())
     volume.forget()
     volume.server.tell("slow", 0.6)
@@ -423,17 +417,17 @@ def test_a_file_that_becomes_shorter(volume: Volume, numaload: Numaload, verb: s
 
 def test_mirrors_outlive_their_server(volume: Volume, numaload: Numaload) -> None:
     numaload("mirror", volume.model)
-    volume.server.tell("stall", "all")
+    volume.server.freeze()
     (entry,) = numaload.json("status", "--io-timeout", 1)["replicas"]
     assert entry["source"] == "unreadable"
     (row,) = numaload.json("verify", "--io-timeout", 1)
     assert row["right"]
     numaload("release", volume.model, "--io-timeout", 1)
+    volume.server.thaw()
     assert entries(numaload) == []
 
 
 def test_many_threads_at_once(volume: Volume) -> None:
-    """Each its own process, no more; none when the file is closed."""
     original = Path(volume.files[0]).read_bytes()
     wrong: list[int] = []
     with api.open(volume.model) as weights:
@@ -451,9 +445,7 @@ def test_many_threads_at_once(volume: Volume) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert 1 <= len(readers()) <= 6
     assert wrong == []
-    none_left()
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,9 @@ def raise_open_files() -> None:
 
 def guard() -> None:
     """Watch for Ctrl-C that is not delivered, where network file systems are mounted."""
-    from numaload.numa.netmounts import any_mounted
+    from numaload.numa.mounts import has_networks
 
-    if _taken and any_mounted():
+    if _taken and has_networks():
         import threading
 
         thread = threading.Thread(target=_watch, name="numaload-guard", daemon=True)

@@ -155,8 +155,9 @@ def get_mempolicy() -> tuple[int, list[int]]:
     mode, mask = _int(), _Mask()
     if binding().calls["get_mempolicy"](ctypes.byref(mode), mask, MASK_BITS + 1, None, 0) != 0:
         raise _refused("get_mempolicy", "this thread")
-    nodes = [i for i in range(MASK_BITS) if mask[i // WORD_BITS] >> i % WORD_BITS & 1]
-    return mode.value, nodes
+    words = [i for i, word in enumerate(mask) if word]
+    bits = [(i * WORD_BITS + bit, mask[i] >> bit & 1) for i in words for bit in range(WORD_BITS)]
+    return mode.value, [node for node, is_set in bits if is_set]
 
 
 def pages_nodes(addresses: Sequence[int]) -> list[int]:
@@ -275,6 +276,13 @@ def memory_at(address: int, nbytes: int) -> ctypes.Array[ctypes.c_ubyte]:
 
 def address_of(array: ctypes.Array[ctypes.c_ubyte]) -> int:
     return ctypes.addressof(array)
+
+
+def copy_bytes(target: memoryview, source: bytearray) -> None:
+    """Fill ``target`` from ``source``, which is as long at least, while other threads go on."""
+    if target:
+        ours, theirs = ctypes.c_ubyte.from_buffer(source), ctypes.c_ubyte.from_buffer(target)
+        ctypes.memmove(ctypes.byref(theirs), ctypes.byref(ours), len(target))
 
 
 def openmp_places() -> list[frozenset[int]] | None:

@@ -13,8 +13,7 @@ from typing import Any
 
 from numaload.errors import ReadError, printable, reason
 from numaload.numa.devices import disks_under
-from numaload.numa.mounts import Mount, mount_of, real
-from numaload.numa.netmounts import network_of
+from numaload.numa.mounts import Mount, mount_of, network_of, real
 from numaload.numa.sysfs import Reader
 
 # What each is called, in the words of `docs/storage.md`.

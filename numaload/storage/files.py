@@ -5,21 +5,31 @@ from __future__ import annotations
 import os
 import resource
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, TypeVar
 
-from numaload.errors import FileChangedError, NotCopyable, ReadError, reason, warn_once
+from numaload.errors import (
+    CancelledError,
+    FileChangedError,
+    NotCopyable,
+    ReadError,
+    StalledError,
+    reason,
+    warn_once,
+)
 from numaload.formats.shards import SUFFIX, find_shards, is_layout
 from numaload.formats.splits import sibling_paths
-from numaload.numa.mounts import real
-from numaload.numa.netmounts import Network, is_network, mount_on, network_of
+from numaload.numa.mounts import Mount, is_network, mount_with, network_of, real
+from numaload.storage.network import Descriptor, NetworkPath, checked, limit, limit_now
 
-if TYPE_CHECKING:
-    from numaload.storage.netfile import NetworkFile, Status
+T = TypeVar("T")
 
 MANY_FILES = 64  # of a model: fewer never need another limit
 MOST_EACH = 16  # descriptors for each: the file, its replicas, direct reads, a holder's
+DROP_S = 1.0  # giving page cache of a network back is not worth more
+NAME_S = 5.0  # nor is the other name of a file
+PATIENT_S = 60.0  # for what takes this machine's time too
 HEAD_BYTES = 1 << 20  # of the file's start, which holds the header, go into the identity
 
 KINDS = {
@@ -42,7 +52,7 @@ class Identity(NamedTuple):
     head: str = ""
 
     @classmethod
-    def of(cls, status: os.stat_result | Status, head: str = "") -> Identity:
+    def of(cls, status: os.stat_result, head: str = "") -> Identity:
         return cls(
             status.st_dev,
             status.st_ino,
@@ -80,92 +90,84 @@ def _open(path: str) -> int:
         return os.open(path, flags)
 
 
+def _open_regular(path: str) -> tuple[int, os.stat_result]:
+    """Open a regular file; -1 for anything else, which is not opened. Raises: OSError, ValueError.
+
+    Some devices do something when they are opened: a watchdog starts, a tape rewinds.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        return -1, found
+    fd = _open(path)
+    os.set_blocking(fd, True)  # or some file systems may answer EAGAIN
+    return fd, os.fstat(fd)
+
+
+def _open_there(path: str) -> tuple[Descriptor, os.stat_result]:
+    """Open it with an owner, who closes it even if nobody waits for this any more."""
+    fd, status = _open_regular(path)
+    return Descriptor(fd), status
+
+
 class SourceFile(NotCopyable):
     """A regular file open for reading. Raises: ReadError for anything else.
 
     ``path``: from the root, so that it means the same after a change of the working directory.
-    ``network``: the network file system it is on, None for one of this machine. Those are asked by
-    processes that can be killed (netreader.py), so that reading them can be given up.
-    ``opened``: what it was like then.
+    ``network``: the network file system it is on, None for one of this machine. Those are asked
+    by threads that can be abandoned (network.py), so that waiting for them can be given up.
+    ``opened``: what it was like then. ``fd``: -1 once it is closed.
     """
 
-    __slots__ = ("_far", "_fd")  # not in __dict__: who copies that owns neither
-    _far: NetworkFile | None
-    _fd: int
+    __slots__ = ("_there", "fd")  # not in __dict__: who copies that owns neither
+    fd: int
+    _there: Descriptor | None  # owns a network's file
 
     def __init__(self, path: str) -> None:
         self.path = path = absolute(path)
-        self._fd, self._far, self.closed = -1, None, False
-        self.network = network_of(path)
+        self.fd, self._there, self.closed = -1, None, False
+        mount = network_of(path)
+        self.asked = NetworkPath(path, mount, limit_now()) if mount else None
         try:
             status = self._open()
-        except BaseException as error:
-            self.close()
-            if isinstance(error, ReadError) or not isinstance(error, (OSError, ValueError)):
-                raise
+        except ReadError:
+            raise
+        except (OSError, ValueError) as error:
             # ValueError: a NUL in it.
             why = reason(error) if isinstance(error, OSError) else str(error)
-            raise ReadError(why, path=self.path) from error
+            raise ReadError(why, path=path) from error
         if not stat.S_ISREG(status.st_mode):
-            self.close()
             kind = KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
             raise ReadError(f"expected a file, found {kind}", path=path)
         self.size, self.opened = status.st_size, Identity.of(status)
 
-    def _open(self) -> os.stat_result | Status:
+    def _open(self) -> os.stat_result:
         """Raises: OSError, ReadError, ValueError."""
-        far = self._open_far(self.network) if self.network else None
-        return far or self._open_near()
-
-    def _open_near(self) -> os.stat_result:
-        found = os.stat(self.path)
-        # Some devices do something when they are opened: a watchdog starts, a tape rewinds.
-        if not stat.S_ISREG(found.st_mode):
-            return found
-        self._fd = _open(self.path)
-        os.set_blocking(self._fd, True)  # or some file systems may answer EAGAIN
-        return os.fstat(self._fd)
-
-    def _open_far(self, network: Network) -> Status | None:
-        """None where it turns out to be on this machine, and where no process can be started."""
-        from numaload.storage.netfile import NetworkFile
-        from numaload.storage.netreader import CannotAskError
-
-        self._far = NetworkFile(self.path, network)
-        try:
-            status = self._far.open()
-        except CannotAskError as error:
-            self._leave_far()
-            warn_once(
-                "netreader",
-                f"{self.path}: read by this process, which then cannot be stopped while"
-                f" {network} does not answer: {error}",
-            )
-            return None
-        mount = mount_on(status.st_dev)  # a link there may lead elsewhere
+        if self.asked is None:
+            self.fd, status = _open_regular(self.path)
+            return status
+        there, status = self.asked.ask(_open_there, self.path)
+        mount = mount_with(status.st_dev)  # a link there may lead elsewhere
         if mount is not None and not is_network(mount.kind):
-            self._leave_far()
-            self.network = None
-            return None
+            self.asked, self.fd = None, there.take()
+        else:
+            self._there, self.fd = there, there.fd
         return status
 
-    def _leave_far(self) -> None:
-        far, self._far = self._far, None
-        if far is not None:
-            far.close()
+    def ask(self, function: Callable[..., T], *arguments: object, patient: bool = False) -> T:
+        """Call what may wait for the network: see NetworkPath.ask. Here, for files of this machine.
 
-    @property
-    def fd(self) -> int:
-        """-1 once it is closed. A network file's is opened when it is first asked for.
-
-        Having it, this process may have to wait for the server: mapping it is worth that.
+        patient: for what takes its own time as well, whatever the limit is.
         """
-        return self._fd if self._far is None else self._far.descriptor(_open)
+        asked = self.asked
+        if asked is None:
+            return function(*arguments)
+        if patient and asked.seconds is not None:
+            asked = asked._replace(seconds=max(asked.seconds, PATIENT_S))
+        return asked.ask(function, *arguments, keep=self._there)
 
     @property
-    def far(self) -> NetworkFile | None:
-        """Who asks the network file system about it, where it is on one."""
-        return self._far
+    def network(self) -> Mount | None:
+        return self.asked.mount if self.asked else None
 
     @property
     def device(self) -> tuple[int, int]:
@@ -175,7 +177,7 @@ class SourceFile(NotCopyable):
     @property
     def is_network(self) -> bool:
         """Whether reading waits for another machine, or for a FUSE server."""
-        return self.network is not None
+        return self.asked is not None
 
     def identity(self) -> Identity:
         head = self.read_at(0, min(HEAD_BYTES, self.size))
@@ -188,30 +190,28 @@ class SourceFile(NotCopyable):
 
         Raises: FileChangedError if another file, or none, has that name now; StalledError.
         """
-        with reached(self.path):
-            try:
-                now = os.stat(self.path)
-            except OSError as error:
-                message = f"renamed or removed since it was opened: {reason(error)}"
-                raise FileChangedError(message, path=self.path) from error
+        try:
+            now = self.ask(os.stat, self.path)
+        except ReadError:
+            raise
+        except OSError as error:
+            message = f"renamed or removed since it was opened: {reason(error)}"
+            raise FileChangedError(message, path=self.path) from error
         if (now.st_dev, now.st_ino) != self.opened[:2]:
             message = "is another file now: this name was given away since it was opened"
             raise FileChangedError(message, path=self.path)
 
     def check_unchanged(self) -> None:
         """Raises: FileChangedError if the open file was written to or cut since it was opened."""
-        now = Identity.of(self._status())
+        try:
+            now = Identity.of(self.ask(os.fstat, self.fd))
+        except ReadError:
+            raise
+        except OSError as error:  # a file of a network that is gone there
+            raise ReadError(reason(error), path=self.path) from error
         if now != self.opened:
             fields = [f for f in Identity._fields if getattr(now, f) != getattr(self.opened, f)]
             raise FileChangedError(f"changed while in use ({', '.join(fields)})", path=self.path)
-
-    def _status(self) -> os.stat_result | Status:
-        if self._far is not None:
-            return self._far.status()
-        try:
-            return os.fstat(self._fd)
-        except OSError as error:  # a file of a network that is gone there
-            raise ReadError(reason(error), path=self.path) from error
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
         buffer = bytearray(nbytes)
@@ -224,13 +224,13 @@ class SourceFile(NotCopyable):
         Raises: ReadError, FileChangedError for bytes gone; of a network file also StalledError, and
         CancelledError where nobody wants it any more.
         """
-        done, far = 0, self._far
+        done, asked, there = 0, self.asked, self._there
         while done < len(view):
             try:
-                if far is None:
-                    count = os.preadv(self._fd, [view[done:]], offset + done)
+                if asked is None or there is None:
+                    count = os.preadv(self.fd, [view[done:]], offset + done)
                 else:
-                    count = far.read(view[done:], offset + done)
+                    count = asked.read(there, view[done:], offset + done)
             except ReadError:
                 raise
             except OSError as error:
@@ -245,23 +245,26 @@ class SourceFile(NotCopyable):
 
     def drop_cache(self, offset: int, nbytes: int) -> None:
         """Give page cache back. Pages that someone maps or writes stay. Raises: ReadError."""
-        if self._far is not None:
-            self._far.drop(offset, nbytes)
+        if self.asked is not None:
+            brief = self.asked._replace(seconds=DROP_S)
+            with suppress(OSError, CancelledError):  # StalledError included
+                brief.ask(_drop_cache, self.fd, offset, nbytes, keep=self._there)
             return
         try:
-            os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+            _drop_cache(self.fd, offset, nbytes)
         except OSError as error:
             raise ReadError(
                 f"page cache cannot be given back: {reason(error)}", path=self.path, offset=offset
             ) from error
 
     def close(self) -> None:
+        """Close it; of a network as soon as nobody is inside the kernel with it."""
         self.closed = True
-        fd, self._fd = self._fd, -1  # before it is free for others
-        far, self._far = self._far, None
-        if far is not None:
-            far.close()
-        if fd >= 0:
+        there, self._there = self._there, None
+        fd, self.fd = self.fd, -1  # before it is free for others
+        if there is not None:
+            there.leave()
+        elif fd >= 0:
             os.close(fd)
 
     def __enter__(self) -> SourceFile:
@@ -271,12 +274,12 @@ class SourceFile(NotCopyable):
         self.close()
 
     def __del__(self) -> None:
-        far = getattr(self, "_far", None)
-        if far is not None:
-            self._far = None
-            self._fd = far.leave()  # locks may be held by whoever is collecting garbage
-        if getattr(self, "_fd", -1) >= 0:
+        if getattr(self, "fd", -1) >= 0:
             self.close()
+
+
+def _drop_cache(fd: int, offset: int, nbytes: int) -> None:
+    os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def make_room_for(count: int) -> None:
@@ -324,24 +327,25 @@ def reached(path: str) -> Iterator[None]:
     It waits for that as reading does; then the kernel knows the name for a while. What is on this
     machine costs nothing. Raises: ReadError, UsageError.
     """
-    network = network_of(path)
-    if network is None:
-        yield
-        return
-    from numaload.storage.netfile import looked_up
-
-    with looked_up(path, network):
-        yield
+    mount = network_of(path)
+    if mount is not None:
+        try:
+            NetworkPath(path, mount, limit_now()).ask(os.stat, path)
+        except ReadError:
+            raise
+        except (OSError, ValueError):
+            pass  # that is an answer too
+    yield
 
 
 def real_path(path: str) -> str:
     """The name without links. Where a network does not soon tell, the one that is given."""
-    network = network_of(path)
-    if network is None:
+    mount = network_of(path)
+    if mount is None:
         return real(path)
-    from numaload.storage.netfile import name_of
-
-    return name_of(path, network)
+    with suppress(StalledError):
+        return NetworkPath(path, mount, min(NAME_S, limit_now() or NAME_S)).ask(real, path)
+    return os.path.abspath(path)
 
 
 @contextmanager
@@ -353,7 +357,13 @@ def io_timeout(seconds: float | None, files: Iterable[SourceFile] = ()) -> Itera
     if seconds is None:
         yield
         return
-    from numaload.storage.netfile import asked_for
-
-    with asked_for(seconds, [file.far for file in files if file.far is not None]):
+    most = checked(seconds, "io_timeout")
+    token, before = limit.set(most), [(file, file.asked) for file in files]
+    try:
+        for file, asked in before:
+            file.asked = asked._replace(seconds=most) if asked else None
         yield
+    finally:
+        limit.reset(token)
+        for file, asked in before:
+            file.asked = asked

@@ -59,10 +59,16 @@ def cached_bytes(file: SourceFile, start: int = 0, nbytes: int = 0) -> int | Non
     None where it does not tell: ask ``residency`` then. One system call where all or none are
     there; otherwise one more for an edge that is not a page's.
     """
-    stop = min(start + nbytes, file.size) if nbytes else file.size
-    if file.far is not None or syscalls.file_system(file.fd) in STACKED:
+    if file.is_network:  # asking which file system it is may wait
         return None
-    return _count(file.fd, start, stop) if start < stop else 0
+    stop = min(start + nbytes, file.size) if nbytes else file.size
+    return _cached_bytes(file.fd, start, stop)
+
+
+def _cached_bytes(fd: int, start: int, stop: int) -> int | None:
+    if syscalls.file_system(fd) in STACKED:
+        return None
+    return _count(fd, start, stop) if start < stop else 0
 
 
 def _count(fd: int, start: int, stop: int) -> int | None:
@@ -101,9 +107,10 @@ def residency(file: SourceFile, start: int = 0, stop: int | None = None) -> Resi
     """
     stop = file.size if stop is None else min(stop, file.size)
     start = min(start, stop)
-    if file.far is not None:
-        known, absent = file.far.resident(start, stop)
-        return Residency(stop - start, tuple(absent), known, start)
+    return file.ask(_residency, file, start, stop, patient=True)
+
+
+def _residency(file: SourceFile, start: int, stop: int) -> Residency:
     with _Search(file) as search:
         if not search.counts and syscalls.file_system(file.fd) == HUGETLBFS:
             return Residency(stop - start, (), True, start)
@@ -118,7 +125,7 @@ class _Search:
     def __init__(self, file: SourceFile) -> None:
         self.file, self._mapping = file, Mapping(0, 0, (0, 0))
         self.may_map = may_ask(file)
-        self.counts = cached_bytes(file, 0, 1) is not None
+        self.counts = _cached_bytes(file.fd, 0, min(1, file.size)) is not None
         self.possible = self.may_map or self.counts
 
     def absent(self, start: int, stop: int) -> Iterator[Run]:
@@ -174,7 +181,11 @@ def _joined(runs: Iterator[Run]) -> Iterator[Run]:
 
 
 def may_ask(file: SourceFile) -> bool:
-    """Whether mincore(2) tells the truth about this file."""
+    """Return whether mincore(2) tells the truth about this file."""
+    return file.ask(_may_ask, file)
+
+
+def _may_ask(file: SourceFile) -> bool:
     try:
         owner = os.fstat(file.fd).st_uid
     except OSError:  # then that is not known
@@ -188,8 +199,10 @@ def cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
     What was found resident may be gone since. Mapping that would read it again, and Linux 6.1
     tries for ever where it cannot be read: so the kernel is asked just before, once more.
     """
-    if file.far is not None:
-        return file.far.placed(found.start, found.size, found.absent)
+    return file.ask(_cached_on, file, found, patient=True)
+
+
+def _cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
     on: Counter[int] = Counter()
     if not found.resident:
         return {}

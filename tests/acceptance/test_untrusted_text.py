@@ -29,7 +29,7 @@ from numaload.backends.ktransformers import SafeTensorLoader
 from numaload.backends.lora import open_adapter
 from numaload.cli.output import print_table, say
 from numaload.errors import LONGEST, printable
-from numaload.numa.netmounts import Network
+from numaload.numa.mounts import Mount
 from numaload.storage.device import Device
 
 CONTROL = "\x00\x07\n\r\t\x1b]0;P\x07\x1b[2J\x7f\x85\x9b2J"
@@ -271,7 +271,7 @@ def test_warnings_are_safe_to_print() -> None:
 
 def test_what_objects_say_of_themselves_is_safe_to_print(weights: api.Weights) -> None:
     worker = Worker(1, EVIL, 0, [0], [0])
-    network = Network("nfs", f"{EVIL}:/export", EVIL, "0:1")
+    network = Mount("0:1", EVIL, "nfs", source=f"{EVIL}:/export")
     device = Device("network", EVIL, EVIL)
     for one in (weights, weights[TEXT], worker, network, device):
         assert safe(str(one)), type(one)

@@ -166,9 +166,7 @@ class Released(NamedTuple):
 def look(wanted: Wanted) -> list[dict[str, Any]]:
     """Return what the processes do. An error is told once, and its record removed with that."""
     from numaload.pagecache import records
-    from numaload.storage import following
 
-    following.sweep()
     records.sweep()
     rows = []
     for record, _ in _chosen(records.records(), wanted):
@@ -268,9 +266,7 @@ def release(wanted: Wanted) -> Released:
     from numaload.errors import StoreError
     from numaload.pagecache import records
     from numaload.pagecache.background import PrewarmHolder
-    from numaload.storage import following
 
-    following.sweep()
     records.sweep()
     done = Released([], set())
     for record, files in _chosen(records.records(), wanted):

@@ -21,9 +21,10 @@ from numaload.pagecache import records
 from numaload.pagecache.locking import chosen_of
 from numaload.pagecache.records import READING, Record
 from numaload.pagecache.report import PrewarmReport
-from numaload.storage import following, userdir
+from numaload.storage import userdir
 from numaload.storage.files import SourceFile
 from numaload.storage.reader import Progress
+from numaload.storage.reading_lock import check_free
 from numaload.storage.residency import residency
 
 NAME = "numaload-warm"
@@ -58,7 +59,7 @@ class PrewarmHolder:
         Raises: the error that ended it; StoreError if it was killed; CancelledError where the
         callback says so: that ends the waiting, not the process.
         """
-        following.check_free()
+        check_free()
         pid = os.getpid()
         while (record := self._record()) is None or record.state == READING:
             if record is None and not self._process.alive():
@@ -138,7 +139,7 @@ def prewarm_held(
     """
     begin = time.perf_counter()
     if not background:
-        following.check_free()
+        check_free()
     inodes = {path: _inode(path) for path in request.paths}
     with _alone():
         having = _having(request, inodes)

@@ -15,8 +15,8 @@ from numaload.numa.threads import no_thread
 from numaload.pagecache.choice import Source, located
 from numaload.pagecache.prewarm import prewarm
 from numaload.pagecache.report import PrewarmReport
-from numaload.storage import following
 from numaload.storage.reader import Progress
+from numaload.storage.reading_lock import check_free, holding
 
 
 class PrewarmJob(NotCopyable):
@@ -32,7 +32,7 @@ class PrewarmJob(NotCopyable):
         self._thread = threading.Thread(
             target=run, args=(self._run, located(what), options), name="numaload-prewarm"
         )
-        self._pid, self._in_turn = os.getpid(), following.in_turn()
+        self._pid, self._in_turn = os.getpid(), holding()
         try:
             self._thread.start()
         except RuntimeError as error:
@@ -62,7 +62,7 @@ class PrewarmJob(NotCopyable):
                 "result() in the progress callback of this job: it would wait for itself"
             )
         if not self._in_turn and self._thread.is_alive():
-            following.check_free()
+            check_free()
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise TimeoutError(f"prewarming has not ended within {timeout} s")

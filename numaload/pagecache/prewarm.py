@@ -23,12 +23,13 @@ from numaload.pagecache.reading import (
     read_into_cache,
 )
 from numaload.pagecache.report import PrewarmReport
-from numaload.storage import following, known
+from numaload.storage import known
 from numaload.storage.device import device_of
 from numaload.storage.files import SourceFile, make_room_for, reached
 from numaload.storage.files import io_timeout as waiting
 from numaload.storage.plan import CACHE, Forced, ReadPlan, make_plan
 from numaload.storage.reader import Progress
+from numaload.storage.reading_lock import reading_lock
 from numaload.storage.residency import Residency, cached_on, residency
 
 __all__ = ["PrewarmReport", "Source", "prewarm"]
@@ -217,17 +218,14 @@ class _Prewarming:
 
     def _in_turn(self, report: PrewarmReport, seen: _Seen) -> _Seen:
         """Read what no other process of this user reads meanwhile."""
-        with following.turn(self.files, self.progress) as turn:
+        with reading_lock(self.files, self.progress, seen.nbytes) as waited_for:
             now = self._look()
-            report.followed = turn.followed
-            if turn.followed is not None:
-                less = max(0, seen.nbytes - now.nbytes)
-                report.read_by_others = less if seen.known else turn.by_others
-            if not now.nbytes:
-                return now
-            return self._read(report, now, turn.tell)
+            report.followed = waited_for
+            if waited_for is not None and seen.known:
+                report.read_by_others = max(0, seen.nbytes - now.nbytes)
+            return self._read(report, now) if now.nbytes else now
 
-    def _read(self, report: PrewarmReport, seen: _Seen, progress: Progress) -> _Seen:
+    def _read(self, report: PrewarmReport, seen: _Seen) -> _Seen:
         budget = CacheBudget(self.files, seen.absent, report.size - seen.nbytes, self.placing)
         if not self.force:
             budget.check()
@@ -244,7 +242,7 @@ class _Prewarming:
             rate=self.max_rate,
             exact=self._is_part,
         )
-        done, report.plan = read(seen.absent, plan, budget, progress)
+        done, report.plan = read(seen.absent, plan, budget, self.progress)
         report.read, report.stopped = done, budget.stopped
         report.threads = report.plan.way.threads
         after = self._look_anew() if seen.known else _Seen([() for _ in self.files], known=False)

@@ -68,11 +68,8 @@ def told(numaload: Numaload, *files: str, status: int = 0) -> list[dict[str, Any
 
 
 def left(numaload: Numaload) -> list[str]:
-    found = []
-    for folder in ("prewarming", "reading"):
-        if (numaload.store / folder).exists():
-            found += os.listdir(numaload.store / folder)
-    return found
+    folder = numaload.store / "prewarming"
+    return os.listdir(folder) if folder.exists() else []
 
 
 def memory_of(pid: int) -> dict[str, int]:

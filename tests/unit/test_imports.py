@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,33 @@ def imported(path: Path) -> Iterator[str]:
                 yield from parts[1:2] or [alias.name for alias in node.names]
 
 
+def module_of(path: Path) -> str:
+    below = path.relative_to(ROOT).with_suffix("")
+    parts = below.parts if below.parts[0] == "numaload" else ("numaload", *below.parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imported_files(path: Path, known: set[str]) -> set[str]:
+    """Modules that this file imports, anywhere in it; imports for types alone aside."""
+    tree = ast.parse(path.read_text())
+    for_types = {
+        id(inside)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
+        for inside in ast.walk(block)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & known
+            names |= inner or {node.module}
+    return names & known - {module_of(path)}
+
+
 def wrong_imports(path: Path, ranks: dict[str, int]) -> list[str]:
     unit = unit_of(path)
     return [
@@ -60,6 +88,12 @@ INSIDE = [path for path in sources() if unit_of(path) not in OUTSIDE]
 @pytest.mark.parametrize("path", INSIDE, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path: Path) -> None:
     assert wrong_imports(path, drawing()) == []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    files = {module_of(path): path for path in sources()}
+    graph = {name: imported_files(path, set(files)) for name, path in files.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 
 def test_drawing_names_every_unit() -> None:

@@ -1,4 +1,4 @@
-"""Opened weight files: who they are, and reads that either give every byte or say why not."""
+"""Open weight files, know them again, and read every byte of a range or say why not."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Identity(NamedTuple):
 
 
 def absolute(path: str) -> str:
-    """The same name from the root: what it leads to changes with no working directory.
+    """Return the name from the root, which no change of the working directory concerns.
 
     What is before ".." is resolved, since above a link's target is another folder.
     """
@@ -79,7 +79,7 @@ def absolute(path: str) -> str:
 
 
 def _open(path: str) -> int:
-    """Opening a FIFO without O_NONBLOCK would wait for a writer for ever."""
+    """Open it for reading. Without O_NONBLOCK, a FIFO would wait for a writer for ever."""
     flags = os.O_RDONLY | os.O_CLOEXEC
     try:
         return os.open(path, flags | os.O_NONBLOCK)
@@ -186,7 +186,7 @@ class SourceFile(NotCopyable):
         return self.opened._replace(head=hashlib.blake2b(head, digest_size=16).hexdigest())
 
     def check_name(self) -> None:
-        """For those who open it once more, by ``path``.
+        """Check that ``path`` still leads to this file, before it is opened once more by that.
 
         Raises: FileChangedError if another file, or none, has that name now; StalledError.
         """
@@ -202,7 +202,7 @@ class SourceFile(NotCopyable):
             raise FileChangedError(message, path=self.path)
 
     def check_unchanged(self) -> None:
-        """Raises: FileChangedError if the open file was written to or cut since it was opened."""
+        """Raises: FileChangedError if the file was written to or cut since it was opened."""
         try:
             now = Identity.of(self.ask(os.fstat, self.fd))
         except ReadError:
@@ -302,7 +302,7 @@ def make_room_for(count: int) -> None:
 
 
 def read_whole(path: str, most: int) -> bytes:
-    """All of a regular file of at most ``most`` bytes. Raises: ReadError."""
+    """Read a regular file of at most ``most`` bytes. Raises: ReadError."""
     with SourceFile(path) as file:
         if file.size > most:
             raise ReadError(f"{file.size} bytes, expected at most {most}", path=path)
@@ -310,7 +310,7 @@ def read_whole(path: str, most: int) -> bytes:
 
 
 def model_paths(path: str) -> list[str]:
-    """All files of the model that this is a file of: GGUF splits, or safetensors shards.
+    """Return all files of the model that this is one of: GGUF splits, or safetensors shards.
 
     path: of these also their index, or the folder that they are in. Raises: SplitError, ReadError.
     """
@@ -322,10 +322,10 @@ def model_paths(path: str) -> list[str]:
 
 @contextmanager
 def reached(path: str) -> Iterator[None]:
-    """For whoever looks at names and folders in this process: only once their server answers.
+    """Wait until the server of this name answers, before names and folders are looked at inside.
 
-    It waits for that as reading does; then the kernel knows the name for a while. What is on this
-    machine costs nothing. Raises: ReadError, UsageError.
+    The kernel knows the name for a while then. What is on this machine costs nothing.
+    Raises: ReadError, UsageError.
     """
     mount = network_of(path)
     if mount is not None:
@@ -339,7 +339,7 @@ def reached(path: str) -> Iterator[None]:
 
 
 def real_path(path: str) -> str:
-    """The name without links. Where a network does not soon tell, the one that is given."""
+    """Return the name without links; where a network does not soon tell, the one given."""
     mount = network_of(path)
     if mount is None:
         return real(path)
@@ -350,7 +350,7 @@ def real_path(path: str) -> str:
 
 @contextmanager
 def io_timeout(seconds: float | None, files: Iterable[SourceFile] = ()) -> Iterator[None]:
-    """The longest wait for a network's answer, for files opened inside, and inside for ``files``.
+    """Limit each wait for a network's answer: of files opened inside, and inside of ``files``.
 
     None changes nothing. Raises: UsageError.
     """

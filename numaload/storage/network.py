@@ -29,7 +29,6 @@ from numaload.errors import CancelledError, NumaError, StalledError, UsageError,
 from numaload.numa import syscalls
 from numaload.numa.mounts import Mount
 from numaload.numa.stopping import renewed, stopping
-from numaload.numa.threads import name_thread
 
 VARIABLE = "NUMALOAD_IO_TIMEOUT"
 NAME = "numaload-net"  # of the threads, in ps -L and top
@@ -240,6 +239,8 @@ class _Threads:
         self.idle: SimpleQueue[None] = SimpleQueue()
 
     def serve(self) -> None:
+        from numaload.numa.threads import name_thread  # files of this machine need none
+
         _local.asks = True
         name_thread(NAME)
         cpus, policy = os.sched_getaffinity(0), _policy()

@@ -1,4 +1,4 @@
-"""Which parts of a file are in the page cache, and on which nodes.
+"""Find which parts of a file are in the page cache, and on which nodes.
 
 Two calls tell. cachestat(2) counts the pages of a range at once and maps nothing; mincore(2) has a
 byte for each page, and costs as much for what is not there. So the first is asked about larger
@@ -54,7 +54,7 @@ class Residency:
 
 
 def cached_bytes(file: SourceFile, start: int = 0, nbytes: int = 0) -> int | None:
-    """How many of these bytes are on pages in RAM, by cachestat(2); nbytes 0: all that follow.
+    """Count how many of these bytes are in RAM, by cachestat(2); nbytes 0: all that follow.
 
     None where it does not tell: ask ``residency`` then. One system call where all or none are
     there; otherwise one more for an edge that is not a page's.
@@ -92,14 +92,14 @@ def _pages(start: int, stop: int) -> int:
 
 
 def asked_by(file: SourceFile) -> str | None:
-    """Which call tells about this file: "cachestat", "mincore", or None where none does."""
+    """Return which call tells about this file: "cachestat", "mincore", or None for none."""
     if cached_bytes(file, 0, 1) is not None:
         return "cachestat"
     return "mincore" if may_ask(file) else None
 
 
 def residency(file: SourceFile, start: int = 0, stop: int | None = None) -> Residency:
-    """Which of these bytes are in RAM: exactly, page by page; the last page ends with the file.
+    """Find which of these bytes are in RAM, page by page; the last page ends with the file.
 
     Since Linux 5.2 mincore(2) answers truthfully only to the file's owner and those who may write
     it, and says "resident" for everything to others; later kernels refuse cachestat(2) to them.
@@ -120,7 +120,7 @@ def _residency(file: SourceFile, start: int, stop: int) -> Residency:
 
 
 class _Search:
-    """For what is absent, in ever smaller ranges. Maps the file only where mincore is asked."""
+    """Finds what is absent, in ever smaller ranges. Maps the file only for mincore."""
 
     def __init__(self, file: SourceFile) -> None:
         self.file, self._mapping = file, Mapping(0, 0, (0, 0))
@@ -129,7 +129,7 @@ class _Search:
         self.possible = self.may_map or self.counts
 
     def absent(self, start: int, stop: int) -> Iterator[Run]:
-        """Runs of absent bytes; those that touch are not joined yet."""
+        """Yield runs of absent bytes; those that touch are not joined yet."""
         found = _count(self.file.fd, start, stop) if self.counts else None
         if found is not None and found in (0, stop - start):
             if found < stop - start:
@@ -194,7 +194,7 @@ def _may_ask(file: SourceFile) -> bool:
 
 
 def cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
-    """{node: bytes} of the file's page cache. Looks only at what is resident: it reads nothing.
+    """Return {node: bytes} of what is resident of the file. It reads nothing.
 
     What was found resident may be gone since. Mapping that would read it again, and Linux 6.1
     tries for ever where it cannot be read: so the kernel is asked just before, once more.
@@ -216,7 +216,7 @@ def _cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
 
 
 def map_quietly(file: SourceFile) -> Mapping:
-    """The whole file, for looking at what is resident: without reading ahead of what is mapped."""
+    """Map the whole file to look at what is resident: without reading ahead of what is mapped."""
     mapping = map_file(file.fd, file.size)
     if mapping.length:
         # A page that readers left as a mark to read on from would start that, resident or not.
@@ -234,7 +234,7 @@ def map_present(mapping: Mapping, start: int, stop: int) -> bytes:
 
 
 def present(found: Residency) -> Iterator[tuple[int, int]]:
-    """The complement of ``absent``: (start, stop) byte ranges that are in RAM."""
+    """Yield the (start, stop) byte ranges that are in RAM: the complement of ``absent``."""
     begin, end = found.start, found.start + found.size
     for start, stop in (*found.absent, (end, end)):
         if start > begin:

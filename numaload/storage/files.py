@@ -20,7 +20,7 @@ from numaload.errors import (
 )
 from numaload.formats.shards import SUFFIX, find_shards, is_layout
 from numaload.formats.splits import sibling_paths
-from numaload.numa.mounts import Mount, is_network, mount_with, network_of, real
+from numaload.numa.mounts import is_network, mount_with, network_of, real
 from numaload.storage.network import Descriptor, NetworkPath, checked, limit, limit_now
 
 T = TypeVar("T")
@@ -99,8 +99,12 @@ def _open_regular(path: str) -> tuple[int, os.stat_result]:
     if not stat.S_ISREG(found.st_mode):
         return -1, found
     fd = _open(path)
-    os.set_blocking(fd, True)  # or some file systems may answer EAGAIN
-    return fd, os.fstat(fd)
+    try:
+        os.set_blocking(fd, True)  # or some file systems may answer EAGAIN
+        return fd, os.fstat(fd)
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def _open_there(path: str) -> tuple[Descriptor, os.stat_result]:
@@ -113,8 +117,8 @@ class SourceFile(NotCopyable):
     """A regular file open for reading. Raises: ReadError for anything else.
 
     ``path``: from the root, so that it means the same after a change of the working directory.
-    ``network``: the network file system it is on, None for one of this machine. Those are asked
-    by threads that can be abandoned (network.py), so that waiting for them can be given up.
+    ``asked``: how its network file system is asked, by threads that can be abandoned (network.py);
+    None for a file of this machine.
     ``opened``: what it was like then. ``fd``: -1 once it is closed.
     """
 
@@ -136,6 +140,7 @@ class SourceFile(NotCopyable):
             why = reason(error) if isinstance(error, OSError) else str(error)
             raise ReadError(why, path=path) from error
         if not stat.S_ISREG(status.st_mode):
+            self.close()
             kind = KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
             raise ReadError(f"expected a file, found {kind}", path=path)
         self.size, self.opened = status.st_size, Identity.of(status)
@@ -164,10 +169,6 @@ class SourceFile(NotCopyable):
         if patient and asked.seconds is not None:
             asked = asked._replace(seconds=max(asked.seconds, PATIENT_S))
         return asked.ask(function, *arguments, keep=self._there)
-
-    @property
-    def network(self) -> Mount | None:
-        return self.asked.mount if self.asked else None
 
     @property
     def device(self) -> tuple[int, int]:

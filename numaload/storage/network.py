@@ -25,7 +25,14 @@ from errno import EBADF
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
-from numaload.errors import CancelledError, NumaError, StalledError, UsageError, warn_once
+from numaload.errors import (
+    CancelledError,
+    NotCopyable,
+    NumaError,
+    StalledError,
+    UsageError,
+    warn_once,
+)
 from numaload.numa import syscalls
 from numaload.numa.mounts import Mount
 from numaload.numa.stopping import renewed, stopping
@@ -61,13 +68,13 @@ def limit_now() -> float | None:
     return checked(text, VARIABLE) if asked is None and text else asked
 
 
-class Descriptor:
+class Descriptor(NotCopyable):
     """An open file. It is closed when its owner closed it and no thread is inside a call with it.
 
     Its number would be another file's otherwise, which that thread would go on with.
     """
 
-    __slots__ = ("__weakref__", "_lock", "_users", "fd")
+    __slots__ = ("_lock", "_users", "fd")
 
     def __init__(self, fd: int) -> None:
         self.fd, self._users = fd, 1  # the owner

@@ -70,6 +70,8 @@ def absolute(path: str) -> str:
     """
     if not path:  # no name, which is not the working directory's
         return path
+    if path[0] == "/" != path[-1] and "/." not in path and "//" not in path:
+        return path  # as most are that come here
     try:
         whole = os.path.join(os.getcwd(), path)
         before, up, after = f"{whole}/".rpartition("/../")

@@ -111,6 +111,15 @@ def core_of(cpu: int, sys_root: str = "/sys") -> frozenset[int]:
 ALLOWED, WIDENED = before_binding(frozenset(os.sched_getaffinity(0)))
 
 
+def allowed() -> frozenset[int]:
+    """Return the CPUs this process may use; say it where that is more than its affinity."""
+    if WIDENED:
+        from numaload.errors import warn_once
+
+        warn_once("affinity", WIDENED)
+    return ALLOWED
+
+
 def pin(cpus: frozenset[int]) -> None:
     """Run the calling thread on these CPUs only. Raises: NumaError where none of them is left."""
     try:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from numaload.errors import UsageError, warn_once
+from numaload.errors import UsageError
 from numaload.numa import affinity
 from numaload.numa.cgroups import cpu_quota
 from numaload.numa.lists import Group, format_list, parse_map, select
@@ -192,9 +192,7 @@ def topology(
     base = f"{sys_root}/devices/system/node"
     files, quota = Reader(), cpu_quota(sys_root, proc_root)
     if allowed is None:
-        allowed = affinity.ALLOWED
-        if affinity.WIDENED:
-            warn_once("affinity", affinity.WIDENED)
+        allowed = affinity.allowed()
     nodes = _nodes(files, base, allowed, _allowed_mems(files, proc_root))
     source = base if nodes else f"{proc_root}/meminfo"
     nodes = nodes or {0: _single_node(files, sys_root, proc_root, allowed)}

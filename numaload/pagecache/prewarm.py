@@ -8,29 +8,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from numaload.errors import SplitError, UsageError
 from numaload.formats.shards import SUFFIX
 from numaload.formats.splits import is_there
-from numaload.numa.topology import topology
 from numaload.pagecache.choice import Chosen, Runs, Source, choose, models_of, real
-from numaload.pagecache.reading import (
-    POLICIES,
-    CacheBudget,
-    Placing,
-    landing,
-    move_pages,
-    read_into_cache,
-)
 from numaload.pagecache.report import PrewarmReport
 from numaload.storage import known
-from numaload.storage.device import device_of
 from numaload.storage.files import SourceFile, make_room_for, reached
 from numaload.storage.files import io_timeout as waiting
-from numaload.storage.plan import CACHE, Forced, ReadPlan, make_plan
-from numaload.storage.reader import Progress
-from numaload.storage.reading_lock import reading_lock
 from numaload.storage.residency import Residency, cached_on, residency
+
+if TYPE_CHECKING:  # what reads is imported once something is absent
+    from numaload.pagecache.reading import Placing
+    from numaload.storage.plan import Forced, ReadPlan
+    from numaload.storage.reader import Progress
 
 __all__ = ["PrewarmReport", "Source", "prewarm"]
 
@@ -40,7 +33,17 @@ GIVEN_UP = (
 )
 LITTLE, AGAIN = 16, 3  # a share of the bytes that may be read again, and how often
 
-Announce = Callable[[ReadPlan], None]
+Announce = Callable[["ReadPlan"], None]
+
+
+@dataclass(frozen=True)
+class PrewarmOptions:
+    """Say where page cache shall land, and how it is read. None: as the plan chooses."""
+
+    placing: Placing | None = None
+    forced: Forced | None = None
+    max_rate: int | None = None
+    force: bool = False
 
 
 def prewarm(
@@ -80,21 +83,16 @@ def prewarm(
     Raises: ReadError, SplitError, NodeMemoryError, CancelledError, UsageError, NumaError,
     TensorNotFoundError.
     """
-    forced = Forced(way, threads, chunk, order)
-    forced.check(CACHE)
+    forced = _forced(way, threads, chunk, order)
     placing = _placing(nodes, policy, move=move)
     if max_rate is not None and max_rate < 1:
         raise UsageError(f"max_rate: {max_rate} bytes a second, expected at least 1")
-
-    def run(files: list[SourceFile], runs: list[Runs]) -> PrewarmReport:
-        return _Prewarming(files, runs, placing, forced, max_rate, progress, announce, force).run()
-
+    options = PrewarmOptions(placing, forced, max_rate, force)
     with waiting(io_timeout):
         models = models_of(what)
         if not (background or lock):
-            with landing(placing):
-                chosen = choose(models, tensors, layers)
-            return _on_files(models, chosen, run)
+            chosen = _chosen(models, tensors, layers, placing)
+            return _on_files(models, chosen, options, progress, announce)
         from numaload.pagecache.background import Request, prewarm_held
 
         how = {
@@ -109,7 +107,9 @@ def prewarm(
 def _on_files(
     models: Sequence[Sequence[str]],
     chosen: Chosen | None,
-    run: Callable[[list[SourceFile], list[Runs]], PrewarmReport],
+    options: PrewarmOptions,
+    progress: Progress | None,
+    announce: Announce | None,
 ) -> PrewarmReport:
     # A file that was given twice, or through a link too, is one file.
     names = {path: real(path) for paths in models for path in paths}
@@ -118,7 +118,8 @@ def _on_files(
     files = [SourceFile(path) for path in whole.values()]
     try:
         ranges = chosen.runs if chosen else {}
-        report = run(files, [_runs(f, name, ranges) for name, f in zip(whole, files, strict=True)])
+        runs = [_runs(file, name, ranges) for name, file in zip(whole, files, strict=True)]
+        report = _Prewarming(files, runs, options, progress, announce).run()
         report.tensors = chosen.tensors if chosen else None
         opened = dict(zip(whole, files, strict=True))
         _remember({path: opened[names[path]] for path in names}, models)
@@ -128,18 +129,50 @@ def _on_files(
             file.close()
 
 
+def _forced(
+    way: str | None, threads: int | None, chunk: int | None, order: str | None
+) -> Forced | None:
+    """Return what the caller insists on, checked. Raises: UsageError."""
+    if (way, threads, chunk, order) == (None, None, None, None):
+        return None
+    from numaload.storage.plan import CACHE, Forced
+
+    forced = Forced(way, threads, chunk, order)
+    forced.check(CACHE)
+    return forced
+
+
 def _placing(
     nodes: str | int | Sequence[int] | None, policy: str | None, *, move: bool
 ) -> Placing | None:
-    if policy is not None and policy not in POLICIES:
-        raise UsageError(f"policy {policy!r}: expected {' or '.join(POLICIES)}")
+    """Return where the page cache shall land; None: wherever it is read. Raises: UsageError."""
     if nodes is None and policy is None:
         if move:
             raise UsageError("move: where to? give nodes, as in nodes='0'")
         return None
+    from numaload.numa.topology import topology
+    from numaload.pagecache.reading import POLICIES, Placing
+
+    if policy is not None and policy not in POLICIES:
+        raise UsageError(f"policy {policy!r}: expected {' or '.join(POLICIES)}")
     machine = topology()
     selected = machine.select("all" if nodes is None else nodes)
     return Placing(machine, selected, policy or "bind", move=move)
+
+
+def _chosen(
+    models: Sequence[Sequence[str]],
+    tensors: str | None,
+    layers: str | int | None,
+    placing: Placing | None,
+) -> Chosen | None:
+    """Choose bytes; the headers that are read for that land on the nodes asked for, too."""
+    if placing is None:
+        return choose(models, tensors, layers)
+    from numaload.pagecache.reading import landing
+
+    with landing(placing):
+        return choose(models, tensors, layers)
 
 
 def _runs(file: SourceFile, name: str, chosen: Mapping[str, Runs]) -> Runs:
@@ -162,30 +195,27 @@ class _Seen:
 class _Prewarming:
     files: Sequence[SourceFile]
     runs: Sequence[Runs]
-    placing: Placing | None
-    forced: Forced
-    max_rate: int | None
+    options: PrewarmOptions
     progress: Progress | None
     announce: Announce | None
-    force: bool
 
     def run(self) -> PrewarmReport:
-        begin = time.perf_counter()
+        begin, placing = time.perf_counter(), self.options.placing
         seen = self._look()
         size = sum(stop - start for its in self.runs for start, stop in its)
         report = PrewarmReport(
             paths=[file.path for file in self.files],
             size=size,
             resident_before=size - seen.nbytes,
-            nodes=self.placing.nodes if self.placing else [],
-            policy=self.placing.policy if self.placing else None,
+            nodes=placing.nodes if placing else [],
+            policy=placing.policy if placing else None,
             residency_known=seen.known,
         )
         if seen.nbytes:
             seen = self._in_turn(report, seen)
         report.resident = size - seen.nbytes
-        if self.placing:
-            self._place(report, seen)
+        if placing:
+            self._place(report, seen, placing)
         report.seconds = time.perf_counter() - begin
         return report
 
@@ -218,6 +248,8 @@ class _Prewarming:
 
     def _in_turn(self, report: PrewarmReport, seen: _Seen) -> _Seen:
         """Read what no other process of this user reads meanwhile."""
+        from numaload.storage.reading_lock import reading_lock
+
         with reading_lock(self.files, self.progress, seen.nbytes) as waited_for:
             now = self._look()
             report.followed = waited_for
@@ -226,20 +258,27 @@ class _Prewarming:
             return self._read(report, now) if now.nbytes else now
 
     def _read(self, report: PrewarmReport, seen: _Seen) -> _Seen:
-        budget = CacheBudget(self.files, seen.absent, report.size - seen.nbytes, self.placing)
-        if not self.force:
+        from numaload.pagecache.reading import CacheBudget, read_into_cache
+        from numaload.storage.device import device_of
+        from numaload.storage.plan import CACHE, Forced, make_plan
+
+        options = self.options
+        budget = CacheBudget(self.files, seen.absent, report.size - seen.nbytes, options.placing)
+        if not options.force:
             budget.check()
         biggest = max(range(len(self.files)), key=lambda i: _length(seen.absent[i]))
         file = self.files[biggest]
         device = device_of(file.path, network=file.is_network, numbers=file.device)
-        plan = make_plan(CACHE, device, seen.nbytes, forced=self.forced, seen=seen.known)
+        plan = make_plan(
+            CACHE, device, seen.nbytes, forced=options.forced or Forced(), seen=seen.known
+        )
         if self.announce:
             self.announce(plan)
         read = partial(
             read_into_cache,
             self.files,
-            placing=self.placing,
-            rate=self.max_rate,
+            placing=options.placing,
+            rate=options.max_rate,
             exact=self._is_part,
         )
         done, report.plan = read(seen.absent, plan, budget, self.progress)
@@ -255,15 +294,15 @@ class _Prewarming:
             report.stopped = GIVEN_UP
         return after
 
-    def _place(self, report: PrewarmReport, seen: _Seen) -> None:
-        if self.placing is None:
-            return
+    def _place(self, report: PrewarmReport, seen: _Seen, placing: Placing) -> None:
         resident = [
             _resident(f, r, a) for f, r, a in zip(self.files, self.runs, seen.absent, strict=True)
         ]
         report.on_nodes = _locate(self.files, resident)
-        if self.placing.move and report.elsewhere:
-            report.moved, report.unmoved = move_pages(self.files, resident, self.placing)
+        if placing.move and report.elsewhere:
+            from numaload.pagecache.reading import move_pages
+
+            report.moved, report.unmoved = move_pages(self.files, resident, placing)
             report.on_nodes = _locate(self.files, resident)
 
 

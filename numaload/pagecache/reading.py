@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from numaload.errors import NodeMemoryError, NumaUnavailableError, warn_once
 from numaload.numa import memory, syscalls
-from numaload.numa.affinity import pin, pinned_to
+from numaload.numa.affinity import allowed, pin, pinned_to
 from numaload.numa.lists import format_list
 from numaload.numa.syscalls import HUGE, PAGE
-from numaload.numa.topology import Topology, topology
 from numaload.pagecache.choice import Runs
 from numaload.storage.files import SourceFile
 from numaload.storage.plan import CHUNK, ReadPlan, Way
@@ -28,6 +28,9 @@ from numaload.storage.residency import (
     residency,
 )
 from numaload.storage.ways import IntoCache
+
+if TYPE_CHECKING:
+    from numaload.numa.topology import Topology
 
 POLICIES = {"bind": syscalls.MPOL_BIND, "interleave": syscalls.MPOL_INTERLEAVE}
 LOOK_EVERY = 128 << 20  # bytes read between two looks at what memory is left
@@ -160,8 +163,7 @@ def read_into_cache(
     total = sum(stop - start for runs in absent for start, stop in runs)
     reading = Reading(total, progress, rate=rate)
     threads = _Threads(files, reading, budget, placing, exact=exact)
-    machine = placing.machine if placing else topology()
-    cpus = machine.cpus_of(placing.nodes) if placing else machine.cpus
+    cpus = placing.machine.cpus_of(placing.nodes) if placing else allowed()
     try:
         plan = reading.run(absent, plan, threads.read, cpus, "numaload-prewarm")
     finally:

@@ -6,12 +6,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from numaload.errors import StoreError
-from numaload.storage.device import Device
-from numaload.storage.plan import ReadPlan, Tried, Way
-from numaload.storage.userdir import UNREADABLE
 
 if TYPE_CHECKING:
     from numaload.pagecache.background import PrewarmHolder
+    from numaload.storage.plan import ReadPlan
 
 
 @dataclass
@@ -65,18 +63,14 @@ class PrewarmReport:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PrewarmReport:
         """Return the report of a holder, which ``to_dict`` told. Raises: StoreError."""
+        from numaload.storage.plan import ReadPlan
+        from numaload.storage.userdir import UNREADABLE
+
         names = {field.name for field in fields(cls)}
         try:
             report = cls(**{key: data[key] for key in names & data.keys()})
             report.on_nodes = {int(node): nbytes for node, nbytes in report.on_nodes.items()}
-            report.plan = _plan(data["plan"]) if data["plan"] else None
+            report.plan = ReadPlan.from_dict(data["plan"]) if data["plan"] else None
         except UNREADABLE as error:
             raise StoreError(f"a report that cannot be read: {error}") from error
         return report
-
-
-def _plan(data: dict[str, Any]) -> ReadPlan:
-    tried = [Tried(Way(t["name"], t["threads"], t["chunk"]), t["rate"]) for t in data["tried"]]
-    ways = tuple(Way(**way) for way in data["candidates"])
-    device = Device(**data["device"])
-    return ReadPlan(data["sink"], device, ways, data["why"], data["order"], tuple(tried))

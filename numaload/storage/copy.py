@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from numaload.numa import memory
+from numaload.numa.affinity import allowed
 from numaload.numa.mapping import Mapping, map_private
 from numaload.numa.syscalls import PAGE
-from numaload.numa.topology import topology
 from numaload.storage.device import device_of
 from numaload.storage.files import SourceFile
 from numaload.storage.plan import BUFFERED, DIRECT, MEMORY, ReadPlan, Way, make_plan
@@ -72,7 +72,7 @@ class _Copying:
     def run(self) -> None:
         if not self.files:
             return
-        cpus, plan = topology().cpus, plan_for(self.files, self.before)
+        cpus, plan = allowed(), plan_for(self.files, self.before)
         # What is in RAM first, before reading the rest can push it out.
         there = plan.forced_to([Way(BUFFERED, min(MOST_THREADS, len(cpus)))])
         run = self.reading.run

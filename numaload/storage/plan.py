@@ -160,6 +160,14 @@ class ReadPlan:
         order = "" if self.order == FILE_ORDER else ", a stripe of the files for each thread"
         return f"{self.way}{order} ({self.why})"
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ReadPlan:
+        """Return what ``to_dict`` told. Raises: KeyError, TypeError for anything else."""
+        tried = [Tried(Way(t["name"], t["threads"], t["chunk"]), t["rate"]) for t in data["tried"]]
+        ways = tuple(Way(**way) for way in data["candidates"])
+        device = Device(**data["device"])
+        return cls(data["sink"], device, ways, data["why"], data["order"], tuple(tried))
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "sink": self.sink,

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from numaload.errors import NumaError
 from numaload.numa import syscalls
 from numaload.numa.mapping import Mapping, map_file, populate_read
-from numaload.numa.placement import count_pages
 from numaload.numa.syscalls import PAGE
 from numaload.storage.files import SourceFile
 
@@ -203,6 +202,8 @@ def cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
 
 
 def _cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
+    from numaload.numa.placement import count_pages
+
     on: Counter[int] = Counter()
     if not found.resident:
         return {}

@@ -11,13 +11,13 @@ from _thread import RLock
 from typing import TYPE_CHECKING, Any
 
 from numaload._version import __version__
-from numaload.numa import affinity as _affinity  # noqa: F401 - reads the allowed CPUs, see there
+from numaload.machine import affinity as _affinity  # noqa: F401 - reads the allowed CPUs, see there
 
 if TYPE_CHECKING:
     from numaload import errors
     from numaload.backends.state_dict import load_state_dict
     from numaload.formats.qtypes import QuantType
-    from numaload.numa.topology import Topology, topology
+    from numaload.machine.topology import Topology, topology
     from numaload.pagecache.background import PrewarmHolder
     from numaload.pagecache.evict import EvictReport, evict
     from numaload.pagecache.job import PrewarmJob, prewarm_async

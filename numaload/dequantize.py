@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from numaload.errors import NodeMemoryError, UnsupportedTypeError, UsageError, warn_once
 from numaload.formats.qtypes import BLOCKS, FLOATS, QuantType
 from numaload.kernels import registry
-from numaload.numa import memory
-from numaload.numa.mapping import MORE_ADDRESSES
-from numaload.numa.syscalls import memory_at
-from numaload.numa.workers import Workers
+from numaload.linux.mapping import MORE_ADDRESSES
+from numaload.linux.syscalls import memory_at
+from numaload.machine import memory
+from numaload.machine.workers import Workers
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),

@@ -13,9 +13,9 @@ import numpy as np
 
 from numaload.dtypes import ITEMS, NAMES, item_shape
 from numaload.errors import UnsupportedTypeError, UsageError, printable, warn_once
-from numaload.numa import memory
-from numaload.numa.mapping import map_private
-from numaload.numa.syscalls import HUGE, memory_at
+from numaload.linux.mapping import map_private
+from numaload.linux.syscalls import HUGE, memory_at
+from numaload.machine import memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,8 +17,8 @@ begin = time.perf_counter()
 import numpy as np
 from numaload.dequantize import DTYPES, dequantize_blocks
 from numaload.formats.qtypes import BLOCKS, QuantType
-from numaload.numa.topology import topology
-from numaload.numa.workers import pool
+from numaload.machine.topology import topology
+from numaload.machine.workers import pool
 workers, found = pool(topology()), {"imports": time.perf_counter() - begin}
 for name in ("Q4_K", "Q6_K", "F32"):
     begin = time.perf_counter()

@@ -143,7 +143,7 @@ def touch(nbytes: int) -> None:
     """Have the memory at hand that is about to be used."""
     import numpy as np
 
-    from numaload.numa.mapping import map_private
+    from numaload.linux.mapping import map_private
 
     np.frombuffer(map_private(nbytes).view(write=True), np.uint8)[::4096] = 1
 

@@ -23,18 +23,18 @@ from statistics import median
 import numaload
 from numaload.bench.machine import median_interval
 from numaload.demo import parse_size, write_model
-from numaload.numa.mapping import map_private
-from numaload.numa.topology import topology
+from numaload.files.copy import copy_files, plan_for
+from numaload.files.plan import DIRECT, Way
+from numaload.files.reader import Piece, Reading
+from numaload.files.residency import residency
+from numaload.files.source import SourceFile
+from numaload.files.ways import IntoMemory
+from numaload.linux.mapping import map_private
+from numaload.machine import userdir
+from numaload.machine.topology import topology
 from numaload.replicas import store
 from numaload.replicas.arena import private_memory, store_memory
 from numaload.replicas.build import CHUNK, Allocate, build
-from numaload.storage import userdir
-from numaload.storage.copy import copy_files, plan_for
-from numaload.storage.files import SourceFile
-from numaload.storage.plan import DIRECT, Way
-from numaload.storage.reader import Piece, Reading
-from numaload.storage.residency import residency
-from numaload.storage.ways import IntoMemory
 
 Row = Callable[[], float]  # seconds
 DIRECT_CHUNK = 8 << 20

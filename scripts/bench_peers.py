@@ -189,8 +189,8 @@ def one(name: str, path: str) -> None:
 
 def prepare(state: str, path: str) -> None:
     from numaload.bench.machine import prefaulted
-    from numaload.storage.files import SourceFile
-    from numaload.storage.residency import residency
+    from numaload.files.residency import residency
+    from numaload.files.source import SourceFile
 
     with SourceFile(path) as file:
         if state == "cold":
@@ -204,7 +204,7 @@ def prepare(state: str, path: str) -> None:
 
 
 def _room(nbytes: int) -> int:
-    from numaload.numa.memory import available
+    from numaload.machine.memory import available
 
     return max(PAGE, available().free * 7 // 8 - nbytes)
 

@@ -26,7 +26,7 @@ import numaload
 from numaload.bench.machine import describe, median_interval
 from numaload.demo import parse_size
 from numaload.formats.qtypes import BLOCKS, QuantType
-from numaload.numa.mapping import map_private
+from numaload.linux.mapping import map_private
 from numaload.pipeline.fill import AT_ONCE, Target, fill, scratch
 from numaload.samples import random_blocks
 

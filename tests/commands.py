@@ -18,8 +18,8 @@ import numpy as np
 
 import confined
 from confined import Confined
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import residency
+from numaload.files.residency import residency
+from numaload.files.source import SourceFile
 
 NOTHING = Confined()
 # Share of page cache that is there some seconds later: some machines page out what is idle.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
-from numaload.numa.lists import format_list, parse_list
+from numaload.linux.lists import format_list, parse_list
 
 EVERY_CPU = frozenset(range(1024))  # what a process may use that nothing keeps from it
 

@@ -24,7 +24,7 @@ import pytest
 import numaload as api
 from commands import LIMIT_S, Numaload, used_bytes, wait_for
 from fuse_server import FuseServer, served
-from numaload.storage import network
+from numaload.files import network
 
 MIB = 1 << 20
 PAGE = 4096

@@ -12,8 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from numaload.files.source import SourceFile
 from numaload.formats.safetensors import BITS, Header, parse_header
-from numaload.storage.files import SourceFile
 
 Row = tuple[str, Sequence[int]]  # dtype, shape
 

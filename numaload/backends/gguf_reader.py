@@ -50,10 +50,10 @@ from numaload.errors import (
     UsageError,
     reason,
 )
+from numaload.files.source import SourceFile, absolute
 from numaload.formats.gguf import Header, TensorInfo, parse_header
 from numaload.formats.metadata import BIG, LITTLE, SMALLEST, TYPE_NAMES, MetadataArray
 from numaload.formats.qtypes import BLOCKS, QuantType
-from numaload.storage.files import SourceFile, absolute
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

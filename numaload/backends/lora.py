@@ -30,9 +30,9 @@ from numaload.errors import (
     printable,
     warn_once,
 )
+from numaload.files.reader import Progress
+from numaload.files.source import absolute
 from numaload.formats import gguf
-from numaload.storage.files import absolute
-from numaload.storage.reader import Progress
 from numaload.torch_memory import torch_dtype
 from numaload.weights import Weights, open_weights
 

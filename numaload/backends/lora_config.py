@@ -7,9 +7,9 @@ import os
 from typing import Any, NamedTuple
 
 from numaload.errors import AdapterError
+from numaload.files.source import read_whole
 from numaload.formats.jsontext import parse_object
 from numaload.formats.metadata import Metadata
-from numaload.storage.files import read_whole
 
 NAME = "adapter_config.json"
 MOST = 16 << 20  # bytes

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from numaload.dtypes import ITEMS, NAMES, dtype_name, kernel_dtype
 from numaload.errors import UnsupportedTypeError
+from numaload.files.reader import Progress
 from numaload.formats.safetensors import SafeTensorInfo
-from numaload.numa import memory
+from numaload.machine import memory
 from numaload.pipeline import Target, fill
-from numaload.storage.reader import Progress
 from numaload.torch_memory import array_of, empty, import_torch, torch_dtype
 from numaload.weights import Tensor, Weights
 

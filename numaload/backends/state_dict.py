@@ -12,9 +12,9 @@ from numaload.backends.state_names import COMPUTED, NameMap, Share, shares_of, w
 from numaload.dequantize import DTYPES, Conversion
 from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, kernel_dtype
 from numaload.errors import StateDictError, UsageError, printable
-from numaload.numa import memory
+from numaload.files.reader import Progress
+from numaload.machine import memory
 from numaload.pipeline import Target, fill
-from numaload.storage.reader import Progress
 from numaload.torch_memory import (
     array_of,
     checked_device,

@@ -20,9 +20,9 @@ from numaload.errors import UsageError
 from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.kernels import registry
 from numaload.kernels.loops import STEP
-from numaload.numa.affinity import pinned_to
-from numaload.numa.topology import topology
-from numaload.numa.workers import Workers
+from numaload.machine.affinity import pinned_to
+from numaload.machine.topology import topology
+from numaload.machine.workers import Workers
 from numaload.samples import random_blocks
 
 WEIGHTS = 16 << 20  # 64 MiB of float32: more than a cache holds

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from numaload._version import __version__
 from numaload.kernels.jit.target import target
-from numaload.numa import memory
-from numaload.numa.mapping import map_private
+from numaload.linux.mapping import map_private
+from numaload.machine import memory
 
 PACKAGES = ("numba", "llvmlite", "numpy", "gguf")
 CONFIDENCE = 0.95

@@ -36,9 +36,9 @@ from numaload.bench.ways import (
     chosen,
 )
 from numaload.errors import NumaloadError, ReadError, UsageError
-from numaload.numa.memory import LEAST_FREE, UNKNOWN, available
-from numaload.storage.files import SourceFile, model_paths
-from numaload.storage.residency import residency
+from numaload.files.residency import residency
+from numaload.files.source import SourceFile, model_paths
+from numaload.machine.memory import LEAST_FREE, UNKNOWN, available
 
 COLD, WARM = "cold", "warm"
 STATES = (COLD, WARM)

@@ -23,17 +23,17 @@ from typing import Any, NamedTuple
 
 from numaload.bench.machine import prefaulted
 from numaload.errors import FileChangedError, NumaloadError, ReadError, UsageError, reason
-from numaload.numa import syscalls
-from numaload.numa.mapping import Mapping, map_file, map_private
-from numaload.numa.memory import require
-from numaload.numa.syscalls import HUGE, PAGE
-from numaload.numa.topology import topology
-from numaload.numa.workers import Workers, finish
+from numaload.files import known
+from numaload.files.copy import copy_files
+from numaload.files.source import SourceFile
+from numaload.linux import syscalls
+from numaload.linux.mapping import Mapping, map_file, map_private
+from numaload.linux.syscalls import HUGE, PAGE
+from numaload.machine.memory import require
+from numaload.machine.topology import topology
+from numaload.machine.workers import Workers, finish
 from numaload.pagecache.prewarm import prewarm
 from numaload.pipeline.stream import stream
-from numaload.storage import known
-from numaload.storage.copy import copy_files
-from numaload.storage.files import SourceFile
 from numaload.weights import open_weights
 
 CEILING, CACHE, MEMORY = "ceiling", "page cache", "memory"  # where bytes go; ceiling: nowhere

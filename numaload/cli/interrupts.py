@@ -70,7 +70,7 @@ def raise_open_files() -> None:
 
 def guard() -> None:
     """Watch for Ctrl-C that is not delivered, where network file systems are mounted."""
-    from numaload.numa.mounts import has_networks
+    from numaload.linux.mounts import has_networks
 
     if _taken and has_networks():
         import threading

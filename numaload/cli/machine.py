@@ -11,8 +11,8 @@ from numaload.cli.output import complain, print_json, print_table, say, size
 if TYPE_CHECKING:
     from numaload.doctor.findings import ThreadReport
     from numaload.doctor.pools import Pool
-    from numaload.numa.devices import FileDevice, Gpu
-    from numaload.numa.topology import Node, Topology
+    from numaload.machine.devices import FileDevice, Gpu
+    from numaload.machine.topology import Node, Topology
 
 K = TypeVar("K", bound=Hashable)
 
@@ -27,9 +27,9 @@ def add_verbs(verbs: Any) -> None:
 
 def nodes(options: argparse.Namespace) -> int:
     from numaload.doctor.opinion import second_opinion
-    from numaload.numa.devices import gpus
-    from numaload.numa.syscalls import binding
-    from numaload.numa.topology import topology
+    from numaload.linux.syscalls import binding
+    from numaload.machine.devices import gpus
+    from numaload.machine.topology import topology
 
     machine, cards = topology(), gpus()
     opinion, places = second_opinion(machine), _places(options.files)
@@ -48,7 +48,7 @@ def nodes(options: argparse.Namespace) -> int:
 
 def _places(paths: list[str]) -> list[FileDevice]:
     from numaload.errors import ReadError
-    from numaload.numa.devices import disk_of
+    from numaload.machine.devices import disk_of
 
     found = []
     for path in paths:
@@ -61,7 +61,7 @@ def _places(paths: list[str]) -> list[FileDevice]:
 
 def print_nodes(machine: Topology) -> None:
     """Print a line per node: nodes at one distance are named together, long lists come last."""
-    from numaload.numa.lists import format_list
+    from numaload.linux.lists import format_list
 
     header = ["node", "memory", "free", "distances", "CPUs"]
     rows = [
@@ -85,8 +85,8 @@ def _memory(node: Node) -> tuple[str, str]:
 
 def gpu_line(gpu: Gpu) -> str:
     """Write ``GPU 0000:3b:00.0 10de:2330 (3D, nvidia): node 1, CPUs 8-15``."""
-    from numaload.numa.devices import SILENT
-    from numaload.numa.lists import format_list
+    from numaload.linux.lists import format_list
+    from numaload.machine.devices import SILENT
 
     what = f"GPU {gpu.address} {gpu.id} ({gpu.kind}, {gpu.driver or 'no driver'})"
     own = "" if gpu.memory_node is None else f", its memory is node {gpu.memory_node}"
@@ -97,7 +97,7 @@ def gpu_line(gpu: Gpu) -> str:
 
 def file_line(place: FileDevice) -> str:
     """Write ``model.gguf: ext4 on dm-0 (nvme0n1, nvme1n1): node 0-1``."""
-    from numaload.numa.lists import format_list
+    from numaload.linux.lists import format_list
 
     if not place.device:
         return f"{place.path}: node unknown ({place.why})"
@@ -117,7 +117,7 @@ def left_out(machine: Topology) -> list[str]:
 
 
 def _how(name: str) -> str:
-    from numaload.numa.syscalls import LIBNUMA, LIBNUMA_HINT, NO_CALLS
+    from numaload.linux.syscalls import LIBNUMA, LIBNUMA_HINT, NO_CALLS
 
     missing = f"{LIBNUMA} not found ({LIBNUMA_HINT})"
     return {
@@ -127,7 +127,7 @@ def _how(name: str) -> str:
 
 
 def _cpus(node: Node) -> str:
-    from numaload.numa.lists import format_list
+    from numaload.linux.lists import format_list
 
     forbidden = len(node.cpus - node.usable_cpus)
     rest = f" ({forbidden} {'more ' if node.usable_cpus else ''}not allowed here)"
@@ -142,7 +142,7 @@ def _distances(node: Node) -> str:
 
 def _grouped(keys: Iterable[K], ids: Iterable[int]) -> dict[K, str]:
     """Return {key: list of the ids that have it}."""
-    from numaload.numa.lists import format_list
+    from numaload.linux.lists import format_list
 
     groups: dict[K, list[int]] = {}
     for key, number in zip(keys, ids, strict=True):
@@ -184,7 +184,7 @@ def print_report(seen: ThreadReport) -> None:
 
 
 def _row(seen: ThreadReport, pool: Pool) -> list[Any]:
-    from numaload.numa.lists import format_list
+    from numaload.linux.lists import format_list
 
     row = pool.to_dict()
     own = f", {pool.each} each" if pool.each < len(pool.cpus) else ""

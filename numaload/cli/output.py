@@ -81,7 +81,7 @@ def files_of(paths: Sequence[str]) -> str:
 
 def on_nodes(nodes: Collection[int]) -> str:
     """Write nodes with their noun: "node 0", "nodes 0-1"."""
-    from numaload.numa.lists import format_list
+    from numaload.linux.lists import format_list
 
     return f"{'node' if len(nodes) == 1 else 'nodes'} {format_list(nodes)}"
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from numaload.cli.output import complain, note, print_json, print_table, say, seconds, size
 
 if TYPE_CHECKING:
+    from numaload.files.source import SourceFile
     from numaload.pagecache.evict import EvictedFile
     from numaload.pagecache.residency import FileResidency, Span, TensorResidency
-    from numaload.storage.files import SourceFile
 
 WATCH_S = 2.0  # seconds between two looks, unless given
 FILLED = " .oO"  # of a cell: nothing, some of it, at least half, all
@@ -77,9 +77,9 @@ class Files:
 
     def _look(self, path: str) -> FileResidency | None:
         from numaload.errors import NumaError, ReadError
+        from numaload.files.source import SourceFile, reached
         from numaload.formats.splits import is_there
         from numaload.pagecache.residency import look, nodes_with_memory
-        from numaload.storage.files import SourceFile, reached
 
         try:
             with reached(path):

@@ -137,7 +137,7 @@ def _tell_started(report: PrewarmReport, *, background: bool) -> None:
         note(f"{files_of(paths)}: process {pid} has it already; no other one is started")
     if report.holder is None or not report.holder.new:
         return
-    from numaload.storage.logout import killed_note
+    from numaload.machine.logout import killed_note
 
     pid, first = report.holder.pid, report.paths[0]
     what = f"{files_of(report.paths)}: process {pid}"
@@ -184,7 +184,7 @@ def _chosen(found: Iterable[Record], wanted: Wanted) -> list[tuple[Record, set[s
 
 def _matched(record: Record, wanted: Wanted) -> set[str]:
     """Return the files asked for that the record has. Links are followed once, and for the rest."""
-    from numaload.storage.files import real_path
+    from numaload.files.source import real_path
 
     files = {file for file, names in wanted.items() if not set(names).isdisjoint(record.paths)}
     if len(files) < len(wanted):
@@ -220,7 +220,7 @@ def _changed(record: Record) -> bool:
 def _is(path: str, inode: tuple[int, int]) -> bool:
     """Return whether a name still means this file; also where its server does not answer."""
     from numaload.errors import NumaloadError
-    from numaload.storage.files import reached
+    from numaload.files.source import reached
 
     try:
         with reached(path):

@@ -19,7 +19,7 @@ from numaload.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from numaload.numa.placement import Placement
+    from numaload.linux.placement import Placement
     from numaload.replicas.plan import MirrorPlan, Need
     from numaload.replicas.views import MirrorReport
 
@@ -77,7 +77,7 @@ def _common(parser: argparse.ArgumentParser, run: Any, help_: str) -> None:
 def _models(files: list[str]) -> list[Any]:
     """Open the models given, or those used since boot that are still what they were."""
     from numaload.errors import NumaloadError
-    from numaload.storage import known
+    from numaload.files import known
     from numaload.weights import open_weights, reopen
 
     if files:  # of which several may belong to one model: model-*.gguf
@@ -96,7 +96,7 @@ def _models(files: list[str]) -> list[Any]:
 
 def _plan(options: argparse.Namespace) -> tuple[list[Any], Any, Any]:
     from numaload.cli.machine import left_out
-    from numaload.numa.topology import topology
+    from numaload.machine.topology import topology
     from numaload.replicas.mirror import MirrorOptions
 
     machine = topology()
@@ -186,7 +186,7 @@ def mirror(options: argparse.Namespace) -> int:
 
 def _tell_how_long(*, hold: bool) -> None:
     """Say where logging out ends what was made, while it can still be made otherwise."""
-    from numaload.storage import logout, userdir
+    from numaload.machine import logout, userdir
 
     ends = logout.killed_note() if hold else logout.emptied_note(userdir.path())
     if ends:

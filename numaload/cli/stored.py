@@ -88,7 +88,7 @@ def _wanted(files: list[str]) -> dict[str, set[str]]:
 
 def _names(paths: Iterable[str]) -> set[str]:
     """Return the names that these files may be known by, with and without links."""
-    from numaload.storage.files import real_path
+    from numaload.files.source import real_path
 
     return {name for path in paths for name in (os.path.abspath(path), real_path(path))}
 
@@ -108,7 +108,7 @@ def _complain_damaged(damaged: dict[str, str]) -> bool:
 def _siblings(path: str) -> list[str]:
     """Return all files of the model that this one belongs to, as far as they can be told."""
     from numaload.errors import ReadError, SplitError
-    from numaload.storage.files import model_paths
+    from numaload.files.source import model_paths
 
     try:
         return list(model_paths(path))
@@ -126,7 +126,7 @@ def status(options: argparse.Namespace) -> int:
 
 def _used() -> list[str]:
     from numaload.errors import StoreError
-    from numaload.storage import known
+    from numaload.files import known
 
     try:
         return sorted({path for model in known.recall() for path in model.paths})
@@ -175,7 +175,7 @@ def _print_stored(stored: list[dict[str, Any]]) -> None:
 
 def _entry_status(entry: Any) -> dict[str, Any] | None:
     from numaload.errors import NumaloadError
-    from numaload.numa.lists import format_list
+    from numaload.linux.lists import format_list
     from numaload.replicas import store
     from numaload.replicas.lease import Lease
     from numaload.replicas.verify import by_node, placements_of
@@ -210,7 +210,7 @@ def _entry_status(entry: Any) -> dict[str, Any] | None:
 
 def verify(options: argparse.Namespace) -> int:
     from numaload.errors import NumaloadError
-    from numaload.numa.topology import topology
+    from numaload.machine.topology import topology
     from numaload.replicas.mirror import verify_entry
 
     entries, missing, damaged, _ = _chosen(options.files)

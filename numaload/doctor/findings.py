@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from numaload.doctor.pools import Pool, overloaded, pools, watch
 from numaload.errors import printable
-from numaload.numa.affinity import BINDING, binding_variables, binds_threads, core_of
-from numaload.numa.cgroups import cpu_quota
-from numaload.numa.lists import format_list
-from numaload.numa.threads import Thread, environment, nodes_of
-from numaload.numa.topology import Topology, topology
+from numaload.linux.cgroups import cpu_quota
+from numaload.linux.lists import format_list
+from numaload.machine.affinity import BINDING, binding_variables, binds_threads, core_of
+from numaload.machine.threads import Thread, environment, nodes_of
+from numaload.machine.topology import Topology, topology
 
 # A thread counts that worked so many seconds, and such a share of the busiest thread's.
 WORKED_S, SHARE = 1.0, 0.1

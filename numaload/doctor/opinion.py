@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from numaload.numa.lists import format_list
-from numaload.numa.syscalls import LIBNUMA, binding
-from numaload.numa.topology import Topology
+from numaload.linux.lists import format_list
+from numaload.linux.syscalls import LIBNUMA, binding
+from numaload.machine.topology import Topology
 
 
 def second_opinion(machine: Topology) -> str:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from numaload.numa.affinity import core_of
-from numaload.numa.threads import Thread, nodes_of, threads
-from numaload.numa.topology import Topology
+from numaload.machine.affinity import core_of
+from numaload.machine.threads import Thread, nodes_of, threads
+from numaload.machine.topology import Topology
 
 SAMPLES, EVERY_S = 5, 0.02
 NUMBER = re.compile(r"[\W_]*\d+\W*$")  # at the end of a name

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from numaload import errors
 from numaload.errors import NumaloadError, StoreError, reason
-from numaload.storage import userdir
+from numaload.machine import userdir
 
 # {name of the process, at most 15 characters: the module whose ``run`` is its task}
 TASKS = {

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from numaload.errors import CancelledError, StoreError, warn_once
+from numaload.files.reader import Progress
+from numaload.files.reading_lock import check_free
+from numaload.files.residency import residency
+from numaload.files.source import SourceFile
 from numaload.holder.process import HolderProcess, namespace, portable, start, unpacked
-from numaload.numa.stopping import check_process
+from numaload.machine import userdir
+from numaload.machine.stopping import check_process
 from numaload.pagecache import records
 from numaload.pagecache.locking import chosen_of
 from numaload.pagecache.records import READING, Record
 from numaload.pagecache.report import PrewarmReport
-from numaload.storage import userdir
-from numaload.storage.files import SourceFile
-from numaload.storage.reader import Progress
-from numaload.storage.reading_lock import check_free
-from numaload.storage.residency import residency
 
 NAME = "numaload-warm"
 PAUSE_S = 0.05

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from numaload.errors import ReadError, TensorNotFoundError, UsageError
-from numaload.numa.lists import parse_list
-from numaload.numa.syscalls import PAGE
-from numaload.storage.files import absolute, model_paths, real_path
+from numaload.files.source import absolute, model_paths, real_path
+from numaload.linux.lists import parse_list
+from numaload.linux.syscalls import PAGE
 
 if TYPE_CHECKING:
     from numaload.weights import Tensor, Weights

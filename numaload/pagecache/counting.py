@@ -12,11 +12,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from math import sqrt
 
-from numaload.numa import syscalls
-from numaload.numa.mapping import Mapping
-from numaload.numa.syscalls import PAGE
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import (
+from numaload.files.residency import (
     Residency,
     Run,
     asked_by,
@@ -25,6 +21,10 @@ from numaload.storage.residency import (
     present,
     residency,
 )
+from numaload.files.source import SourceFile
+from numaload.linux import syscalls
+from numaload.linux.mapping import Mapping
+from numaload.linux.syscalls import PAGE
 
 SAMPLED_FROM = 64 << 30  # bytes of a file; every page of it is asked about in some 0.7 s
 FEW = 8  # times as many pages as samples: all of them are asked about, it takes as long

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from numaload.errors import reason
-from numaload.numa import syscalls
-from numaload.numa.placement import parse_smaps
-from numaload.numa.syscalls import PAGE
+from numaload.files.residency import cached_bytes, residency
+from numaload.files.source import Identity, SourceFile, real_path
+from numaload.linux import syscalls
+from numaload.linux.placement import parse_smaps
+from numaload.linux.syscalls import PAGE
 from numaload.pagecache.choice import Source, models_of, real
-from numaload.storage.files import Identity, SourceFile, real_path
-from numaload.storage.residency import cached_bytes, residency
 
 TRIES, PAUSE_S = 3, 0.05  # pages that another CPU has just used are held by it for a moment
 # File systems of which the page cache is the file: tmpfs, ramfs, hugetlbfs (linux/magic.h).

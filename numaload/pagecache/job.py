@@ -10,13 +10,13 @@ from contextvars import copy_context
 from typing import Any
 
 from numaload.errors import NotCopyable, UsageError
-from numaload.numa.stopping import check_process
-from numaload.numa.threads import no_thread
+from numaload.files.reader import Progress
+from numaload.files.reading_lock import check_free, holding
+from numaload.machine.stopping import check_process
+from numaload.machine.threads import no_thread
 from numaload.pagecache.choice import Source, located
 from numaload.pagecache.prewarm import prewarm
 from numaload.pagecache.report import PrewarmReport
-from numaload.storage.reader import Progress
-from numaload.storage.reading_lock import check_free, holding
 
 
 class PrewarmJob(NotCopyable):

@@ -12,12 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from numaload.errors import NumaError, warn_once
-from numaload.numa import syscalls
-from numaload.numa.mapping import populate_read
-from numaload.numa.syscalls import PAGE
-from numaload.pagecache.counting import Counting, Runs, is_resident, spread, uncertain
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import (
+from numaload.files.residency import (
     LOOK,
     cached_on,
     map_present,
@@ -25,6 +20,11 @@ from numaload.storage.residency import (
     may_ask,
     residency,
 )
+from numaload.files.source import SourceFile
+from numaload.linux import syscalls
+from numaload.linux.mapping import populate_read
+from numaload.linux.syscalls import PAGE
+from numaload.pagecache.counting import Counting, Runs, is_resident, spread, uncertain
 
 SAMPLED_FROM = 8 << 30  # resident bytes of a file; each GiB of them takes some 0.1 s
 MOST_SAMPLES = 5000  # at a time: each takes a page table, 4 KiB

@@ -16,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from numaload.errors import NodeMemoryError, NumaError, NumaloadError
-from numaload.numa import memory, syscalls
-from numaload.numa.mapping import Mapping
-from numaload.numa.syscalls import PAGE
+from numaload.files.residency import LOOK, map_present, map_quietly
+from numaload.files.source import SourceFile, make_room_for
+from numaload.linux import syscalls
+from numaload.linux.mapping import Mapping
+from numaload.linux.syscalls import PAGE
+from numaload.machine import memory
 from numaload.pagecache.choice import Runs, choose, models_of, real
-from numaload.storage.files import SourceFile, make_room_for
-from numaload.storage.residency import LOOK, map_present, map_quietly
 
 FIX = (
     "raise the limit before: ulimit -l unlimited; for good, a line `USER - memlock unlimited` in"

@@ -11,19 +11,19 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from numaload.errors import SplitError, UsageError
+from numaload.files import known
+from numaload.files.residency import Residency, cached_on, residency
+from numaload.files.source import SourceFile, make_room_for, reached
+from numaload.files.source import io_timeout as waiting
 from numaload.formats.shards import SUFFIX
 from numaload.formats.splits import is_there
 from numaload.pagecache.choice import Chosen, Runs, Source, choose, models_of, real
 from numaload.pagecache.report import PrewarmReport
-from numaload.storage import known
-from numaload.storage.files import SourceFile, make_room_for, reached
-from numaload.storage.files import io_timeout as waiting
-from numaload.storage.residency import Residency, cached_on, residency
 
 if TYPE_CHECKING:  # what reads is imported once something is absent
+    from numaload.files.plan import Forced, ReadPlan
+    from numaload.files.reader import Progress
     from numaload.pagecache.reading import Placing
-    from numaload.storage.plan import Forced, ReadPlan
-    from numaload.storage.reader import Progress
 
 __all__ = ["PrewarmReport", "Source", "prewarm"]
 
@@ -135,7 +135,7 @@ def _forced(
     """Return what the caller insists on, checked. Raises: UsageError."""
     if (way, threads, chunk, order) == (None, None, None, None):
         return None
-    from numaload.storage.plan import CACHE, Forced
+    from numaload.files.plan import CACHE, Forced
 
     forced = Forced(way, threads, chunk, order)
     forced.check(CACHE)
@@ -150,7 +150,7 @@ def _placing(
         if move:
             raise UsageError("move: where to? give nodes, as in nodes='0'")
         return None
-    from numaload.numa.topology import topology
+    from numaload.machine.topology import topology
     from numaload.pagecache.reading import POLICIES, Placing
 
     if policy is not None and policy not in POLICIES:
@@ -248,7 +248,7 @@ class _Prewarming:
 
     def _in_turn(self, report: PrewarmReport, seen: _Seen) -> _Seen:
         """Read what no other process of this user reads meanwhile."""
-        from numaload.storage.reading_lock import reading_lock
+        from numaload.files.reading_lock import reading_lock
 
         with reading_lock(self.files, self.progress, seen.nbytes) as waited_for:
             now = self._look()
@@ -258,9 +258,9 @@ class _Prewarming:
             return self._read(report, now) if now.nbytes else now
 
     def _read(self, report: PrewarmReport, seen: _Seen) -> _Seen:
+        from numaload.files.plan import CACHE, Forced, make_plan
+        from numaload.machine.storage_device import device_of
         from numaload.pagecache.reading import CacheBudget, read_into_cache
-        from numaload.storage.device import device_of
-        from numaload.storage.plan import CACHE, Forced, make_plan
 
         options = self.options
         budget = CacheBudget(self.files, seen.absent, report.size - seen.nbytes, options.placing)

@@ -11,15 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from numaload.errors import NodeMemoryError, NumaUnavailableError, warn_once
-from numaload.numa import memory, syscalls
-from numaload.numa.affinity import allowed, pin, pinned_to
-from numaload.numa.lists import format_list
-from numaload.numa.syscalls import HUGE, PAGE
-from numaload.pagecache.choice import Runs
-from numaload.storage.files import SourceFile
-from numaload.storage.plan import CHUNK, ReadPlan, Way
-from numaload.storage.reader import Piece, Progress, Reading
-from numaload.storage.residency import (
+from numaload.files.plan import CHUNK, ReadPlan, Way
+from numaload.files.reader import Piece, Progress, Reading
+from numaload.files.residency import (
     LOOK,
     Residency,
     map_present,
@@ -27,10 +21,17 @@ from numaload.storage.residency import (
     present,
     residency,
 )
-from numaload.storage.ways import IntoCache
+from numaload.files.source import SourceFile
+from numaload.files.ways import IntoCache
+from numaload.linux import syscalls
+from numaload.linux.lists import format_list
+from numaload.linux.syscalls import HUGE, PAGE
+from numaload.machine import memory
+from numaload.machine.affinity import allowed, pin, pinned_to
+from numaload.pagecache.choice import Runs
 
 if TYPE_CHECKING:
-    from numaload.numa.topology import Topology
+    from numaload.machine.topology import Topology
 
 POLICIES = {"bind": syscalls.MPOL_BIND, "interleave": syscalls.MPOL_INTERLEAVE}
 LOOK_EVERY = 128 << 20  # bytes read between two looks at what memory is left

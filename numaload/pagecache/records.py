@@ -16,7 +16,7 @@ from typing import Any
 
 from numaload.errors import StoreError, check_limits, reason, warn_once
 from numaload.holder.process import HolderProcess, namespace, packed
-from numaload.storage import userdir
+from numaload.machine import userdir
 
 FOLDER = "prewarming"
 READING, HELD, FAILED, KILLED = "reading", "held", "failed", "killed"

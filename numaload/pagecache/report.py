@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from numaload.errors import StoreError
 
 if TYPE_CHECKING:
+    from numaload.files.plan import ReadPlan
     from numaload.pagecache.background import PrewarmHolder
-    from numaload.storage.plan import ReadPlan
 
 
 @dataclass
@@ -63,8 +63,8 @@ class PrewarmReport:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PrewarmReport:
         """Return the report of a holder, which ``to_dict`` told. Raises: StoreError."""
-        from numaload.storage.plan import ReadPlan
-        from numaload.storage.userdir import UNREADABLE
+        from numaload.files.plan import ReadPlan
+        from numaload.machine.userdir import UNREADABLE
 
         names = {field.name for field in fields(cls)}
         try:

@@ -16,15 +16,15 @@ from math import hypot
 from typing import Any, NamedTuple
 
 from numaload.errors import FormatError, ReadError, reason
+from numaload.files.residency import residency as absent_runs
+from numaload.files.source import SourceFile
 from numaload.formats import gguf, safetensors
 from numaload.formats.metadata import ReadAt
 from numaload.formats.shards import SUFFIX
-from numaload.numa.topology import topology
+from numaload.machine.topology import topology
 from numaload.pagecache.choice import Source, models_of, real
 from numaload.pagecache.counting import Counting, counting
 from numaload.pagecache.located import Locating, locating
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import residency as absent_runs
 
 START = 9  # bytes that tell one format from the other
 HEAD, BEYOND = 1 << 30, 8 << 20  # bytes: no header is longer, and none is read in larger parts

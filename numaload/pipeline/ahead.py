@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from numaload.errors import CancelledError, warn_once
-from numaload.numa.stopping import until
-from numaload.numa.threads import name_thread, no_thread
-from numaload.storage.device import device_of
-from numaload.storage.files import SourceFile
-from numaload.storage.plan import CACHE, CHUNK, Way, make_plan
-from numaload.storage.residency import residency
-from numaload.storage.ways import IntoCache
+from numaload.files.plan import CACHE, CHUNK, Way, make_plan
+from numaload.files.residency import residency
+from numaload.files.source import SourceFile
+from numaload.files.ways import IntoCache
+from numaload.machine.stopping import until
+from numaload.machine.storage_device import device_of
+from numaload.machine.threads import name_thread, no_thread
 
 LEAST_THREADS = 4  # where two do not make the storage seek
 # Bytes that a thread brings in between two turns in Python, for which it waits behind threads that

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numaload.errors import NodeMemoryError
-from numaload.numa import memory
-from numaload.numa.mapping import Mapping, map_private
-from numaload.numa.memory import Promise
-from numaload.numa.syscalls import HUGE, memory_at
+from numaload.linux.mapping import Mapping, map_private
+from numaload.linux.syscalls import HUGE, memory_at
+from numaload.machine import memory
+from numaload.machine.memory import Promise
 
 WAY_OUT = "let go of tensors that were taken, give a smaller ahead=, or stream to a smaller dtype"
 LEAST_FREE = 4 << 20  # bytes beside the buffers: threads, and what Python needs

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from numaload.dequantize import DTYPES, LARGE, Conversion
 from numaload.errors import CancelledError, ReadError, UsageError
+from numaload.files.reader import Progress
+from numaload.files.source import SourceFile
 from numaload.formats.qtypes import BLOCKS
-from numaload.numa.stopping import Steps, at_work, check_process, until
-from numaload.numa.workers import Workers, finish
+from numaload.machine.stopping import Steps, at_work, check_process, until
+from numaload.machine.workers import Workers, finish
 from numaload.pipeline.ahead import Ahead, Range
-from numaload.storage.files import SourceFile
-from numaload.storage.reader import Progress
 from numaload.weights import Tensor
 
 WINDOW = 128 << 20  # bytes of files that are read ahead of the workers

@@ -24,11 +24,11 @@ from numaload.dtypes import (
     numpy_dtype,
 )
 from numaload.errors import NodeMemoryError, NumaloadError, UnsupportedTypeError, UsageError
+from numaload.files.reader import Progress
 from numaload.kernels import registry
-from numaload.numa import memory
+from numaload.machine import memory
 from numaload.pipeline.buffers import LEAST_FREE, WAY_OUT, Buffers
 from numaload.pipeline.fill import READ, Part, Target, Work, Write, writer
-from numaload.storage.reader import Progress
 from numaload.weights import Tensor, Weights
 
 AHEAD = 256 << 20

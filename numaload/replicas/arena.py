@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable
 
 from numaload.errors import NodeMemoryError, NotCopyable, StoreError, reason, warn_once
-from numaload.numa import syscalls
-from numaload.numa.lists import Group, format_list
-from numaload.numa.mapping import Mapping, bind, map_file, map_private
-from numaload.numa.syscalls import HUGE, PAGE
-from numaload.storage import userdir
+from numaload.linux import syscalls
+from numaload.linux.lists import Group, format_list
+from numaload.linux.mapping import Mapping, bind, map_file, map_private
+from numaload.linux.syscalls import HUGE, PAGE
+from numaload.machine import userdir
 
 REPLICA_MODE = 0o400
 MEMFD = "numaload-replica"

@@ -13,19 +13,19 @@ from itertools import accumulate
 import xxhash
 
 from numaload.errors import ChecksumError
-from numaload.numa.affinity import pin
-from numaload.numa.lists import Group, format_list
-from numaload.numa.placement import Placement, locate
-from numaload.numa.topology import Topology
-from numaload.numa.workers import Workers, finish
+from numaload.files.copy import plan_for
+from numaload.files.plan import BUFFERED, DIRECT, ReadPlan, Way
+from numaload.files.reader import Piece, Progress, Reading
+from numaload.files.residency import Run, give_back, residency
+from numaload.files.source import SourceFile
+from numaload.files.ways import IntoMemory
+from numaload.linux.lists import Group, format_list
+from numaload.linux.placement import Placement, locate
+from numaload.machine.affinity import pin
+from numaload.machine.topology import Topology
+from numaload.machine.workers import Workers, finish
 from numaload.replicas.arena import Allocate, Arena
 from numaload.replicas.plan import MemoryBudget
-from numaload.storage.copy import plan_for
-from numaload.storage.files import SourceFile
-from numaload.storage.plan import BUFFERED, DIRECT, ReadPlan, Way
-from numaload.storage.reader import Piece, Progress, Reading
-from numaload.storage.residency import Run, give_back, residency
-from numaload.storage.ways import IntoMemory
 
 CHUNK = 16 << 20  # bytes filled and checksummed at a time; a multiple of a huge page
 MAX_THREADS = 8  # per node, that copy; a memory controller is busy with fewer

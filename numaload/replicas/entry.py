@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from numaload.files.known import Model
 from numaload.holder.process import HolderProcess
-from numaload.numa.lists import Group, format_list
+from numaload.linux.lists import Group, format_list
+from numaload.machine import userdir
 from numaload.replicas.build import CHUNK
 from numaload.replicas.plan import nodes_of
-from numaload.storage import userdir
-from numaload.storage.known import Model
 
 VERSION = 2
 MOST_NODES = 1 << 16  # kernels are built for at most 1024

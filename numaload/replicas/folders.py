@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from numaload.errors import StoreError, reason, warn_once
-from numaload.storage import userdir
+from numaload.machine import userdir
 
 MANIFEST, LOCK = "manifest.json", "lock"
 ASIDE = re.compile(rf"\.{MANIFEST}\.[0-9a-f]{{8}}")  # while it is written

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from numaload.errors import StoreError
 from numaload.holder.process import HolderProcess, portable, start
+from numaload.machine import userdir
 from numaload.replicas import folders
-from numaload.storage import userdir
 
 if TYPE_CHECKING:
     from numaload.holder.main import Host

@@ -16,10 +16,10 @@ from numaload.errors import (
     check_limits,
     reason,
 )
-from numaload.numa.lists import Group
-from numaload.numa.mapping import Mapping, map_file
+from numaload.linux.lists import Group
+from numaload.linux.mapping import Mapping, map_file
+from numaload.machine import userdir
 from numaload.replicas.entry import Entry, folder_of
-from numaload.storage import userdir
 
 
 class Lease(NotCopyable):

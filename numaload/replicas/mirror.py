@@ -21,9 +21,14 @@ from numaload.errors import (
     reason,
     warn_once,
 )
-from numaload.numa.lists import Group, format_list
-from numaload.numa.probe import why_not_bound
-from numaload.numa.topology import Topology, topology
+from numaload.files import known
+from numaload.files.reader import Progress
+from numaload.files.residency import give_back
+from numaload.files.source import io_timeout as waiting
+from numaload.linux.lists import Group, format_list
+from numaload.machine import userdir
+from numaload.machine.probe import why_not_bound
+from numaload.machine.topology import Topology, topology
 from numaload.replicas import store
 from numaload.replicas.arena import held_memory, private_memory, store_memory
 from numaload.replicas.build import Built, build
@@ -32,10 +37,6 @@ from numaload.replicas.lease import Lease
 from numaload.replicas.plan import HELD, PRIVATE, STORED, Build, MirrorPlan, nodes_of, plan
 from numaload.replicas.verify import Verified, by_node, placements_of, verify
 from numaload.replicas.views import Mirror, report_of
-from numaload.storage import known, userdir
-from numaload.storage.files import io_timeout as waiting
-from numaload.storage.reader import Progress
-from numaload.storage.residency import give_back
 from numaload.weights import Weights, open_weights
 
 POLICIES = ("mirror",)

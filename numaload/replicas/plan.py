@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from numaload.errors import NodeMemoryError, StoreError
-from numaload.numa import memory
-from numaload.numa.lists import Group
-from numaload.numa.syscalls import PAGE
-from numaload.numa.topology import Topology
-from numaload.storage import logout, userdir
-from numaload.storage.known import Model
+from numaload.files.known import Model
+from numaload.linux.lists import Group
+from numaload.linux.syscalls import PAGE
+from numaload.machine import logout, memory, userdir
+from numaload.machine.topology import Topology
 
 PRIVATE, STORED, HELD = "private", "stored", "held"  # where replicas are kept
 SMALL, SMALL_SHARE = 256 << 10, 1 << 18  # bytes of an entry without its replicas, and one for these

@@ -41,15 +41,15 @@ from numaload.errors import (
     reason,
     warn_once,
 )
+from numaload.files.known import Model
 from numaload.holder.process import HolderProcess
-from numaload.numa.lists import Group
+from numaload.linux.lists import Group
+from numaload.machine import userdir
 from numaload.replicas import folders
 from numaload.replicas import hold as holding
 from numaload.replicas.build import Built
 from numaload.replicas.entry import Entry, folder_of, holder_of
 from numaload.replicas.folders import MANIFEST
-from numaload.storage import userdir
-from numaload.storage.known import Model
 
 TOKEN_BYTES = 4
 PAUSES_S = (0.01,) * 10  # in which others may end what they began to remove

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import xxhash
 
 from numaload.errors import ChecksumError
-from numaload.numa.lists import Group
-from numaload.numa.mapping import Mapping, populate_read
-from numaload.numa.placement import Placement, locate
-from numaload.numa.topology import Topology
-from numaload.numa.workers import finish, pool
+from numaload.linux.lists import Group
+from numaload.linux.mapping import Mapping, populate_read
+from numaload.linux.placement import Placement, locate
+from numaload.machine.topology import Topology
+from numaload.machine.workers import finish, pool
 from numaload.replicas.build import CHUNK
 
 

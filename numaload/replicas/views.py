@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from numaload.errors import ClosedError, NotCopyable, UsageError, printable
-from numaload.numa.affinity import pinned_to
-from numaload.numa.lists import Group, format_list
-from numaload.numa.mapping import Mapping
-from numaload.numa.placement import Placement
-from numaload.numa.syscalls import binding
-from numaload.numa.topology import Topology
+from numaload.files.plan import ReadPlan
+from numaload.linux.lists import Group, format_list
+from numaload.linux.mapping import Mapping
+from numaload.linux.placement import Placement
+from numaload.linux.syscalls import binding
+from numaload.machine.affinity import pinned_to
+from numaload.machine.topology import Topology
 from numaload.replicas.build import Built
 from numaload.replicas.lease import Lease
 from numaload.replicas.plan import nodes_of
 from numaload.replicas.verify import Verified, by_node, verify
-from numaload.storage.plan import ReadPlan
 from numaload.weights import Weights
 
 

@@ -8,19 +8,19 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from numaload.errors import ClosedError, NotCopyable, TensorNotFoundError, printable
+from numaload.files.known import Model
+from numaload.files.source import SourceFile
 from numaload.formats import gguf, safetensors
 from numaload.formats.metadata import Metadata
-from numaload.numa.lists import Group, format_list
-from numaload.numa.mapping import Mapping as MemoryMapping
-from numaload.numa.mapping import map_file
-from numaload.numa.stopping import renewed
-from numaload.numa.topology import Topology, topology
-from numaload.storage.files import SourceFile
-from numaload.storage.known import Model
+from numaload.linux.lists import Group, format_list
+from numaload.linux.mapping import Mapping as MemoryMapping
+from numaload.linux.mapping import map_file
+from numaload.machine.stopping import renewed
+from numaload.machine.topology import Topology, topology
 from numaload.weights.tensor import Tensor
 
 if TYPE_CHECKING:
-    from numaload.numa.workers import Workers
+    from numaload.machine.workers import Workers
     from numaload.torch_memory import Numbers
 
 
@@ -91,7 +91,7 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
 
     def workers(self) -> Workers:
         """Return the threads that work on these weights: on their node, or everywhere."""
-        from numaload.numa.workers import pool
+        from numaload.machine.workers import pool
 
         if self._machine is None:
             self._machine = topology()

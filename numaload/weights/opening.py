@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from numaload.errors import ClosedError, SplitError
+from numaload.files.reader import Progress
+from numaload.files.source import SourceFile, absolute, make_room_for, reached, read_whole
+from numaload.files.source import io_timeout as waiting
 from numaload.formats import gguf, safetensors
 from numaload.formats.metadata import ReadAt
 from numaload.formats.shards import SUFFIX, Shards, check_shards, find_shards, is_layout
 from numaload.formats.splits import check_splits, sibling_paths, split_count, split_link
-from numaload.numa.mapping import Mapping as MemoryMapping
-from numaload.storage.files import SourceFile, absolute, make_room_for, reached, read_whole
-from numaload.storage.files import io_timeout as waiting
-from numaload.storage.reader import Progress
+from numaload.linux.mapping import Mapping as MemoryMapping
 from numaload.weights.model import AnyHeader, Part, Weights
 
 HEAD = 9  # bytes that tell one format from the other
@@ -123,7 +123,7 @@ def _checked(shards: Shards, opened: list[SourceFile]) -> list[Part]:
 
 def _copied(parts: Sequence[Part], parse: Parse, progress: Progress | None) -> Weights:
     """Return weights in memory of this process, metadata included."""
-    from numaload.storage.copy import copy_files
+    from numaload.files.copy import copy_files
 
     copies = copy_files([part.file for part in parts], progress)
     inside = [

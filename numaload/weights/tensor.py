@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from numaload.numa.workers import Workers
-    from numaload.storage.files import SourceFile
+    from numaload.files.source import SourceFile
+    from numaload.machine.workers import Workers
     from numaload.weights.model import Weights
 
 Rows = slice | range | tuple[int, int]

@@ -17,7 +17,7 @@ from numaload.bench.read import measure
 from numaload.bench.ways import METHODS, ReadMethod, Turn, Unavailable, chosen
 from numaload.demo import write_model
 from numaload.errors import ReadError
-from numaload.storage.files import SourceFile
+from numaload.files.source import SourceFile
 
 MIB = 1 << 20
 FEW = "direct,cat,prewarm"

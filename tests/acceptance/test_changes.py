@@ -24,7 +24,7 @@ from numaload.errors import (
     ReplicaNotFoundError,
     SplitError,
 )
-from numaload.storage.userdir import MARKER
+from numaload.machine.userdir import MARKER
 
 MIB = 1 << 20
 TENSOR = "blk.0.attn_q.weight"
@@ -255,7 +255,7 @@ def numaload_again(weights: api.Weights) -> None:
 
 
 def test_a_copy_that_does_not_fit_is_refused_with_numbers(tmp_path: Path) -> None:
-    from numaload.numa.memory import available
+    from numaload.machine.memory import available
 
     free = available().free
     path = sparse_model(tmp_path / "huge.gguf", 2 * free)

@@ -20,10 +20,10 @@ import pytest
 import numaload as api
 from commands import LIMIT_S
 from numaload import errors
-from numaload.numa.mapping import map_private
+from numaload.files.source import SourceFile
+from numaload.files.ways import IntoCache, IntoMemory
+from numaload.linux.mapping import map_private
 from numaload.replicas.arena import Arena, private_memory, store_memory
-from numaload.storage.files import SourceFile
-from numaload.storage.ways import IntoCache, IntoMemory
 
 Way = Callable[[Any], Any]
 WAYS: dict[str, Way] = {

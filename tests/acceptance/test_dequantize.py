@@ -28,7 +28,7 @@ from numaload import QuantType, dequantize
 from numaload.errors import UnknownQuantTypeError, UnsupportedTypeError, UsageError
 from numaload.formats.qtypes import BLOCKS
 from numaload.kernels import registry
-from numaload.numa.workers import Workers
+from numaload.machine.workers import Workers
 
 QUANTIZED = [
     "Q4_0",

@@ -29,7 +29,7 @@ from numaload import errors
 from numaload.demo import write_model
 from numaload.replicas.mirror import mirror
 from numaload.replicas import store
-import numaload.storage.copy, numaload.pagecache.prewarm, numaload.numa.workers
+import numaload.files.copy, numaload.pagecache.prewarm, numaload.machine.workers
 import numaload.doctor.opinion
 
 path, call = sys.argv[1:]

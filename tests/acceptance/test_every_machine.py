@@ -19,9 +19,9 @@ import numaload
 from machines import EVERY_CPU, MACHINES, NPS4, SNC2_IN_ORDER, Machine, Roots, write_block
 from numaload.cli.main import main
 from numaload.errors import UsageError
-from numaload.numa import devices
-from numaload.numa.lists import parse_list
-from numaload.numa.topology import Topology
+from numaload.linux.lists import parse_list
+from numaload.machine import devices
+from numaload.machine.topology import Topology
 
 Gpus = dict[str, tuple[int | None, int | None]]
 Capture = pytest.CaptureFixture[str]
@@ -169,10 +169,10 @@ def test_what_all_costs_is_said(name: str, tmp_path: Path) -> None:
 
 def on(roots: Roots, monkeypatch: pytest.MonkeyPatch) -> None:
     everywhere = partial(numaload.topology, **roots, allowed=EVERY_CPU)
-    monkeypatch.setattr("numaload.numa.topology.topology", everywhere)
-    monkeypatch.setattr("numaload.numa.devices.gpus", partial(devices.gpus, **roots))
+    monkeypatch.setattr("numaload.machine.topology.topology", everywhere)
+    monkeypatch.setattr("numaload.machine.devices.gpus", partial(devices.gpus, **roots))
     of = partial(devices.disk_of, **roots, numbers=(259, 2))
-    monkeypatch.setattr("numaload.numa.devices.disk_of", of)
+    monkeypatch.setattr("numaload.machine.devices.disk_of", of)
 
 
 def nodes(machine: Machine, root: Path, patch: pytest.MonkeyPatch, *words: str) -> int:

@@ -14,8 +14,8 @@ import pytest
 
 import numaload as api
 from commands import KEPT, Numaload, resident
-from numaload.numa import syscalls
-from numaload.storage.files import SourceFile
+from numaload.files.source import SourceFile
+from numaload.linux import syscalls
 
 MIB = 1 << 20
 PAGE = mmap.PAGESIZE

@@ -19,7 +19,7 @@ import pytest
 
 import numaload as api
 from commands import Numaload, running, used_bytes, wait_for
-from numaload.storage.userdir import MARKER
+from numaload.machine.userdir import MARKER
 
 MIB = 1 << 20
 NAME = "blk.0.attn_q.weight"

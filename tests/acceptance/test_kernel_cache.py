@@ -26,8 +26,8 @@ import sys, warnings
 import numpy as np
 from numaload.dequantize import DTYPES, dequantize_blocks
 from numaload.formats.qtypes import BLOCKS, QuantType
-from numaload.numa.topology import topology
-from numaload.numa.workers import pool
+from numaload.machine.topology import topology
+from numaload.machine.workers import pool
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     for name in sys.argv[1:] or ["Q4_K"]:

@@ -15,8 +15,8 @@ import os, sys, threading, time, warnings
 import numpy as np
 from numaload.dequantize import DTYPES, dequantize_blocks
 from numaload.formats.qtypes import BLOCKS, QuantType
-from numaload.numa.topology import topology
-from numaload.numa.workers import pool
+from numaload.machine.topology import topology
+from numaload.machine.workers import pool
 warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
 def use(name):
     block_size, type_size = BLOCKS[QuantType[name]]
@@ -78,7 +78,7 @@ def use():
     import numpy as np
     from numaload.dequantize import dequantize_blocks
     from numaload.formats.qtypes import QuantType
-    from numaload.numa.workers import pool
+    from numaload.machine.workers import pool
     out = np.zeros(256, np.float32)
     blocks = np.full((1, 144), 0x21, "u1")
     dequantize_blocks(blocks, QuantType.Q4_K, out.dtype, out, pool(topology()))

@@ -334,7 +334,7 @@ def test_a_file_that_ends_while_it_is_read(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from numaload.errors import NodeMemoryError
-    from numaload.numa import memory
+    from numaload.machine import memory
 
     weights = tensors_file(tmp_path / "m.gguf", a=values(4, 8))
     monkeypatch.setattr(memory, "available", lambda: memory.Limit("this machine", 1 << 20))

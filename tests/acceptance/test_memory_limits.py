@@ -133,7 +133,7 @@ def test_limits_of_the_process_are_named(numaload: Numaload, large: str, limit: 
 KEPT_ERROR = """
 import json, sys
 import numaload
-from numaload.numa import memory
+from numaload.machine import memory
 
 weights = numaload.open(sys.argv[1])
 def fail(done, total):

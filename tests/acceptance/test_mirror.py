@@ -18,9 +18,9 @@ import pytest
 
 import numaload as api
 from commands import KEPT, Numaload, evict, sparse_model, used_bytes, wait_for
-from numaload.numa.memory import available
-from numaload.storage import known
-from numaload.storage.userdir import MARKER
+from numaload.files import known
+from numaload.machine.memory import available
+from numaload.machine.userdir import MARKER
 
 MIB = 1 << 20
 ATTACH = """

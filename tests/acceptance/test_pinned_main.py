@@ -21,7 +21,7 @@ if sys.argv[1] == "first":
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     import numaload
-    from numaload.numa.workers import finish, pool
+    from numaload.machine.workers import finish, pool
     machine = [numaload.topology() for _ in range(2)][0]
 main = sorted(os.sched_getaffinity(0))
 pools = {n: pool(machine, [n]) for n in machine.all}

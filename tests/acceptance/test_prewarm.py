@@ -19,7 +19,7 @@ import pytest
 import numaload as api
 from commands import KEPT, Numaload, evict, resident, sparse_model, wait_for
 from numaload.cli.output import size
-from numaload.numa.memory import available
+from numaload.machine.memory import available
 
 MIB = 1 << 20
 

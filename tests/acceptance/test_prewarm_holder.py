@@ -19,7 +19,7 @@ import pytest
 import numaload as api
 from commands import KEPT, LIMIT_S, Numaload, evict, resident, running, sparse_model, wait_for
 from numaload.errors import CancelledError, NodeMemoryError, ReadError, StoreError
-from numaload.numa.memory import available
+from numaload.machine.memory import available
 from numaload.pagecache import background, records
 
 MIB = 1 << 20

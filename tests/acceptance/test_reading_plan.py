@@ -17,9 +17,9 @@ import pytest
 
 import numaload as api
 from commands import KEPT, Numaload, evict, resident
-from numaload.storage.copy import copy_files
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import residency
+from numaload.files.copy import copy_files
+from numaload.files.residency import residency
+from numaload.files.source import SourceFile
 
 MIB = 1 << 20
 

@@ -22,8 +22,8 @@ import numaload as api
 from commands import LIMIT_S, Numaload, evict, resident
 from confined import DOCKER
 from numaload.cli.pagecache import CLEAR, HOME, bar
-from numaload.numa import syscalls
-from numaload.numa.mapping import map_file, populate_read
+from numaload.linux import syscalls
+from numaload.linux.mapping import map_file, populate_read
 from safetensors_builder import model as safetensors_model
 
 TIB = 1 << 40

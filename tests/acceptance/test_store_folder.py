@@ -19,11 +19,11 @@ import numaload as api
 from commands import LIMIT_S, Numaload, running, sparse_model
 from numaload.errors import NumaloadWarning, StoreError
 from numaload.holder.process import HolderProcess
-from numaload.numa.mounts import mount_of
+from numaload.linux.mounts import mount_of
+from numaload.machine import userdir
 from numaload.pagecache.records import Record
 from numaload.replicas import hold as holding
 from numaload.replicas import store as stores
-from numaload.storage import userdir
 
 MIB = 1 << 20
 OWN = f"numaload-{os.geteuid()}"

@@ -23,7 +23,7 @@ from numaload import errors
 from numaload.backends.kt_kernel import Loader
 from numaload.backends.lora import open_adapter
 from numaload.errors import AdapterError, MetadataError, SplitError, TensorNotFoundError, UsageError
-from numaload.numa.lists import MAX_ID
+from numaload.linux.lists import MAX_ID
 
 MIB = 1 << 20
 TIMES = 32  # what parsing may take of the file's size, as promised

@@ -29,8 +29,8 @@ from numaload.backends.ktransformers import SafeTensorLoader
 from numaload.backends.lora import open_adapter
 from numaload.cli.output import print_table, say
 from numaload.errors import LONGEST, printable
-from numaload.numa.mounts import Mount
-from numaload.storage.device import Device
+from numaload.linux.mounts import Mount
+from numaload.machine.storage_device import Device
 
 CONTROL = "\x00\x07\n\r\t\x1b]0;P\x07\x1b[2J\x7f\x85\x9b2J"
 HIDDEN = "\u200b\u202a\u202e\u2066\u2069\u2028\u2029\ufeff\udcff"

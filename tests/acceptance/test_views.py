@@ -14,7 +14,7 @@ import pytest
 
 import numaload as api
 from commands import Numaload
-from numaload.numa.syscalls import memory_at
+from numaload.linux.syscalls import memory_at
 from numaload.replicas import store as stores
 from witness import mapped
 

@@ -15,7 +15,7 @@ import numaload as api
 from cgroups import cgroup
 from commands import LIMIT_S, Numaload, evict, sparse_model, used_bytes
 from confined import DOCKER, NO_NUMA
-from numaload.numa.memory import node_free
+from numaload.machine.memory import node_free
 from witness import PAGE, by_move_pages
 
 MIB = 1 << 20

@@ -12,7 +12,7 @@ import pytest
 from cgroups import cgroup
 from commands import Numaload, evict, resident, running
 from confined import Confined
-from numaload.storage.files import SourceFile, model_paths
+from numaload.files.source import SourceFile, model_paths
 
 MIB = 1 << 20
 USER = 1000

@@ -21,7 +21,7 @@ import pytest
 import numaload as api
 from commands import LIMIT_S, Numaload, running, wait_for
 from forked import ForkedNumaload
-from numaload.storage.userdir import SHARED_MEMORY
+from numaload.machine.userdir import SHARED_MEMORY
 from witness import PAGE, by_move_pages, by_numa_maps
 
 MIB = 1 << 20

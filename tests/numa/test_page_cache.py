@@ -16,7 +16,7 @@ import numaload as api
 from cgroups import cgroup
 from commands import Numaload
 from confined import DOCKER
-from numaload.numa.syscalls import MPOL_BIND, set_mempolicy
+from numaload.linux.syscalls import MPOL_BIND, set_mempolicy
 from numaload.pagecache import located
 from numaload.pagecache.residency import TensorResidency
 from witness import PAGE, by_move_pages

@@ -129,7 +129,7 @@ def current_cpu() -> int:
 def test_dequantizing_a_view_works_beside_it(
     store: Path, model: str, nodes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from numaload.numa import workers
+    from numaload.machine import workers
 
     pools: list[workers.Workers] = []
     real = workers.Workers.ranges

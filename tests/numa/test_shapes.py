@@ -19,7 +19,7 @@ import pytest
 import numaload as api
 from commands import Numaload
 from numaload.demo import write_model
-from numaload.storage.ways import IntoMemory
+from numaload.files.ways import IntoMemory
 from witness import PAGE, by_move_pages, by_numa_maps, cpus_of
 
 NODES = Path("/sys/devices/system/node")

@@ -21,8 +21,8 @@ import pytest
 import numaload as api
 from blockdevices import CONTROL, SECTOR, MappedDisk, disk_of, place_on_disk
 from commands import LIMIT_S, Numaload, evict, resident, used_bytes, wait_for
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import cached_on, residency
+from numaload.files.residency import cached_on, residency
+from numaload.files.source import SourceFile
 from witness import PAGE
 
 MIB = 1 << 20

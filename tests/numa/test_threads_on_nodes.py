@@ -13,7 +13,7 @@ from typing import Any
 import numaload as api
 from cgroups import cgroup
 from commands import Numaload
-from numaload.numa.workers import Workers, finish
+from numaload.machine.workers import Workers, finish
 from witness import cpus_of
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from numaload.numa.affinity import allowed_by_cpuset, before_binding, undo_binding
-from numaload.numa.syscalls import openmp_places
+from numaload.linux.syscalls import openmp_places
+from numaload.machine.affinity import allowed_by_cpuset, before_binding, undo_binding
 
 HERE = frozenset(os.sched_getaffinity(0))
 SIXTEEN = frozenset(range(16))

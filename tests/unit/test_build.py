@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 import numaload as api
 from commands import evict
 from numaload.errors import CancelledError, NodeMemoryError
-from numaload.numa import syscalls, workers
-from numaload.numa.lists import Group
-from numaload.numa.workers import Workers
+from numaload.files.residency import residency
+from numaload.files.source import SourceFile
+from numaload.linux import syscalls
+from numaload.linux.lists import Group
+from numaload.machine import userdir, workers
+from numaload.machine.workers import Workers
 from numaload.replicas import build as builds
 from numaload.replicas import plan as plans
 from numaload.replicas.arena import Arena, private_memory, store_memory
 from numaload.replicas.build import CHUNK, build
 from numaload.replicas.plan import LEAST_FREE, TRUSTED
-from numaload.storage import userdir
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import residency
 from witness import mapped
 
 MIB = 1 << 20

@@ -13,11 +13,11 @@ import pytest
 
 from commands import KEPT, evict, sparse_model
 from numaload.errors import FileChangedError, NodeMemoryError, ReadError
-from numaload.numa import memory
-from numaload.numa.placement import locate
-from numaload.storage.copy import LOOK_EVERY, copy_files
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import residency
+from numaload.files.copy import LOOK_EVERY, copy_files
+from numaload.files.residency import residency
+from numaload.files.source import SourceFile
+from numaload.linux.placement import locate
+from numaload.machine import memory
 
 MIB = 1 << 20
 

@@ -17,8 +17,8 @@ from numpy.lib.stride_tricks import as_strided
 from numaload.dequantize import DTYPES, Conversion, as_output, dequantize_blocks, dtype_of
 from numaload.errors import UnsupportedTypeError, UsageError
 from numaload.formats.qtypes import BLOCKS, QuantType
-from numaload.numa.topology import topology
-from numaload.numa.workers import pool
+from numaload.machine.topology import topology
+from numaload.machine.workers import pool
 
 F32, F16, BF16 = DTYPES.values()
 SIZE = 6
@@ -235,7 +235,7 @@ def test_infinite_scales_warn_of_nothing() -> None:
 def test_widening_float32_needs_no_other_package() -> None:
     program = (
         "import sys, numpy as np; from numaload.dequantize import *\n"
-        "from numaload.numa.workers import Workers\n"
+        "from numaload.machine.workers import Workers\n"
         "import os; w = Workers(os.sched_getaffinity(0), 1); out = np.empty(1, 'float16')\n"
         "dequantize_blocks(np.zeros((1, 4), 'u1'), QuantType.F32, out.dtype, out, w)\n"
         "assert 'gguf' not in sys.modules"

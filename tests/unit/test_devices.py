@@ -9,7 +9,7 @@ import pytest
 
 from machines import GB200, Pci, Roots, write_block, write_proc
 from numaload.errors import NumaloadWarning, ReadError
-from numaload.numa.devices import FileDevice, disk_of, gpus
+from numaload.machine.devices import FileDevice, disk_of, gpus
 
 NVME = "pci0000:00/0000:05:00.0/nvme/nvme0"
 SATA = "pci0000:80/0000:80:17.0/ata1/host0/target0:0:0/0:0:0:0/block/sda"

@@ -15,8 +15,8 @@ from numaload.backends.kt_kernel import place, tp
 from numaload.backends.kt_kernel.parts import part_of
 from numaload.errors import NodeMemoryError, UsageError
 from numaload.formats.qtypes import BLOCKS, QuantType
-from numaload.numa import memory
-from numaload.numa.topology import topology
+from numaload.machine import memory
+from numaload.machine.topology import topology
 from witness import by_move_pages
 
 SMALL = Shape(experts=3, hidden=256, inner=1280, layers=1)

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 import gguf_builder as gb
 from headers import Source, parse
 from numaload.errors import MetadataError, MetadataKeyError
+from numaload.files.source import SourceFile
 from numaload.formats import qtypes
 from numaload.formats.cursor import FIRST_READ
 from numaload.formats.gguf import Header, parse_header
 from numaload.formats.metadata import MetadataArray
 from numaload.formats.qtypes import BLOCKS, QuantType, foreign_type
-from numaload.storage.files import SourceFile
 
 
 def of_type(type_id: int, value: Any) -> bytes:

@@ -22,10 +22,10 @@ from commands import running, wait_for
 from numaload.errors import StoreError
 from numaload.holder import process
 from numaload.holder.process import TASKS, HolderProcess
-from numaload.numa.mounts import mount_of
+from numaload.linux.mounts import mount_of
+from numaload.machine.userdir import MARKER
 from numaload.replicas import hold as holding
 from numaload.replicas.hold import hold
-from numaload.storage.userdir import MARKER
 
 NAME = "0123456789abcdef0123456789abcdef.cafecafe"
 MANIFEST = {"version": 1, "model": {"paths": ["/x/m.gguf"]}}

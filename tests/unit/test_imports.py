@@ -102,9 +102,9 @@ def test_drawing_names_every_unit() -> None:
 
 
 def test_a_wrong_import_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "storage.py"
+    file = tmp_path / "files.py"
     file.write_text("def f():\n    from numaload.weights import Weights\n    return Weights\n")
-    monkeypatch.setattr("test_imports.unit_of", lambda _: "storage")
+    monkeypatch.setattr("test_imports.unit_of", lambda _: "files")
     assert wrong_imports(file, drawing()) == ["weights"]
 
 

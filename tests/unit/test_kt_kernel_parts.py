@@ -20,10 +20,10 @@ from numaload.backends.kt_kernel import Loader, Report, workers
 from numaload.backends.kt_kernel.hook import Hook
 from numaload.backends.kt_kernel.report import Given, own_memory
 from numaload.errors import BackendError, TensorNotFoundError
-from numaload.numa import syscalls
-from numaload.numa.lists import format_list
-from numaload.numa.threads import name_thread
-from numaload.numa.topology import Node, Topology, topology
+from numaload.linux import syscalls
+from numaload.linux.lists import format_list
+from numaload.machine.threads import name_thread
+from numaload.machine.topology import Node, Topology, topology
 
 INSTALLED = importlib.util.find_spec("kt_kernel") is not None
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from machines import cpumap
 from numaload.errors import UsageError
-from numaload.numa.lists import MAX_ID, format_list, parse_list, parse_map, select
+from numaload.linux.lists import MAX_ID, format_list, parse_list, parse_map, select
 
 LISTS = {
     "0": [0],

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from numaload.storage import logout
-from numaload.storage.logout import User, emptied_note, killed_note
-from numaload.storage.userdir import SHARED_MEMORY
+from numaload.machine import logout
+from numaload.machine.logout import User, emptied_note, killed_note
+from numaload.machine.userdir import SHARED_MEMORY
 
 ANN = User(1000, "ann")
 STORE = f"{SHARED_MEMORY}/numaload-1000"

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from numaload.errors import ClosedError, NumaError, UsageError
-from numaload.numa import syscalls
-from numaload.numa.mapping import Mapping, bind, map_file, map_private, populate_read
-from numaload.numa.placement import count_pages
-from numaload.numa.syscalls import HUGE, PAGE
+from numaload.linux import syscalls
+from numaload.linux.mapping import Mapping, bind, map_file, map_private, populate_read
+from numaload.linux.placement import count_pages
+from numaload.linux.syscalls import HUGE, PAGE
 
 SIZE = 3 * PAGE + 100  # files rarely end on a page
 

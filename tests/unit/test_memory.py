@@ -10,8 +10,8 @@ import pytest
 
 from machines import XEON, Roots, write_proc
 from numaload.errors import NodeMemoryError
-from numaload.numa import memory
-from numaload.numa.memory import (
+from numaload.machine import memory
+from numaload.machine.memory import (
     LEAST_FREE,
     RESERVE_MAX,
     RESERVE_MIN,

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from numaload.errors import StoreError
-from numaload.numa import mounts
-from numaload.numa.mounts import (
+from numaload.linux import mounts
+from numaload.linux.mounts import (
     Mount,
     has_networks,
     is_network,
@@ -18,7 +18,7 @@ from numaload.numa.mounts import (
     mount_with,
     network_of,
 )
-from numaload.storage import userdir
+from numaload.machine import userdir
 
 ROW = "{id} 1 {device} / {point} rw,relatime shared:1 - {kind} source {options}\n"
 

@@ -30,14 +30,15 @@ from numaload.errors import (
     StalledError,
     UsageError,
 )
-from numaload.numa import syscalls
-from numaload.numa.mounts import Mount
-from numaload.numa.stopping import until
-from numaload.numa.threads import threads
-from numaload.storage import files, network
-from numaload.storage.files import SourceFile, io_timeout, reached, real_path
-from numaload.storage.network import NAME, PIECE, NetworkPath
-from numaload.storage.residency import residency
+from numaload.files import network
+from numaload.files import source as files
+from numaload.files.network import NAME, PIECE, NetworkPath
+from numaload.files.residency import residency
+from numaload.files.source import SourceFile, io_timeout, reached, real_path
+from numaload.linux import syscalls
+from numaload.linux.mounts import Mount
+from numaload.machine.stopping import until
+from numaload.machine.threads import threads
 
 SERVER = Mount("0:99", "/models", "nfs4", source="server:/models")
 SIZE = 5 * PIECE + 12_345
@@ -413,8 +414,8 @@ def test_forgotten_files_are_closed(path: str) -> None:
 STUCK = """
 import os, sys, time
 from numaload.errors import StalledError
-from numaload.numa.mounts import Mount
-from numaload.storage.network import NetworkPath
+from numaload.linux.mounts import Mount
+from numaload.files.network import NetworkPath
 path = NetworkPath("x", Mount("0:9", "/b", "nfs"), 0.1)
 try:
     path.ask(time.sleep, 10_000)

@@ -13,8 +13,8 @@ import pytest
 from machines import EVERY_CPU, POWER, XEON, Machine
 from numaload.doctor import opinion
 from numaload.doctor.opinion import second_opinion
-from numaload.numa.syscalls import LIBNUMA, NO_CALLS, SYSTEM_CALLS, Binding, binding
-from numaload.numa.topology import Topology, topology
+from numaload.linux.syscalls import LIBNUMA, NO_CALLS, SYSTEM_CALLS, Binding, binding
+from numaload.machine.topology import Topology, topology
 
 
 class Info(ModuleType):

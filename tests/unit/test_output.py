@@ -30,9 +30,9 @@ from numaload.cli.output import (
     size,
 )
 from numaload.errors import NumaloadWarning
-from numaload.numa.placement import Placement
-from numaload.numa.syscalls import LIBNUMA, NO_CALLS, SYSTEM_CALLS
-from numaload.numa.topology import topology
+from numaload.linux.placement import Placement
+from numaload.linux.syscalls import LIBNUMA, NO_CALLS, SYSTEM_CALLS
+from numaload.machine.topology import topology
 
 Capture = pytest.CaptureFixture[str]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import numaload
 from commands import evict
-from numaload.numa.mapping import Mapping, map_private
+from numaload.linux.mapping import Mapping, map_private
 from numaload.pipeline.ahead import resident
 from numaload.pipeline.buffers import Buffers
 from numaload.pipeline.fill import PART, SCATTERED, parts

@@ -14,9 +14,9 @@ import pytest
 
 from numaload import errors
 from numaload.errors import NumaError, NumaloadWarning, PlacementError
-from numaload.numa import pagemap, placement, syscalls
-from numaload.numa.mapping import Mapping, bind, map_file, map_private, populate_read
-from numaload.numa.placement import (
+from numaload.linux import pagemap, placement, syscalls
+from numaload.linux.mapping import Mapping, bind, map_file, map_private, populate_read
+from numaload.linux.placement import (
     ABSENT,
     HUGE_FIELDS,
     Placement,
@@ -25,8 +25,8 @@ from numaload.numa.placement import (
     parse_numa_maps,
     parse_smaps,
 )
-from numaload.numa.syscalls import HUGE, PAGE
-from numaload.numa.topology import topology
+from numaload.linux.syscalls import HUGE, PAGE
+from numaload.machine.topology import topology
 
 NODE = topology().usable[0]
 

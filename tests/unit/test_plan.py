@@ -8,8 +8,10 @@ import pytest
 
 from machines import EVERY_CPU, MACHINES
 from numaload.errors import NodeMemoryError
-from numaload.numa import memory
-from numaload.numa.topology import Topology, topology
+from numaload.files.known import Model
+from numaload.files.source import Identity
+from numaload.machine import memory
+from numaload.machine.topology import Topology, topology
 from numaload.replicas import plan as plans
 from numaload.replicas.plan import (
     LEAST_FREE,
@@ -21,8 +23,6 @@ from numaload.replicas.plan import (
     free_on,
     plan,
 )
-from numaload.storage.files import Identity
-from numaload.storage.known import Model
 
 GIB = 1 << 30
 

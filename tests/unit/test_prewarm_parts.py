@@ -21,10 +21,10 @@ import numaload as api
 from commands import KEPT, evict, resident
 from numaload.cli.output import print_json
 from numaload.cli.prewarming import tell
-from numaload.numa import syscalls
+from numaload.files import known
+from numaload.files.ways import IntoCache
+from numaload.linux import syscalls
 from numaload.pagecache import prewarm
-from numaload.storage import known
-from numaload.storage.ways import IntoCache
 
 pytestmark = pytest.mark.usefixtures("store")
 NODE = api.topology().all[0]
@@ -94,8 +94,8 @@ def test_the_policy_ends_with_the_threads_of_the_job(
 def test_where_residency_is_unknown_placement_is_counted_all_the_same(
     cold: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("numaload.storage.residency.may_ask", lambda _: False)
-    monkeypatch.setattr("numaload.numa.syscalls.cachestat", lambda *_: None)
+    monkeypatch.setattr("numaload.files.residency.may_ask", lambda _: False)
+    monkeypatch.setattr("numaload.linux.syscalls.cachestat", lambda *_: None)
     report = api.prewarm(cold, nodes=NODE)
     assert not report.residency_known
     assert report.on_nodes == {NODE: report.size}

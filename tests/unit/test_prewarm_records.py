@@ -14,11 +14,12 @@ import pytest
 from numaload import errors
 from numaload.cli import prewarming
 from numaload.errors import NumaloadError, NumaloadWarning, StoreError
+from numaload.files import source as files
 from numaload.holder.process import namespace, packed, unpacked
+from numaload.machine import userdir
 from numaload.pagecache import records
 from numaload.pagecache.background import PrewarmHolder
 from numaload.pagecache.records import Record
-from numaload.storage import files, userdir
 
 Make = Callable[..., Record]
 

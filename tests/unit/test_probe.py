@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from numaload.errors import NumaError, NumaUnavailableError
-from numaload.numa import memory, probe, syscalls
-from numaload.numa.probe import why_not_bound
-from numaload.numa.topology import topology
+from numaload.linux import syscalls
+from numaload.machine import memory, probe
+from numaload.machine.probe import why_not_bound
+from numaload.machine.topology import topology
 from numaload.replicas.mirror import MirrorOptions, can_bind
 
 MACHINE = topology()

@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 
 import numaload as api
 from numaload.errors import CancelledError, UsageError
-from numaload.numa.stopping import stopping
-from numaload.storage import plan, reader
-from numaload.storage.device import Device
-from numaload.storage.plan import (
+from numaload.files import plan, reader
+from numaload.files.plan import (
     BUFFERED,
     CACHE,
     CANDIDATES,
@@ -28,7 +26,9 @@ from numaload.storage.plan import (
     Way,
     make_plan,
 )
-from numaload.storage.reader import Piece, Ranges, Reading, in_stripes
+from numaload.files.reader import Piece, Ranges, Reading, in_stripes
+from numaload.machine.stopping import stopping
+from numaload.machine.storage_device import Device
 
 GIB, MIB = 1 << 30, 1 << 20
 CPUS = api.topology().cpus

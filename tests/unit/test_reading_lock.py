@@ -14,9 +14,9 @@ import pytest
 
 from commands import wait_for
 from numaload.errors import CancelledError, NumaloadWarning, UsageError
-from numaload.storage import reading_lock as module
-from numaload.storage.files import SourceFile
-from numaload.storage.reading_lock import check_free, holding, reading_lock
+from numaload.files import reading_lock as module
+from numaload.files.reading_lock import check_free, holding, reading_lock
+from numaload.files.source import SourceFile
 
 
 @pytest.fixture
@@ -143,8 +143,8 @@ def test_who_is_waited_for_long_is_named(
 
 READER = """
 import sys, time
-from numaload.storage.files import SourceFile
-from numaload.storage.reading_lock import reading_lock
+from numaload.files.source import SourceFile
+from numaload.files.reading_lock import reading_lock
 with SourceFile(sys.argv[1]) as file, reading_lock([file]):
     print("has it", flush=True)
     time.sleep(1000)
@@ -166,8 +166,8 @@ def test_a_killed_reader_frees_the_others(store: Path, files: list[str]) -> None
 
 FORKED = """
 import os, sys, time
-from numaload.storage.files import SourceFile
-from numaload.storage.reading_lock import reading_lock
+from numaload.files.source import SourceFile
+from numaload.files.reading_lock import reading_lock
 with SourceFile(sys.argv[1]) as file, reading_lock([file]):
     if (child := os.fork()) == 0:
         sys.exit(0)  # out of the block: the lock is the parent's

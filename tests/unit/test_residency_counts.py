@@ -16,14 +16,14 @@ from typing import TypeVar
 import pytest
 
 from commands import evict
-from numaload.numa import syscalls
-from numaload.numa.mapping import map_file
+from numaload.files import residency as module
+from numaload.files.residency import asked_by, cached_bytes, cached_on, present, residency
+from numaload.files.source import SourceFile
+from numaload.linux import syscalls
+from numaload.linux.mapping import map_file
 from numaload.pagecache import counting as counting_module
 from numaload.pagecache import located
 from numaload.pagecache.counting import BySamples, Counting, Runs, counting, spread
-from numaload.storage import residency as module
-from numaload.storage.files import SourceFile
-from numaload.storage.residency import asked_by, cached_bytes, cached_on, present, residency
 from witness import PAGE
 
 MIB = 1 << 20

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import safetensors_builder as sb
 from numaload.errors import FormatError, ReadError, SplitError
+from numaload.files.source import read_whole
 from numaload.formats.safetensors import Header
 from numaload.formats.shards import Shards, check_shards, find_shards, is_layout, shard_name
-from numaload.storage.files import read_whole
 
 NAMES = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 INDEX = "model.safetensors.index.json"

@@ -11,8 +11,8 @@ import pytest
 
 from machines import write_block
 from numaload.errors import ReadError
-from numaload.storage.device import KINDS, Device, device_of
-from numaload.storage.plan import CANDIDATES, FITTING
+from numaload.files.plan import CANDIDATES, FITTING
+from numaload.machine.storage_device import KINDS, Device, device_of
 
 PCI = "pci0000:00/0000:00:1f.0"
 SCSI = f"{PCI}/ata1/host0/target0:0:0/0:0:0:0"

@@ -16,15 +16,16 @@ import pytest
 import numaload as api
 from commands import running, sparse_model
 from numaload.errors import NumaloadWarning, ReplicaNotFoundError, StoreError
+from numaload.files import known
+from numaload.files.known import Model
+from numaload.files.source import Identity
 from numaload.holder.process import HolderProcess
+from numaload.machine import userdir
 from numaload.replicas import store as stores
 from numaload.replicas.arena import store_memory
 from numaload.replicas.lease import Lease
 from numaload.replicas.mirror import MirrorOptions, mirror_shared
 from numaload.replicas.plan import MirrorPlan
-from numaload.storage import known, userdir
-from numaload.storage.files import Identity
-from numaload.storage.known import Model
 
 pytestmark = pytest.mark.usefixtures("store")
 

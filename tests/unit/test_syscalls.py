@@ -16,9 +16,9 @@ from typing import TypeVar
 import pytest
 
 from numaload.errors import NumaError, NumaUnavailableError
-from numaload.numa import syscalls
-from numaload.numa.mapping import Mapping, bind, map_private
-from numaload.numa.syscalls import (
+from numaload.linux import syscalls
+from numaload.linux.mapping import Mapping, bind, map_private
+from numaload.linux.syscalls import (
     LIBNUMA,
     MASK_BITS,
     MPOL_BIND,
@@ -29,7 +29,7 @@ from numaload.numa.syscalls import (
     PROTOTYPES,
     SYSTEM_CALLS,
 )
-from numaload.numa.topology import topology
+from numaload.machine.topology import topology
 
 T = TypeVar("T")
 NODES = topology().usable

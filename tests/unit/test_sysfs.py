@@ -10,7 +10,7 @@ import pytest
 
 from machines import EVERY_CPU, MACHINES, OFFLINE, XEON, Machine, write_proc
 from numaload.errors import NumaloadWarning, UsageError
-from numaload.numa.topology import Topology, topology
+from numaload.machine.topology import Topology, topology
 
 HERE = frozenset(os.sched_getaffinity(0))
 

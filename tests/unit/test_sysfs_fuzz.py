@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from machines import CXL, EVERY_CPU, GB200, MEMORYLESS, Machine, Pci, Roots, write_block
 from numaload.cli.machine import file_line, gpu_line, print_nodes
 from numaload.errors import UsageError
-from numaload.numa.devices import disk_of, gpus
-from numaload.numa.topology import Topology, topology
+from numaload.machine.devices import disk_of, gpus
+from numaload.machine.topology import Topology, topology
 
 SMALL = Machine(
     {0: ("0-1", 1000), 2: ("2-3", 1000), 5: ("", 500)},

@@ -14,10 +14,10 @@ from machines import EVERY_CPU, MACHINES
 from numaload.cli.machine import print_report
 from numaload.doctor.findings import ThreadReport, inspect_threads
 from numaload.doctor.pools import Pool, overloaded, pools, watch
-from numaload.numa.cgroups import cpu_quota
-from numaload.numa.lists import parse_list
-from numaload.numa.threads import Thread
-from numaload.numa.topology import Topology, topology
+from numaload.linux.cgroups import cpu_quota
+from numaload.linux.lists import parse_list
+from numaload.machine.threads import Thread
+from numaload.machine.topology import Topology, topology
 
 ids = count(100)
 ONE = "one-node"  # 4 CPUs

@@ -17,8 +17,8 @@ import pytest
 from commands import LIMIT_S, wait_for
 from machines import EVERY_CPU, MACHINES
 from numaload.errors import NumaError, UsageError
-from numaload.numa.threads import Thread, name_thread, nodes_of, threads
-from numaload.numa.topology import topology
+from numaload.machine.threads import Thread, name_thread, nodes_of, threads
+from numaload.machine.topology import topology
 
 HERE = frozenset(os.sched_getaffinity(0))
 NAMES = [b"plain", b"a) S (b", b"two words", b"new\nline", b"back\\slash", b"\xff\xfe", b"(", b")"]
@@ -194,12 +194,12 @@ def test_somebody_else_s_process_is_there_though_it_is_hidden(tmp_path: Path) ->
         "import os, sys\n"
         "if not os.getuid():\n    os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "from numaload.errors import NumaError\n"
-        "from numaload.numa.threads import threads\n"
+        "from numaload.machine.threads import threads\n"
         "try:\n    threads(1, proc_root=sys.argv[1])\n"
         "except NumaError as error:\n    print(error.errno, error)\n"
     )
     # Imported before the user changes, who may not read it: the folders on the way may be private.
-    program = "import numaload.numa.threads, encodings.idna\n" + program
+    program = "import numaload.machine.threads, encodings.idna\n" + program
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)],
         capture_output=True, text=True, check=True, timeout=LIMIT_S,

@@ -19,9 +19,9 @@ import pytest
 import numaload as api
 from machines import APART, XEON, Machine
 from numaload.errors import NumaError, UsageError
-from numaload.numa.affinity import ALLOWED, pinned_to
-from numaload.numa.topology import topology
-from numaload.numa.workers import Workers, finish, pool
+from numaload.machine.affinity import ALLOWED, pinned_to
+from numaload.machine.topology import topology
+from numaload.machine.workers import Workers, finish, pool
 
 HERE = frozenset(os.sched_getaffinity(0))
 ONE_CPU = frozenset([min(HERE)])
@@ -177,7 +177,7 @@ def test_a_thread_that_cannot_start_keeps_nothing(monkeypatch: pytest.MonkeyPatc
 
 OUTLIVES = """
 import os, threading, time
-from numaload.numa.workers import Workers
+from numaload.machine.workers import Workers
 workers = Workers(os.sched_getaffinity(0), 2)
 def late():
     time.sleep(0.3)
@@ -204,7 +204,7 @@ def test_a_closed_pool_takes_no_work() -> None:
 
 TWICE = """
 import os, signal, sys, threading, time, traceback
-from numaload.numa.workers import Workers
+from numaload.machine.workers import Workers
 main = threading.get_ident()
 workers, running, ended = Workers(os.sched_getaffinity(0), 2), [], []
 def slow(start, stop):
@@ -239,7 +239,7 @@ def test_two_ctrl_c_at_once() -> None:
 INTERRUPTED = """
 import os, signal, sys, threading, time, traceback
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from numaload.numa.workers import Workers, finish
+from numaload.machine.workers import Workers, finish
 workers, stop = Workers(os.sched_getaffinity(0), 2), threading.Event()
 late = []
 futures = [workers.submit(stop.wait, 600) for _ in range(2)]
@@ -269,8 +269,8 @@ def test_ctrl_c_while_waiting() -> None:
 FORKED = """
 import json, os, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
-from numaload.numa.topology import topology
-from numaload.numa.workers import finish, pool
+from numaload.machine.topology import topology
+from numaload.machine.workers import finish, pool
 machine = topology()
 before = pool(machine)
 before.ranges(lambda start, stop: None, 100)

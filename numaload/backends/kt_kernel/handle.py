@@ -20,13 +20,13 @@ from numaload.errors import (
     printable,
     warn_once,
 )
-from numaload.numa.lists import format_list
-from numaload.numa.topology import topology
+from numaload.files.reader import Progress
+from numaload.files.source import absolute
+from numaload.linux.lists import format_list
+from numaload.machine.topology import topology
 from numaload.pagecache.prewarm import prewarm
 from numaload.replicas.mirror import mirror
 from numaload.replicas.views import Mirror
-from numaload.storage.files import absolute
-from numaload.storage.reader import Progress
 from numaload.weights import Tensor, Weights, open_weights
 
 Memories = dict[int | None, Sequence[Weights]]  # by node; None: the files themselves

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from numaload.errors import UsageError
 from numaload.formats.qtypes import BLOCKS, QuantType
-from numaload.numa import memory
-from numaload.numa.mapping import bind, map_private
-from numaload.numa.topology import topology
-from numaload.numa.workers import pool
+from numaload.linux.mapping import bind, map_private
+from numaload.machine import memory
+from numaload.machine.topology import topology
+from numaload.machine.workers import pool
 from numaload.weights import Tensor, Weights
 
 UNIT = 256  # weights: ggml's QK_K, in which parts are counted

@@ -9,9 +9,9 @@ from typing import Any
 
 from numaload.backends.kt_kernel.workers import Worker
 from numaload.errors import printable
-from numaload.numa.lists import format_list
-from numaload.numa.placement import ABSENT, PROC, Range, parse_numa_maps, sample
-from numaload.numa.syscalls import PAGE
+from numaload.linux.lists import format_list
+from numaload.linux.placement import ABSENT, PROC, Range, parse_numa_maps, sample
+from numaload.linux.syscalls import PAGE
 
 MIB = 1 << 20
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from numaload.errors import printable
-from numaload.numa.lists import format_list, parse_list
-from numaload.numa.threads import threads
-from numaload.numa.topology import Topology
+from numaload.linux.lists import format_list, parse_list
+from numaload.machine.threads import threads
+from numaload.machine.topology import Topology
 
 TASKS = "/proc/self/task"
 NAMED = re.compile(r"numa_(\d+)_([mt])_-?\d+")

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from numaload.errors import ModelNotFoundError, NotCopyable, UsageError
+from numaload.files.source import absolute
 from numaload.replicas.views import Mirror
-from numaload.storage.files import absolute
 from numaload.weights import Weights, open_weights
 
 Replica = Weights | Mirror | Sequence["Weights | Mirror"] | None

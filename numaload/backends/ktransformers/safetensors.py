@@ -24,9 +24,9 @@ from numaload.errors import (
     TensorNotFoundError,
     UnsupportedTypeError,
 )
+from numaload.files.source import SourceFile
 from numaload.formats.qtypes import QuantType
 from numaload.formats.safetensors import parse_header
-from numaload.storage.files import SourceFile
 from numaload.weights import Tensor, Weights
 from numaload.weights.model import Part
 

@@ -13,8 +13,8 @@ import weakref
 from collections.abc import Collection
 
 from numaload.errors import ClosedError, NodeMemoryError, NotCopyable, NumaError, UsageError
-from numaload.numa import syscalls
-from numaload.numa.syscalls import HUGE, PAGE
+from numaload.linux import syscalls
+from numaload.linux.syscalls import HUGE, PAGE
 
 NO_MAPS = "its file system maps no files, as FUSE with direct_io: open it with copy=True"
 MORE_ADDRESSES = "raise ulimit -v and -d, or set vm.overcommit_memory to another value than 2"

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from numaload.errors import UsageError
-from numaload.numa.syscalls import PAGE
-from numaload.storage.device import Device
+from numaload.linux.syscalls import PAGE
+from numaload.machine.storage_device import Device
 
 MAPPED, BUFFERED, DIRECT = "mapped", "buffered", "direct"
 WAYS = {

@@ -11,10 +11,10 @@ from contextlib import suppress
 from errno import EINVAL, EOPNOTSUPP
 
 from numaload.errors import NotCopyable, ReadError, reason, warn_once
-from numaload.numa.syscalls import HUGE, PAGE
-from numaload.storage.files import SourceFile
-from numaload.storage.plan import DIRECT, MAPPED
-from numaload.storage.residency import residency
+from numaload.files.plan import DIRECT, MAPPED
+from numaload.files.residency import residency
+from numaload.files.source import SourceFile
+from numaload.linux.syscalls import HUGE, PAGE
 
 STEP = 1 << 20  # bytes that a throw-away buffer takes: they stay in a core's cache
 TOUCHES = 512  # bytes of a mapping that are taken in one call: a pipe holds 65536

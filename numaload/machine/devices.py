@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from numaload.errors import ReadError
-from numaload.numa.mounts import mount_of, real
-from numaload.numa.sysfs import Reader, number_in
+from numaload.linux.mounts import mount_of, real
+from numaload.linux.sysfs import Reader, number_in
 
 # PCI classes and subclasses of what computes or draws (PCI Code and ID Assignment, 03h and 12h).
 KINDS = {"0x0300": "VGA", "0x0302": "3D", "0x0380": "display", "0x1200": "accelerator"}

@@ -19,8 +19,8 @@ from functools import lru_cache
 from typing import Any
 
 from numaload.errors import StoreError, reason, warn_once
-from numaload.numa import syscalls
-from numaload.numa.mounts import mount_of
+from numaload.linux import syscalls
+from numaload.linux.mounts import mount_of
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 SPARE = 12  # descriptors that work in the store needs at a time, starting a holder most

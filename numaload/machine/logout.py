@@ -18,9 +18,9 @@ import re
 import subprocess
 from typing import NamedTuple
 
-from numaload.numa.mounts import below, mount_of
-from numaload.numa.sysfs import Reader
-from numaload.storage.userdir import SHARED_MEMORY
+from numaload.linux.mounts import below, mount_of
+from numaload.linux.sysfs import Reader
+from numaload.machine.userdir import SHARED_MEMORY
 
 UNITS = ("etc/systemd/system", "run/systemd/system")
 SYSTEM_UID_MAX = 999

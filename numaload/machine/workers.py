@@ -19,10 +19,10 @@ from queue import Empty
 from typing import Any, TypeVar
 
 from numaload.errors import NumaError
-from numaload.numa.affinity import pin
-from numaload.numa.stopping import Steps, check_process, until
-from numaload.numa.threads import name_thread, no_thread
-from numaload.numa.topology import Topology
+from numaload.machine.affinity import pin
+from numaload.machine.stopping import Steps, check_process, until
+from numaload.machine.threads import name_thread, no_thread
+from numaload.machine.topology import Topology
 
 T = TypeVar("T")
 NOTICE_S = 0.5

@@ -13,9 +13,9 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from numaload.errors import CancelledError
-from numaload.numa.stopping import Steps, until
-from numaload.numa.syscalls import PAGE
-from numaload.storage.plan import CHUNK, STRIPES, ReadPlan, Tried, Way
+from numaload.files.plan import CHUNK, STRIPES, ReadPlan, Tried, Way
+from numaload.linux.syscalls import PAGE
+from numaload.machine.stopping import Steps, until
 
 TRY_BYTES = 96 << 20  # read by each candidate: 25 ms of a fast disk
 TRY_SHARE = 24  # trying takes no more than one part in so many of all bytes
@@ -98,7 +98,7 @@ class Reading:
     def _read(
         self, pieces: Iterator[Piece], way: Way, work: Work, cpus: frozenset[int], name: str
     ) -> None:
-        from numaload.numa.workers import Workers, finish  # a resident file needs no threads
+        from numaload.machine.workers import Workers, finish  # a resident file needs no threads
 
         def reading() -> None:
             with until(self.stop.is_set):

@@ -18,10 +18,10 @@ from numaload.errors import (
     reason,
     warn_once,
 )
+from numaload.files.network import Descriptor, NetworkPath, checked, limit, limit_now
 from numaload.formats.shards import SUFFIX, find_shards, is_layout
 from numaload.formats.splits import sibling_paths
-from numaload.numa.mounts import is_network, mount_with, network_of, real
-from numaload.storage.network import Descriptor, NetworkPath, checked, limit, limit_now
+from numaload.linux.mounts import is_network, mount_with, network_of, real
 
 T = TypeVar("T")
 

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from numaload.errors import UsageError
-from numaload.numa import affinity
-from numaload.numa.cgroups import cpu_quota
-from numaload.numa.lists import Group, format_list, parse_map, select
-from numaload.numa.memory import fields
-from numaload.numa.sysfs import Reader
+from numaload.linux.cgroups import cpu_quota
+from numaload.linux.lists import Group, format_list, parse_map, select
+from numaload.linux.sysfs import Reader
+from numaload.machine import affinity
+from numaload.machine.memory import fields
 
 PER = ("node", "socket")  # what there is one replica for
 

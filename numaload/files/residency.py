@@ -17,10 +17,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from numaload.errors import NumaError
-from numaload.numa import syscalls
-from numaload.numa.mapping import Mapping, map_file, populate_read
-from numaload.numa.syscalls import PAGE
-from numaload.storage.files import SourceFile
+from numaload.files.source import SourceFile
+from numaload.linux import syscalls
+from numaload.linux.mapping import Mapping, map_file, populate_read
+from numaload.linux.syscalls import PAGE
 
 STEP = 1 << 30  # bytes asked about at a time: 256 KiB of answer
 MIXED = 64 << 20  # bytes of which the pages are looked at one by one, if they differ
@@ -202,7 +202,7 @@ def cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
 
 
 def _cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
-    from numaload.numa.placement import count_pages
+    from numaload.linux.placement import count_pages
 
     on: Counter[int] = Counter()
     if not found.resident:

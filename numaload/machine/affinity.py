@@ -28,8 +28,8 @@ def before_binding(
     cpuset = allowed_by_cpuset()
     if mask >= cpuset:
         return mask, ""
-    from numaload.numa.lists import format_list
-    from numaload.numa.syscalls import openmp_places
+    from numaload.linux.lists import format_list
+    from numaload.linux.syscalls import openmp_places
 
     cpus = undo_binding(mask, cpuset, openmp_places(), environment)
     if cpus == mask:
@@ -101,7 +101,7 @@ def _places_are_listed(environment: Mapping[str, str]) -> bool:
 
 def core_of(cpu: int, sys_root: str = "/sys") -> frozenset[int]:
     """Return the CPU and the other hardware threads of its core."""
-    from numaload.numa.sysfs import Reader
+    from numaload.linux.sysfs import Reader
 
     path = f"{sys_root}/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
     return frozenset({cpu, *(Reader().ids(path) or ())})
@@ -126,7 +126,7 @@ def pin(cpus: frozenset[int]) -> None:
         os.sched_setaffinity(0, cpus)
     except OSError as error:
         from numaload.errors import NumaError
-        from numaload.numa.lists import format_list
+        from numaload.linux.lists import format_list
 
         raise NumaError(
             f"sched_setaffinity: CPUs {format_list(cpus) or 'none'}: {error.strerror}; they may"

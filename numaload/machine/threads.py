@@ -11,9 +11,9 @@ from errno import EACCES, EAGAIN, EINVAL, EPERM, ESRCH
 from typing import Any, NamedTuple
 
 from numaload.errors import NumaError, UsageError, check_limits
-from numaload.numa.lists import parse_list
-from numaload.numa.sysfs import Reader
-from numaload.numa.topology import Topology
+from numaload.linux.lists import parse_list
+from numaload.linux.sysfs import Reader
+from numaload.machine.topology import Topology
 
 MORE = "raise ulimit -u, or the cgroup's pids.max"
 LARGEST_PID = (1 << 31) - 1  # of pid_t; kernels stop at 2^22

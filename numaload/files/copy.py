@@ -6,16 +6,16 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from numaload.numa import memory
-from numaload.numa.affinity import allowed
-from numaload.numa.mapping import Mapping, map_private
-from numaload.numa.syscalls import PAGE
-from numaload.storage.device import device_of
-from numaload.storage.files import SourceFile
-from numaload.storage.plan import BUFFERED, DIRECT, MEMORY, ReadPlan, Way, make_plan
-from numaload.storage.reader import Piece, Progress, Reading
-from numaload.storage.residency import Residency, give_back, present, residency
-from numaload.storage.ways import IntoMemory
+from numaload.files.plan import BUFFERED, DIRECT, MEMORY, ReadPlan, Way, make_plan
+from numaload.files.reader import Piece, Progress, Reading
+from numaload.files.residency import Residency, give_back, present, residency
+from numaload.files.source import SourceFile
+from numaload.files.ways import IntoMemory
+from numaload.linux.mapping import Mapping, map_private
+from numaload.linux.syscalls import PAGE
+from numaload.machine import memory
+from numaload.machine.affinity import allowed
+from numaload.machine.storage_device import device_of
 
 PAGE_TABLES = 512  # bytes copied for each byte of these
 LOOK_EVERY = 256 << 20  # bytes copied between two looks at what memory is left

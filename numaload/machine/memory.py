@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from numaload.errors import NodeMemoryError, NotCopyable, check_limits
-from numaload.numa.cgroups import folders
-from numaload.numa.stopping import renewed
-from numaload.numa.sysfs import Reader
+from numaload.linux.cgroups import folders
+from numaload.linux.sysfs import Reader
+from numaload.machine.stopping import renewed
 
 # Never planned for: what the kernel, other programs and page tables need to go on.
 RESERVE_SHARE, RESERVE_MIN, RESERVE_MAX = 50, 64 << 20, 1 << 30

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from errno import ENODEV, ENOENT, ENOTDIR, ENXIO
 
 from numaload.errors import check_limits, warn_once
-from numaload.numa.lists import BLANK, parse_list
+from numaload.linux.lists import BLANK, parse_list
 
 NOT_THERE = (ENOENT, ENOTDIR, ENODEV, ENXIO)  # also of what is being unplugged
 MOST = 1 << 20  # characters; the longest list of 65536 ids has less

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from numaload.errors import NumaError, NumaUnavailableError
-from numaload.numa import memory, syscalls
-from numaload.numa.mapping import bind, map_private
-from numaload.numa.placement import count_pages
-from numaload.numa.syscalls import PAGE
+from numaload.linux import syscalls
+from numaload.linux.mapping import bind, map_private
+from numaload.linux.placement import count_pages
+from numaload.linux.syscalls import PAGE
+from numaload.machine import memory
 
 
 def why_not_bound(nodes: Collection[int]) -> NumaUnavailableError | None:

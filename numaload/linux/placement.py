@@ -17,10 +17,10 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from numaload.errors import NumaError, PlacementError, check_limits, warn_once
-from numaload.numa import pagemap, syscalls
-from numaload.numa.lists import format_list
-from numaload.numa.mapping import Mapping, populate_read
-from numaload.numa.syscalls import HUGE, PAGE
+from numaload.linux import pagemap, syscalls
+from numaload.linux.lists import format_list
+from numaload.linux.mapping import Mapping, populate_read
+from numaload.linux.syscalls import HUGE, PAGE
 
 PROC, NODES = "/proc/self", "/sys/devices/system/node"
 ABSENT = -1  # in the counts: pages that are not in RAM, or not mapped here

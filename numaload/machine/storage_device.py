@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from numaload.errors import ReadError, printable, reason
-from numaload.numa.devices import disks_under
-from numaload.numa.mounts import Mount, mount_of, network_of, real
-from numaload.numa.sysfs import Reader
+from numaload.linux.mounts import Mount, mount_of, network_of, real
+from numaload.linux.sysfs import Reader
+from numaload.machine.devices import disks_under
 
 # What each is called, in the words of `docs/storage.md`.
 KINDS = {

@@ -16,7 +16,7 @@ from functools import cache, partial
 from typing import NamedTuple
 
 from numaload.errors import NumaError, NumaUnavailableError
-from numaload.numa.lists import format_list
+from numaload.linux.lists import format_list
 
 LIBNUMA = "libnuma.so.1"
 LIBNUMA_HINT = "apt-get install libnuma1"

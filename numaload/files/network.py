@@ -33,9 +33,9 @@ from numaload.errors import (
     UsageError,
     warn_once,
 )
-from numaload.numa import syscalls
-from numaload.numa.mounts import Mount
-from numaload.numa.stopping import renewed, stopping
+from numaload.linux import syscalls
+from numaload.linux.mounts import Mount
+from numaload.machine.stopping import renewed, stopping
 
 VARIABLE = "NUMALOAD_IO_TIMEOUT"
 NAME = "numaload-net"  # of the threads, in ps -L and top
@@ -246,7 +246,7 @@ class _Threads:
         self.idle: SimpleQueue[None] = SimpleQueue()
 
     def serve(self) -> None:
-        from numaload.numa.threads import name_thread  # files of this machine need none
+        from numaload.machine.threads import name_thread  # files of this machine need none
 
         _local.asks = True
         name_thread(NAME)

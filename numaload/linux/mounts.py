@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from numaload.errors import printable
-from numaload.numa.sysfs import Reader
+from numaload.linux.sysfs import Reader
 
 OCTAL = re.compile(r"\\([0-7]{3})")  # how blanks in names are written
 # Of what a FUSE server answers, nobody knows where it comes from. 9p and virtiofs are not here:

@@ -22,10 +22,10 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
 from numaload.errors import CancelledError, StoreError, UsageError, reason, warn_once
-from numaload.numa.stopping import check_process
-from numaload.storage import userdir
-from numaload.storage.files import SourceFile
-from numaload.storage.reader import Progress
+from numaload.files.reader import Progress
+from numaload.files.source import SourceFile
+from numaload.machine import userdir
+from numaload.machine.stopping import check_process
 
 FOLDER, NAME = "reading", "locks"
 SLOTS = 1 << 16

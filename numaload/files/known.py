@@ -11,9 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from numaload.errors import NumaloadError, StoreError, check_limits, reason, warn_once
+from numaload.files.source import Identity, SourceFile, reached
 from numaload.formats.splits import is_there
-from numaload.storage import userdir
-from numaload.storage.files import Identity, SourceFile, reached
+from numaload.machine import userdir
 
 FOLDER = "known"
 KEPT = 100  # records

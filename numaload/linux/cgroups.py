@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from numaload.numa.sysfs import Reader, number_in
+from numaload.linux.sysfs import Reader, number_in
 
 
 def folders(

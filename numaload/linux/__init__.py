@@ -1,0 +1,1 @@
+"""Ask Linux: memory calls, where pages are, mounts, cgroups, files of /sys."""

@@ -1,0 +1,1 @@
+"""Know the machine: nodes, memory, devices, the user's folder; threads pinned to nodes."""

@@ -1,1 +1,0 @@
-"""Files: opening, reading at full speed, what of them is in RAM."""

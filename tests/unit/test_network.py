@@ -422,7 +422,7 @@ try:
 except StalledError:
     print("stalled", flush=True)
 if sys.argv[1] == "forks" and os.fork() == 0:
-    print(path.ask(max, 1, 2), flush=True)
+    print(path._replace(seconds=None).ask(max, 1, 2), flush=True)
     os._exit(0)
 """
 

@@ -245,9 +245,7 @@ class _Threads:
         self.tasks: SimpleQueue[_Task] = SimpleQueue()
         self.idle: SimpleQueue[None] = SimpleQueue()
 
-    def serve(self) -> None:
-        from numaload.machine.threads import name_thread  # files of this machine need none
-
+    def serve(self, name_thread: Callable[[str], None]) -> None:
         _local.asks = True
         name_thread(NAME)
         cpus, policy = os.sched_getaffinity(0), _policy()
@@ -293,7 +291,10 @@ def _begin(task: _Task) -> None:
     try:
         threads.idle.get_nowait()
     except Empty:
-        _thread.start_new_thread(threads.serve, ())
+        # Imported here, not in the thread: a child that is forked meanwhile could not import it.
+        from numaload.machine.threads import name_thread
+
+        _thread.start_new_thread(threads.serve, (name_thread,))
     threads.tasks.put(task)
 
 

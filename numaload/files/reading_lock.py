@@ -56,7 +56,7 @@ def reading_lock(
         waiting = _Waiting(file, files, progress, total)
         try:
             begin = time.monotonic()
-            while not waiting.take_all():
+            while not _taken(waiting):
                 waiting.pause(time.monotonic() - begin)
         except KeyboardInterrupt:
             raise waiting.cancelled("interrupted") from None
@@ -93,10 +93,7 @@ def _lock_file() -> Iterator[io.FileIO | None]:
             )
         _set(file, fcntl.F_UNLCK, 0, SLOTS)  # or there are no such locks here
     except OSError as error:
-        why = str(error)
-        if not isinstance(error, StoreError):
-            why = f"{userdir.path()}/{FOLDER}: {reason(error)}"
-        warn_once(why, f"{why}; read without knowing who else reads these files")
+        _say_without(error)
         if file is not None:
             file.close()
     if file is None or file.closed:
@@ -108,7 +105,24 @@ def _lock_file() -> Iterator[io.FileIO | None]:
         finally:
             if os.getpid() == pid:  # else forked meanwhile: the locks are the parent's
                 # Closing alone would leave them locked where a child was forked meanwhile.
-                _set(file, fcntl.F_UNLCK, 0, SLOTS)
+                with suppress(OSError):
+                    _set(file, fcntl.F_UNLCK, 0, SLOTS)
+
+
+def _taken(waiting: _Waiting) -> bool:
+    """Return whether the locks are had, or cannot be: then nobody is waited for."""
+    try:
+        return waiting.take_all()
+    except OSError as error:
+        _say_without(error)
+        return True
+
+
+def _say_without(error: OSError) -> None:
+    why = str(error)
+    if not isinstance(error, StoreError):
+        why = f"{userdir.path()}/{FOLDER}: {reason(error)}"
+    warn_once(why, f"{why}; read without knowing who else reads these files")
 
 
 class _Waiting:

@@ -124,7 +124,7 @@ def failed(numaload: Numaload, *words: object) -> str:
 def entries(numaload: Numaload) -> list[str]:
     """What the store holds but for lock, marker, the list of models used, and empty folders."""
     names = (str(path.relative_to(numaload.store)) for path in numaload.store.rglob("*"))
-    usual = ("lock", "reading", "prewarming", "numaload-store")
+    usual = ("lock", "reading", "reading/locks", "prewarming", "numaload-store")
     return [name for name in names if name not in usual and not name.startswith("known")]
 
 

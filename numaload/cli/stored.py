@@ -55,8 +55,9 @@ def add_verbs(verbs: Any) -> None:
 class _Chosen(NamedTuple):
     """Entries of the store, for some files or all.
 
-    missing: files that have no entry. If no files were named: damaged, {name: why} of entries that
-    cannot be read, and stays, why leftovers of entries cannot be cleared.
+    missing: files that have no entry. damaged: {name: why} of entries that cannot be read; if files
+    were named and each has an entry, none. If none were named, stays: why leftovers of entries
+    cannot be cleared.
     """
 
     entries: list[Any]
@@ -78,7 +79,7 @@ def _chosen(files: list[str]) -> _Chosen:
     every = set().union(*wanted.values())
     chosen = [entry for entry, its in zip(entries, names, strict=True) if its & every]
     missing = [file for file in files if not any(its & wanted[file] for its in names)]
-    return _Chosen(chosen, missing, {}, [])
+    return _Chosen(chosen, missing, damaged if missing else {}, [])
 
 
 def _wanted(files: list[str]) -> dict[str, set[str]]:
@@ -250,6 +251,8 @@ def release(options: argparse.Namespace) -> int:
     unread = {name: why for name, why in unread.items() if name not in named}
     ended = prewarming.release(_wanted(options.files))
     missing = [file for file in missing if file not in ended.files]
+    if options.files and not missing:
+        unread = {}
     _complain_none(missing)
     _complain_damaged(unread)
     for why in stays:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from numaload.errors import SplitError, UsageError
+from numaload.errors import SplitError, UsageError, check_limits
 from numaload.files import known
 from numaload.files.residency import Residency, cached_on, residency
 from numaload.files.source import SourceFile, make_room_for, reached
@@ -248,8 +248,12 @@ class _Prewarming:
 
     def _in_turn(self, report: PrewarmReport, seen: _Seen) -> _Seen:
         """Read what no other process of this user reads meanwhile."""
-        from numaload.files.reading_lock import reading_lock
-
+        try:
+            from numaload.files.reading_lock import reading_lock
+            from numaload.pagecache import reading  # noqa: F401 - with all that it needs
+        except OSError as error:
+            check_limits(error, self.files[0].path)
+            raise
         with reading_lock(self.files, self.progress, seen.nbytes) as waited_for:
             now = self._look()
             report.followed = waited_for

@@ -150,6 +150,7 @@ def _placing(
         if move:
             raise UsageError("move: where to? give nodes, as in nodes='0'")
         return None
+    from numaload.linux import placement  # noqa: F401 - before files take the last descriptors
     from numaload.machine.topology import topology
     from numaload.pagecache.reading import POLICIES, Placing
 

@@ -101,12 +101,16 @@ def test_threads_that_allocate_at_the_same_time_are_not_killed(large: str, call:
 
 
 LIMITED = """
-import json, resource, sys
+import json, resource, sys, threading
 import numaload
 
 weights = numaload.open(sys.argv[1])
 tensors = sorted(weights.values(), key=lambda tensor: tensor.size)
-tensors[-1].dequantize()  # kernels and threads are there
+tensors[-1].dequantize()  # its kernel is there, and so is each thread that needs a stack:
+workers = weights.workers()
+all_at_once = threading.Barrier(workers.count)
+for future in [workers.submit(all_at_once.wait) for _ in range(workers.count)]:
+    future.result()
 with open("/proc/self/statm") as file:
     columns = file.read().split()
 column = 0 if sys.argv[2] == "AS" else 5

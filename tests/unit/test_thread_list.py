@@ -78,7 +78,7 @@ def test_its_threads_are_python_s_and_the_main_one_is_known() -> None:
         assert {tid, os.getpid()} <= set(found) <= before | tasks()  # idle ones may end meanwhile
         assert [thread.tid for thread in threads() if thread.main] == [os.getpid()]
         assert list(found) == sorted(found)
-    assert tid not in by_id()
+    wait_for(lambda: tid not in by_id(), "the kernel to forget it")
 
 
 def test_where_each_may_run_is_the_kernel_s_answer() -> None:

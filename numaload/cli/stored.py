@@ -215,8 +215,8 @@ def verify(options: argparse.Namespace) -> int:
     from numaload.replicas.mirror import verify_entry
 
     entries, missing, damaged, _ = _chosen(options.files)
-    _complain_none(missing)
-    _complain_damaged(damaged)
+    if not _complain_damaged(damaged):  # which may be what is missing
+        _complain_none(missing)
     if not (entries or missing or damaged):
         complain("nothing in the store; to fill it: numaload mirror MODEL.gguf")
     right, rows, here = bool(entries) and not (missing or damaged), [], topology()
@@ -253,8 +253,8 @@ def release(options: argparse.Namespace) -> int:
     missing = [file for file in missing if file not in ended.files]
     if options.files and not missing:
         unread = {}
-    _complain_none(missing)
-    _complain_damaged(unread)
+    if not _complain_damaged(unread):  # which may be what is missing
+        _complain_none(missing)
     for why in stays:
         complain(why)
     done = store.release(chosen)

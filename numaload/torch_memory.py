@@ -30,7 +30,7 @@ READ_ONLY = (
 
 
 def import_torch() -> Any:
-    """Raises: UsageError with the line that installs it."""
+    """Import torch. Raises: UsageError with the line that installs it."""
     try:
         import torch
     except ModuleNotFoundError as error:

@@ -36,7 +36,7 @@ class Said(NamedTuple):
 
 
 def scaling(alpha: float | None, rank: int, *, rslora: bool) -> float:
-    """What B @ A is multiplied by; where no alpha is given 1, as in llama.cpp and kohya's tools."""
+    """Return the factor of B @ A; 1 without an alpha, as in llama.cpp and kohya's tools."""
     if not alpha:
         return 1.0
     return alpha / math.sqrt(rank) if rslora else alpha / rank

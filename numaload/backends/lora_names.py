@@ -87,7 +87,7 @@ class Modules:
         self.flat = {name.replace(".", "_"): name for name in self.known or ()}
 
     def translate(self, module: str, layers: int) -> str:
-        """Raises: UsageError that says what is needed."""
+        """Return the model's name of a module. Raises: UsageError that says what is needed."""
         if self.name_map is not None:
             mapped = self.name_map
             found = mapped(module) if callable(mapped) else mapped.get(module)

@@ -100,7 +100,7 @@ class Pairs:
         return Pair(a, b, rank, alpha, self.said.rslora, half.embedding)
 
     def _rank(self, half: Half, a: Tensor, b: Tensor) -> int:
-        """The dim that both halves share."""
+        """Return the dim that both halves share."""
         if half.kind == GGUF:
             first, second = (a.shape[-1:] if half.embedding else a.shape[-2:-1]), b.shape[-1:]
         else:

@@ -161,7 +161,7 @@ class _Plan:
         return []
 
     def check(self, *, strict: bool) -> None:
-        """Raises: StateDictError, in the words of torch."""
+        """Check keys. Raises: StateDictError, in the words of torch."""
         errors = list(self._mismatches())
         if strict and self.unexpected:
             errors.insert(0, f"Unexpected key(s) in state_dict: {_quoted(self.unexpected)}. ")
@@ -177,7 +177,7 @@ class _Plan:
             )
 
     def check_places(self, parameters: list[Parameter]) -> None:
-        """Raises: StateDictError for new values that the module would not have."""
+        """Check places. Raises: StateDictError for new values that the module would not have."""
         lost = [one for one in parameters if id(one.old) not in self.places]
         again = self.module.state_dict(keep_vars=True) if lost else {}
         names = [
@@ -194,7 +194,7 @@ class _Plan:
             )
 
     def check_meta(self, computed: Mapping[int, Any]) -> None:
-        """Raises: StateDictError for what would be on the meta device still."""
+        """Check the meta device. Raises: StateDictError for what would still be on it."""
         module = self.module
         named = [(name, self.tensors[one]) for one, names in self.tied.items() for name in names]
         for every in (module.named_parameters, module.named_buffers):
@@ -288,7 +288,7 @@ def _squeezed(shape: Any) -> list[int]:
 
 
 def _check_type(tensor: Tensor, dtype: str) -> None:
-    """Raises: UnknownQuantTypeError, UnsupportedTypeError for what cannot be converted."""
+    """Check the type. Raises: UnknownQuantTypeError, UnsupportedTypeError."""
     tensor.check_type()
     if tensor.has_kernel:
         wanted = DTYPES[kernel_dtype(dtype)]
@@ -299,7 +299,7 @@ def _check_type(tensor: Tensor, dtype: str) -> None:
 
 
 def _check_room(parameters: list[Parameter]) -> None:
-    """Raises: NodeMemoryError rather than have the kernel kill someone later."""
+    """Check memory, or the kernel kills someone later. Raises: NodeMemoryError."""
     new = [one for one in parameters if not one.in_place and one.device.type == "cpu"]
     nbytes = sum(one.old.numel() * one.dtype.itemsize for one in new)
     if nbytes:
@@ -342,7 +342,7 @@ class _Filling:
                 place.copy_(made.reshape(place.shape))
 
     def _made(self, found: Found, wanted: str) -> Any:
-        """A CPU tensor of the share, by kernels where they can, else as in the file."""
+        """Make a CPU tensor of the share, by kernels where they can, else as in the file."""
         tensor = found.tensor
         if tensor.has_kernel:
             made = new(found.shape, torch_dtype(kernel_dtype(wanted), tensor.name), tensor.name)

@@ -58,7 +58,7 @@ class Model:
 
     @classmethod
     def from_json(cls, text: bytes) -> Model:
-        """Raises: userdir.UNREADABLE for what to_json did not write."""
+        """Parse a record. Raises: userdir.UNREADABLE for what to_json did not write."""
         data = json.loads(text)
         identities = tuple(Identity(*row) for row in data["identities"])
         paths = userdir.paths(data["paths"])

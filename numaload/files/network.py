@@ -81,7 +81,7 @@ class Descriptor(NotCopyable):
         self._lock = renewed(threading.RLock())  # garbage that is collected inside may be the owner
 
     def enter(self) -> None:
-        """Raises: OSError once it is closed."""
+        """Count one more user. Raises: OSError once it is closed."""
         with self._lock:
             if self.fd < 0 or not self._users:
                 raise OSError(EBADF, os.strerror(EBADF))
@@ -163,7 +163,7 @@ class NetworkPath(NamedTuple):
         return count
 
     def _check(self, waited: float, offset: int | None) -> None:
-        """Raises: StalledError; CancelledError where this thread's work is no longer wanted."""
+        """Check whether to wait on. Raises: StalledError; CancelledError if nobody wants it."""
         if stopping():
             raise CancelledError("interrupted")
         if self.seconds is not None and waited >= self.seconds:
@@ -286,7 +286,7 @@ _threads = _Threads()
 
 
 def _begin(task: _Task) -> None:
-    """Raises: RuntimeError where no thread can be started."""
+    """Hand a task to a thread. Raises: RuntimeError where none can be started."""
     threads = _threads
     try:
         threads.idle.get_nowait()

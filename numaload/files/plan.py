@@ -108,7 +108,7 @@ class Forced:
     order: str | None = None
 
     def check(self, sink: str) -> None:
-        """Raises: UsageError."""
+        """Check that it can be had for this sink. Raises: UsageError."""
         fitting = FITTING[sink]
         if self.way is not None and self.way not in fitting:
             raise UsageError(

@@ -148,7 +148,7 @@ class SourceFile(NotCopyable):
         self.size, self.opened = status.st_size, Identity.of(status)
 
     def _open(self) -> os.stat_result:
-        """Raises: OSError, ReadError, ValueError."""
+        """Open the file, or ask its network to. Raises: OSError, ReadError, ValueError."""
         if self.asked is None:
             self.fd, status = _open_regular(self.path)
             return status
@@ -205,7 +205,7 @@ class SourceFile(NotCopyable):
             raise FileChangedError(message, path=self.path)
 
     def check_unchanged(self) -> None:
-        """Raises: FileChangedError if the file was written to or cut since it was opened."""
+        """Check the open file. Raises: FileChangedError if it was written to or cut since."""
         try:
             now = Identity.of(self.ask(os.fstat, self.fd))
         except ReadError:

@@ -74,7 +74,7 @@ class Placement:
         return self.elsewhere == 0 and not wrong and self.even
 
     def check(self, what: str) -> None:
-        """Raises: PlacementError saying how many pages are where."""
+        """Check it. Raises: PlacementError saying how many pages are where."""
         if not self.right:
             found = dict(sorted((Counter(self.on) or Counter(self.sampled)).items()))
             evenly = "" if self.even else ", unevenly"

@@ -57,7 +57,7 @@ os.register_at_fork(after_in_child=_renew)
 
 
 def check_process(pid: int) -> None:
-    """Raises: UsageError in a forked child of the process that began it."""
+    """Check the process. Raises: UsageError in a forked child of the one that began it."""
     if os.getpid() != pid:
         raise UsageError(
             f"this was begun by process {pid}, whose threads its forked child {os.getpid()} does"
@@ -95,7 +95,7 @@ class Steps:
             self.tell(done)
 
     def tell(self, done: int) -> None:
-        """Raises: CancelledError where the callback says so, and what it raises."""
+        """Tell the callback. Raises: CancelledError where it says so, and what it raises."""
         if self.progress and self.progress(done, self.total) is False:
             raise CancelledError("cancelled", done=done, total=self.total)
         check_process(self.pid)

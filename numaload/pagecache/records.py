@@ -75,7 +75,7 @@ class Record:
 
     @classmethod
     def from_json(cls, text: bytes) -> Record:
-        """Raises: userdir.UNREADABLE for what to_json did not write."""
+        """Parse a record. Raises: userdir.UNREADABLE for what to_json did not write."""
         data, number = json.loads(text), userdir.number
         process = HolderProcess.checked(data["pid"], data["start"], data["namespace"])
         data["namespace"] = process.namespace

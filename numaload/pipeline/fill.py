@@ -234,7 +234,7 @@ class Work:
         finish(futures, self.stop, self.steps)
 
     def check(self) -> None:
-        """Raises: UsageError in a forked child."""
+        """Check the process. Raises: UsageError in a forked child."""
         check_process(self.steps.pid)
 
     def _ready(self, target: Target) -> Callable[[Part], None]:

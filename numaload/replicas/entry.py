@@ -66,7 +66,7 @@ class Entry:
 
     @classmethod
     def from_json(cls, name: str, text: bytes) -> Entry:
-        """Raises: userdir.UNREADABLE for what ``manifest`` did not make."""
+        """Parse a manifest. Raises: userdir.UNREADABLE for what ``manifest`` did not make."""
         row = json.loads(text)
         if (row["version"], row["chunk"]) != (VERSION, CHUNK):
             raise ValueError("built by another version of numaload")

@@ -26,7 +26,7 @@ Links = Sequence[tuple[str, str, str]]  # (folder in the entry, file name, what 
 
 @contextmanager
 def alone(store: int, *, wait: bool = False) -> Iterator[bool]:
-    """Lock the store; give whether nobody else builds there until this ends.
+    """Lock the store; yield whether nobody else builds there until this ends.
 
     wait: for who builds now, else the store is left as it is. Raises: StoreError.
     """

@@ -71,7 +71,7 @@ class MirrorPlan:
         return sum(footprint(model) * len(groups) for model, groups in self.builds)
 
     def check(self) -> None:
-        """Raises: NodeMemoryError naming every limit that is too small."""
+        """Check that it fits. Raises: NodeMemoryError naming every limit that is too small."""
         short = [need for need in self.needs if not need.fits]
         if short:
             text = "; ".join(str(need) for need in short)

@@ -36,7 +36,7 @@ class Verified:
         return not self.wrong_chunks and all(p.right for p in self.placements.values())
 
     def check(self) -> None:
-        """Raises: PlacementError, ChecksumError."""
+        """Check what was found. Raises: PlacementError, ChecksumError."""
         for node, placement in self.placements.items():
             placement.check(f"replica of node {node}")
         for node, chunks in self.wrong_chunks.items():

@@ -66,7 +66,7 @@ class Tensor:
         return self._info.type_name
 
     def check_type(self) -> None:
-        """Raises: UnknownQuantTypeError where the type is unknown, and so where it ends."""
+        """Check that the type, and so the end, is known. Raises: UnknownQuantTypeError."""
         if not self._info.known:
             self.qtype  # noqa: B018
 
@@ -263,7 +263,7 @@ class Tensor:
         )
 
     def check_native(self) -> None:
-        """Raises: UnsupportedTypeError for numbers of a big-endian file."""
+        """Refuse numbers of a big-endian file. Raises: UnsupportedTypeError."""
         if self.byte_order == "big":
             raise UnsupportedTypeError(
                 f"tensor {self.name!r}: {self.type_name} of a big-endian file, which torch cannot"

@@ -245,9 +245,9 @@ class _Threads:
         self.tasks: SimpleQueue[_Task] = SimpleQueue()
         self.idle: SimpleQueue[None] = SimpleQueue()
 
-    def serve(self, name_thread: Callable[[str], None]) -> None:
+    def serve(self) -> None:
         _local.asks = True
-        name_thread(NAME)
+        syscalls.name_thread(NAME)
         cpus, policy = os.sched_getaffinity(0), _policy()
         while True:
             try:
@@ -291,10 +291,7 @@ def _begin(task: _Task) -> None:
     try:
         threads.idle.get_nowait()
     except Empty:
-        # Imported here, not in the thread: a child that is forked meanwhile could not import it.
-        from numaload.machine.threads import name_thread
-
-        _thread.start_new_thread(threads.serve, (name_thread,))
+        _thread.start_new_thread(threads.serve, ())
     threads.tasks.put(task)
 
 

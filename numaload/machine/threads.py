@@ -6,7 +6,6 @@ Source: proc_pid_task(5), proc_pid_stat(5), proc_pid_status(5), proc_pid_environ
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from errno import EACCES, EAGAIN, EINVAL, EPERM, ESRCH
 from typing import Any, NamedTuple
 
@@ -89,15 +88,6 @@ def environment(pid: int | None = None, *, proc_root: str = "/proc") -> dict[str
         check_limits(error, path)
         return None
     return {name: value for name, _, value in (row.partition("=") for row in text.split("\0"))}
-
-
-def name_thread(name: str) -> None:
-    """Name the calling thread in the kernel, which keeps 15 bytes: for top, perf and status.
-
-    Before Python 3.14 its threads have the name of the process.
-    """
-    with suppress(OSError), open("/proc/thread-self/comm", "w", encoding="utf-8") as file:
-        file.write(name)
 
 
 def no_thread(error: RuntimeError) -> NumaError:

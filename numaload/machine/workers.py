@@ -19,9 +19,10 @@ from queue import Empty
 from typing import Any, TypeVar
 
 from numaload.errors import NumaError
+from numaload.linux.syscalls import name_thread
 from numaload.machine.affinity import pin
 from numaload.machine.stopping import Steps, check_process, until
-from numaload.machine.threads import name_thread, no_thread
+from numaload.machine.threads import no_thread
 from numaload.machine.topology import Topology
 
 T = TypeVar("T")

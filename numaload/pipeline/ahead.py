@@ -12,9 +12,10 @@ from numaload.files.plan import CACHE, CHUNK, Way, make_plan
 from numaload.files.residency import residency
 from numaload.files.source import SourceFile
 from numaload.files.ways import IntoCache
+from numaload.linux.syscalls import name_thread
 from numaload.machine.stopping import until
 from numaload.machine.storage_device import device_of
-from numaload.machine.threads import name_thread, no_thread
+from numaload.machine.threads import no_thread
 
 LEAST_THREADS = 4  # where two do not make the storage seek
 # Bytes that a thread brings in between two turns in Python, for which it waits behind threads that

@@ -22,7 +22,6 @@ from numaload.backends.kt_kernel.report import Given, own_memory
 from numaload.errors import BackendError, TensorNotFoundError
 from numaload.linux import syscalls
 from numaload.linux.lists import format_list
-from numaload.machine.threads import name_thread
 from numaload.machine.topology import Node, Topology, topology
 
 INSTALLED = importlib.util.find_spec("kt_kernel") is not None
@@ -123,7 +122,7 @@ def named() -> Iterator[Callable[..., int]]:
         ready = threading.Event()
 
         def run() -> None:
-            name_thread(name)
+            syscalls.name_thread(name)
             first()
             ready.set()
             stop.wait()

@@ -17,7 +17,8 @@ import pytest
 from commands import LIMIT_S, wait_for
 from machines import EVERY_CPU, MACHINES
 from numaload.errors import NumaError, UsageError
-from numaload.machine.threads import Thread, name_thread, nodes_of, threads
+from numaload.linux.syscalls import name_thread
+from numaload.machine.threads import Thread, nodes_of, threads
 from numaload.machine.topology import topology
 
 HERE = frozenset(os.sched_getaffinity(0))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from numaload.errors import CancelledError
 from numaload.files.plan import CHUNK, STRIPES, ReadPlan, Tried, Way
 from numaload.linux.syscalls import PAGE
-from numaload.machine.stopping import Steps, until
+from numaload.machine.stopping import CancelToken, Steps
 
 TRY_BYTES = 96 << 20  # read by each candidate: 25 ms of a fast disk
 TRY_SHARE = 24  # trying takes no more than one part in so many of all bytes
@@ -53,7 +53,7 @@ class Reading:
         self.total, self.rate, self.taken = total, rate, 0
         self.steps = Steps(total, progress)
         self.begin = time.monotonic()
-        self.lock, self.stop = threading.Lock(), threading.Event()
+        self.lock, self.token = threading.Lock(), CancelToken()
 
     @property
     def done(self) -> int:
@@ -101,25 +101,24 @@ class Reading:
         from numaload.machine.workers import Workers, finish  # a resident file needs no threads
 
         def reading() -> None:
-            with until(self.stop.is_set):
-                while not self.stop.is_set():
-                    with self.lock:
-                        piece = next(pieces, None)
-                    if piece is None:
+            while not self.token.cancelled():
+                with self.lock:
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
+                self._pace(piece.nbytes)
+                try:
+                    work(piece, way)
+                except CancelledError:
+                    if self.token.cancelled():  # not an error: another thread read enough
                         return
-                    self._pace(piece.nbytes)
-                    try:
-                        work(piece, way)
-                    except CancelledError:
-                        if self.stop.is_set():  # not an error: another thread read enough
-                            return
-                        raise
-                    self.advance(piece.nbytes)
+                    raise
+                self.advance(piece.nbytes)
 
         workers = Workers(cpus, way.threads, name, hands_on=True)
         try:
-            jobs = [workers.submit(reading) for _ in range(way.threads)]
-            finish(jobs, self.stop, self.steps)
+            jobs = [workers.submit(reading, token=self.token) for _ in range(way.threads)]
+            finish(jobs, self.token, self.steps)
             workers.close()
         except BaseException as error:
             self.end()  # Ctrl-C may come while threads are still being started
@@ -135,19 +134,19 @@ class Reading:
         with self.lock:
             due = self.begin + self.taken / self.rate
             self.taken += nbytes
-        self.stop.wait(max(0.0, due - time.monotonic()))
+        self.token.wait(max(0.0, due - time.monotonic()))
 
     def advance(self, nbytes: int) -> None:
         """Count it, and wait until the callback was told: no thread runs far ahead of it."""
         self.steps.add(nbytes)
-        while self.steps.progress and not self.stop.is_set():
+        while self.steps.progress and not self.token.cancelled():
             if self.steps.told.acquire(timeout=LOOK_S):
                 return
 
     def end(self) -> None:
         """Have the threads end. A forked child has none, and locks that they may have had."""
         if os.getpid() == self.steps.pid:
-            self.stop.set()
+            self.token.cancel()
 
     def cancelled(self, why: str) -> CancelledError:
         return CancelledError(why, done=self.done, total=self.total)

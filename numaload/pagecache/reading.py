@@ -202,7 +202,7 @@ class _Threads:
         with self.reading.lock:
             more = self.budget.look(self.reading.done + piece.nbytes, piece)
         if not more:
-            self.reading.stop.set()
+            self.reading.token.cancel()
 
     def _bind(self) -> bool:
         """Set this thread's policy. False where that is refused: pages land where they are read."""

@@ -143,7 +143,7 @@ class _Build:
             if len(self.groups) > 1:
                 self.pools = {n: self._copiers(n) for group in self.groups for n in group}
             self.reading.run(runs, plan, self._lead, cpus, "numaload-build")
-            finish(self.copies, self.reading.stop, self.reading.steps)
+            finish(self.copies, self.reading.token, self.reading.steps)
         except KeyboardInterrupt:
             raise self.reading.cancelled("interrupted") from None
         finally:
@@ -200,7 +200,8 @@ class _Build:
         for group in self.groups:
             if group != leader:
                 pool = self.pools[self._node(group, which, chunk)]
-                self.copies.append(pool.submit(self._copy, leader, group, piece))
+                copy = pool.submit(self._copy, leader, group, piece, token=self.reading.token)
+                self.copies.append(copy)
 
     def _sit(self, node: int) -> None:
         """Have this thread on the node that it fills."""
@@ -236,12 +237,12 @@ class _Build:
                 return xxhash.xxh3_64_intdigest(view)
 
     def _copy(self, leader: Group, group: Group, piece: Piece) -> None:
-        if self.reading.stop.is_set():
+        if self.reading.token.cancelled():
             return
         try:
             self._copied(leader, group, piece)
         except BaseException:
-            self.reading.stop.set()  # nobody waits for copies while there is something to read
+            self.reading.token.cancel()  # nobody waits for copies while there is something to read
             raise
 
     def _copied(self, leader: Group, group: Group, piece: Piece) -> None:

@@ -217,7 +217,7 @@ def test_an_error_ends_the_reading_in_all_threads() -> None:
         if piece.offset == 8 * MIB:
             raise OSError("bad block")
         if piece.offset > 8 * MIB:
-            assert job.stop.wait(60)
+            assert job.token.wait(60)
         done.append(piece.offset)
 
     made = make_plan(CACHE, device(), 10 * GIB).forced_to([Way(BUFFERED, 2, MIB)])
@@ -235,10 +235,10 @@ def test_a_thread_that_read_enough_ends_the_others_without_an_error() -> None:
     def work(piece: Piece, _: Way) -> None:
         if piece.offset == 0:
             assert waiting.wait(60)
-            job.stop.set()
+            job.token.cancel()
         else:
             waiting.set()
-            assert job.stop.wait(60)
+            assert job.token.wait(60)
             assert stopping()
             raise CancelledError("interrupted")
 

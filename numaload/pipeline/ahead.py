@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from numaload.errors import CancelledError, warn_once
-from numaload.files.plan import CACHE, CHUNK, Way, make_plan
+from numaload.files.plan import CACHE, CHUNK, ReadMethod, make_plan
 from numaload.files.residency import residency
 from numaload.files.source import SourceFile
 from numaload.files.ways import IntoCache
@@ -76,7 +76,7 @@ class Ahead:
                 warn_once("ahead", f"files are not read ahead: {no_thread(error)}")
                 return
 
-    def _way(self) -> Way | None:
+    def _way(self) -> ReadMethod | None:
         """Return how to read the first file that has absent bytes; None where all is in RAM."""
         for one in self.ranges:
             if one.file.closed:  # workers tell
@@ -137,12 +137,12 @@ class Ahead:
             if thread.ident is not None:
                 thread.join()
 
-    def _run(self, way: Way) -> None:
+    def _run(self, way: ReadMethod) -> None:
         name_thread("numaload-ahead")
         with self._token:
             self._read(way)
 
-    def _read(self, way: Way) -> None:
+    def _read(self, way: ReadMethod) -> None:
         into, own = IntoCache(), threading.get_ident()
         with self._moved:
             self._active += 1

@@ -24,8 +24,8 @@ import numaload
 from numaload.bench.machine import median_interval
 from numaload.demo import parse_size, write_model
 from numaload.files.copy import copy_files, plan_for
-from numaload.files.plan import DIRECT, Way
-from numaload.files.reader import Piece, Reading
+from numaload.files.plan import DIRECT, ReadMethod
+from numaload.files.reader import Chunk, Reading
 from numaload.files.residency import residency
 from numaload.files.source import SourceFile
 from numaload.files.ways import IntoMemory
@@ -126,13 +126,13 @@ def filled(files: Sequence[SourceFile], folder: int) -> float:
         arenas = [allocate(file.size, (machine.all[0],)) for file in files]
         sources = [IntoMemory(file, direct=True) for file in files]
         plan = plan_for(files, [residency(file) for file in files])
-        way = Way(DIRECT, 2 * plan.way.threads, CHUNK)
+        way = ReadMethod(DIRECT, 2 * plan.way.threads, CHUNK)
 
-        def fill(piece: Piece, way: Way) -> None:
+        def fill(chunk: Chunk, way: ReadMethod) -> None:
             with busy:
-                arenas[piece.which].prepare(piece.offset, piece.stop)
-            with arenas[piece.which].mapping.view(piece.offset, piece.nbytes, write=True) as view:
-                sources[piece.which].read(view, piece.offset, way.name)
+                arenas[chunk.which].prepare(chunk.offset, chunk.stop)
+            with arenas[chunk.which].mapping.view(chunk.offset, chunk.nbytes, write=True) as view:
+                sources[chunk.which].read(view, chunk.offset, way.name)
 
         reading = Reading(sum(file.size for file in files))
         runs = [[(0, file.size)] for file in files]

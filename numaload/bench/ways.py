@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from numaload.linux import syscalls
 from numaload.linux.mapping import Mapping, map_file, map_private
 from numaload.linux.syscalls import HUGE, PAGE
 from numaload.machine.memory import require
+from numaload.machine.stopping import CancelToken
 from numaload.machine.topology import topology
 from numaload.machine.workers import Workers, finish
 from numaload.pagecache.prewarm import prewarm
@@ -122,19 +122,20 @@ class Turn(ExitStack):
         cpus = topology().cpus
 
         def run() -> Done:
-            offsets, stop = iter(range(0, self.nbytes, chunk)), threading.Event()
+            offsets, token = iter(range(0, self.nbytes, chunk)), CancelToken()
 
             def take(read: Read) -> int:
                 done = 0
                 for offset in offsets:
-                    if stop.is_set():
+                    if token.cancelled():
                         break
                     done += read(offset, min(chunk, self.nbytes - offset))
                 return done
 
             workers = Workers(cpus, len(readers), "numaload-bench")
             self.callback(workers.close)
-            return Done(sum(finish([workers.submit(take, read) for read in readers], stop)))
+            jobs = [workers.submit(take, read, token=token) for read in readers]
+            return Done(sum(finish(jobs, token)))
 
         return run
 

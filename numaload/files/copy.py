@@ -6,8 +6,8 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from numaload.files.plan import BUFFERED, DIRECT, MEMORY, ReadPlan, Way, make_plan
-from numaload.files.reader import Piece, Progress, Reading
+from numaload.files.plan import BUFFERED, DIRECT, MEMORY, ReadMethod, ReadPlan, make_plan
+from numaload.files.reader import Chunk, Progress, Reading
 from numaload.files.residency import Residency, give_back, present, residency
 from numaload.files.source import SourceFile
 from numaload.files.ways import IntoMemory
@@ -74,7 +74,7 @@ class _Copying:
             return
         cpus, plan = allowed(), plan_for(self.files, self.before)
         # What is in RAM first, before reading the rest can push it out.
-        there = plan.forced_to([Way(BUFFERED, min(MOST_THREADS, len(cpus)))])
+        there = plan.forced_to([ReadMethod(BUFFERED, min(MOST_THREADS, len(cpus)))])
         run = self.reading.run
         with ExitStack() as opened:
             planned = plan.way.name == DIRECT  # or only to be tried
@@ -99,16 +99,16 @@ class _Copying:
 
 
 class _Work:
-    """What is done with each piece."""
+    """What is done with each chunk."""
 
     def __init__(self, job: _Copying, sources: Sequence[IntoMemory], *, absent: bool) -> None:
         self.job, self.sources, self.absent = job, sources, absent
 
-    def read(self, piece: Piece, way: Way) -> None:
+    def read(self, chunk: Chunk, way: ReadMethod) -> None:
         job = self.job
         job.look()
         # Released at once: a view in the traceback of an error would keep the whole copy.
-        with job.copies[piece.which].view(piece.offset, piece.nbytes, write=True) as view:
-            self.sources[piece.which].read(view, piece.offset, way.name)
-        if self.absent and job.before[piece.which].known:  # or it may be what others had read
-            job.files[piece.which].drop_cache(piece.offset, piece.nbytes)
+        with job.copies[chunk.which].view(chunk.offset, chunk.nbytes, write=True) as view:
+            self.sources[chunk.which].read(view, chunk.offset, way.name)
+        if self.absent and job.before[chunk.which].known:  # or it may be what others had read
+            job.files[chunk.which].drop_cache(chunk.offset, chunk.nbytes)

@@ -32,7 +32,7 @@ CLEARLY = 1.1  # times as fast
 MADV_HUGEPAGE_READS = (5, 18)  # the first Linux that reads huge folios for an advised mapping
 
 
-class Way(NamedTuple):
+class ReadMethod(NamedTuple):
     """How bytes are read: ``threads`` that read ``chunk`` bytes each at a time."""
 
     name: str
@@ -47,46 +47,56 @@ class Way(NamedTuple):
 # By kind of storage and where the bytes go: the first is used unless another proves faster.
 # A hard disk is not tried: two streams make it seek. Into fresh memory many threads are at work,
 # since the kernel clears each one's pages while the others wait for the disk.
-CANDIDATES: dict[str, dict[str, tuple[Way, ...]]] = {
+CANDIDATES: dict[str, dict[str, tuple[ReadMethod, ...]]] = {
     "nvme": {
-        CACHE: (Way(MAPPED, 4), Way(MAPPED, 1), Way(MAPPED, 8), Way(BUFFERED, 4)),
-        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4)),
+        CACHE: (
+            ReadMethod(MAPPED, 4),
+            ReadMethod(MAPPED, 1),
+            ReadMethod(MAPPED, 8),
+            ReadMethod(BUFFERED, 4),
+        ),
+        MEMORY: (ReadMethod(DIRECT, 16), ReadMethod(DIRECT, 4)),
     },
     "ssd": {
-        CACHE: (Way(MAPPED, 2), Way(MAPPED, 1), Way(BUFFERED, 2)),
-        MEMORY: (Way(DIRECT, 8), Way(DIRECT, 2)),
+        CACHE: (ReadMethod(MAPPED, 2), ReadMethod(MAPPED, 1), ReadMethod(BUFFERED, 2)),
+        MEMORY: (ReadMethod(DIRECT, 8), ReadMethod(DIRECT, 2)),
     },
     "hdd": {
-        CACHE: (Way(MAPPED, 1),),
-        MEMORY: (Way(DIRECT, 1),),
+        CACHE: (ReadMethod(MAPPED, 1),),
+        MEMORY: (ReadMethod(DIRECT, 1),),
     },
     "virtual": {
-        CACHE: (Way(MAPPED, 1, LONG), Way(MAPPED, 4, LONG), Way(BUFFERED, 2)),
-        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4)),
+        CACHE: (ReadMethod(MAPPED, 1, LONG), ReadMethod(MAPPED, 4, LONG), ReadMethod(BUFFERED, 2)),
+        MEMORY: (ReadMethod(DIRECT, 16), ReadMethod(DIRECT, 4)),
     },
     "raid": {
-        CACHE: (Way(MAPPED, 4), Way(MAPPED, 1), Way(MAPPED, 16), Way(BUFFERED, 4)),
-        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4)),
+        CACHE: (
+            ReadMethod(MAPPED, 4),
+            ReadMethod(MAPPED, 1),
+            ReadMethod(MAPPED, 16),
+            ReadMethod(BUFFERED, 4),
+        ),
+        MEMORY: (ReadMethod(DIRECT, 16), ReadMethod(DIRECT, 4)),
     },
     "remote": {
-        CACHE: (Way(MAPPED, 8), Way(MAPPED, 2), Way(BUFFERED, 8)),
-        MEMORY: (Way(DIRECT, 16), Way(DIRECT, 4)),
+        CACHE: (ReadMethod(MAPPED, 8), ReadMethod(MAPPED, 2), ReadMethod(BUFFERED, 8)),
+        MEMORY: (ReadMethod(DIRECT, 16), ReadMethod(DIRECT, 4)),
     },
     "network": {
-        CACHE: (Way(BUFFERED, 8), Way(BUFFERED, 2)),
-        MEMORY: (Way(BUFFERED, 8), Way(BUFFERED, 2)),
+        CACHE: (ReadMethod(BUFFERED, 8), ReadMethod(BUFFERED, 2)),
+        MEMORY: (ReadMethod(BUFFERED, 8), ReadMethod(BUFFERED, 2)),
     },
     "share": {
-        CACHE: (Way(BUFFERED, 4), Way(BUFFERED, 1)),
-        MEMORY: (Way(BUFFERED, 4), Way(BUFFERED, 1)),
+        CACHE: (ReadMethod(BUFFERED, 4), ReadMethod(BUFFERED, 1)),
+        MEMORY: (ReadMethod(BUFFERED, 4), ReadMethod(BUFFERED, 1)),
     },
     "memory": {
-        CACHE: (Way(BUFFERED, 2),),
-        MEMORY: (Way(BUFFERED, 8),),
+        CACHE: (ReadMethod(BUFFERED, 2),),
+        MEMORY: (ReadMethod(BUFFERED, 8),),
     },
     "unknown": {
-        CACHE: (Way(MAPPED, 2), Way(BUFFERED, 2), Way(BUFFERED, 8)),
-        MEMORY: (Way(BUFFERED, 2), Way(DIRECT, 8), Way(BUFFERED, 8)),
+        CACHE: (ReadMethod(MAPPED, 2), ReadMethod(BUFFERED, 2), ReadMethod(BUFFERED, 8)),
+        MEMORY: (ReadMethod(BUFFERED, 2), ReadMethod(DIRECT, 8), ReadMethod(BUFFERED, 8)),
     },
 }
 
@@ -94,7 +104,7 @@ CANDIDATES: dict[str, dict[str, tuple[Way, ...]]] = {
 class Tried(NamedTuple):
     """``rate``: bytes a second of the first bytes read this way."""
 
-    way: Way
+    way: ReadMethod
     rate: float
 
 
@@ -130,13 +140,13 @@ class ReadPlan:
 
     sink: str
     device: Device
-    candidates: tuple[Way, ...]
+    candidates: tuple[ReadMethod, ...]
     why: str
     order: str = FILE_ORDER
     tried: tuple[Tried, ...] = field(default=())
 
     @property
-    def way(self) -> Way:
+    def way(self) -> ReadMethod:
         return self.candidates[0]
 
     def uses(self, name: str) -> bool:
@@ -153,7 +163,7 @@ class ReadPlan:
         others = tuple(way for way in self.candidates if way != best.way)
         return replace(self, candidates=(best.way, *others), why=why, tried=tuple(tried))
 
-    def forced_to(self, candidates: Sequence[Way]) -> ReadPlan:
+    def forced_to(self, candidates: Sequence[ReadMethod]) -> ReadPlan:
         return replace(self, candidates=tuple(candidates))
 
     def __str__(self) -> str:
@@ -163,8 +173,10 @@ class ReadPlan:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ReadPlan:
         """Return what ``to_dict`` told. Raises: KeyError, TypeError for anything else."""
-        tried = [Tried(Way(t["name"], t["threads"], t["chunk"]), t["rate"]) for t in data["tried"]]
-        ways = tuple(Way(**way) for way in data["candidates"])
+        tried = [
+            Tried(ReadMethod(t["name"], t["threads"], t["chunk"]), t["rate"]) for t in data["tried"]
+        ]
+        ways = tuple(ReadMethod(**way) for way in data["candidates"])
         device = Device(**data["device"])
         return cls(data["sink"], device, ways, data["why"], data["order"], tuple(tried))
 
@@ -191,13 +203,13 @@ def make_plan(
     """
     forced = forced or Forced()
     forced.check(sink)
-    candidates: Sequence[Way] = CANDIDATES[device.kind][sink]
+    candidates: Sequence[ReadMethod] = CANDIDATES[device.kind][sink]
     why = [str(device)]
     for usable, reason in _limits(sink, seen=seen):
         left = [way for way in candidates if usable(way)]
         if len(left) < len(candidates):
             why.append(reason)
-            candidates = left or [Way(BUFFERED, candidates[0].threads)]
+            candidates = left or [ReadMethod(BUFFERED, candidates[0].threads)]
     if forced != Forced():
         why.append("as asked for")
         candidates = _forced(candidates, forced)
@@ -225,15 +237,15 @@ def huge_reads() -> bool:
     return version >= MADV_HUGEPAGE_READS and not none
 
 
-def _forced(candidates: Sequence[Way], forced: Forced) -> Sequence[Way]:
+def _forced(candidates: Sequence[ReadMethod], forced: Forced) -> Sequence[ReadMethod]:
     """Return the one way that is forced, or the ways of a name where only that is."""
     named = [way for way in candidates if forced.way in (None, way.name)]
-    named = named or [Way(forced.way or BUFFERED, candidates[0].threads)]
+    named = named or [ReadMethod(forced.way or BUFFERED, candidates[0].threads)]
     if forced.threads:  # of long reads there may be fewer than threads
         named = [way._replace(threads=forced.threads, chunk=min(way.chunk, CHUNK)) for way in named]
     return [way._replace(chunk=forced.chunk or way.chunk) for way in named]
 
 
-def _no_more_than(way: Way, total: int) -> Way:
+def _no_more_than(way: ReadMethod, total: int) -> ReadMethod:
     """Return the way with no more threads than chunks."""
     return way._replace(threads=max(1, min(way.threads, MOST_THREADS, -(-total // way.chunk))))

@@ -1,6 +1,6 @@
-"""Read many ranges: threads take pieces in turn, and the way is tried on the first of them.
+"""Read many ranges: threads take chunks in turn, and the way is tried on the first of them.
 
-What is done with a piece is the caller's: into the page cache, into replicas, into memory.
+What is done with a chunk is the caller's: into the page cache, into replicas, into memory.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from numaload.errors import CancelledError
-from numaload.files.plan import CHUNK, STRIPES, ReadPlan, Tried, Way
+from numaload.files.plan import CHUNK, STRIPES, ReadMethod, ReadPlan, Tried
 from numaload.linux.syscalls import PAGE
-from numaload.machine.stopping import Steps, until
+from numaload.machine.stopping import CancelToken, Steps
 
 TRY_BYTES = 96 << 20  # read by each candidate: 25 ms of a fast disk
 TRY_SHARE = 24  # trying takes no more than one part in so many of all bytes
@@ -25,7 +25,7 @@ LOOK_S = 0.05  # between two looks at whether a thread still waits for the callb
 Progress = Callable[[int, int], Any]  # (bytes done, bytes in all); returning False cancels
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """``nbytes`` from ``offset`` of the file that is number ``which`` among those read."""
 
     which: int
@@ -37,7 +37,7 @@ class Piece(NamedTuple):
         return self.offset + self.nbytes
 
 
-Work = Callable[[Piece, Way], None]
+Work = Callable[[Chunk, ReadMethod], None]
 
 
 class Reading:
@@ -53,7 +53,7 @@ class Reading:
         self.total, self.rate, self.taken = total, rate, 0
         self.steps = Steps(total, progress)
         self.begin = time.monotonic()
-        self.lock, self.stop = threading.Lock(), threading.Event()
+        self.lock, self.token = threading.Lock(), CancelToken()
 
     @property
     def done(self) -> int:
@@ -69,7 +69,7 @@ class Reading:
     ) -> ReadPlan:
         """Read the (start, stop) byte ranges of each file; the plan as it was carried out.
 
-        work: called in threads of this reading's own, on these CPUs, with each piece.
+        work: called in threads of this reading's own, on these CPUs, with each chunk.
         Raises: what ``work`` raises first; CancelledError after Ctrl-C.
         """
         if not self.done:
@@ -89,37 +89,36 @@ class Reading:
         if tried:
             plan = plan.with_tried(tried)
         way = plan.way
-        pieces = absent.first(absent.left, way.chunk)
+        chunks = absent.first(absent.left, way.chunk)
         if plan.order == STRIPES:
-            pieces = in_stripes(list(pieces), way.threads)
-        self._read(pieces, way, work, cpus, name)
+            chunks = in_stripes(list(chunks), way.threads)
+        self._read(chunks, way, work, cpus, name)
         return plan
 
     def _read(
-        self, pieces: Iterator[Piece], way: Way, work: Work, cpus: frozenset[int], name: str
+        self, chunks: Iterator[Chunk], way: ReadMethod, work: Work, cpus: frozenset[int], name: str
     ) -> None:
         from numaload.machine.workers import Workers, finish  # a resident file needs no threads
 
         def reading() -> None:
-            with until(self.stop.is_set):
-                while not self.stop.is_set():
-                    with self.lock:
-                        piece = next(pieces, None)
-                    if piece is None:
+            while not self.token.cancelled():
+                with self.lock:
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                self._pace(chunk.nbytes)
+                try:
+                    work(chunk, way)
+                except CancelledError:
+                    if self.token.cancelled():  # not an error: another thread read enough
                         return
-                    self._pace(piece.nbytes)
-                    try:
-                        work(piece, way)
-                    except CancelledError:
-                        if self.stop.is_set():  # not an error: another thread read enough
-                            return
-                        raise
-                    self.advance(piece.nbytes)
+                    raise
+                self.advance(chunk.nbytes)
 
         workers = Workers(cpus, way.threads, name, hands_on=True)
         try:
-            jobs = [workers.submit(reading) for _ in range(way.threads)]
-            finish(jobs, self.stop, self.steps)
+            jobs = [workers.submit(reading, token=self.token) for _ in range(way.threads)]
+            finish(jobs, self.token, self.steps)
             workers.close()
         except BaseException as error:
             self.end()  # Ctrl-C may come while threads are still being started
@@ -135,34 +134,34 @@ class Reading:
         with self.lock:
             due = self.begin + self.taken / self.rate
             self.taken += nbytes
-        self.stop.wait(max(0.0, due - time.monotonic()))
+        self.token.wait(max(0.0, due - time.monotonic()))
 
     def advance(self, nbytes: int) -> None:
         """Count it, and wait until the callback was told: no thread runs far ahead of it."""
         self.steps.add(nbytes)
-        while self.steps.progress and not self.stop.is_set():
+        while self.steps.progress and not self.token.cancelled():
             if self.steps.told.acquire(timeout=LOOK_S):
                 return
 
     def end(self) -> None:
         """Have the threads end. A forked child has none, and locks that they may have had."""
         if os.getpid() == self.steps.pid:
-            self.stop.set()
+            self.token.cancel()
 
     def cancelled(self, why: str) -> CancelledError:
         return CancelledError(why, done=self.done, total=self.total)
 
 
 class Ranges:
-    """(start, stop) byte ranges of each file, given out in pieces, in order."""
+    """(start, stop) byte ranges of each file, given out in chunks, in order."""
 
     def __init__(self, runs: Sequence[Iterable[tuple[int, int]]]) -> None:
         self._todo = [(which, start, stop) for which, its in enumerate(runs) for start, stop in its]
         self._todo.reverse()
         self.left = sum(stop - start for _, start, stop in self._todo)
 
-    def first(self, nbytes: int, chunk: int = CHUNK) -> Iterator[Piece]:
-        """Return the next ``nbytes`` in pieces of at most ``chunk``, cut where chunks begin.
+    def first(self, nbytes: int, size: int = CHUNK) -> Iterator[Chunk]:
+        """Return the next ``nbytes`` in chunks of at most ``size``, cut at its multiples.
 
         They are taken from the rest at once, whoever iterates over them, and when.
         """
@@ -175,21 +174,21 @@ class Ranges:
             taken.append((which, start, end))
             nbytes -= end - start
             self.left -= end - start
-        return chain.from_iterable(_cut(*one, chunk) for one in taken)
+        return chain.from_iterable(_cut(*one, size) for one in taken)
 
 
-def _cut(which: int, start: int, stop: int, chunk: int) -> Iterator[Piece]:
+def _cut(which: int, start: int, stop: int, size: int) -> Iterator[Chunk]:
     while start < stop:
-        end = min(stop, (start // chunk + 1) * chunk)
-        yield Piece(which, start, end - start)
+        end = min(stop, (start // size + 1) * size)
+        yield Chunk(which, start, end - start)
         start = end
 
 
-def in_stripes(pieces: Sequence[Piece], threads: int) -> Iterator[Piece]:
-    """Yield pieces so that ``threads`` taking them in turn each go through a part of their own.
+def in_stripes(chunks: Sequence[Chunk], threads: int) -> Iterator[Chunk]:
+    """Yield chunks so that ``threads`` taking them in turn each go through a part of their own.
 
     Only nearly: a thread that is faster takes of its neighbour's.
     """
-    each = -(-len(pieces) // threads)
+    each = -(-len(chunks) // threads)
     for i in range(each):
-        yield from pieces[i::each]
+        yield from chunks[i::each]

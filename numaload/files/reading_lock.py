@@ -25,7 +25,7 @@ from numaload.errors import CancelledError, StoreError, UsageError, reason, warn
 from numaload.files.reader import Progress
 from numaload.files.source import SourceFile
 from numaload.machine import userdir
-from numaload.machine.stopping import check_process
+from numaload.machine.stopping import check_process, stopping
 
 FOLDER, NAME = "reading", "locks"
 SLOTS = 1 << 16
@@ -168,12 +168,13 @@ class _Waiting:
                 f"waited {waited:.0f} s for process {self.waited_for}, which reads the same files;"
                 f" waiting on: kill {self.waited_for} lets this process read",
             )
+        more = True
         if self.progress is not None:
             pid = os.getpid()
             more = self.progress(0, self.total)
             check_process(pid)
-            if more is False:
-                raise self.cancelled("cancelled")
+        if more is False or stopping():
+            raise self.cancelled("cancelled")
         time.sleep(PAUSE_S)
 
     def cancelled(self, how: str) -> CancelledError:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -18,20 +17,37 @@ _local = threading.local()
 _locks: WeakSet[Any] = WeakSet()
 
 
-@contextmanager
-def until(over: Callable[[], bool]) -> Iterator[None]:
-    """Give up what this thread does inside as soon as ``over()`` is true."""
-    before = getattr(_local, "over", ())
-    _local.over = (*before, over)
-    try:
-        yield
-    finally:
-        _local.over = before
+class CancelToken:
+    """Tell all threads of one piece of work that nobody wants it any more.
+
+    A thread works for it inside ``with token``: what waits there, for a network or for other
+    threads, gives up once it is cancelled. Any number of threads may be inside.
+    """
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def cancelled(self) -> bool:
+        return self._event.is_set()
+
+    def cancel(self) -> None:
+        self._event.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long, or until it is cancelled; return whether it is."""
+        return self._event.wait(seconds)
+
+    def __enter__(self) -> CancelToken:
+        _local.tokens = (*getattr(_local, "tokens", ()), self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _local.tokens = _local.tokens[:-1]
 
 
 def stopping() -> bool:
     """Return whether nobody wants what this thread does now any more."""
-    return any(over() for over in getattr(_local, "over", ()))
+    return any(token.cancelled() for token in getattr(_local, "tokens", ()))
 
 
 def at_work() -> bool:
@@ -39,7 +55,7 @@ def at_work() -> bool:
 
     Garbage is collected in any thread: also what would wait for that thread's own work.
     """
-    return bool(getattr(_local, "over", ()))
+    return bool(getattr(_local, "tokens", ()))
 
 
 def renewed(lock: L) -> L:

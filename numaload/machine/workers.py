@@ -18,10 +18,10 @@ from functools import partial
 from queue import Empty
 from typing import Any, TypeVar
 
-from numaload.errors import NumaError
+from numaload.errors import CancelledError, NumaError
 from numaload.linux.syscalls import name_thread
 from numaload.machine.affinity import pin
-from numaload.machine.stopping import Steps, check_process, until
+from numaload.machine.stopping import CancelToken, Steps, check_process, stopping
 from numaload.machine.threads import no_thread
 from numaload.machine.topology import Topology
 
@@ -62,37 +62,36 @@ class Workers:
         except NumaError as error:
             self._refused = error  # raised from here it would break the pool and lose its name
 
-    def _run(self, wanted: list[bool], task: list[Callable[[], T]]) -> T:
+    def _run(self, token: CancelToken, task: list[Callable[[], T]]) -> T:
         if self._refused is not None:
             raise copy(self._refused)  # which would keep what the task was given
-        with until(lambda: not wanted):
+        with token:
             return task.pop()()
 
-    def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
+    def submit(
+        self, function: Callable[..., T], *arguments: object, token: CancelToken | None = None
+    ) -> Future[T]:
+        """Have a thread call it, for ``token``'s work."""
         if getattr(_local, "alone", False):
             return _done_here(function, *arguments)
-        wanted = [True]  # emptied by ``finish``
         task: list[Callable[[], T]] = [partial(function, *arguments)]
         try:
             with _alone():
-                future = self._pool.submit(self._run, wanted, task)
+                return self._pool.submit(self._run, token or CancelToken(), task)
         except RuntimeError as error:
-            wanted.clear()
             task.clear()  # it stays in the pool's queue, and would keep what it was given
             if "shutdown" in str(error) and not self._closed:  # the main thread has ended
                 return _done_here(function, *arguments)
             raise no_thread(error) from error
-        vars(future)["wanted"] = wanted
-        return future
 
     def ranges(self, function: Callable[[int, int], None], total: int, grain: int = 1) -> None:
         """Call ``function(start, stop)`` over [0, total), in pieces of at least ``grain``."""
-        stop = threading.Event()
-        futures = self.submit_ranges(function, total, grain, stop)
+        token = CancelToken()
+        futures = self.submit_ranges(function, total, grain, token)
         try:
-            finish(futures, stop)
+            finish(futures, token)
         except BaseException:
-            _settle(futures, stop)
+            _settle(futures, token)
             raise
 
     def submit_ranges(
@@ -100,28 +99,28 @@ class Workers:
         function: Callable[[int, int], None],
         total: int,
         grain: int = 1,
-        stop: threading.Event | None = None,
+        token: CancelToken | None = None,
     ) -> list[Future[None]]:
-        """Do the same without waiting, for work on several nodes; none begins after ``stop``.
+        """Do the same without waiting, for work on several nodes; cancelled, none begins.
 
         A future for each thread, not for each piece: that costs as much as a million weights.
         """
         pieces = min(self.count * PIECES_EACH, max(1, total // max(1, grain)))
         step = max(1, -(-total // pieces))
-        starts, stop = iter(range(0, total, step)), stop or threading.Event()
+        starts, token = iter(range(0, total, step)), token or CancelToken()
 
         def work() -> None:
             for start in starts:  # each piece goes to the thread that asks first
-                if stop.is_set():
+                if token.cancelled():
                     return
                 function(start, min(start + step, total))
 
         futures: list[Future[None]] = []
         try:
             for _ in range(min(self.count, -(-total // step))):
-                futures.append(self.submit(work))  # noqa: PERF401 - some are there if one fails
+                futures.append(self.submit(work, token=token))  # noqa: PERF401 - some are there if one fails
         except BaseException:
-            _settle(futures, stop)
+            _settle(futures, token)
             raise
         return futures
 
@@ -154,12 +153,13 @@ def _done_here(function: Callable[..., T], *arguments: object) -> Future[T]:
 
 
 def finish(
-    futures: list[Future[T]], stop: threading.Event | None = None, steps: Steps | None = None
+    futures: list[Future[T]], token: CancelToken | None = None, steps: Steps | None = None
 ) -> list[T]:
     """Wait for all; at the first error, or Ctrl-C, cancel what has not begun and wait for the rest.
 
-    stop: set in that case, for tasks that look at it. Those that wait for a network give up.
+    token: cancelled in that case: tasks that look at it, or wait for a network, give up.
     steps: how far the tasks come, which is told to its callback meanwhile, here.
+    Raises: CancelledError where nobody wants this thread's own work any more.
     """
     pid = os.getpid()
     try:
@@ -167,14 +167,14 @@ def finish(
             _tell(futures, steps)
         while not _settled(futures):
             check_process(pid)
+            _check_wanted(steps)
         return [future.result() for future in futures if future.done()]
     except BaseException:
         if os.getpid() != pid:  # forked by the callback; its parent has the threads
             raise
-        if stop is not None:
-            stop.set()
+        if token is not None:
+            token.cancel()
         for future in futures:
-            vars(future).get("wanted", []).clear()
             future.cancel()
         _wait(futures)
         raise
@@ -191,6 +191,7 @@ def _tell(futures: list[Future[T]], steps: Steps) -> None:
             news = steps.news.get(timeout=NOTICE_S)
         except Empty:  # Ctrl-C that came just as waiting began is noticed now
             check_process(steps.pid)
+            _check_wanted(steps)
             continue
         if not isinstance(news, Future):
             steps.tell(news)
@@ -198,6 +199,15 @@ def _tell(futures: list[Future[T]], steps: Steps) -> None:
         left -= 1
         if not news.cancelled() and news.exception():
             return
+
+
+def _check_wanted(steps: Steps | None) -> None:
+    if stopping():
+        raise CancelledError(
+            "cancelled",
+            done=steps.done if steps else 0,
+            total=steps.total if steps else 0,
+        )
 
 
 def _wait(futures: list[Future[T]], *how: Any) -> Any:
@@ -211,12 +221,12 @@ def _settled(futures: list[Future[T]]) -> bool:
     return not running or any(not f.cancelled() and f.exception() for f in done)
 
 
-def _settle(futures: list[Future[None]], stop: threading.Event) -> None:
+def _settle(futures: list[Future[None]], token: CancelToken) -> None:
     """Wait until none runs, whatever signals come: they write to memory of their caller's."""
     pid = os.getpid()
     while os.getpid() == pid:
         try:
-            stop.set()
+            token.cancel()
             for future in futures:
                 future.cancel()
             _wait(futures)

@@ -12,11 +12,18 @@ from typing import Any
 from numaload.errors import NotCopyable, UsageError
 from numaload.files.reader import Progress
 from numaload.files.reading_lock import check_free, holding
-from numaload.machine.stopping import check_process
+from numaload.machine.stopping import CancelToken, check_process
 from numaload.machine.threads import no_thread
 from numaload.pagecache.choice import Source, located
 from numaload.pagecache.prewarm import prewarm
 from numaload.pagecache.report import PrewarmReport
+
+
+class _Token(CancelToken):
+    """Cancelled by the program's end too: that waits for its threads, and not for minutes."""
+
+    def cancelled(self) -> bool:
+        return super().cancelled() or not threading.main_thread().is_alive()
 
 
 class PrewarmJob(NotCopyable):
@@ -24,7 +31,7 @@ class PrewarmJob(NotCopyable):
 
     def __init__(self, what: Source | Sequence[Source], options: dict[str, Any]) -> None:
         self._callback: Progress | None = options.pop("progress", None)
-        self._cancelled = threading.Event()
+        self._token = _Token()
         self._step = (0, 0)
         self._future: Future[PrewarmReport] = Future()
         # In the context of its caller: its turn, if it has one, and how long it waits for networks.
@@ -47,8 +54,11 @@ class PrewarmJob(NotCopyable):
         return self._future.done()
 
     def cancel(self) -> None:
-        """End it after the reads that are under way: ``result`` raises CancelledError then."""
-        self._cancelled.set()
+        """End it after the reads that are under way: ``result`` raises CancelledError then.
+
+        What waits for a network file system gives up at once.
+        """
+        self._token.cancel()
 
     def result(self, timeout: float | None = None) -> PrewarmReport:
         """Wait for the report. Raises: what ``prewarm`` raises; TimeoutError after ``timeout`` s.
@@ -70,15 +80,13 @@ class PrewarmJob(NotCopyable):
 
     def _run(self, what: Source | Sequence[Source], options: dict[str, Any]) -> None:
         try:
-            self._future.set_result(prewarm(what, progress=self._look, **options))
+            with self._token:
+                self._future.set_result(prewarm(what, progress=self._look, **options))
         except BaseException as error:  # noqa: BLE001 - raised where it is waited for
             self._future.set_exception(error)
 
     def _look(self, done: int, total: int) -> bool:
         self._step = done, total
-        # A program that ends waits for its threads: this one shall not keep it for minutes.
-        if self._cancelled.is_set() or not threading.main_thread().is_alive():
-            return False
         return self._callback is None or self._callback(done, total) is not False
 
     def __enter__(self) -> PrewarmJob:

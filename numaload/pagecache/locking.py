@@ -22,6 +22,7 @@ from numaload.linux import syscalls
 from numaload.linux.mapping import Mapping
 from numaload.linux.syscalls import PAGE
 from numaload.machine import memory
+from numaload.machine.stopping import CancelToken
 from numaload.pagecache.choice import Runs, choose, models_of, real
 
 FIX = (
@@ -152,13 +153,13 @@ class LockingMeanwhile:
     """Lock in a thread what is read meanwhile, so that little can be pushed out before."""
 
     def __init__(self, locked: Locked) -> None:
-        self._locked, self._stop = locked, threading.Event()
+        self._locked, self._token = locked, CancelToken()
         self._thread = threading.Thread(target=self._run, name="numaload-lock", daemon=True)
 
     def _run(self) -> None:
         took = 0.0
         with suppress(NumaloadError):  # whoever locks the rest meets it too
-            while not self._stop.wait(max(PAUSE_S, IDLE_SHARE * took)):
+            while not self._token.wait(max(PAUSE_S, IDLE_SHARE * took)):
                 begin = time.monotonic()
                 self._locked.catch_up()
                 took = time.monotonic() - begin
@@ -169,6 +170,6 @@ class LockingMeanwhile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
+        self._token.cancel()
         if self._thread.ident is not None:  # it was started
             self._thread.join()

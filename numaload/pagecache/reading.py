@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from numaload.errors import NodeMemoryError, NumaUnavailableError, warn_once
-from numaload.files.plan import CHUNK, ReadPlan, Way
-from numaload.files.reader import Piece, Progress, Reading
+from numaload.files.plan import CHUNK, ReadMethod, ReadPlan
+from numaload.files.reader import Chunk, Progress, Reading
 from numaload.files.residency import (
     LOOK,
     Residency,
@@ -90,7 +90,7 @@ class CacheBudget:
         self.absent = sum(stop - start for runs in absent for start, stop in runs)
         # All nodes together are the machine, whose own estimate is better than a sum.
         self.nodes = placing.nodes if placing and not placing.everywhere else []
-        self.head: Piece | None = None
+        self.head: Chunk | None = None
         self.next_look, self.stopped = LOOK_EVERY, ""
 
     @property
@@ -119,11 +119,11 @@ class CacheBudget:
                 limits.append(memory.Limit(f"node {format_list(self.nodes)}", sum(known)))
         return memory.tightest(limits)
 
-    def look(self, done: int, piece: Piece) -> bool:
-        """Return whether there is room for more after ``piece``. ``done``: bytes read so far."""
+    def look(self, done: int, chunk: Chunk) -> bool:
+        """Return whether there is room for more after ``chunk``. ``done``: bytes read so far."""
         if self.head is None:
-            self.head = piece
-            found = residency(self.files[piece.which], piece.offset, piece.stop)
+            self.head = chunk
+            found = residency(self.files[chunk.which], chunk.offset, chunk.stop)
             if found.known and not found.resident:
                 self.stopped = NOT_KEPT
         if self.stopped or done < self.next_look or done >= self.absent:
@@ -190,19 +190,19 @@ class _Threads:
         self.own = threading.local()
         self.into: list[IntoCache] = []
 
-    def read(self, piece: Piece, way: Way) -> None:
+    def read(self, chunk: Chunk, way: ReadMethod) -> None:
         if not hasattr(self.own, "into"):
             self.own.bound = self._bind()
             self.own.into = IntoCache(exact=self.exact)
             self.into.append(self.own.into)
         if self.placing and not self.own.bound:
-            node = self.placing.nodes[piece.offset // CHUNK % len(self.placing.nodes)]
+            node = self.placing.nodes[chunk.offset // CHUNK % len(self.placing.nodes)]
             pin(self.placing.machine.cpus_of([node]))
-        self.own.into.read(self.files[piece.which], piece.offset, piece.stop, way.name)
+        self.own.into.read(self.files[chunk.which], chunk.offset, chunk.stop, way.name)
         with self.reading.lock:
-            more = self.budget.look(self.reading.done + piece.nbytes, piece)
+            more = self.budget.look(self.reading.done + chunk.nbytes, chunk)
         if not more:
-            self.reading.stop.set()
+            self.reading.token.cancel()
 
     def _bind(self) -> bool:
         """Set this thread's policy. False where that is refused: pages land where they are read."""

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from numaload.errors import CancelledError, warn_once
-from numaload.files.plan import CACHE, CHUNK, Way, make_plan
+from numaload.files.plan import CACHE, CHUNK, ReadMethod, make_plan
 from numaload.files.residency import residency
 from numaload.files.source import SourceFile
 from numaload.files.ways import IntoCache
 from numaload.linux.syscalls import name_thread
-from numaload.machine.stopping import until
+from numaload.machine.stopping import CancelToken
 from numaload.machine.storage_device import device_of
 from numaload.machine.threads import no_thread
 
@@ -52,7 +52,7 @@ class Ahead:
 
     def __init__(self, ranges: Sequence[Range], window: int) -> None:
         self.ranges, self.window = merged(ranges), window
-        self._taken, self._ready, self._stopped = 0, 0, False
+        self._taken, self._ready, self._token = 0, 0, CancelToken()
         self._moved = threading.Condition()
         self._todo: Iterator[AbsentRange] = iter(())
         self._busy: dict[int, int] = {}  # thread: position of the beginning of what it reads
@@ -76,7 +76,7 @@ class Ahead:
                 warn_once("ahead", f"files are not read ahead: {no_thread(error)}")
                 return
 
-    def _way(self) -> Way | None:
+    def _way(self) -> ReadMethod | None:
         """Return how to read the first file that has absent bytes; None where all is in RAM."""
         for one in self.ranges:
             if one.file.closed:  # workers tell
@@ -123,26 +123,26 @@ class Ahead:
         with self._moved:
             self._moved.wait_for(
                 lambda: (
-                    self._stopped
+                    self._token.cancelled()
                     or self._blocked == self._active
                     or position <= min(self._busy.values(), default=self._ready)
                 )
             )
 
     def stop(self, *, wait: bool = True) -> None:
-        self._stopped = True  # at once: a thread that waits for a network may have the lock
+        self._token.cancel()  # at once: a thread that waits for a network may have the lock
         with self._moved:
             self._moved.notify_all()
         for thread in self._threads if wait else ():
             if thread.ident is not None:
                 thread.join()
 
-    def _run(self, way: Way) -> None:
+    def _run(self, way: ReadMethod) -> None:
         name_thread("numaload-ahead")
-        with until(lambda: self._stopped):
+        with self._token:
             self._read(way)
 
-    def _read(self, way: Way) -> None:
+    def _read(self, way: ReadMethod) -> None:
         into, own = IntoCache(), threading.get_ident()
         with self._moved:
             self._active += 1
@@ -150,8 +150,7 @@ class Ahead:
             while (absent := self._next(own)) is not None:
                 into.read(absent.file, absent.start, absent.stop, way.name)
         except (OSError, CancelledError):
-            with self._moved:
-                self._stopped = True
+            self._token.cancel()
         finally:
             into.close()
             with self._moved:
@@ -162,7 +161,7 @@ class Ahead:
     def _next(self, own: int) -> AbsentRange | None:
         with self._moved:
             self._busy.pop(own, None)
-            absent = None if self._stopped else next(self._todo, None)
+            absent = None if self._token.cancelled() else next(self._todo, None)
             if absent is None:
                 return None
             # All before it is in RAM, or other threads are at it.
@@ -171,10 +170,10 @@ class Ahead:
             self._blocked += 1
             self._moved.notify_all()
             self._moved.wait_for(
-                lambda: self._stopped or absent.position <= self._taken + self.window
+                lambda: self._token.cancelled() or absent.position <= self._taken + self.window
             )
             self._blocked -= 1
-            return None if self._stopped else absent
+            return None if self._token.cancelled() else absent
 
 
 def merged(ranges: Sequence[Range]) -> list[Range]:

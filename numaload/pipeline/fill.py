@@ -25,7 +25,7 @@ from numaload.errors import CancelledError, ReadError, UsageError
 from numaload.files.reader import Progress
 from numaload.files.source import SourceFile
 from numaload.formats.qtypes import BLOCKS
-from numaload.machine.stopping import Steps, at_work, check_process, until
+from numaload.machine.stopping import CancelToken, Steps, at_work, check_process
 from numaload.machine.workers import Workers, finish
 from numaload.pipeline.ahead import Ahead, Range
 from numaload.weights import Tensor
@@ -170,7 +170,7 @@ class Work:
     def __init__(self, todo: Sequence[Extent], progress: Progress | None, ahead: int) -> None:
         self.workers: Workers = todo[0].tensor.workers()
         self.steps = Steps(sum(t.nbytes for t in todo), progress)
-        self.lock, self.stop, self.running = threading.Lock(), threading.Event(), 0
+        self.lock, self.token, self.running = threading.Lock(), CancelToken(), 0
         self.idle = threading.Condition(self.lock)
         ranges = _ranges(todo)
         self.ahead = Ahead(ranges, ahead)
@@ -189,7 +189,7 @@ class Work:
         if os.getpid() != self.steps.pid:
             return  # the threads are the parent's
         if at_work():  # a stream that is garbage: what it is made of lives until it is done
-            self.stop.set()
+            self.token.cancel()
             self.ahead.stop(wait=False)
             return
         if kind is not None:
@@ -203,7 +203,7 @@ class Work:
         """
         while True:
             try:
-                self.stop.set()
+                self.token.cancel()
                 with self.idle:
                     self.idle.wait_for(lambda: not self.running)
             except KeyboardInterrupt:
@@ -215,23 +215,22 @@ class Work:
         todo, ready = iter(cut), self._ready(target)
 
         def work() -> None:
-            with until(self.stop.is_set):
-                while (part := self._next(todo)) is not None:
-                    try:
-                        ready(part)
-                        _naming(target.tensor, write, part)
-                        nbytes = target.bytes_of(part.place.size)
-                        self.ahead.took(nbytes)
-                        self.steps.add(nbytes)
-                    finally:
-                        self._pause()
+            while (part := self._next(todo)) is not None:
+                try:
+                    ready(part)
+                    _naming(target.tensor, write, part)
+                    nbytes = target.bytes_of(part.place.size)
+                    self.ahead.took(nbytes)
+                    self.steps.add(nbytes)
+                finally:
+                    self._pause()
 
         count = min(self.workers.count, -(-target.nbytes // MOST_ALONE))
-        return [self.workers.submit(work) for _ in range(count)]
+        return [self.workers.submit(work, token=self.token) for _ in range(count)]
 
     def finish(self, futures: list[Future[None]]) -> None:
         """Wait for them, and tell the callback meanwhile. Raises: CancelledError and theirs."""
-        finish(futures, self.stop, self.steps)
+        finish(futures, self.token, self.steps)
 
     def check(self) -> None:
         """Check the process. Raises: UsageError in a forked child."""
@@ -253,7 +252,7 @@ class Work:
         """Return the next part. Raises: CancelledError for one that nobody will write."""
         with self.lock:
             part = next(todo, None)
-            if part is not None and self.stop.is_set():
+            if part is not None and self.token.cancelled():
                 raise CancelledError("cancelled", done=self.steps.done, total=self.steps.total)
             self.running += part is not None
             return part

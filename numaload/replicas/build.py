@@ -14,8 +14,8 @@ import xxhash
 
 from numaload.errors import ChecksumError
 from numaload.files.copy import plan_for
-from numaload.files.plan import BUFFERED, DIRECT, ReadPlan, Way
-from numaload.files.reader import Piece, Progress, Reading
+from numaload.files.plan import BUFFERED, DIRECT, ReadMethod, ReadPlan
+from numaload.files.reader import Chunk, Progress, Reading
 from numaload.files.residency import Run, give_back, residency
 from numaload.files.source import SourceFile
 from numaload.files.ways import IntoMemory
@@ -143,7 +143,7 @@ class _Build:
             if len(self.groups) > 1:
                 self.pools = {n: self._copiers(n) for group in self.groups for n in group}
             self.reading.run(runs, plan, self._lead, cpus, "numaload-build")
-            finish(self.copies, self.reading.stop, self.reading.steps)
+            finish(self.copies, self.reading.token, self.reading.steps)
         except KeyboardInterrupt:
             raise self.reading.cancelled("interrupted") from None
         finally:
@@ -165,7 +165,7 @@ class _Build:
         copying = min(MAX_THREADS * len(self.groups), cpus)
         # Twice as many as read, since each makes its pages first and counts them after.
         threads = max(copying, 2 * plan.way.threads if absent else 0)
-        way = plan.way if absent else Way(BUFFERED, threads)
+        way = plan.way if absent else ReadMethod(BUFFERED, threads)
         return plan.forced_to([way._replace(threads=max(1, min(threads, chunks)), chunk=CHUNK)])
 
     def _seat(self, node: int) -> int:
@@ -177,30 +177,31 @@ class _Build:
         count = max(1, min(MAX_THREADS, len(cpus), sum(map(len, self.sums))))
         return Workers(cpus, count, f"numaload-build-{node}")
 
-    def _node(self, group: Group, which: int, chunk: int) -> int:
+    def _node(self, group: Group, which: int, index: int) -> int:
         """Return which node of a group fills a chunk: each one every n-th."""
-        return group[(self.starts[which] + chunk) % len(group)]
+        return group[(self.starts[which] + index) % len(group)]
 
-    def _lead(self, piece: Piece, way: Way) -> None:
-        which, chunk = piece.which, piece.offset // CHUNK
-        leader = self.groups[(self.starts[which] + chunk) // len(self.groups[0]) % len(self.groups)]
-        self._sit(self._node(leader, which, chunk))
+    def _lead(self, chunk: Chunk, way: ReadMethod) -> None:
+        which, index = chunk.which, chunk.offset // CHUNK
+        leader = self.groups[(self.starts[which] + index) // len(self.groups[0]) % len(self.groups)]
+        self._sit(self._node(leader, which, index))
 
         def read(view: memoryview) -> None:
-            for start, stop, absent in self._segments(piece):
-                part = view[start - piece.offset : stop - piece.offset]
+            for start, stop, absent in self._segments(chunk):
+                part = view[start - chunk.offset : stop - chunk.offset]
                 with part:
                     name = way.name if absent else BUFFERED
                     self.sources[which].read(part, start, name)
 
-        self.sums[which][chunk] = self._fill(leader, piece, read)
-        dropped = self._give_back(piece)
+        self.sums[which][index] = self._fill(leader, chunk, read)
+        dropped = self._give_back(chunk)
         with self.lock:
             self.given_back += dropped
         for group in self.groups:
             if group != leader:
-                pool = self.pools[self._node(group, which, chunk)]
-                self.copies.append(pool.submit(self._copy, leader, group, piece))
+                pool = self.pools[self._node(group, which, index)]
+                copy = pool.submit(self._copy, leader, group, chunk, token=self.reading.token)
+                self.copies.append(copy)
 
     def _sit(self, node: int) -> None:
         """Have this thread on the node that it fills."""
@@ -209,64 +210,64 @@ class _Build:
             pin(cpus)
             self.own.cpus = cpus
 
-    def _segments(self, piece: Piece) -> Iterator[tuple[int, int, bool]]:
-        """Yield (start, stop, absent from RAM) of a piece, on pages' borders."""
-        found, at = self.before[piece.which], piece.offset
-        for start, stop in _overlaps(found.absent, piece.offset, piece.stop):
+    def _segments(self, chunk: Chunk) -> Iterator[tuple[int, int, bool]]:
+        """Yield (start, stop, absent from RAM) of a chunk, on pages' borders."""
+        found, at = self.before[chunk.which], chunk.offset
+        for start, stop in _overlaps(found.absent, chunk.offset, chunk.stop):
             if at < start:
                 yield at, start, False
             yield start, stop, True
             at = stop
-        if at < piece.stop:
-            yield at, piece.stop, False
+        if at < chunk.stop:
+            yield at, chunk.stop, False
 
-    def _fill(self, group: Group, piece: Piece, write: Callable[[memoryview], None]) -> int:
-        """Fill a piece; return the XXH3-64 of what is in the arena then."""
-        arena = self.arenas[group][piece.which]
+    def _fill(self, group: Group, chunk: Chunk, write: Callable[[memoryview], None]) -> int:
+        """Fill a chunk; return the XXH3-64 of what is in the arena then."""
+        arena = self.arenas[group][chunk.which]
         # Released at once: a view in the traceback of an error would keep the whole arena.
         with (
-            self.budget.taken(group, piece.nbytes),
-            arena.mapping.view(piece.offset, piece.nbytes, write=True) as view,
+            self.budget.taken(group, chunk.nbytes),
+            arena.mapping.view(chunk.offset, chunk.nbytes, write=True) as view,
         ):
             # No more at a time than there are CPUs: else all are half done before one can read.
             with self.busy:
-                arena.prepare(piece.offset, piece.stop)
+                arena.prepare(chunk.offset, chunk.stop)
             write(view)
             with self.busy:
                 return xxhash.xxh3_64_intdigest(view)
 
-    def _copy(self, leader: Group, group: Group, piece: Piece) -> None:
-        if self.reading.stop.is_set():
+    def _copy(self, leader: Group, group: Group, chunk: Chunk) -> None:
+        if self.reading.token.cancelled():
             return
         try:
-            self._copied(leader, group, piece)
+            self._copied(leader, group, chunk)
         except BaseException:
-            self.reading.stop.set()  # nobody waits for copies while there is something to read
+            self.reading.token.cancel()  # nobody waits for copies while there is something to read
             raise
 
-    def _copied(self, leader: Group, group: Group, piece: Piece) -> None:
+    def _copied(self, leader: Group, group: Group, chunk: Chunk) -> None:
         import numpy as np
 
-        source = self.arenas[leader][piece.which].mapping
+        source = self.arenas[leader][chunk.which].mapping
 
         def write(view: memoryview) -> None:
-            with source.view(piece.offset, piece.nbytes) as read:
+            with source.view(chunk.offset, chunk.nbytes) as read:
                 # Of its ways to copy this is the one that lets other threads of Python run.
                 np.copyto(np.frombuffer(view, np.uint8), np.frombuffer(read, np.uint8))
 
-        found = self._fill(group, piece, write)
-        self._compare(group, piece, found)
-        self.reading.advance(piece.nbytes)
+        found = self._fill(group, chunk, write)
+        self._compare(group, chunk, found)
+        self.reading.advance(chunk.nbytes)
 
-    def _compare(self, group: Group, piece: Piece, found: int) -> None:
-        file, chunk = self.files[piece.which], piece.offset // CHUNK
-        expected = self.sums[piece.which][chunk]
+    def _compare(self, group: Group, chunk: Chunk, found: int) -> None:
+        file, index = self.files[chunk.which], chunk.offset // CHUNK
+        expected = self.sums[chunk.which][index]
         if found != expected:
             raise ChecksumError(
-                f"{file.path}: chunk {chunk} (byte {piece.offset}) on node {format_list(group)}"
+                f"{file.path}: chunk {index} (byte {chunk.offset}) on node {format_list(group)}"
                 f" has checksum {found:016x}, expected {expected:016x}: memory is faulty",
                 path=file.path,
-                chunk=chunk,
+                chunk=index,
             )
 
     def _not_wanted(self, which: int, start: int = 0, stop: int | None = None) -> list[Run]:
@@ -280,10 +281,10 @@ class _Build:
         before = self.before[which]
         return list(_overlaps(before.absent, start, stop)) if before.known else []
 
-    def _give_back(self, piece: Piece) -> int:
+    def _give_back(self, chunk: Chunk) -> int:
         dropped = 0
-        for start, stop in self._not_wanted(piece.which, piece.offset, piece.stop):
-            self.files[piece.which].drop_cache(start, stop - start)
+        for start, stop in self._not_wanted(chunk.which, chunk.offset, chunk.stop):
+            self.files[chunk.which].drop_cache(start, stop - start)
             dropped += stop - start
         return dropped
 

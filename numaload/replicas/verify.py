@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping as MappingType
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from numaload.errors import ChecksumError
 from numaload.linux.lists import Group
 from numaload.linux.mapping import Mapping, populate_read
 from numaload.linux.placement import Placement, locate
+from numaload.machine.stopping import CancelToken
 from numaload.machine.topology import Topology
 from numaload.machine.workers import finish, pool
 from numaload.replicas.build import CHUNK
@@ -90,16 +90,16 @@ def verify(
     """
     placements = placements_of(replicas)
     wrong: list[tuple[Group, int, int]] = []  # (nodes, file, chunk)
-    stop = threading.Event()
+    token = CancelToken()
     jobs = [
         job
         for group, mappings in replicas.items()
         for i, (mapping, sums) in enumerate(zip(mappings, checksums[group], strict=True))
         for job in pool(machine, group).submit_ranges(
-            partial(_check, mapping, sums, wrong, (group, i)), len(sums), stop=stop
+            partial(_check, mapping, sums, wrong, (group, i)), len(sums), token=token
         )
     ]
-    finish(jobs, stop)
+    finish(jobs, token)
     differ: dict[Group, list[tuple[str, int]]] = {}
     for group, i, chunk in sorted(wrong):
         differ.setdefault(group, []).append((paths[i], chunk))

@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def files(tmp_path: Path) -> Iterator[list[SourceFile]]:
-    """Three of them: one of odd length, an empty one, one of several pieces."""
+    """Three of them: one of odd length, an empty one, one of several chunks."""
     opened = []
     for index, nbytes in enumerate((12345, 0, 20 * MIB + 1)):
         path = tmp_path / f"{index}"

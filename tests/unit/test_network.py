@@ -37,8 +37,9 @@ from numaload.files.residency import residency
 from numaload.files.source import SourceFile, io_timeout, reached, real_path
 from numaload.linux import syscalls
 from numaload.linux.mounts import Mount
-from numaload.machine.stopping import until
+from numaload.machine.stopping import CancelToken
 from numaload.machine.threads import threads
+from numaload.pagecache.job import prewarm_async
 
 SERVER = Mount("0:99", "/models", "nfs4", source="server:/models")
 SIZE = 5 * PIECE + 12_345
@@ -303,13 +304,23 @@ def test_ctrl_c(path: str, server: Server) -> None:
 
 
 def test_what_nobody_wants_any_more(path: str, server: Server) -> None:
-    over = threading.Event()
+    token = CancelToken()
     with SourceFile(path) as file:
         server.falls_silent()
-        comes = when_asked(server, over.set)
-        with until(over.is_set), pytest.raises(CancelledError):
+        comes = when_asked(server, token.cancel)
+        with token, pytest.raises(CancelledError):
             file.read_at(0, 1)
         comes.join()
+
+
+def test_a_job_that_is_cancelled_while_the_server_is_silent(path: str, server: Server) -> None:
+    evict([path])
+    server.falls_silent()
+    job = prewarm_async(path)
+    wait_for(lambda: bool(server.held), "the server to be asked")
+    job.cancel()
+    with pytest.raises(CancelledError):
+        job.result(timeout=LIMIT_S)
 
 
 def test_giving_pages_back_is_not_worth_a_wait(

@@ -80,9 +80,9 @@ def test_the_policy_ends_with_the_threads_of_the_job(
     before, read = syscalls.get_mempolicy(), IntoCache.read
     seen: list[tuple[int, list[int]]] = []
 
-    def noting(self: IntoCache, *piece: Any) -> None:
+    def noting(self: IntoCache, *chunk: Any) -> None:
         seen.append(syscalls.get_mempolicy())
-        read(self, *piece)
+        read(self, *chunk)
 
     monkeypatch.setattr(IntoCache, "read", noting)
     api.prewarm(cold, nodes=NODE, policy="bind")

@@ -23,10 +23,10 @@ from numaload.files.plan import (
     MAPPED,
     MEMORY,
     Forced,
-    Way,
+    ReadMethod,
     make_plan,
 )
-from numaload.files.reader import Piece, Ranges, Reading, in_stripes
+from numaload.files.reader import Chunk, Ranges, Reading, in_stripes
 from numaload.machine.stopping import stopping
 from numaload.machine.storage_device import Device
 
@@ -65,7 +65,7 @@ def test_older_kernels_and_other_people_s_files_are_read_through_buffers(
     assert "only owners" in made.why
     monkeypatch.setattr(plan, "huge_reads", lambda: False)
     made = make_plan(CACHE, device("hdd"), 64 * GIB)
-    assert made.candidates == (Way(BUFFERED, 1),)
+    assert made.candidates == (ReadMethod(BUFFERED, 1),)
     assert "5.18" in made.why
 
 
@@ -86,7 +86,7 @@ def test_kernels_that_read_huge_folios(
 
 def test_what_is_forced_is_what_is_planned() -> None:
     made = make_plan(CACHE, device(), GIB, forced=Forced(BUFFERED, 3, MIB, "stripes"))
-    assert made.candidates == (Way(BUFFERED, 3, MIB),)
+    assert made.candidates == (ReadMethod(BUFFERED, 3, MIB),)
     assert made.order == "stripes"
     assert "as asked for" in made.why
     assert make_plan(CACHE, device(), GIB, forced=Forced(threads=5)).way.threads == 5
@@ -123,14 +123,14 @@ class Disk:
         self.rates, self.now, self.lock = rates, 0.0, threading.Lock()
         self.seen: list[str] = []
 
-    def work(self, piece: Piece, way: Way) -> None:
+    def work(self, chunk: Chunk, way: ReadMethod) -> None:
         with self.lock:
             self.seen.append(way.name)
-            self.now += piece.nbytes / self.rates[way.name]
+            self.now += chunk.nbytes / self.rates[way.name]
 
 
 def reading(
-    rates: dict[str, float], ways: Sequence[Way], monkeypatch: pytest.MonkeyPatch
+    rates: dict[str, float], ways: Sequence[ReadMethod], monkeypatch: pytest.MonkeyPatch
 ) -> plan.ReadPlan:
     disk = Disk(rates)
     clock = SimpleNamespace(perf_counter=lambda: disk.now, monotonic=time.monotonic)
@@ -144,7 +144,7 @@ def reading(
 
 
 def test_the_fastest_that_was_tried_reads_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    ways = (Way(BUFFERED, 1, MIB), Way(MAPPED, 1, MIB))
+    ways = (ReadMethod(BUFFERED, 1, MIB), ReadMethod(MAPPED, 1, MIB))
     done = reading({BUFFERED: 0.2e9, MAPPED: 2e9}, ways, monkeypatch)
     assert done.way == ways[1]
     assert [one.way for one in done.tried] == list(ways)
@@ -154,7 +154,7 @@ def test_the_fastest_that_was_tried_reads_the_rest(monkeypatch: pytest.MonkeyPat
 def test_one_that_is_hardly_faster_does_not_replace_the_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ways = (Way(BUFFERED, 1, MIB), Way(MAPPED, 1, MIB))
+    ways = (ReadMethod(BUFFERED, 1, MIB), ReadMethod(MAPPED, 1, MIB))
     first = make_plan(CACHE, device(), GIB).forced_to(ways)
     tried = [plan.Tried(ways[0], 1.00e9), plan.Tried(ways[1], 1.05e9)]
     assert first.with_tried(tried).way == ways[0]
@@ -180,21 +180,21 @@ def test_pieces_are_all_bytes_once(
     runs: list[list[tuple[int, int]]], chunk: int, shares: list[int]
 ) -> None:
     ranges = Ranges(runs)
-    pieces = [piece for share in shares for piece in ranges.first(share, chunk)]
-    pieces += ranges.first(ranges.left, chunk)
+    chunks = [part for share in shares for part in ranges.first(share, chunk)]
+    chunks += ranges.first(ranges.left, chunk)
     naive = [(i, at) for i, its in enumerate(runs) for a, b in its for at in range(a, b)]
-    assert [(p.which, at) for p in pieces for at in range(p.offset, p.stop)] == naive
-    assert all(p.offset // chunk == (p.stop - 1) // chunk for p in pieces)
+    assert [(p.which, at) for p in chunks for at in range(p.offset, p.stop)] == naive
+    assert all(p.offset // chunk == (p.stop - 1) // chunk for p in chunks)
 
 
 @given(st.integers(0, 100), st.integers(1, 9))
 def test_stripes_are_all_pieces(count: int, threads: int) -> None:
-    pieces = [Piece(0, i, 1) for i in range(count)]
-    striped = list(in_stripes(pieces, threads))
-    assert sorted(striped) == pieces
+    chunks = [Chunk(0, i, 1) for i in range(count)]
+    striped = list(in_stripes(chunks, threads))
+    assert sorted(striped) == chunks
     each = -(-count // threads)
     if each > 1:
-        firsts = [piece.offset for piece in striped[: -(-count // each)]]
+        firsts = [chunk.offset for chunk in striped[: -(-count // each)]]
         assert firsts == list(range(0, count, each))
 
 
@@ -213,14 +213,14 @@ def test_the_rate_is_kept() -> None:
 def test_an_error_ends_the_reading_in_all_threads() -> None:
     done: list[int] = []
 
-    def work(piece: Piece, _: Way) -> None:
-        if piece.offset == 8 * MIB:
+    def work(chunk: Chunk, _: ReadMethod) -> None:
+        if chunk.offset == 8 * MIB:
             raise OSError("bad block")
-        if piece.offset > 8 * MIB:
-            assert job.stop.wait(60)
-        done.append(piece.offset)
+        if chunk.offset > 8 * MIB:
+            assert job.token.wait(60)
+        done.append(chunk.offset)
 
-    made = make_plan(CACHE, device(), 10 * GIB).forced_to([Way(BUFFERED, 2, MIB)])
+    made = make_plan(CACHE, device(), 10 * GIB).forced_to([ReadMethod(BUFFERED, 2, MIB)])
     job = Reading(10 * GIB)
     with pytest.raises(OSError, match="bad block"):
         job.run([[(0, 10 * GIB)]], made, work, CPUS, "numaload-test")
@@ -232,17 +232,17 @@ def test_a_thread_that_read_enough_ends_the_others_without_an_error() -> None:
     """Those that ask a network file system give up as soon as nobody wants the answer."""
     waiting = threading.Event()
 
-    def work(piece: Piece, _: Way) -> None:
-        if piece.offset == 0:
+    def work(chunk: Chunk, _: ReadMethod) -> None:
+        if chunk.offset == 0:
             assert waiting.wait(60)
-            job.stop.set()
+            job.token.cancel()
         else:
             waiting.set()
-            assert job.stop.wait(60)
+            assert job.token.wait(60)
             assert stopping()
             raise CancelledError("interrupted")
 
-    made = make_plan(CACHE, device(), 10 * MIB).forced_to([Way(BUFFERED, 2, MIB)])
+    made = make_plan(CACHE, device(), 10 * MIB).forced_to([ReadMethod(BUFFERED, 2, MIB)])
     job = Reading(10 * MIB)
     job.run([[(0, 10 * MIB)]], made, work, CPUS, "numaload-test")
     assert job.done == MIB

@@ -20,6 +20,7 @@ import numaload as api
 from machines import APART, XEON, Machine
 from numaload.errors import NumaError, UsageError
 from numaload.machine.affinity import ALLOWED, pinned_to
+from numaload.machine.stopping import CancelToken
 from numaload.machine.topology import topology
 from numaload.machine.workers import Workers, finish, pool
 
@@ -100,7 +101,7 @@ def test_results_come_in_order(workers: Workers) -> None:
 
 
 def test_first_error_stops_the_rest(workers: Workers) -> None:
-    stop, begun = threading.Event(), threading.Event()
+    token, begun = CancelToken(), threading.Event()
     ran: list[int] = []
 
     def fail() -> None:
@@ -109,14 +110,14 @@ def test_first_error_stops_the_rest(workers: Workers) -> None:
 
     def wait_for_stop(i: int) -> None:
         begun.set()
-        assert stop.wait(30)
+        assert token.wait(30)
         ran.append(i)
         time.sleep(0.02)  # time to cancel the next
 
     futures = [workers.submit(wait_for_stop, 0), workers.submit(fail)]
     futures += [workers.submit(wait_for_stop, i) for i in range(1, 200)]
     with pytest.raises(OverflowError, match="first"):
-        finish(futures, stop)
+        finish(futures, token)
     # What ran was waited for; what had not begun never does.
     assert 0 in ran
     assert len(ran) < 200
@@ -239,10 +240,11 @@ def test_two_ctrl_c_at_once() -> None:
 INTERRUPTED = """
 import os, signal, sys, threading, time, traceback
 signal.signal(signal.SIGINT, signal.default_int_handler)
+from numaload.machine.stopping import CancelToken
 from numaload.machine.workers import Workers, finish
-workers, stop = Workers(os.sched_getaffinity(0), 2), threading.Event()
+workers, token = Workers(os.sched_getaffinity(0), 2), CancelToken()
 late = []
-futures = [workers.submit(stop.wait, 600) for _ in range(2)]
+futures = [workers.submit(token.wait, 600) for _ in range(2)]
 futures += [workers.submit(late.append, i) for i in range(100)]
 main = threading.get_ident()
 def interrupt():
@@ -252,9 +254,9 @@ def interrupt():
 threading.Thread(target=interrupt).start()
 begin = time.monotonic()
 try:
-    finish(futures, stop)
+    finish(futures, token)
 except KeyboardInterrupt:
-    print(stop.is_set(), len(late) < 100, time.monotonic() - begin < 600, flush=True)
+    print(token.cancelled(), len(late) < 100, time.monotonic() - begin < 600, flush=True)
 workers.close()
 """
 

@@ -105,7 +105,8 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
             if mapping is None:
                 file = self._parts[part].file
                 file.check_unchanged()
-                mapping = self._mappings[part] = map_file(file.fd, file.size)
+                mapping = file.ask(map_file, file.fd, file.size)
+                self._mappings[part] = mapping
             return mapping
 
     def image(self, part: int = 0) -> memoryview:

@@ -260,7 +260,7 @@ class _Prewarming(NamedTuple):
 
     def _read(self, report: PrewarmReport, seen: _Seen) -> _Seen:
         from numaload.files.plan import CACHE, Forced, make_plan
-        from numaload.machine.storage_device import device_of
+        from numaload.machine.devices import device_of
         from numaload.pagecache.reading import CacheBudget, read_into_cache
 
         options = self.options

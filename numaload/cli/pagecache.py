@@ -77,16 +77,15 @@ class Files:
 
     def _look(self, path: str) -> FileResidency | None:
         from numaload.errors import NumaError, ReadError
-        from numaload.files.source import SourceFile, reached
+        from numaload.files.source import SourceFile, reach
         from numaload.formats.splits import is_there
         from numaload.pagecache.residency import look, nodes_with_memory
 
         try:
-            with reached(path):
-                if not is_there(path):
-                    return None
-                file = SourceFile(path)
-            with file:
+            reach(path)
+            if not is_there(path):
+                return None
+            with SourceFile(path) as file:
                 return look(file, self._spans_of(file), nodes_with_memory())
         except (ReadError, NumaError) as error:  # the others are still worth showing
             note(str(error))

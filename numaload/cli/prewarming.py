@@ -220,11 +220,11 @@ def _changed(record: Record) -> bool:
 def _is(path: str, inode: tuple[int, int]) -> bool:
     """Return whether a name still means this file; also where its server does not answer."""
     from numaload.errors import NumaloadError
-    from numaload.files.source import reached
+    from numaload.files.source import reach
 
     try:
-        with reached(path):
-            status = os.stat(path)
+        reach(path)
+        status = os.stat(path)
     except NumaloadError:
         return True
     except (OSError, ValueError):

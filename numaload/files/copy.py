@@ -15,7 +15,7 @@ from numaload.linux.mapping import Mapping, map_private
 from numaload.linux.syscalls import PAGE
 from numaload.machine import memory
 from numaload.machine.affinity import allowed
-from numaload.machine.storage_device import device_of
+from numaload.machine.devices import device_of
 
 PAGE_TABLES = 512  # bytes copied for each byte of these
 LOOK_EVERY = 256 << 20  # bytes copied between two looks at what memory is left

@@ -8,10 +8,10 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from numaload.errors import NumaloadError, StoreError, check_limits, reason, warn_once
-from numaload.files.source import Identity, SourceFile, reached
+from numaload.files.source import Identity, SourceFile, digest, reach
 from numaload.formats.splits import is_there
 from numaload.machine import userdir
 
@@ -21,8 +21,7 @@ RECORD = re.compile(r"[0-9a-f]{32}\.json")
 ASIDE = re.compile(rf"\.{RECORD.pattern}\.[0-9a-f]{{8}}")
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """A model's files, in split order, with what they were like when they were used."""
 
     paths: tuple[str, ...]
@@ -31,9 +30,7 @@ class Model:
     @property
     def key(self) -> str:
         """Return the model's name in the store. Other content has another key."""
-        import hashlib
-
-        return hashlib.blake2b(repr(self.identities).encode(), digest_size=16).hexdigest()
+        return digest(repr(self.identities).encode())
 
     @property
     def size(self) -> int:
@@ -45,10 +42,10 @@ class Model:
     def state(self) -> str:
         """Compare the files with what they were: unchanged, changed, gone or unreadable."""
         try:
-            with reached(self.paths[0]):
-                if not all(map(is_there, self.paths)):
-                    return "gone"
-                same = identify(self.paths).identities == self.identities
+            reach(self.paths[0])
+            if not all(map(is_there, self.paths)):
+                return "gone"
+            same = identify(self.paths).identities == self.identities
         except NumaloadError:
             return "unreadable"
         return "unchanged" if same else "changed"
@@ -125,10 +122,8 @@ def forget(paths: Sequence[str]) -> None:
 
 def _name(paths: Sequence[str]) -> str:
     """Return the name of a model's record, whatever its content."""
-    import hashlib
-
     names = b"\0".join(map(os.fsencode, paths))
-    return f"{hashlib.blake2b(names, digest_size=16).hexdigest()}.json"
+    return f"{digest(names)}.json"
 
 
 def _names(folder: int) -> list[str]:

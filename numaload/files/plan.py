@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from numaload.errors import UsageError
 from numaload.linux.syscalls import PAGE
-from numaload.machine.storage_device import Device
+from numaload.machine.devices import Device
 
 MAPPED, BUFFERED, DIRECT = "mapped", "buffered", "direct"
 WAYS = {

@@ -7,7 +7,12 @@ import resource
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+try:
+    from _blake2 import blake2b  # hashlib has the same one, and takes as long as all else here
+except ImportError:  # a Python with its own set of hashes
+    from hashlib import blake2b
 
 from numaload.errors import (
     CancelledError,
@@ -18,10 +23,12 @@ from numaload.errors import (
     reason,
     warn_once,
 )
-from numaload.files.network import Descriptor, NetworkPath, checked, limit, limit_now
 from numaload.formats.shards import SUFFIX, find_shards, is_layout
 from numaload.formats.splits import sibling_paths
 from numaload.linux.mounts import is_network, mount_with, network_of, real
+
+if TYPE_CHECKING:  # what asks a network is imported for files that are on one
+    from numaload.files.network import Descriptor, NetworkPath
 
 T = TypeVar("T")
 
@@ -39,6 +46,11 @@ KINDS = {
     stat.S_IFBLK: "a block device",
     stat.S_IFSOCK: "a socket",
 }
+
+
+def digest(data: bytes | bytearray) -> str:
+    """Hash bytes, for names and for comparisons, not against an adversary."""
+    return blake2b(data, digest_size=16).hexdigest()
 
 
 class Identity(NamedTuple):
@@ -111,6 +123,8 @@ def _open_regular(path: str) -> tuple[int, os.stat_result]:
 
 def _open_there(path: str) -> tuple[Descriptor, os.stat_result]:
     """Open it with an owner, who closes it even if nobody waits for this any more."""
+    from numaload.files.network import Descriptor
+
     fd, status = _open_regular(path)
     return Descriptor(fd), status
 
@@ -131,8 +145,7 @@ class SourceFile(NotCopyable):
     def __init__(self, path: str) -> None:
         self.path = path = absolute(path)
         self.fd, self._there, self.closed = -1, None, False
-        mount = network_of(path)
-        self.asked = NetworkPath(path, mount, limit_now()) if mount else None
+        self.asked = on_network(path)
         try:
             status = self._open()
         except ReadError:
@@ -183,10 +196,9 @@ class SourceFile(NotCopyable):
         return self.asked is not None
 
     def identity(self) -> Identity:
-        head = self.read_at(0, min(HEAD_BYTES, self.size))
-        import hashlib
-
-        return self.opened._replace(head=hashlib.blake2b(head, digest_size=16).hexdigest())
+        head = bytearray(min(HEAD_BYTES, self.size))
+        self.read_into(memoryview(head), 0)
+        return self.opened._replace(head=digest(head))
 
     def check_name(self) -> None:
         """Check that ``path`` still leads to this file, before it is opened once more by that.
@@ -317,37 +329,49 @@ def model_paths(path: str) -> list[str]:
 
     path: of these also their index, or the folder that they are in. Raises: SplitError, ReadError.
     """
-    with reached(path):
-        if is_layout(path) or path.endswith(SUFFIX):
-            return find_shards(path, read_whole).paths
-        return sibling_paths(path)
+    reach(path)
+    if is_layout(path) or path.endswith(SUFFIX):
+        return find_shards(path, read_whole).paths
+    return sibling_paths(path)
 
 
-@contextmanager
-def reached(path: str) -> Iterator[None]:
+def on_network(path: str) -> NetworkPath | None:
+    """Return how the network that ``path`` leads to is asked; None on this machine.
+
+    Raises: UsageError for a time limit that is none.
+    """
+    mount = network_of(path)
+    if mount is None:
+        return None
+    from numaload.files.network import NetworkPath, limit_now
+
+    return NetworkPath(path, mount, limit_now())
+
+
+def reach(path: str) -> None:
     """Wait until the server of this name answers, before names and folders are looked at inside.
 
     The kernel knows the name for a while then. What is on this machine costs nothing.
     Raises: ReadError, UsageError.
     """
-    mount = network_of(path)
-    if mount is not None:
+    asked = on_network(path)
+    if asked is not None:
         try:
-            NetworkPath(path, mount, limit_now()).ask(os.stat, path)
+            asked.ask(os.stat, path)
         except ReadError:
             raise
         except (OSError, ValueError):
             pass  # that is an answer too
-    yield
 
 
 def real_path(path: str) -> str:
     """Return the name without links; where a network does not soon tell, the one given."""
-    mount = network_of(path)
-    if mount is None:
+    asked = on_network(path)
+    if asked is None:
         return real(path)
     with suppress(StalledError):
-        return NetworkPath(path, mount, min(NAME_S, limit_now() or NAME_S)).ask(real, path)
+        brief = asked._replace(seconds=min(NAME_S, asked.seconds or NAME_S))
+        return brief.ask(real, path)
     return os.path.abspath(path)
 
 
@@ -360,6 +384,8 @@ def io_timeout(seconds: float | None, files: Iterable[SourceFile] = ()) -> Itera
     if seconds is None:
         yield
         return
+    from numaload.files.network import checked, limit
+
     most = checked(seconds, "io_timeout")
     token, before = limit.set(most), [(file, file.asked) for file in files]
     try:

@@ -35,9 +35,10 @@ class Cursor:
         raise kind(message, path=self.path, offset=self.pos if at is None else at)
 
     def need(self, end: int, what: str) -> None:
-        """Have the bytes up to ``end`` in the buffer, or say that the file lacks them."""
-        if end <= len(self.buffer):
-            return
+        """Read the bytes up to ``end``, or say that the file lacks them.
+
+        Only if the buffer lacks them: who walks asks that first, for every number of a header.
+        """
         self.inside(end, what)
         if end > MAX_HEADER:
             self.fail(FormatError, f"header of over {MAX_HEADER} bytes, in {what}")
@@ -52,9 +53,11 @@ class Cursor:
             )
 
     def unpack(self, fmt: struct.Struct, what: str) -> tuple[Any, ...]:
-        self.need(self.pos + fmt.size, what)
+        end = self.pos + fmt.size
+        if end > len(self.buffer):
+            self.need(end, what)
         values = fmt.unpack_from(self.buffer, self.pos)
-        self.pos += fmt.size
+        self.pos = end
         return values
 
     def string(self, what: str) -> str:
@@ -75,7 +78,8 @@ class Cursor:
 
     def take(self, length: int, what: str) -> bytearray:
         start, end = self.pos, self.pos + length
-        self.need(end, what)
+        if end > len(self.buffer):
+            self.need(end, what)
         self.pos = end
         return self.buffer[start:end]
 

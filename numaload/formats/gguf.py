@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import prod
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from numaload.errors import (
@@ -132,6 +133,7 @@ def parse_header(read_at: ReadAt, size: int, path: str = "<buffer>") -> Header:
 
 
 def _preamble(cursor: Cursor) -> tuple[int, int, int]:
+    # Before the rest: what is no model, as a file of /sys, may have less than its size says.
     start = bytes(cursor.read_at(0, min(4, cursor.size)))
     if start != MAGIC:
         hint = HINTS.get(start, "")
@@ -255,13 +257,13 @@ def _nbytes(cursor: Cursor, row: _Row, what: str) -> int:
             row.at,
         )
     # Python integers: nothing wraps. A dim of 0 must not hide that the others are impossible.
-    if prod(max(dim, 1) for dim in row.dims) >= MAX_ELEMENTS:
+    if prod(filter(None, row.dims)) >= MAX_ELEMENTS:
         cursor.fail(TensorInfoError, f"{what}: dims {row.dims}, over 2^60 elements", row.at)
     return prod(row.dims) // block_size * type_size
 
 
 def _check_overlap(cursor: Cursor, tensors: list[TensorInfo]) -> None:
-    ordered = sorted((t for t in tensors if t.nbytes), key=lambda t: t.offset)
+    ordered = sorted(filter(attrgetter("nbytes"), tensors), key=attrgetter("offset"))
     for before, after in pairwise(ordered):
         if before.offset + before.nbytes > after.offset:
             cursor.fail(

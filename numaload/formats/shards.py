@@ -18,23 +18,25 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from numaload.errors import ReadError, SplitError, printable, reason
-from numaload.formats.jsontext import MAX_TEXT, JsonText
-from numaload.formats.safetensors import Header
 from numaload.formats.splits import MAX_LINKS, MAX_SPLITS, all_there, is_there, some
 
+if TYPE_CHECKING:
+    from numaload.formats.safetensors import Header
+
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
-SHARD = re.compile(r"(?s)(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors")
-INDEX = re.compile(r"(?s).*\.safetensors\.index(\.[^/.]+)?\.json")  # with a variant, as fp16
+# Compiled when first used: GGUF files need none of these.
+SHARD = r"(?s)(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors"
+INDEX = r"(?s).*\.safetensors\.index(\.[^/.]+)?\.json"  # with a variant, as fp16
+COMMIT = r"[0-9A-Za-z][0-9A-Za-z._-]{0,254}"
 # Where a folder has several models, the first of these is meant: transformers looks so too.
 USUAL = tuple(
     stem + suffix
     for stem in ("model", "diffusion_pytorch_model", "adapter_model")
     for suffix in (SUFFIX, INDEX_SUFFIX)
 )
-COMMIT = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,254}")
 # What a folder without safetensors files may have instead.
 INSTEAD = {
     ".gguf": "GGUF files are opened by their own names",
@@ -76,7 +78,7 @@ class ShardName(NamedTuple):
 
 def shard_name(path: str) -> ShardName | None:
     """Return what the file's name says of its place, or None where it is no shard's name."""
-    match = SHARD.fullmatch(path)
+    match = re.fullmatch(SHARD, path)
     if match is None:
         return None
     name = ShardName(match["prefix"], int(match["number"]), int(match["count"]))
@@ -136,7 +138,7 @@ def _of_shard(path: str, read: ReadFile) -> Shards:
 
 
 def _of_index(path: str, read: ReadFile) -> Shards:
-    weight_map = _weight_map(path, read(path, MAX_TEXT))
+    weight_map = _weight_map(path, read)
     names = sorted(set(weight_map.values()))
     for name in names:
         _check_name(name, path)
@@ -151,8 +153,10 @@ def _of_index(path: str, read: ReadFile) -> Shards:
     return Shards(paths, path, {tensor: place[name] for tensor, name in weight_map.items()})
 
 
-def _weight_map(path: str, raw: bytes) -> dict[str, str]:
-    walk = JsonText(raw, path, SplitError)
+def _weight_map(path: str, read: ReadFile) -> dict[str, str]:
+    from numaload.formats.jsontext import MAX_TEXT, JsonText  # most models have no index
+
+    walk = JsonText(read(path, MAX_TEXT), path, SplitError)
     found: dict[str, str] | None = None
     for name in walk.members("the index"):
         if name != "weight_map":
@@ -204,7 +208,7 @@ def _snapshot(folder: str, read: ReadFile) -> str:
         return os.path.join(snapshots, names[0])
     commit = read(main, 256).decode("utf-8", "replace").strip()
     found = os.path.join(snapshots, commit)
-    if not COMMIT.fullmatch(commit) or not os.path.isdir(found):
+    if not re.fullmatch(COMMIT, commit) or not os.path.isdir(found):
         message = f"main is {commit!r}, which is not in {snapshots}: download the model again"
         raise SplitError(message, path=main)
     return found
@@ -233,7 +237,7 @@ def _in_folder(folder: str) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    return name.endswith(SUFFIX) or INDEX.fullmatch(name) is not None
+    return name.endswith(SUFFIX) or re.fullmatch(INDEX, name) is not None
 
 
 def _ending(names: Sequence[str], end: str) -> list[str]:

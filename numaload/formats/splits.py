@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numaload.errors import SplitError
-from numaload.formats.gguf import Header
+
+if TYPE_CHECKING:
+    from numaload.formats.gguf import Header
 
 NAME = re.compile(r"(?s)(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 MAX_SPLITS = 99999

@@ -1,7 +1,8 @@
-"""Where GPUs are, and the disks that files lie on: their NUMA nodes, as far as firmware says.
+"""GPUs, and what files lie on: on which NUMA nodes that is, and how its storage wants to be read.
 
 A node of -1 in /sys means that the firmware does not say, which is common: it is unknown here and
-never node 0. Sources: Documentation/ABI/testing/sysfs-bus-pci, sysfs-block; proc_pid_mountinfo(5).
+never node 0. Sources: Documentation/ABI/testing/sysfs-bus-pci and sysfs-nvme,
+Documentation/ABI/stable/sysfs-block; proc_pid_mountinfo(5).
 """
 
 from __future__ import annotations
@@ -11,17 +12,44 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from numaload.errors import ReadError
-from numaload.linux.mounts import mount_of, real
+from numaload.errors import ReadError, printable, reason
+from numaload.linux.mounts import Mount, mount_of, network_of, real
 from numaload.linux.sysfs import Reader, number_in
 
 # PCI classes and subclasses of what computes or draws (PCI Code and ID Assignment, 03h and 12h).
-KINDS = {"0x0300": "VGA", "0x0302": "3D", "0x0380": "display", "0x1200": "accelerator"}
-CLASSES = {"0x03": "display", "0x12": "accelerator"}
+PCI_KINDS = {"0x0300": "VGA", "0x0302": "3D", "0x0380": "display", "0x1200": "accelerator"}
+PCI_CLASSES = {"0x03": "display", "0x12": "accelerator"}
 SILENT = "the firmware does not say"
 NVME = re.compile(r"nvme[0-9]+")
+# What each is called, in the words of `docs/storage.md`.
+KINDS = {
+    "nvme": "NVMe",
+    "ssd": "SATA or SAS SSD",
+    "hdd": "hard disk",
+    "virtual": "disk of a virtual machine",
+    "raid": "several disks (md, device mapper)",
+    "remote": "block device of a network",
+    "network": "network file system",
+    "share": "folder of the machine around this one",
+    "memory": "memory",
+    "unknown": "unknown",
+}
+MEMORY = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
+SHARES = frozenset({"9p", "virtiofs", "vboxsf", "fuse.vmhgfs-fuse"})
+# By name of the disk, in this order; "sd" is decided by what the disk says of itself.
+NAMES = (
+    (re.compile(r"nvme\d+"), "nvme"),
+    (re.compile(r"(xv|v)d[a-z]"), "virtual"),
+    (re.compile(r"nbd\d|rbd\d|drbd\d"), "remote"),
+    (re.compile(r"(z?ram|pmem|dax)\d"), "memory"),
+    (re.compile(r"mmcblk\d"), "ssd"),
+)
+# What hypervisors call the SCSI disks that they make up: they say "rotational" of any storage.
+MADE_UP = re.compile(r"qemu|vmware|msft|virtual|google|vbox|xen|parallels", re.IGNORECASE)
+FABRICS = frozenset({"tcp", "rdma", "fc"})  # transports of NVMe that are a network
+LAYERS = re.compile(r"(?:^|,)(?:upperdir|lowerdir)=([^,]*)")
 
 
 @dataclass(frozen=True)
@@ -55,6 +83,26 @@ class FileDevice:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Device:
+    """``kind``: of ``KINDS``. ``name``: vda, dm-0, or the server's export; of ``disks`` disks."""
+
+    kind: str
+    name: str
+    file_system: str
+    disks: int = 0
+    rotational: bool = False  # of one disk at least; virtual disks say so whatever they are
+    read_ahead: int = 0  # bytes that the kernel reads ahead of buffered reads
+
+    def __str__(self) -> str:
+        several = f", {self.disks} disks" if self.disks > 1 else ""
+        where = f"{self.name or self.file_system}, {self.file_system}{several}"
+        return printable(f"{KINDS[self.kind]} ({where})")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def gpus(sys_root: str = "/sys", proc_root: str = "/proc") -> list[Gpu]:
     """Return all GPUs and accelerators on PCI, integrated and baseboard ones too, by address."""
     files, base = Reader(), f"{sys_root}/bus/pci/devices"
@@ -62,8 +110,8 @@ def gpus(sys_root: str = "/sys", proc_root: str = "/proc") -> list[Gpu]:
     for address in files.names(base):
         folder = f"{base}/{address}"
         code = files.text(f"{folder}/class") or ""
-        if code[:4] in CLASSES:
-            found.append(_gpu(files, folder, KINDS.get(code[:6], CLASSES[code[:4]])))
+        if code[:4] in PCI_CLASSES:
+            found.append(_gpu(files, folder, PCI_KINDS.get(code[:6], PCI_CLASSES[code[:4]])))
     status = f"{proc_root}/driver/nvidia/gpus"
     nodes = f"{sys_root}/devices/system/node"
     cards = [
@@ -114,55 +162,22 @@ def disk_of(
     Through partitions, device mapper, md and NVMe multipath. numbers: major and minor, to use
     recorded roots. Raises: ReadError where there is no such file; nothing for odd /sys trees.
     """
-    files = Reader()
     major, minor = numbers or _numbers(path)
     mount = mount_of(path, proc_root, f"{major}:{minor}")
     kind = mount.kind if mount else "unknown"
     if major == 0:  # nfs, btrfs, overlay, tmpfs
         return FileDevice(path, kind, "", (), (), f"no block device: {kind}")
-    link = f"{sys_root}/dev/block/{major}:{minor}"
-    start, top = real(link), real(sys_root)
-    if not os.path.isdir(start):
-        return FileDevice(path, kind, f"{major}:{minor}", (), (), f"{link} is not there")
-    disks = sorted(disks_under(files, start))
-    nodes = {node for disk in disks for node in _nodes_of(files, disk, top)}
+    files, top = Reader(), real(sys_root)
+    block = _block(files, major, minor, sys_root)
+    if not block.folder:
+        return FileDevice(path, kind, block.name, (), (), f"{block.link} is not there")
+    nodes = {node for disk in block.disks for node in _nodes_of(files, disk, top)}
     files.report()
     why = SILENT
-    if all(disk.startswith(f"{top}/devices/virtual/") for disk in disks):
+    if all(disk.startswith(f"{top}/devices/virtual/") for disk in block.disks):
         why = "a virtual device"
-    names = tuple(os.path.basename(disk) for disk in disks)
-    return FileDevice(
-        path, kind, os.path.basename(start), names, tuple(sorted(nodes)), "" if nodes else why
-    )
-
-
-def _numbers(path: str) -> tuple[int, int]:
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError) as error:
-        raise ReadError(getattr(error, "strerror", None) or str(error), path=path) from error
-    device = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
-    return os.major(device), os.minor(device)
-
-
-def disks_under(files: Reader, start: str) -> set[str]:
-    """Return the folders of the whole disks below partitions, device mapper and md."""
-    found: set[str] = set()
-    seen: set[str] = set()
-    todo = [start]
-    while todo:
-        here = todo.pop()
-        if here in seen:
-            continue
-        seen.add(here)
-        slaves = [real(f"{here}/slaves/{n}") for n in files.names(f"{here}/slaves")]
-        if os.path.isfile(f"{here}/partition"):
-            todo.append(os.path.dirname(here))
-        elif slaves:
-            todo += slaves
-        else:
-            found.add(here)
-    return found
+    names = tuple(os.path.basename(disk) for disk in block.disks)
+    return FileDevice(path, kind, block.name, names, tuple(sorted(nodes)), "" if nodes else why)
 
 
 def _nodes_of(files: Reader, disk: str, top: str) -> Iterator[int]:
@@ -180,3 +195,135 @@ def _nodes_of(files: Reader, disk: str, top: str) -> Iterator[int]:
                 yield node
                 break
             folder = os.path.dirname(folder)
+
+
+def device_of(
+    path: str,
+    *,
+    network: bool = False,
+    sys_root: str = "/sys",
+    proc_root: str = "/proc",
+    numbers: tuple[int, int] | None = None,
+) -> Device:
+    """Return what a file lies on. Raises: ReadError where there is no such file.
+
+    network: already known to be on a network file system. numbers: major and minor, where they
+    are known, as of an opened file.
+    """
+    server = network_of(path, proc_root) if network else None
+    if server is not None:  # which is not asked anything
+        return Device("network", server.source, server.kind)
+    major, minor = numbers or _numbers(path)
+    mount = mount_of(path, proc_root, f"{major}:{minor}")
+    kind = mount.kind if mount else "unknown"
+    name = mount.source if mount else ""
+    if network:
+        return Device("network", name, kind)
+    for which, kinds in (("memory", MEMORY), ("share", SHARES)):
+        if kind in kinds:
+            return Device(which, name, kind)
+    if major == 0:  # btrfs, overlay: what is below them has a number
+        below = _below(mount)
+        if below is None:
+            return Device("unknown", name, kind)
+        major, minor = below
+    return _of_disks(kind, major, minor, sys_root)
+
+
+def _below(mount: Mount | None) -> tuple[int, int] | None:
+    """Return the numbers of the disk under a mount without its own; None where that is hidden."""
+    if mount is None:
+        return None
+    try:
+        if mount.source.startswith("/dev/"):
+            number = os.stat(mount.source).st_rdev
+            return os.major(number), os.minor(number)
+        for folders in LAYERS.findall(mount.options):
+            number = os.stat(folders.split(":")[0]).st_dev
+            if os.major(number):
+                return os.major(number), os.minor(number)
+    except (OSError, ValueError):  # of the machine outside this container
+        return None
+    return None
+
+
+def _of_disks(file_system: str, major: int, minor: int, sys_root: str) -> Device:
+    files = Reader()
+    block = _block(files, major, minor, sys_root)
+    if not block.disks:
+        return Device("unknown", block.name, file_system)
+    kinds = {_kind(files, disk) for disk in block.disks}
+    # Partitions have no queue of their own.
+    queues = [f"{folder}/queue" for folder in dict.fromkeys((block.folder, *block.disks))]
+    ahead = next(filter(None, (files.number(f"{queue}/read_ahead_kb") for queue in queues)), 0)
+    files.report()
+    return Device(
+        "raid" if len(block.disks) > 1 else kinds.pop(),
+        block.name,
+        file_system,
+        len(block.disks),
+        any(files.number(f"{queue}/rotational") == 1 for queue in queues),
+        ahead << 10,
+    )
+
+
+def _kind(files: Reader, block: str) -> str:
+    name = os.path.basename(block)
+    kind = next((kind for pattern, kind in NAMES if pattern.match(name)), None)
+    if kind == "nvme":
+        transport = files.text(f"{block}/device/transport")
+        return "remote" if transport in FABRICS else kind
+    if kind is not None:
+        return kind
+    if not name.startswith("sd"):
+        return "unknown"
+    if "/session" in real(block):  # of iSCSI
+        return "remote"
+    said = f"{files.text(f'{block}/device/vendor')} {files.text(f'{block}/device/model')}"
+    if MADE_UP.search(said):
+        return "virtual"
+    return "hdd" if files.number(f"{block}/queue/rotational") == 1 else "ssd"
+
+
+def _numbers(path: str) -> tuple[int, int]:
+    """Return major and minor of the block device, or of what the file lies on."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise ReadError(why, path=path) from error
+    device = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
+    return os.major(device), os.minor(device)
+
+
+class _Block(NamedTuple):
+    """A block device. ``disks``: folders of the whole disks below it; none in a circle."""
+
+    link: str  # /sys/dev/block/8:1
+    folder: str  # that it leads to; empty: it is not there
+    name: str  # sda1, or else 8:1
+    disks: tuple[str, ...] = ()
+
+
+def _block(files: Reader, major: int, minor: int, sys_root: str) -> _Block:
+    """Walk down from a block device through partitions, device mapper and md."""
+    link = f"{sys_root}/dev/block/{major}:{minor}"
+    folder = real(link)
+    if not os.path.isdir(folder):
+        return _Block(link, "", f"{major}:{minor}")
+    found: set[str] = set()
+    seen: set[str] = set()
+    todo = [folder]
+    while todo:
+        here = todo.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        slaves = [real(f"{here}/slaves/{n}") for n in files.names(f"{here}/slaves")]
+        if os.path.isfile(f"{here}/partition"):
+            todo.append(os.path.dirname(here))
+        elif slaves:
+            todo += slaves
+        else:
+            found.add(here)
+    return _Block(link, folder, os.path.basename(folder), tuple(sorted(found)))

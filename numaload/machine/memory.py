@@ -20,6 +20,7 @@ from numaload.machine.stopping import renewed
 # Never planned for: what the kernel, other programs and page tables need to go on.
 RESERVE_SHARE, RESERVE_MIN, RESERVE_MAX = 50, 64 << 20, 1 << 30
 UNKNOWN = 1 << 62  # bytes free where the kernel does not say
+NO_LIMIT = 1 << 60  # bytes: version 1 of cgroups writes a number of pages for "unlimited"
 LEAST_FREE = 16 << 20  # bytes that ``require`` leaves: threads, page tables, others
 TRUSTED = 256 << 20  # bytes that may be allocated, at most, between two looks at limits
 # Limits may have changed after TRUSTED_S seconds: results of SMALL bytes and more look anew.
@@ -106,30 +107,34 @@ def machine_available(proc_root: str = "/proc") -> Limit | None:
 
 def cgroup_limits(sys_root: str = "/sys", proc_root: str = "/proc") -> Iterator[Limit]:
     """Yield the room under every memory limit above this process; page cache counts as room."""
-    for folder, maximum, current in _cgroup_folders(sys_root, proc_root):
-        limit, used = _number(f"{folder}/{maximum}"), _number(f"{folder}/{current}")
-        if limit is None or used is None:
+    for folder, version in folders("memory", sys_root, proc_root):
+        limits = _limits_1(folder) if version == 1 else _limits_2(folder)
+        limits = {name: limit for name, limit in limits.items() if limit < NO_LIMIT}
+        # What is used is asked only where that is limited: the kernel counts it then.
+        current = "memory.usage_in_bytes" if version == 1 else "memory.current"
+        used = _number(f"{folder}/{current}") if limits else None
+        if used is None:
             continue
         stat = fields(f"{folder}/memory.stat")
-        # Version 1 tells there what limits this group from above, also where that is hidden.
-        above = stat.get("hierarchical_memory_limit", limit)
-        if min(limit, above) >= 1 << 60:
-            continue
         prefix = "total_" if "total_inactive_file" in stat else ""  # version 1: with descendants
         cache = sum(stat.get(prefix + key, 0) for key in ("inactive_file", "active_file"))
-        name = maximum if limit <= above else "memory.stat: hierarchical_memory_limit"
-        yield Limit(f"cgroup {folder} ({name})", max(0, min(limit, above) - used + cache))
+        for name, limit in limits.items():
+            yield Limit(f"cgroup {folder} ({name})", max(0, limit - used + cache))
 
 
-def _cgroup_folders(sys_root: str, proc_root: str) -> Iterator[tuple[str, str, str]]:
-    """Yield (folder, limit's file, usage's file) from this process's group to the root."""
-    names = {  # memory.high kills nobody but lets a process crawl
-        2: (("memory.max", "memory.high"), "memory.current"),
-        1: (("memory.limit_in_bytes",), "memory.usage_in_bytes"),
-    }
-    for folder, version in folders("memory", sys_root, proc_root):
-        maxima, current = names[version]
-        yield from ((folder, maximum, current) for maximum in maxima)
+def _limits_1(folder: str) -> dict[str, int]:
+    """Return {file: its limit}: of this group, or the smaller one of any above, hidden or not."""
+    least = fields(f"{folder}/memory.stat").get("hierarchical_memory_limit")
+    own = _number(f"{folder}/memory.limit_in_bytes") if (least or 0) < NO_LIMIT else None
+    if least is not None and (own is None or least < own):
+        return {"memory.stat: hierarchical_memory_limit": least}
+    return {} if own is None else {"memory.limit_in_bytes": own}
+
+
+def _limits_2(folder: str) -> dict[str, int]:
+    """Return {file: its limit}. memory.high kills nobody but lets a process crawl."""
+    numbers = {name: _number(f"{folder}/{name}") for name in ("memory.max", "memory.high")}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def _number(path: str) -> int | None:

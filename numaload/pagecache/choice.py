@@ -15,7 +15,7 @@ from numaload.linux.syscalls import PAGE
 if TYPE_CHECKING:
     from numaload.weights import Tensor, Weights
 
-LAYER = re.compile(r"(?:^|\.)(?:blk|layers|h|block|blocks)\.(\d{1,9})\.")
+LAYER = r"(?:^|\.)(?:blk|layers|h|block|blocks)\.(\d{1,9})\."  # compiled when first used
 
 Runs = tuple[tuple[int, int], ...]  # (start, stop) byte ranges of a file, in order
 
@@ -116,7 +116,7 @@ class _Filter:
         return " ".join(f"{word} {value}" for word, value in given if value is not None)
 
     def has(self, name: str) -> bool:
-        layer = LAYER.search(name)
+        layer = re.search(LAYER, name)
         of_layer = self.numbers is None or (layer and int(layer[1]) in self.numbers)
         return bool(of_layer and self.pattern.search(name))
 

@@ -6,14 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from numaload.errors import SplitError, UsageError, check_limits
 from numaload.files import known
 from numaload.files.residency import Residency, cached_on, residency
-from numaload.files.source import SourceFile, make_room_for, reached
+from numaload.files.source import SourceFile, make_room_for, reach
 from numaload.files.source import io_timeout as waiting
 from numaload.formats.shards import SUFFIX
 from numaload.formats.splits import is_there
@@ -36,8 +35,7 @@ LITTLE, AGAIN = 16, 3  # a share of the bytes that may be read again, and how of
 Announce = Callable[["ReadPlan"], None]
 
 
-@dataclass(frozen=True)
-class PrewarmOptions:
+class PrewarmOptions(NamedTuple):
     """Say where page cache shall land, and how it is read. None: as the plan chooses."""
 
     placing: Placing | None = None
@@ -180,8 +178,7 @@ def _runs(file: SourceFile, name: str, chosen: Mapping[str, Runs]) -> Runs:
     return chosen.get(name, ((0, file.size),) if file.size else ())
 
 
-@dataclass
-class _Seen:
+class _Seen(NamedTuple):
     """What of the chosen ranges is in RAM: ``absent`` ranges for each file."""
 
     absent: list[Runs]
@@ -189,11 +186,10 @@ class _Seen:
 
     @property
     def nbytes(self) -> int:
-        return sum(stop - start for its in self.absent for start, stop in its)
+        return sum(map(_length, self.absent))
 
 
-@dataclass
-class _Prewarming:
+class _Prewarming(NamedTuple):
     files: Sequence[SourceFile]
     runs: Sequence[Runs]
     options: PrewarmOptions
@@ -203,7 +199,7 @@ class _Prewarming:
     def run(self) -> PrewarmReport:
         begin, placing = time.perf_counter(), self.options.placing
         seen = self._look()
-        size = sum(stop - start for its in self.runs for start, stop in its)
+        size = sum(map(_length, self.runs))
         report = PrewarmReport(
             paths=[file.path for file in self.files],
             size=size,
@@ -239,7 +235,7 @@ class _Prewarming:
                 opened.enter_context(SourceFile(file.path)) if file.is_network else file
                 for file in self.files
             ]
-            return replace(self, files=files)._look()  # noqa: SLF001 - of this very class
+            return self._replace(files=files)._look()  # noqa: SLF001 - of this very class
 
     @property
     def _is_part(self) -> bool:
@@ -264,7 +260,7 @@ class _Prewarming:
 
     def _read(self, report: PrewarmReport, seen: _Seen) -> _Seen:
         from numaload.files.plan import CACHE, Forced, make_plan
-        from numaload.machine.storage_device import device_of
+        from numaload.machine.devices import device_of
         from numaload.pagecache.reading import CacheBudget, read_into_cache
 
         options = self.options
@@ -336,8 +332,8 @@ def _remember(files: Mapping[str, SourceFile], models: Sequence[Sequence[str]]) 
     Raises: SplitError for a model of which a file is gone.
     """
     for paths in set(map(tuple, models)):
-        with reached(paths[0]):
-            gone = [path for path in paths if not is_there(path)]
+        reach(paths[0])
+        gone = [path for path in paths if not is_there(path)]
         if gone and len(paths) > 1:
             message = f"went away while {len(paths)} files of one model were read"
             raise SplitError(message, path=gone[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from numaload.errors import StoreError
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from numaload.pagecache.background import PrewarmHolder
 
 
-@dataclass
 class PrewarmReport:
     """Bytes throughout. ``on_nodes`` is the kernel's word, where nodes were asked for.
 
@@ -20,27 +19,55 @@ class PrewarmReport:
     read: what was absent and was read. stopped: why not all of it, or empty.
     """
 
-    paths: list[str]
-    size: int
-    resident_before: int
-    read: int = 0
-    resident: int = 0
-    seconds: float = 0.0
-    threads: int = 0
-    nodes: list[int] = field(default_factory=list)
-    policy: str | None = None
-    on_nodes: dict[int, int] = field(default_factory=dict)
-    residency_known: bool = True
-    tensors: int | None = None  # that were chosen; None: whole files
-    moved: int = 0  # between nodes
-    unmoved: dict[str, int] = field(default_factory=dict)  # {why: bytes that stayed}
-    stopped: str = ""
-    followed: int | None = None  # the process that was waited for, since it read the same files
-    read_by_others: int = 0  # meanwhile
-    holder: PrewarmHolder | None = None  # the process that goes on, or keeps it locked
-    locked: int = 0  # by it
-    already_held: dict[str, int] = field(default_factory=dict)  # {path: process that had it}
-    plan: ReadPlan | None = None  # as it was carried out; None where nothing was read
+    # No dataclass: importing what makes one takes half as long as Python takes to start.
+    def __init__(
+        self,
+        paths: Sequence[str],
+        size: int,
+        resident_before: int,
+        read: int = 0,
+        resident: int = 0,
+        seconds: float = 0.0,
+        threads: int = 0,
+        nodes: Sequence[int] = (),
+        policy: str | None = None,
+        on_nodes: Mapping[int, int] | None = None,
+        residency_known: bool = True,
+        tensors: int | None = None,
+        moved: int = 0,
+        unmoved: Mapping[str, int] | None = None,
+        stopped: str = "",
+        followed: int | None = None,
+        read_by_others: int = 0,
+        holder: PrewarmHolder | None = None,
+        locked: int = 0,
+        already_held: Mapping[str, int] | None = None,
+        plan: ReadPlan | None = None,
+    ) -> None:
+        self.paths, self.size = list(paths), size
+        self.resident_before, self.read, self.resident = resident_before, read, resident
+        self.seconds, self.threads = seconds, threads
+        self.nodes, self.policy, self.on_nodes = list(nodes), policy, dict(on_nodes or {})
+        self.residency_known = residency_known
+        self.tensors = tensors  # that were chosen; None: whole files
+        self.moved = moved  # between nodes
+        self.unmoved = dict(unmoved or {})  # {why: bytes that stayed}
+        self.stopped = stopped
+        self.followed = followed  # the process that was waited for, since it read the same files
+        self.read_by_others = read_by_others  # meanwhile
+        self.holder = holder  # the process that goes on, or keeps it locked
+        self.locked = locked  # by it
+        self.already_held = dict(already_held or {})  # {path: process that had it}
+        self.plan = plan  # as it was carried out; None where nothing was read
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({fields})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PrewarmReport) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment] # what it says may change
 
     @property
     def elsewhere(self) -> int:
@@ -57,8 +84,12 @@ class PrewarmReport:
         return not self.stopped and whole and placed and locked
 
     def to_dict(self) -> dict[str, Any]:
-        told = asdict(self) | {"elsewhere": self.elsewhere, "done": self.done}
-        return told | {"plan": self.plan.to_dict() if self.plan else None}
+        from copy import deepcopy
+
+        holder = vars(self.holder) if self.holder else None
+        plan = self.plan.to_dict() if self.plan else None
+        told = deepcopy(vars(self) | {"holder": holder, "plan": plan})
+        return told | {"elsewhere": self.elsewhere, "done": self.done}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PrewarmReport:
@@ -66,9 +97,9 @@ class PrewarmReport:
         from numaload.files.plan import ReadPlan
         from numaload.machine.userdir import UNREADABLE
 
-        names = {field.name for field in fields(cls)}
+        names = vars(cls([], 0, 0)).keys()
         try:
-            report = cls(**{key: data[key] for key in names & data.keys()})
+            report = cls(**{name: data[name] for name in names & data.keys()})
             report.on_nodes = {int(node): nbytes for node, nbytes in report.on_nodes.items()}
             report.plan = ReadPlan.from_dict(data["plan"]) if data["plan"] else None
         except UNREADABLE as error:

@@ -13,8 +13,8 @@ from numaload.files.residency import residency
 from numaload.files.source import SourceFile
 from numaload.files.ways import IntoCache
 from numaload.linux.syscalls import name_thread
+from numaload.machine.devices import device_of
 from numaload.machine.stopping import CancelToken
-from numaload.machine.storage_device import device_of
 from numaload.machine.threads import no_thread
 
 LEAST_THREADS = 4  # where two do not make the storage seek

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from numaload.errors import ClosedError, SplitError
 from numaload.files.reader import Progress
-from numaload.files.source import SourceFile, absolute, make_room_for, reached, read_whole
+from numaload.files.source import SourceFile, absolute, make_room_for, reach, read_whole
 from numaload.files.source import io_timeout as waiting
 from numaload.formats import gguf, safetensors
 from numaload.formats.metadata import ReadAt
@@ -19,7 +19,7 @@ from numaload.weights.model import AnyHeader, Part, Weights
 
 HEAD = 9  # bytes that tell one format from the other
 
-
+Opened = dict[str, SourceFile]  # by the names that were asked for: an error closes all of them
 Parse = Callable[[ReadAt, int, str], AnyHeader]
 H = TypeVar("H", gguf.Header, safetensors.Header)
 
@@ -46,22 +46,29 @@ def open_weights(
     left of it.
     """
     given = absolute(os.fsdecode(path))
-    with waiting(io_timeout), reached(given):
+    with waiting(io_timeout):
+        reach(given)
         return _opened(given, progress, copy=copy)
 
 
-def _opened(given: str, progress: Progress | None, *, copy: bool) -> Weights:
-    opened: list[SourceFile] = []
+def _opened(
+    given: str, progress: Progress | None, *, copy: bool, paths: Sequence[str] = ()
+) -> Weights:
+    """Open the model that ``given`` is a file of. paths: of all its shards, where that is known."""
+    opened: Opened = {}
     try:
-        if is_layout(given) or _is_safetensors(given):
+        if is_layout(given) or _is_safetensors(_file(given, opened)):
             parse: Parse = safetensors.parse_header
-            parts = _shards(given, opened)
+            shards = Shards(list(paths), None, {}) if paths else find_shards(given, read_whole)
+            parts = _shards(shards, opened)
         else:
             parse = gguf.parse_header
             parts = _splits(split_link(given), opened)
+        if len(opened) > len(parts):  # what was given is a link to a file of another name
+            opened[given].close()
         return _copied(parts, parse, progress) if copy else Weights(parts)
     except BaseException:
-        for file in opened:
+        for file in opened.values():
             file.close()
         raise
 
@@ -71,35 +78,30 @@ def reopen(paths: Sequence[str]) -> Weights:
 
     Raises: as ``open_weights``.
     """
-    with reached(paths[0]):
-        return _reopened(paths)
+    reach(paths[0])
+    return _opened(paths[0], None, copy=False, paths=paths if len(paths) > 1 else ())
 
 
-def _reopened(paths: Sequence[str]) -> Weights:
-    if len(paths) == 1 or not _is_safetensors(paths[0]):
-        return _opened(paths[0], None, copy=False)
-    opened: list[SourceFile] = []
-    try:
-        return Weights(_checked(Shards(list(paths), None, {}), opened))
-    except BaseException:
-        for file in opened:
-            file.close()
-        raise
+def _file(path: str, opened: Opened) -> SourceFile:
+    if path not in opened:
+        opened[path] = SourceFile(path)
+    return opened[path]
 
 
-def _is_safetensors(path: str) -> bool:
+def _is_safetensors(file: SourceFile) -> bool:
     """Tell the format by the first bytes; where they say nothing, by the name."""
-    with SourceFile(path) as file:
-        start = file.read_at(0, min(HEAD, file.size))
+    start = file.read_at(0, min(HEAD, file.size))
     if start.startswith(gguf.MAGIC):
         return False
-    return path.endswith(SUFFIX) or safetensors.looks_like(start)
+    return file.path.endswith(SUFFIX) or safetensors.looks_like(start)
 
 
-def _splits(given: str, opened: list[SourceFile]) -> list[Part]:
+def _splits(given: str, opened: Opened) -> list[Part]:
     files = {given: _open_file(given, gguf.parse_header, opened)}
     count = split_count(files[given][1], given)
-    paths = sibling_paths(given) if count > 1 else [given]
+    if count == 1:
+        return [Part(*files[given])]
+    paths = sibling_paths(given)
     if len(paths) != count:
         raise SplitError(f"named as one of {len(paths)} files, split.count is {count}", path=given)
     make_room_for(count)
@@ -110,11 +112,7 @@ def _splits(given: str, opened: list[SourceFile]) -> list[Part]:
     return [Part(*files[path]) for path in paths]
 
 
-def _shards(given: str, opened: list[SourceFile]) -> list[Part]:
-    return _checked(find_shards(given, read_whole), opened)
-
-
-def _checked(shards: Shards, opened: list[SourceFile]) -> list[Part]:
+def _shards(shards: Shards, opened: Opened) -> list[Part]:
     make_room_for(len(shards.paths))
     files = [_open_file(path, safetensors.parse_header, opened) for path in shards.paths]
     check_shards(shards, [header for _, header in files])
@@ -138,10 +136,9 @@ def _reader(mapping: MemoryMapping) -> Callable[[int, int], bytes]:
 
 
 def _open_file(
-    path: str, parse: Callable[[ReadAt, int, str], H], opened: list[SourceFile]
+    path: str, parse: Callable[[ReadAt, int, str], H], opened: Opened
 ) -> tuple[SourceFile, H]:
-    file = SourceFile(path)
-    opened.append(file)
+    file = _file(path, opened)
 
     def read_at(offset: int, nbytes: int) -> bytes:
         """Read metadata arrays when they are asked for: perhaps long after opening."""

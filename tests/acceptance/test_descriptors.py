@@ -178,6 +178,17 @@ def test_no_descriptor_is_left_behind(store: Path, tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_each_file_is_open_once(tmp_path: Path) -> None:
+    """Also where what was given is a link to a file of another name."""
+    files = write_model(str(tmp_path / "m.gguf"), 1 << 20, splits=2)
+    (tmp_path / "latest.gguf").symlink_to(files[0])
+    for given in (files[0], str(tmp_path / "latest.gguf")):
+        with api.open(given):
+            links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+            held = [os.readlink(link) for link in links if os.path.exists(link)]
+            assert sorted(name for name in held if name.startswith(str(tmp_path))) == files
+
+
 MANY = """
 import json, resource, sys
 import numaload

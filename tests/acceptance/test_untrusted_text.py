@@ -30,7 +30,7 @@ from numaload.backends.lora import open_adapter
 from numaload.cli.output import print_table, say
 from numaload.errors import LONGEST, printable
 from numaload.linux.mounts import Mount
-from numaload.machine.storage_device import Device
+from numaload.machine.devices import Device
 
 CONTROL = "\x00\x07\n\r\t\x1b]0;P\x07\x1b[2J\x7f\x85\x9b2J"
 HIDDEN = "\u200b\u202a\u202e\u2066\u2069\u2028\u2029\ufeff\udcff"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -150,6 +151,19 @@ def test_the_advice_for_the_wrong_node_works(cold: str, capsys: pytest.CaptureFi
     subprocess.run([sys.executable, "-m", "numaload", *words], check=True, capture_output=True)
     assert resident(cold) == 0
     assert Path(cold).read_bytes() == before
+
+
+def test_reports_can_be_compared_copied_and_told(cold: str) -> None:
+    report = api.prewarm(cold)
+    assert copy.copy(report) == copy.deepcopy(report) == report
+    assert api.PrewarmReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert repr(report).startswith(f"PrewarmReport(paths=[{cold!r}], size={report.size}, ")
+    other = copy.copy(report)
+    other.read += 1
+    assert other != report
+    told = report.to_dict()
+    told["nodes"].append(7)
+    assert report.nodes == []
 
 
 def test_json_has_no_words_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:

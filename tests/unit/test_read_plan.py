@@ -27,8 +27,8 @@ from numaload.files.plan import (
     make_plan,
 )
 from numaload.files.reader import Chunk, Ranges, Reading, in_stripes
+from numaload.machine.devices import Device
 from numaload.machine.stopping import stopping
-from numaload.machine.storage_device import Device
 
 GIB, MIB = 1 << 30, 1 << 20
 CPUS = api.topology().cpus

@@ -12,7 +12,7 @@ import pytest
 from machines import write_block
 from numaload.errors import ReadError
 from numaload.files.plan import CANDIDATES, FITTING
-from numaload.machine.storage_device import KINDS, Device, device_of
+from numaload.machine.devices import KINDS, Device, device_of
 
 PCI = "pci0000:00/0000:00:1f.0"
 SCSI = f"{PCI}/ata1/host0/target0:0:0/0:0:0:0"
@@ -86,6 +86,14 @@ def test_several_disks_are_a_raid(tmp_path: Path) -> None:
     found = seen(tmp_path, "9:0")
     assert (found.kind, found.name, found.disks) == ("raid", "md0", 3)
     assert "3 disks" in str(found)
+
+
+def test_devices_in_a_circle_have_no_disk(tmp_path: Path) -> None:
+    dm = ["virtual/block/dm-0", "virtual/block/dm-1"]
+    for i in range(2):
+        write_block(tmp_path, f"252:{i}", dm[i], slaves=[dm[1 - i]])
+    found = seen(tmp_path, "252:0")
+    assert (found.kind, found.name) == ("unknown", "dm-0")
 
 
 @pytest.mark.parametrize(

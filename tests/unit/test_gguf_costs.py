@@ -18,6 +18,8 @@ from numaload.formats.cursor import FIRST_READ, MAX_HEADER
 from numaload.formats.gguf import parse_header
 from numaload.formats.qtypes import QuantType
 
+pytestmark = pytest.mark.slow  # large headers, read again and again
+
 TIMES = 32  # as the docstrings of formats.gguf and of MetadataArray promise
 
 

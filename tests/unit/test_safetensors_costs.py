@@ -16,6 +16,8 @@ from numaload.errors import FormatError
 from numaload.formats.jsontext import MAX_TEXT
 from numaload.formats.safetensors import parse_header
 
+pytestmark = pytest.mark.slow  # large headers, read again and again
+
 TIMES = 32  # what parsing may take of the header's bytes, as promised
 GOOD = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 

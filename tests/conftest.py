@@ -50,6 +50,12 @@ def model(model_files: list[str]) -> str:
 
 
 @pytest.fixture
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every fallback reported again, though this process may have done so."""
+    monkeypatch.setattr("numaload.errors._said", set())
+
+
+@pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty store in shared memory for this test."""
     folder = Path(tempfile.mkdtemp(prefix="numaload-test-", dir="/dev/shm"))

@@ -25,6 +25,14 @@ def pytest_configure() -> None:
             signal.signal(number, action)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests of units as fast, but not the slow ones. Acceptance tests say it themselves."""
+    for item in items:
+        if item.path.parent.name == "unit" and not item.get_closest_marker("slow"):
+            item.add_marker("fast")
+
+
 @pytest.fixture(scope="session")
 def model_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The split files of a model; in a guest they were written outside, its disk is its memory."""
@@ -39,6 +47,12 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def model(model_files: list[str]) -> str:
     """One of the split files: any one will do."""
     return model_files[-1]
+
+
+@pytest.fixture
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every fallback reported again, though this process may have done so."""
+    monkeypatch.setattr("numaload.errors._said", set())
 
 
 @pytest.fixture

@@ -6,18 +6,21 @@ Every verb still runs in a process of its own, forked from a server that has num
 from __future__ import annotations
 
 import multiprocessing
-import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from commands import LIMIT_S, Numaload
-from confined import Confined
+from forked_verb import run_verb
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["__main__", "forked", "numaload.replicas.mirror", "numaload.cli.stored"]
+    [
+        "__main__",
+        *(f"numaload.cli.{file}" for file in ("main", "interrupts", "replicas", "stored")),
+        *(f"numaload.pagecache.{file}" for file in ("background", "residency")),
+        "numaload.replicas.mirror",
+    ]
 )
 
 
@@ -35,16 +38,3 @@ class ForkedNumaload(Numaload):
             return subprocess.CompletedProcess(
                 arguments[0], status, out.read_text(), err.read_text()
             )
-
-
-def run_verb(confined: Confined, words: list[str], store: str, out: str, err: str) -> None:
-    os.environ["NUMALOAD_STORE"] = store
-    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-        os.dup2(fd, stream.fileno())
-    confined.enter()
-    from numaload.cli.main import main
-
-    status = main(words)
-    sys.stdout.flush()
-    sys.exit(status)

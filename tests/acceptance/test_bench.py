@@ -16,6 +16,7 @@ FEW = ("--qtype", "q4_k,Q1_0,F32", "--rounds", "1")
 THREADS = min(2, len(package.topology().cpus))
 
 
+@pytest.mark.fast
 def test_a_line_for_each_type_and_every_baseline(numaload: Numaload) -> None:
     done = numaload("bench", "dequant", *FEW, "--threads", THREADS)
     lines = done.stdout.splitlines()

@@ -73,6 +73,7 @@ def test_streams_of_a_model(store: Path, tmp_path: Path) -> None:
     assert done.left_out == {}
 
 
+@pytest.mark.fast
 def test_it_says_what_is_chosen_why_and_how_that_compares(numaload: Numaload, file: str) -> None:
     words = ("--ways", FEW, "--rounds", 1, "--threads", 1, "--pairs", 6)
     done = numaload("bench", "read", file, *words)

@@ -67,6 +67,7 @@ def keep() -> Iterator[Keep]:
         job.communicate()
 
 
+@pytest.mark.fast
 def test_a_whole_model_is_given_back(numaload: Numaload, model_files: list[str]) -> None:
     api.prewarm(model_files[0])
     done = numaload("evict", model_files[-1])

@@ -142,7 +142,7 @@ while True:
         break
     except KeyboardInterrupt:
         came += 1
-print(came, found, use("Q6_K") != 0)
+print(came, found, use("F16") != 0)
 """
 
 

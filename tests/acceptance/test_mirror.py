@@ -49,6 +49,7 @@ def own_model(model_files: list[str], tmp_path: Path) -> list[str]:
     return [shutil.copy(path, str(tmp_path)) for path in model_files]
 
 
+@pytest.mark.fast
 def test_a_replica_is_the_file_itself(numaload: Numaload, model_files: list[str]) -> None:
     (report,) = numaload.json("mirror", model_files[0], "--nodes", "all")
     assert report["placed"]
@@ -64,6 +65,7 @@ def test_a_replica_is_the_file_itself(numaload: Numaload, model_files: list[str]
         assert weights.paths == paths
 
 
+@pytest.mark.fast
 def test_another_process_attaches_verifies_and_releases(numaload: Numaload, model: str) -> None:
     before = used_bytes(numaload.store)
     numaload("mirror", model)
@@ -278,6 +280,7 @@ def test_in_process_on_one_node_copies_nothing(store: Path, model: str) -> None:
     assert not store.exists()
 
 
+@pytest.mark.fast
 def test_all_files_of_a_model_given_build_it_once(
     numaload: Numaload, model_files: list[str], tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ def big(tmp_path: Path) -> Iterator[str]:
     evict([path])
 
 
+@pytest.mark.fast
 def test_all_split_files_become_resident(numaload: Numaload, model_files: list[str]) -> None:
     evict(model_files)
     size = sum(map(os.path.getsize, model_files))

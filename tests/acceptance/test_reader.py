@@ -120,6 +120,7 @@ def test_arrays_are_read_when_asked_for(tmp_path: Path) -> None:
         assert weights.metadata["tokenizer.ggml.scores"][3] == -1.5
 
 
+@pytest.mark.fast
 def test_inspect_as_text(numaload: Numaload, splits: list[str]) -> None:
     first, *lines = numaload("inspect", splits[1]).stdout.splitlines()
     assert first.startswith("llama, ")

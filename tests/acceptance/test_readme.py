@@ -37,6 +37,7 @@ def test_demo_runs_the_main_job(numaload: Numaload, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_is_explained_and_has_help(
     verb: str, capsys: pytest.CaptureFixture[str]
@@ -48,6 +49,7 @@ def test_every_verb_is_explained_and_has_help(
     assert f"usage: numaload {verb}" in capsys.readouterr().out
 
 
+@pytest.mark.fast
 def test_without_a_verb_there_is_help_and_something_to_try(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -245,6 +245,7 @@ def test_on_an_overlay(tmp_path: Path, numaload: Numaload) -> None:
 # ``status``.
 
 
+@pytest.mark.fast
 def test_status_shows_a_bar_and_tensors(cold: list[str], numaload: Numaload) -> None:
     read_tensor(cold[0], NAME)
     text = numaload("status", cold[0], "--tensors").stdout

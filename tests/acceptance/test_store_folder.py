@@ -25,14 +25,11 @@ from numaload.pagecache.records import Record
 from numaload.replicas import hold as holding
 from numaload.replicas import store as stores
 
+pytestmark = pytest.mark.usefixtures("nothing_said")
+
 MIB = 1 << 20
 OWN = f"numaload-{os.geteuid()}"
 ENTRY = f"{'0' * 32}.{'0' * 8}"  # as entries are named
-
-
-@pytest.fixture(autouse=True)
-def every_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("numaload.errors._said", set())
 
 
 @pytest.fixture

@@ -125,6 +125,7 @@ def test_without_libnuma_the_output_says_so(no_libnuma: Path) -> None:
     assert "second opinion: none, libnuma.so.1 is not installed" in text
 
 
+@pytest.mark.fast
 def test_people_get_a_line_per_node() -> None:
     lines = nodes().splitlines()
     assert lines[0].split() == ["node", "memory", "free", "distances", "CPUs"]

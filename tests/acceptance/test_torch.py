@@ -83,10 +83,9 @@ def test_blocks_in_place(weights: api.Weights) -> None:
 
 
 def test_read_only_memory_is_said_once(
-    tmp_path: Path, weights: api.Weights, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, weights: api.Weights, nothing_said: None
 ) -> None:
     """By numaload, with the way out; torch has nothing to add."""
-    monkeypatch.setattr(errors, "_said", set())
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for tensor in weights.values():
@@ -99,10 +98,7 @@ def test_read_only_memory_is_said_once(
     assert "ends the process" in str(one.message)
 
 
-def test_what_has_its_own_memory_is_not_spoken_of(
-    weights: api.Weights, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(errors, "_said", set())
+def test_what_has_its_own_memory_is_not_spoken_of(weights: api.Weights, nothing_said: None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         weights["Q4_K.weight"].torch("float32").zero_()

@@ -27,8 +27,7 @@ def test_the_tree_in_the_docstring_names_every_error() -> None:
     assert sorted(drawn) == sorted(public())
 
 
-def test_a_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(errors, "_said", set())
+def test_a_fallback_is_said_once(nothing_said: None) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):

@@ -6,6 +6,7 @@ import struct
 import time
 import timeit
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -17,9 +18,12 @@ from numaload.formats.cursor import FIRST_READ, MAX_HEADER
 from numaload.formats.gguf import parse_header
 from numaload.formats.qtypes import QuantType
 
+pytestmark = pytest.mark.slow  # large headers, read again and again
+
 TIMES = 32  # as the docstrings of formats.gguf and of MetadataArray promise
 
 
+@cache
 def bulky() -> dict[str, bytes]:
     """Headers of what takes the most memory for its bytes in the file."""
 
@@ -77,8 +81,7 @@ GROWING: dict[str, Callable[[int], bytes]] = {
 def test_time_grows_with_the_header(kind: str) -> None:
     """Four times as much takes about four times as long, not sixteen."""
     small, large = (GROWING[kind](n) for n in (4_000, 16_000))
-    ratio = min(_seconds(large) / _seconds(small) for _ in range(5))
-    assert ratio < 9
+    assert any(_seconds(large) / _seconds(small) < 9 for _ in range(5))
 
 
 def _seconds(raw: bytes) -> float:

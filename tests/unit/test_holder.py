@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,7 @@ def test_killed_it_leaves_an_entry_that_leads_nowhere(store: Path, start: Start)
         path.read_bytes()
 
 
+@pytest.mark.slow  # waits until it has looked
 @pytest.mark.parametrize("what", ["the store", "the entry", "its manifest", "a link"])
 def test_it_publishes_again_what_somebody_removed(store: Path, start: Start, what: str) -> None:
     holder = start([("node0", "a.gguf"), ("node1", "a.gguf")])
@@ -197,6 +199,7 @@ def test_it_publishes_again_what_somebody_removed(store: Path, start: Start, wha
     assert listed(store) == ["lock"]
 
 
+@pytest.mark.slow  # waits until it has looked twice
 def test_it_waits_for_who_builds(store: Path, start: Start) -> None:
     """A sweep would take the folder that it is writing; and it still hears SIGTERM meanwhile."""
     holder = start()
@@ -216,6 +219,7 @@ def test_it_waits_for_who_builds(store: Path, start: Start) -> None:
         os.close(lock)
 
 
+@pytest.mark.slow  # waits until it has looked twice
 @pytest.mark.parametrize("kind", ["open to others", "a link"])
 def test_it_does_not_publish_into_a_folder_that_is_not_safe(
     store: Path, start: Start, kind: str, tmp_path: Path
@@ -337,8 +341,11 @@ def test_a_builder_that_does_not_wait_for_the_answer(store: Path) -> None:
 
 def is_gone(session: int) -> bool:
     """Whether no process is left of a session."""
-    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
-    return not any(int(stat.rpartition(")")[2].split()[3]) == session for stat in stats)
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # this one is gone
+            if int(path.read_text().rpartition(")")[2].split()[3]) == session:
+                return False
+    return True
 
 
 @pytest.mark.parametrize("kind", ["missing", "a file", "open to others", "a name too long"])
@@ -459,6 +466,7 @@ def test_the_kernel_keeps_the_whole_name() -> None:
     assert max(map(len, TASKS)) <= 15
 
 
+@pytest.mark.slow  # waits until it has looked twice
 @pytest.mark.parametrize("kind", ["a folder of the user's", "a link to a disk"])
 def test_it_publishes_in_no_folder_that_is_not_the_store_s(
     kind: str, store: Path, start: Start, tmp_path: Path

@@ -221,6 +221,7 @@ def test_every_type_has_a_block() -> None:
     assert set(BY_HAND) == set(registry.KERNELS)
 
 
+@pytest.mark.slow  # all kernels are compiled, the first time
 @each_type
 def test_block_by_hand(qtype: QuantType) -> None:
     src, expected = by_hand(qtype)
@@ -234,6 +235,7 @@ def test_naive_twin_by_hand(qtype: QuantType) -> None:
     np.testing.assert_array_equal(actual.view(np.uint32), expected.view(np.uint32))
 
 
+@pytest.mark.slow  # all kernels are compiled, the first time
 @each_type
 def test_every_bit_matters(qtype: QuantType) -> None:
     src, expected = by_hand(qtype)

@@ -35,6 +35,8 @@ WITH_JIT = not registry.interpreted()
 MANY = 262_144 if WITH_JIT else 8_192  # weights
 ANY_NAN = 0x7FC00000
 
+pytestmark = pytest.mark.slow  # every kernel is compiled, for several processors
+
 each_type = pytest.mark.parametrize("qtype", QTYPES, ids=lambda q: q.name)
 each_known = pytest.mark.parametrize("qtype", KNOWN_TO_GGUF, ids=lambda q: q.name)
 each_dtype = pytest.mark.parametrize("dtype", registry.DTYPES)

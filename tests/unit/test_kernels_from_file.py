@@ -16,6 +16,7 @@ from numaload.samples import random_blocks
 BEFORE = 1000  # bytes of the file that are none of the tensor's
 
 
+@pytest.mark.slow  # all kernels are compiled, the first time
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("qtype", KERNELS, ids=lambda q: q.name)
 def test_the_same_floats(tmp_path: Path, qtype: QuantType, dtype: str) -> None:

@@ -68,6 +68,7 @@ Bits = NDArray[np.uint32]
 ROOT = Path(__file__).parents[2]
 WITH_JIT = not registry.interpreted()
 MANY = 1_000_000
+pytestmark = pytest.mark.slow  # every word is compiled, for several processors
 compiles = pytest.mark.skipif(not WITH_JIT, reason="nothing is compiled without JIT")
 on_x86 = pytest.mark.skipif(
     not llvm.get_process_triple().startswith("x86_64"), reason="names instructions of x86-64"

@@ -87,10 +87,7 @@ def test_what_peft_saves_besides_pairs_is_handed_on(tmp_path: Path) -> None:
         assert_equal(loaded(adapter), lf.halves(names, lf.PEFT_ENDS) | norm)
 
 
-def test_what_others_have_besides_pairs_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(errors, "_said", set())
+def test_what_others_have_besides_pairs_is_said(tmp_path: Path, nothing_said: None) -> None:
     arrays = lf.halves(lf.TENSORS, lf.GGUF_ENDS) | {
         "blk.0.attn_norm.weight": np.ones(4, np.float32)
     }

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from numaload import errors
 from numaload.errors import NumaError, NumaloadWarning, PlacementError
 from numaload.linux import pagemap, placement, syscalls
 from numaload.linux.mapping import Mapping, bind, map_file, map_private, populate_read
@@ -291,9 +290,8 @@ def test_many_pages_are_sampled_at_random_from_all_ranges(asked: list[int]) -> N
     assert len(steps) > 10
 
 
-def test_a_refused_sample_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_sample_is_said_once(nothing_said: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(syscalls, "pages_nodes", refused)
-    monkeypatch.setattr(errors, "_said", set())
     with pytest.warns(NumaloadWarning, match="verified by numa_maps alone"):
         assert placement.sample([(0, PAGE)]) == {}
     assert placement.sample([(0, PAGE)]) == {}

@@ -6,6 +6,7 @@ import time
 import timeit
 import tracemalloc
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 
@@ -15,10 +16,13 @@ from numaload.errors import FormatError
 from numaload.formats.jsontext import MAX_TEXT
 from numaload.formats.safetensors import parse_header
 
+pytestmark = pytest.mark.slow  # large headers, read again and again
+
 TIMES = 32  # what parsing may take of the header's bytes, as promised
 GOOD = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 
 
+@cache
 def bulky() -> dict[str, bytes]:
     """Headers of what takes the most memory for its bytes."""
     many = range(10_000)
@@ -95,7 +99,7 @@ GROWING: dict[str, Callable[[int], bytes]] = {
 def test_time_grows_with_the_header(kind: str) -> None:
     """Four times as much takes about four times as long, not sixteen."""
     small, large = (GROWING[kind](n) for n in (4_000, 16_000))
-    assert min(seconds(large) / seconds(small) for _ in range(5)) < 9
+    assert any(seconds(large) / seconds(small) < 9 for _ in range(5))
 
 
 def seconds(raw: bytes) -> float:

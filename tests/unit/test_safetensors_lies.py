@@ -302,6 +302,7 @@ FIELDS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow  # for seconds
 @PROPERTY
 @given(st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), FIELDS | JSON, max_size=4))
 def test_any_json_is_survived(members: dict[str, Any]) -> None:

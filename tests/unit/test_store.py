@@ -27,12 +27,7 @@ from numaload.replicas.lease import Lease
 from numaload.replicas.mirror import MirrorOptions, mirror_shared
 from numaload.replicas.plan import MirrorPlan
 
-pytestmark = pytest.mark.usefixtures("store")
-
-
-@pytest.fixture(autouse=True)
-def every_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("numaload.errors._said", set())
+pytestmark = pytest.mark.usefixtures("store", "nothing_said")
 
 
 def entry_at(store: Path, model: str) -> Path:

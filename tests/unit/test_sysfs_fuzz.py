@@ -22,6 +22,8 @@ from numaload.errors import UsageError
 from numaload.machine.devices import disk_of, gpus
 from numaload.machine.topology import Topology, topology
 
+pytestmark = pytest.mark.slow  # trees are written and read again and again
+
 SMALL = Machine(
     {0: ("0-1", 1000), 2: ("2-3", 1000), 5: ("", 500)},
     ["10 20 30", "20 10 15", "30 15 10"],

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numaload.pagecache.evict import EvictReport, evict
     from numaload.pagecache.job import PrewarmJob, prewarm_async
     from numaload.pagecache.prewarm import PrewarmReport, prewarm
-    from numaload.pagecache.residency import ResidencyReport, residency
+    from numaload.pagecache.residency_report import ResidencyReport, residency
     from numaload.pipeline.stream import stream
     from numaload.replicas.mirror import attach, mirror
     from numaload.replicas.views import Mirror, MirrorReport
@@ -67,8 +67,8 @@ _PLACES: dict[str, tuple[str, str | None]] = {
     "mirror": ("replicas.mirror", "mirror"),
     "EvictReport": ("pagecache.evict", "EvictReport"),
     "evict": ("pagecache.evict", "evict"),
-    "ResidencyReport": ("pagecache.residency", "ResidencyReport"),
-    "residency": ("pagecache.residency", "residency"),
+    "ResidencyReport": ("pagecache.residency_report", "ResidencyReport"),
+    "residency": ("pagecache.residency_report", "residency"),
     "PrewarmReport": ("pagecache.prewarm", "PrewarmReport"),
     "prewarm": ("pagecache.prewarm", "prewarm"),
     "prewarm_async": ("pagecache.job", "prewarm_async"),

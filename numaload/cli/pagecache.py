@@ -15,7 +15,7 @@ from numaload.cli.output import complain, note, print_json, print_table, say, se
 if TYPE_CHECKING:
     from numaload.files.source import SourceFile
     from numaload.pagecache.evict import EvictedFile
-    from numaload.pagecache.residency import FileResidency, Span, TensorResidency
+    from numaload.pagecache.residency_report import FileResidency, Span, TensorResidency
 
 WATCH_S = 2.0  # seconds between two looks, unless given
 FILLED = " .oO"  # of a cell: nothing, some of it, at least half, all
@@ -79,7 +79,7 @@ class Files:
         from numaload.errors import NumaError, ReadError
         from numaload.files.source import SourceFile, reach
         from numaload.formats.splits import is_there
-        from numaload.pagecache.residency import look, nodes_with_memory
+        from numaload.pagecache.residency_report import look, nodes_with_memory
 
         try:
             reach(path)
@@ -93,7 +93,7 @@ class Files:
 
     def _spans_of(self, file: SourceFile) -> Sequence[Span]:
         from numaload.errors import FormatError
-        from numaload.pagecache.residency import spans_of
+        from numaload.pagecache.residency_report import spans_of
 
         if self.tensors and file.path not in self._spans:
             try:
@@ -115,13 +115,15 @@ def show_files(files: Sequence[FileResidency]) -> None:
     if not files:
         return
     say("page cache:")
-    rows = [[f"  {f.path}", *_cells(f), size(f.size), _where(f)] for f in files]
+    rows = [[f"  {f.path}", size(f.resident), size(f.size), _where(f)] for f in files]
     print_table(["  file", "resident", "of", "by node"], rows)
     for file in files:
         if file.known and file.size:
             say(f"  [{bar(file.cells)}] {share(file)} of {file.path}")
     rows = [
-        [f"  {t.name}", *_cells(t), size(t.nbytes), _by_node(t)] for f in files for t in f.tensors
+        [f"  {t.name}", size(t.resident), size(t.nbytes), _by_node(t)]
+        for f in files
+        for t in f.tensors
     ]
     if rows:
         print_table(["  tensor", "resident", "of", "by node"], rows)
@@ -138,10 +140,6 @@ def share(file: FileResidency) -> str:
     if 0 < percent < 100:
         percent = min(max(percent, 0.1), 99.9)
     return f"{percent:.3g} %"
-
-
-def _cells(found: FileResidency | TensorResidency) -> list[str]:
-    return [size(found.resident) + (f" +-{size(found.error)}" if found.error else "")]
 
 
 def _where(file: FileResidency) -> str:

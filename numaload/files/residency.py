@@ -1,4 +1,4 @@
-"""Find which parts of a file are in the page cache, and on which nodes.
+"""Ask the kernel which parts of a file are in the page cache, and on which nodes.
 
 Two calls tell. cachestat(2) counts the pages of a range at once and maps nothing; mincore(2) has a
 byte for each page, and costs as much for what is not there. So the first is asked about larger
@@ -12,9 +12,10 @@ import mmap
 import os
 import re
 import time
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from numaload.errors import NumaError
 from numaload.files.source import SourceFile
@@ -26,8 +27,8 @@ STEP = 1 << 30  # bytes asked about at a time: 256 KiB of answer
 MIXED = 64 << 20  # bytes of which the pages are looked at one by one, if they differ
 PARTS = 16  # into which a larger range is divided, if its pages differ
 LOOK = 64 << 20  # bytes whose pages are mapped between two looks at what is in RAM
-ABSENT_RUN = re.compile(rb"\0+")
-PRESENT_RUN = re.compile(rb"[^\0]+")
+ABSENT = re.compile(rb"\0+")
+PRESENT = re.compile(rb"[^\0]+")
 # File systems of which a file's pages are those of another file: cachestat finds none.
 # overlayfs, FUSE (where it passes through), aufs, shiftfs: linux/magic.h and their sources.
 STACKED = {0x794C7630, 0x65735546, 0x61756673, 0x6A656A62}
@@ -35,21 +36,94 @@ HUGETLBFS = 0x958458F6  # of linux/magic.h: all of a file is in memory, which no
 
 TRIES, PAUSE_S = 5, 0.005  # pages that are just being read cannot be dropped yet
 
-Run = tuple[int, int]  # (start, stop) in bytes of a file
+ByteRange = tuple[int, int]  # (start, stop) in a file
+AbsentRange = tuple[int, int]  # one of which no page is in RAM
 
 
-@dataclass(frozen=True)
-class Residency:
-    """``absent``: (start, stop) byte ranges that are not in RAM, in order."""
+class Residency(NamedTuple):
+    """What of a file is in RAM, told by what is not: ``absent`` ranges, in order."""
 
     size: int  # bytes asked about
-    absent: tuple[Run, ...]
+    absent: tuple[AbsentRange, ...]
     known: bool = True  # False where the kernel does not tell: then all counts as absent
     start: int = 0  # the first of them
 
     @property
     def resident(self) -> int:
-        return self.size - sum(stop - start for start, stop in self.absent)
+        return self.size - length(self.absent)
+
+    def resident_in(self, start: int, stop: int) -> int:
+        """Count the resident bytes of a part of it; beyond its end are none."""
+        stop = min(stop, self.start + self.size)
+        return max(0, stop - start - length(overlaps(self.absent, start, stop)))
+
+
+def present(found: Residency) -> Iterator[ByteRange]:
+    """Yield the byte ranges that are in RAM."""
+    return between(found.absent, found.start, found.start + found.size)
+
+
+def length(ranges: Iterable[ByteRange]) -> int:
+    """Return how many bytes these ranges have together."""
+    return sum(stop - start for start, stop in ranges)
+
+
+def merged(ranges: Iterable[ByteRange]) -> Iterator[ByteRange]:
+    """Yield the ranges in order, without overlaps and empty ones."""
+    begin = end = -1
+    for start, stop in sorted(each for each in ranges if each[0] < each[1]):
+        if start > end:
+            if begin >= 0:
+                yield begin, end
+            begin = start
+        end = max(end, stop)
+    if begin >= 0:
+        yield begin, end
+
+
+def between(ranges: Iterable[ByteRange], start: int, stop: int) -> Iterator[ByteRange]:
+    """Yield what of start to stop lies between these ranges, which ascend within it."""
+    for first, last in (*ranges, (stop, stop)):
+        if first > start:
+            yield start, first
+        start = last
+
+
+def overlaps(ranges: Sequence[ByteRange], start: int, stop: int) -> Iterator[ByteRange]:
+    """Yield the overlaps with ``ranges``: they ascend, and may be a hundred thousand."""
+    for i in range(max(0, bisect_right(ranges, (start,)) - 1), len(ranges)):
+        first, last = ranges[i]
+        if first >= stop:
+            return
+        if last > start:
+            yield max(first, start), min(last, stop)
+
+
+def steps(ranges: Iterable[ByteRange]) -> Iterator[ByteRange]:
+    """Cut the ranges into parts whose pages are mapped at a time."""
+    for start, stop in ranges:
+        for at in range(start, stop, LOOK):
+            yield at, min(at + LOOK, stop)
+
+
+def asked_by(file: SourceFile) -> str | None:
+    """Return which call tells about this file: "cachestat", "mincore", or None for none."""
+    if cached_bytes(file, 0, 1) is not None:
+        return "cachestat"
+    return "mincore" if may_ask(file) else None
+
+
+def may_ask(file: SourceFile) -> bool:
+    """Return whether mincore(2) tells the truth about this file."""
+    return file.ask(_may_ask, file)
+
+
+def _may_ask(file: SourceFile) -> bool:
+    try:
+        owner = os.fstat(file.fd).st_uid
+    except OSError:  # then that is not known
+        return False
+    return os.geteuid() in (0, owner) or os.access(f"/proc/self/fd/{file.fd}", os.W_OK)
 
 
 def cached_bytes(file: SourceFile, start: int = 0, nbytes: int = 0) -> int | None:
@@ -60,14 +134,10 @@ def cached_bytes(file: SourceFile, start: int = 0, nbytes: int = 0) -> int | Non
     """
     if file.is_network:  # asking which file system it is may wait
         return None
-    stop = min(start + nbytes, file.size) if nbytes else file.size
-    return _cached_bytes(file.fd, start, stop)
-
-
-def _cached_bytes(fd: int, start: int, stop: int) -> int | None:
-    if syscalls.file_system(fd) in STACKED:
+    if syscalls.file_system(file.fd) in STACKED:
         return None
-    return _count(fd, start, stop) if start < stop else 0
+    stop = min(start + nbytes, file.size) if nbytes else file.size
+    return _count(file.fd, start, stop) if start < stop else 0
 
 
 def _count(fd: int, start: int, stop: int) -> int | None:
@@ -90,13 +160,6 @@ def _pages(start: int, stop: int) -> int:
     return -(-stop // PAGE) - start // PAGE
 
 
-def asked_by(file: SourceFile) -> str | None:
-    """Return which call tells about this file: "cachestat", "mincore", or None for none."""
-    if cached_bytes(file, 0, 1) is not None:
-        return "cachestat"
-    return "mincore" if may_ask(file) else None
-
-
 def residency(file: SourceFile, start: int = 0, stop: int | None = None) -> Residency:
     """Find which of these bytes are in RAM, page by page; the last page ends with the file.
 
@@ -110,86 +173,53 @@ def residency(file: SourceFile, start: int = 0, stop: int | None = None) -> Resi
 
 
 def _residency(file: SourceFile, start: int, stop: int) -> Residency:
-    with _Search(file) as search:
-        if not search.counts and syscalls.file_system(file.fd) == HUGETLBFS:
-            return Residency(stop - start, (), True, start)
-        if not search.possible:
-            return Residency(stop - start, ((start, stop),) * (start < stop), False, start)
-        return Residency(stop - start, tuple(_joined(search.absent(start, stop))), True, start)
+    system = syscalls.file_system(file.fd)
+    if start == stop or system == HUGETLBFS:
+        return Residency(stop - start, (), True, start)
+    may_map = may_ask(file)
+    parts = [((start, stop), True)]
+    if system not in STACKED:
+        parts = list(_lacking(file.fd, start, stop, MIXED // PAGE if may_map else 1))
+    mixed = [part for part, is_mixed in parts if is_mixed]
+    if mixed and not may_map:
+        return Residency(stop - start, ((start, stop),), False, start)
+    absent = [part for part, is_mixed in parts if not is_mixed]
+    if mixed:  # the file is mapped for nothing else
+        absent += _by_mincore(file, mixed)
+    return Residency(stop - start, tuple(merged(absent)), True, start)
 
 
-class _Search:
-    """Finds what is absent, in ever smaller ranges. Maps the file only for mincore."""
+def _lacking(fd: int, start: int, stop: int, few: int) -> Iterator[tuple[ByteRange, bool]]:
+    """Yield (range, whether some of it may be in RAM) of what is not all in RAM, by cachestat(2).
 
-    def __init__(self, file: SourceFile) -> None:
-        self.file, self._mapping = file, Mapping(0, 0, (0, 0))
-        self.may_map = may_ask(file)
-        self.counts = _cached_bytes(file.fd, 0, min(1, file.size)) is not None
-        self.possible = self.may_map or self.counts
-
-    def absent(self, start: int, stop: int) -> Iterator[Run]:
-        """Yield runs of absent bytes; those that touch are not joined yet."""
-        found = _count(self.file.fd, start, stop) if self.counts else None
-        if found is not None and found in (0, stop - start):
-            if found < stop - start:
-                yield start, stop
-        elif self.may_map and (found is None or stop - start <= MIXED):
-            yield from self._one_by_one(start, stop)
-        else:
-            part = -(-_pages(start, stop) // PARTS) * PAGE
-            for edge in range(start - start % PAGE, stop, part):
-                yield from self.absent(max(start, edge), min(stop, edge + part))
-
-    def _one_by_one(self, start: int, stop: int) -> Iterator[Run]:
-        try:
-            address = self._mapped().address
-        except NumaError as error:
-            if error.errno != errno.ENODEV:
-                raise
-            yield start, stop  # its file system maps no files, and so keeps no pages
-            return
-        for edge in range(start - start % PAGE, stop, STEP):
-            length = min(STEP, stop - edge)
-            vector = syscalls.mincore(address + edge, length)
-            for match in ABSENT_RUN.finditer(vector):
-                first, last = (edge + border * PAGE for border in match.span())
-                yield max(start, first), min(stop, last)
-
-    def _mapped(self) -> Mapping:
-        if not self._mapping.length:
-            self._mapping = map_file(self.file.fd, self.file.size)
-        return self._mapping
-
-    def __enter__(self) -> _Search:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._mapping.close()
+    few: pages of a range that is not divided any more.
+    """
+    found, pages = _count(fd, start, stop), _pages(start, stop)
+    if found == stop - start:
+        return
+    if not found or pages <= few:
+        yield (start, stop), found != 0
+        return
+    part = -(-pages // PARTS) * PAGE
+    for edge in range(start - start % PAGE, stop, part):
+        yield from _lacking(fd, max(start, edge), min(stop, edge + part), few)
 
 
-def _joined(runs: Iterator[Run]) -> Iterator[Run]:
-    begin = end = -1
-    for start, stop in runs:
-        if start != end:
-            if begin >= 0:
-                yield begin, end
-            begin = start
-        end = stop
-    if begin >= 0:
-        yield begin, end
-
-
-def may_ask(file: SourceFile) -> bool:
-    """Return whether mincore(2) tells the truth about this file."""
-    return file.ask(_may_ask, file)
-
-
-def _may_ask(file: SourceFile) -> bool:
+def _by_mincore(file: SourceFile, ranges: Iterable[ByteRange]) -> Iterator[AbsentRange]:
     try:
-        owner = os.fstat(file.fd).st_uid
-    except OSError:  # then that is not known
-        return False
-    return os.geteuid() in (0, owner) or os.access(f"/proc/self/fd/{file.fd}", os.W_OK)
+        mapping = map_file(file.fd, file.size)
+    except NumaError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        yield from ranges  # its file system maps no files, and so keeps no pages
+        return
+    with mapping:
+        for start, stop in ranges:
+            for edge in range(start - start % PAGE, stop, STEP):
+                vector = syscalls.mincore(mapping.address + edge, min(STEP, stop - edge))
+                for match in ABSENT.finditer(vector):
+                    first, last = (edge + border * PAGE for border in match.span())
+                    yield max(start, first), min(stop, last)
 
 
 def cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
@@ -208,9 +238,8 @@ def _cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
     if not found.resident:
         return {}
     with map_quietly(file) as mapping:
-        for start, stop in present(found):
-            for offset in range(start, stop, LOOK):
-                map_present(mapping, offset, min(offset + LOOK, stop))
+        for start, stop in steps(present(found)):
+            map_present(mapping, start, stop)
         for counts in count_pages([mapping.range]):
             on.update(counts)
     return {node: pages * PAGE for node, pages in sorted(on.items())}
@@ -228,24 +257,15 @@ def map_quietly(file: SourceFile) -> Mapping:
 def map_present(mapping: Mapping, start: int, stop: int) -> bytes:
     """Map what is in RAM of these bytes; a byte per page, 1 where it is. start: of a page."""
     vector = syscalls.mincore(mapping.address + start, stop - start)
-    for match in PRESENT_RUN.finditer(vector):
+    for match in PRESENT.finditer(vector):
         first, last = (start + edge * PAGE for edge in match.span())
         populate_read(mapping, first, min(last, stop))
     return vector
 
 
-def present(found: Residency) -> Iterator[tuple[int, int]]:
-    """Yield the (start, stop) byte ranges that are in RAM: the complement of ``absent``."""
-    begin, end = found.start, found.start + found.size
-    for start, stop in (*found.absent, (end, end)):
-        if start > begin:
-            yield begin, start
-        begin = stop
-
-
-def give_back(file: SourceFile, runs: Iterable[Run]) -> None:
+def give_back(file: SourceFile, ranges: Iterable[ByteRange]) -> None:
     """Drop the page cache of these bytes; also what the kernel is still reading ahead there."""
-    todo = list(runs)
+    todo = list(ranges)
     for attempt in range(TRIES):
         time.sleep(PAUSE_S * attempt)
         for start, stop in todo:

@@ -223,8 +223,8 @@ def _now(request: Request) -> PrewarmReport:
     tensors, layers = (part or None for part in request.part)
     size = there = 0
     known = True
-    with chosen_of(request.paths, tensors, layers) as (files, runs):
-        for file, its in zip(files, runs, strict=True):
+    with chosen_of(request.paths, tensors, layers) as (files, ranges):
+        for file, its in zip(files, ranges, strict=True):
             for first, stop in its:
                 found = residency(file, first, stop)
                 size, there = size + stop - first, there + found.resident

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from numaload.errors import ReadError, TensorNotFoundError, UsageError
-from numaload.files.source import absolute, model_paths, real_path
+from numaload.files.residency import ByteRange, merged
+from numaload.files.source import SourceFile, absolute, model_paths, real_path
 from numaload.linux.lists import parse_list
 from numaload.linux.syscalls import PAGE
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from numaload.weights import Tensor, Weights
 
 LAYER = r"(?:^|\.)(?:blk|layers|h|block|blocks)\.(\d{1,9})\."  # compiled when first used
-
-Runs = tuple[tuple[int, int], ...]  # (start, stop) byte ranges of a file, in order
 
 
 class HasPaths(Protocol):
@@ -31,10 +30,17 @@ Source = str | bytes | os.PathLike[str] | HasPaths
 
 
 class Chosen(NamedTuple):
-    """Name the chosen bytes. ``runs``: {real path: its ranges}; a path that is not there: all."""
+    """Name the chosen bytes: {real path: its ranges, in order}; a path that is not there: all.
 
-    tensors: int
-    runs: dict[str, Runs]
+    tensors: how many were chosen; None: whole files.
+    """
+
+    tensors: int | None
+    ranges: dict[str, list[ByteRange]]
+
+    def of(self, name: str, file: SourceFile) -> list[ByteRange]:
+        """Return the ranges of a file; name: its real path."""
+        return self.ranges.get(name, [(0, file.size)] if file.size else [])
 
 
 def located(what: Source | Sequence[Source]) -> list[Source]:
@@ -74,27 +80,27 @@ def real(path: str) -> str:
 
 def choose(
     models: Iterable[Sequence[str]], tensors: str | None, layers: str | int | None
-) -> Chosen | None:
+) -> Chosen:
     """Return the bytes of the tensors chosen by name and layer; the headers always.
 
     tensors: a regular expression that is found in their names. layers: "0-9,12", by the number in
-    their names.
+    their names. Without either: whole files.
 
-    None: whole files. Raises: UsageError, TensorNotFoundError where there are none, FormatError.
+    Raises: UsageError, TensorNotFoundError where there are none, FormatError.
     """
     if tensors is None and layers is None:
-        return None
+        return Chosen(None, {})
     from numaload.weights import open_weights
 
     chosen_by = _Filter(tensors, layers)
     count = 0
-    runs: dict[str, Runs] = {}
+    ranges: dict[str, list[ByteRange]] = {}
     for paths in models:
         with open_weights(paths[0]) as weights:
-            count += _choose(weights, chosen_by, runs)
+            count += _choose(weights, chosen_by, ranges)
     if not count:
         raise TensorNotFoundError(str(chosen_by))
-    return Chosen(count, runs)
+    return Chosen(count, ranges)
 
 
 class _Filter:
@@ -121,7 +127,7 @@ class _Filter:
         return bool(of_layer and self.pattern.search(name))
 
 
-def _choose(weights: Weights, chosen_by: _Filter, runs: dict[str, Runs]) -> int:
+def _choose(weights: Weights, chosen_by: _Filter, into: dict[str, list[ByteRange]]) -> int:
     count = 0
     parts: list[list[Tensor]] = [[] for _ in weights.parts]
     for tensor in weights.values():
@@ -130,7 +136,7 @@ def _choose(weights: Weights, chosen_by: _Filter, runs: dict[str, Runs]) -> int:
         chosen = [tensor for tensor in its if chosen_by.has(tensor.name)]
         header = min((tensor.offset for tensor in its), default=part.file.size)
         ranges = [(0, header), *((t.offset, t.offset + t.nbytes) for t in chosen)]
-        runs[real(part.file.path)] = tuple(merged(_pages(*r, part.file.size) for r in ranges))
+        into[real(part.file.path)] = list(merged(_pages(*r, part.file.size) for r in ranges))
         count += len(chosen)
     return count
 
@@ -138,17 +144,3 @@ def _choose(weights: Weights, chosen_by: _Filter, runs: dict[str, Runs]) -> int:
 def _pages(start: int, stop: int, size: int) -> tuple[int, int]:
     """Return the whole pages around a range: these come and go as one."""
     return start // PAGE * PAGE, min(-(-stop // PAGE) * PAGE, size)
-
-
-def merged(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield the ranges in order, without overlaps and empty ones."""
-    last: tuple[int, int] | None = None
-    for start, stop in sorted(r for r in ranges if r[0] < r[1]):
-        if last is not None and start <= last[1]:
-            last = last[0], max(last[1], stop)
-            continue
-        if last is not None:
-            yield last
-        last = start, stop
-    if last is not None:
-        yield last

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from numaload.errors import reason
-from numaload.files.residency import cached_bytes, residency
+from numaload.files.residency import asked_by, cached_bytes, residency
 from numaload.files.source import Identity, SourceFile, real_path
 from numaload.linux import syscalls
 from numaload.linux.placement import parse_smaps
@@ -132,7 +132,7 @@ def _resident(file: SourceFile) -> tuple[int, bool]:
 
 def _write(file: SourceFile, report: EvictedFile) -> None:
     """Write dirty pages to storage; any descriptor may, it changes nothing of the file."""
-    counted = syscalls.cachestat(file.fd, 0, 0) if cached_bytes(file, 0, 1) is not None else None
+    counted = syscalls.cachestat(file.fd, 0, 0) if asked_by(file) == "cachestat" else None
     dirty = None if counted is None else min(file.size, (counted.dirty + counted.writeback) * PAGE)
     if dirty == 0:
         return

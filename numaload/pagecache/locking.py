@@ -16,14 +16,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from numaload.errors import NodeMemoryError, NumaError, NumaloadError
-from numaload.files.residency import LOOK, map_present, map_quietly
+from numaload.files.residency import ByteRange, length, map_present, map_quietly, steps
 from numaload.files.source import SourceFile, make_room_for
 from numaload.linux import syscalls
 from numaload.linux.mapping import Mapping
 from numaload.linux.syscalls import PAGE
 from numaload.machine import memory
 from numaload.machine.stopping import CancelToken
-from numaload.pagecache.choice import Runs, choose, models_of, real
+from numaload.pagecache.choice import choose, models_of, real
 
 FIX = (
     "raise the limit before: ulimit -l unlimited; for good, a line `USER - memlock unlimited` in"
@@ -36,25 +36,24 @@ PAUSE_S, IDLE_SHARE = 0.5, 9  # between two looks at what was read meanwhile: of
 class Locked:
     """Byte ranges of files, locked from when they are in RAM on."""
 
-    def __init__(self, files: Sequence[SourceFile], runs: Sequence[Runs]) -> None:
+    def __init__(self, files: Sequence[SourceFile], ranges: Sequence[Sequence[ByteRange]]) -> None:
         """Lock the ranges, of which nothing need be in RAM yet.
 
         Raises: NodeMemoryError where this user may not lock so much.
         """
         self.nbytes = 0  # that are in RAM and locked
-        self.size = sum(stop - start for its in runs for start, stop in its)
+        self.size = sum(map(length, ranges))
         self._whole: list[Mapping] = []
         self._todo: list[tuple[Mapping, int, int]] = []
-        needed = sum(_pages(start, stop) * PAGE for its in runs for start, stop in its)
+        needed = sum(_pages(start, stop) * PAGE for its in ranges for start, stop in its)
         limit = raise_limit()
-        for file, its in zip(files, runs, strict=True):
+        for file, its in zip(files, ranges, strict=True):
             mapping = map_quietly(file)
             self._whole.append(mapping)
             for start, stop in its:
                 _lock(mapping, start, stop, needed, limit)
                 first = start - start % PAGE
-                blocks = range(first, stop, LOOK)
-                self._todo.extend((mapping, edge, min(edge + LOOK, stop)) for edge in blocks)
+                self._todo.extend((mapping, *step) for step in steps([(first, stop)]))
 
     def catch_up(self) -> int:
         """Lock what is in RAM by now; return how many bytes are locked.
@@ -123,7 +122,7 @@ def check_room(size: int) -> None:
 @contextmanager
 def chosen_of(
     paths: Sequence[str], tensors: str | None, layers: str | int | None
-) -> Iterator[tuple[list[SourceFile], list[Runs]]]:
+) -> Iterator[tuple[list[SourceFile], list[list[ByteRange]]]]:
     """Open the files of these models; give them, and which ranges of each are meant.
 
     Raises: NumaloadError.
@@ -134,19 +133,17 @@ def chosen_of(
     make_room_for(len(names))
     with ExitStack() as opened:
         files = [opened.enter_context(SourceFile(name)) for name in names]
-        part = chosen.runs if chosen else {}
-        whole: list[Runs] = [((0, file.size),) if file.size else () for file in files]
-        yield files, [part.get(name, its) for name, its in zip(names, whole, strict=True)]
+        yield files, [chosen.of(name, file) for name, file in zip(names, files, strict=True)]
 
 
 def lock(
     paths: Sequence[str], tensors: str | None, layers: str | int | None, *, force: bool
 ) -> Locked:
     """Lock files whole, or what is chosen of them, before it is read. Raises: NumaloadError."""
-    with chosen_of(paths, tensors, layers) as (files, runs):
+    with chosen_of(paths, tensors, layers) as (files, ranges):
         if not force:
-            check_room(sum(stop - start for its in runs for start, stop in its))
-        return Locked(files, runs)  # mappings need no descriptors
+            check_room(sum(map(length, ranges)))
+        return Locked(files, ranges)  # mappings need no descriptors
 
 
 class LockingMeanwhile:

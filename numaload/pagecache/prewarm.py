@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from numaload.errors import SplitError, UsageError, check_limits
 from numaload.files import known
-from numaload.files.residency import Residency, cached_on, residency
+from numaload.files.residency import (
+    AbsentRange,
+    ByteRange,
+    Residency,
+    between,
+    cached_on,
+    length,
+    merged,
+    residency,
+)
 from numaload.files.source import SourceFile, make_room_for, reach
 from numaload.files.source import io_timeout as waiting
 from numaload.formats.shards import SUFFIX
 from numaload.formats.splits import is_there
-from numaload.pagecache.choice import Chosen, Runs, Source, choose, models_of, real
+from numaload.pagecache.choice import Chosen, Source, choose, models_of, real
 from numaload.pagecache.report import PrewarmReport
 
 if TYPE_CHECKING:  # what reads is imported once something is absent
@@ -104,7 +113,7 @@ def prewarm(
 
 def _on_files(
     models: Sequence[Sequence[str]],
-    chosen: Chosen | None,
+    chosen: Chosen,
     options: PrewarmOptions,
     progress: Progress | None,
     announce: Announce | None,
@@ -115,10 +124,9 @@ def _on_files(
     make_room_for(len(whole))
     files = [SourceFile(path) for path in whole.values()]
     try:
-        ranges = chosen.runs if chosen else {}
-        runs = [_runs(file, name, ranges) for name, file in zip(whole, files, strict=True)]
-        report = _Prewarming(files, runs, options, progress, announce).run()
-        report.tensors = chosen.tensors if chosen else None
+        ranges = [chosen.of(name, file) for name, file in zip(whole, files, strict=True)]
+        report = _Prewarming(files, ranges, options, progress, announce).run()
+        report.tensors = chosen.tensors
         opened = dict(zip(whole, files, strict=True))
         _remember({path: opened[names[path]] for path in names}, models)
         return report
@@ -164,7 +172,7 @@ def _chosen(
     tensors: str | None,
     layers: str | int | None,
     placing: Placing | None,
-) -> Chosen | None:
+) -> Chosen:
     """Choose bytes; the headers that are read for that land on the nodes asked for, too."""
     if placing is None:
         return choose(models, tensors, layers)
@@ -174,24 +182,20 @@ def _chosen(
         return choose(models, tensors, layers)
 
 
-def _runs(file: SourceFile, name: str, chosen: Mapping[str, Runs]) -> Runs:
-    return chosen.get(name, ((0, file.size),) if file.size else ())
-
-
 class _Seen(NamedTuple):
     """What of the chosen ranges is in RAM: ``absent`` ranges for each file."""
 
-    absent: list[Runs]
+    absent: list[list[AbsentRange]]
     known: bool
 
     @property
     def nbytes(self) -> int:
-        return sum(map(_length, self.absent))
+        return sum(map(length, self.absent))
 
 
 class _Prewarming(NamedTuple):
     files: Sequence[SourceFile]
-    runs: Sequence[Runs]
+    ranges: Sequence[Sequence[ByteRange]]
     options: PrewarmOptions
     progress: Progress | None
     announce: Announce | None
@@ -199,7 +203,7 @@ class _Prewarming(NamedTuple):
     def run(self) -> PrewarmReport:
         begin, placing = time.perf_counter(), self.options.placing
         seen = self._look()
-        size = sum(map(_length, self.runs))
+        size = sum(map(length, self.ranges))
         report = PrewarmReport(
             paths=[file.path for file in self.files],
             size=size,
@@ -217,11 +221,10 @@ class _Prewarming(NamedTuple):
         return report
 
     def _look(self) -> _Seen:
-        absent: list[Runs] = []
-        known = True
-        for file, runs in zip(self.files, self.runs, strict=True):
-            found = [residency(file, *run) for run in runs]
-            absent.append(tuple(gap for one in found for gap in one.absent))
+        absent, known = [], True
+        for file, ranges in zip(self.files, self.ranges, strict=True):
+            found = [residency(file, *each) for each in ranges]
+            absent.append([gap for one in found for gap in one.absent])
             known &= all(one.known for one in found)
         return _Seen(absent, known)
 
@@ -241,7 +244,7 @@ class _Prewarming(NamedTuple):
     def _is_part(self) -> bool:
         """Return whether only some tensors are meant: what lies beside them then stays."""
         whole = sum(file.size for file in self.files)
-        return sum(map(_length, self.runs)) < whole
+        return sum(map(length, self.ranges)) < whole
 
     def _in_turn(self, report: PrewarmReport, seen: _Seen) -> _Seen:
         """Read what no other process of this user reads meanwhile."""
@@ -267,7 +270,7 @@ class _Prewarming(NamedTuple):
         budget = CacheBudget(self.files, seen.absent, report.size - seen.nbytes, options.placing)
         if not options.force:
             budget.check()
-        biggest = max(range(len(self.files)), key=lambda i: _length(seen.absent[i]))
+        biggest = max(range(len(self.files)), key=lambda i: length(seen.absent[i]))
         file = self.files[biggest]
         device = device_of(file.path, network=file.is_network, numbers=file.device)
         plan = make_plan(
@@ -285,7 +288,7 @@ class _Prewarming(NamedTuple):
         done, report.plan = read(seen.absent, plan, budget, self.progress)
         report.read, report.stopped = done, budget.stopped
         report.threads = report.plan.way.threads
-        after = self._look_anew() if seen.known else _Seen([() for _ in self.files], known=False)
+        after = self._look_anew() if seen.known else _Seen([[] for _ in self.files], known=False)
         for _ in range(AGAIN):
             # Some machines page out what is idle at any time: this is not what lacks memory.
             if not budget.stopped and 0 < after.nbytes <= report.size // LITTLE:
@@ -297,7 +300,7 @@ class _Prewarming(NamedTuple):
 
     def _place(self, report: PrewarmReport, seen: _Seen, placing: Placing) -> None:
         resident = [
-            _resident(f, r, a) for f, r, a in zip(self.files, self.runs, seen.absent, strict=True)
+            _resident(*each) for each in zip(self.files, self.ranges, seen.absent, strict=True)
         ]
         report.on_nodes = _locate(self.files, resident)
         if placing.move and report.elsewhere:
@@ -307,15 +310,12 @@ class _Prewarming(NamedTuple):
             report.on_nodes = _locate(self.files, resident)
 
 
-def _length(runs: Runs) -> int:
-    return sum(stop - start for start, stop in runs)
-
-
-def _resident(file: SourceFile, runs: Runs, absent: Runs) -> Residency:
+def _resident(
+    file: SourceFile, ranges: Iterable[ByteRange], absent: Iterable[AbsentRange]
+) -> Residency:
     """Return what is in RAM of the chosen ranges; all others count as absent."""
-    edges = [0, *(edge for run in runs for edge in run), file.size]
-    outside = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
-    return Residency(file.size, tuple(sorted((*outside, *absent))))
+    outside = between(ranges, 0, file.size)
+    return Residency(file.size, tuple(merged((*outside, *absent))))
 
 
 def _locate(files: Sequence[SourceFile], found: Sequence[Residency]) -> dict[int, int]:

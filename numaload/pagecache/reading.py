@@ -14,12 +14,14 @@ from numaload.errors import NodeMemoryError, NumaUnavailableError, warn_once
 from numaload.files.plan import CHUNK, ReadMethod, ReadPlan
 from numaload.files.reader import Chunk, Progress, Reading
 from numaload.files.residency import (
-    LOOK,
+    AbsentRange,
     Residency,
+    length,
     map_present,
     map_quietly,
     present,
     residency,
+    steps,
 )
 from numaload.files.source import SourceFile
 from numaload.files.ways import IntoCache
@@ -28,7 +30,6 @@ from numaload.linux.lists import format_list
 from numaload.linux.syscalls import HUGE, PAGE
 from numaload.machine import memory
 from numaload.machine.affinity import allowed, pin, pinned_to
-from numaload.pagecache.choice import Runs
 
 if TYPE_CHECKING:
     from numaload.machine.topology import Topology
@@ -82,12 +83,12 @@ class CacheBudget:
     def __init__(
         self,
         files: Sequence[SourceFile],
-        absent: Sequence[Runs],
+        absent: Sequence[Sequence[AbsentRange]],
         resident: int,
         placing: Placing | None,
     ) -> None:
         self.files, self.resident = files, resident
-        self.absent = sum(stop - start for runs in absent for start, stop in runs)
+        self.absent = sum(map(length, absent))
         # All nodes together are the machine, whose own estimate is better than a sum.
         self.nodes = placing.nodes if placing and not placing.everywhere else []
         self.head: Chunk | None = None
@@ -145,13 +146,12 @@ class CacheBudget:
             return False
         stop = min(self.head.stop, self.head.offset + HEAD)
         found = residency(self.files[self.head.which], self.head.offset, stop)
-        left = stop - self.head.offset - sum(last - first for first, last in found.absent)
-        return found.known and left < (stop - self.head.offset) // 2
+        return found.known and found.resident < found.size // 2
 
 
 def read_into_cache(
     files: Sequence[SourceFile],
-    absent: Sequence[Runs],
+    absent: Sequence[Sequence[AbsentRange]],
     plan: ReadPlan,
     budget: CacheBudget,
     progress: Progress | None,
@@ -161,8 +161,7 @@ def read_into_cache(
     exact: bool = False,
 ) -> tuple[int, ReadPlan]:
     """Return (bytes read, the plan as carried out). Reading stops where ``budget`` says so."""
-    total = sum(stop - start for runs in absent for start, stop in runs)
-    reading = Reading(total, progress, rate=rate)
+    reading = Reading(sum(map(length, absent)), progress, rate=rate)
     threads = _Threads(files, reading, budget, placing, exact=exact)
     cpus = placing.machine.cpus_of(placing.nodes) if placing else allowed()
     try:
@@ -227,7 +226,7 @@ def move_pages(
     try:
         for file, resident in zip(files, found, strict=True):
             with map_quietly(file) as mapping:
-                for start, stop in _steps(resident):
+                for start, stop in steps(present(resident)):
                     map_present(mapping, start, stop)
                     wrong = _wrong(mapping.address, start, stop, placing.nodes)
                     moved += _move(wrong, placing.nodes, stayed)
@@ -236,12 +235,6 @@ def move_pages(
             "move_pages", f"page cache cannot be moved: {error}: numaload evict, then prewarm"
         )
     return moved, dict(stayed)
-
-
-def _steps(resident: Residency) -> Iterator[tuple[int, int]]:
-    for start, stop in present(resident):
-        for at in range(start, stop, LOOK):
-            yield at, min(at + LOOK, stop)
 
 
 def _wrong(base: int, start: int, stop: int, nodes: Sequence[int]) -> list[int]:

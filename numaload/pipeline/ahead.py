@@ -34,8 +34,8 @@ class Range(NamedTuple):
     before: int
 
 
-class AbsentRange(NamedTuple):
-    """Name absent bytes. ``position``: bytes wanted up to its end, of all files."""
+class ToRead(NamedTuple):
+    """Name an absent range of a file. ``position``: bytes wanted up to its end, of all files."""
 
     file: SourceFile
     start: int
@@ -54,7 +54,7 @@ class Ahead:
         self.ranges, self.window = merged(ranges), window
         self._taken, self._ready, self._token = 0, 0, CancelToken()
         self._moved = threading.Condition()
-        self._todo: Iterator[AbsentRange] = iter(())
+        self._todo: Iterator[ToRead] = iter(())
         self._busy: dict[int, int] = {}  # thread: position of the beginning of what it reads
         self._active = self._blocked = 0
         self._threads: list[threading.Thread] = []
@@ -93,7 +93,7 @@ class Ahead:
                 return way._replace(threads=most)
         return None
 
-    def _absent(self) -> Iterator[AbsentRange]:
+    def _absent(self) -> Iterator[ToRead]:
         """Look each range up when its turn comes: others may have read it, or pushed it out."""
         size, most = CHUNK, max(CHUNK, min(MOST_READ, self.window // LEAST_THREADS))
         for one in self.ranges:
@@ -106,7 +106,7 @@ class Ahead:
                 if unknown and resident(one.file.fd, start, stop - start):
                     continue
                 for first, last in found.absent:
-                    yield AbsentRange(one.file, first, last, one.before + last - one.start)
+                    yield ToRead(one.file, first, last, one.before + last - one.start)
 
     def took(self, nbytes: int) -> None:
         if not self._threads:  # all is in RAM
@@ -158,7 +158,7 @@ class Ahead:
                 self._active -= 1
                 self._moved.notify_all()
 
-    def _next(self, own: int) -> AbsentRange | None:
+    def _next(self, own: int) -> ToRead | None:
         with self._moved:
             self._busy.pop(own, None)
             absent = None if self._token.cancelled() else next(self._todo, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from numaload.errors import ChecksumError
 from numaload.files.copy import plan_for
 from numaload.files.plan import BUFFERED, DIRECT, ReadMethod, ReadPlan
 from numaload.files.reader import Chunk, Progress, Reading
-from numaload.files.residency import Run, give_back, residency
+from numaload.files.residency import ByteRange, give_back, overlaps, residency
 from numaload.files.source import SourceFile
 from numaload.files.ways import IntoMemory
 from numaload.linux.lists import Group, format_list
@@ -213,7 +212,7 @@ class _Build:
     def _segments(self, chunk: Chunk) -> Iterator[tuple[int, int, bool]]:
         """Yield (start, stop, absent from RAM) of a chunk, on pages' borders."""
         found, at = self.before[chunk.which], chunk.offset
-        for start, stop in _overlaps(found.absent, chunk.offset, chunk.stop):
+        for start, stop in overlaps(found.absent, chunk.offset, chunk.stop):
             if at < start:
                 yield at, start, False
             yield start, stop, True
@@ -270,7 +269,7 @@ class _Build:
                 chunk=index,
             )
 
-    def _not_wanted(self, which: int, start: int = 0, stop: int | None = None) -> list[Run]:
+    def _not_wanted(self, which: int, start: int = 0, stop: int | None = None) -> list[ByteRange]:
         """Return the page cache to give back: what this build brought in, or all of it.
 
         What was there before stays, also where the kernel does not tell what that was.
@@ -279,7 +278,7 @@ class _Build:
         if self.drop_source:
             return [(start, stop)] if start < stop else []
         before = self.before[which]
-        return list(_overlaps(before.absent, start, stop)) if before.known else []
+        return list(overlaps(before.absent, start, stop)) if before.known else []
 
     def _give_back(self, chunk: Chunk) -> int:
         dropped = 0
@@ -287,13 +286,3 @@ class _Build:
             self.files[chunk.which].drop_cache(start, stop - start)
             dropped += stop - start
         return dropped
-
-
-def _overlaps(runs: Sequence[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Yield the overlaps with ``runs``: they ascend, and may be a hundred thousand."""
-    for i in range(max(0, bisect_right(runs, (start,)) - 1), len(runs)):
-        first, last = runs[i]
-        if first >= stop:
-            return
-        if last > start:
-            yield max(first, start), min(last, stop)

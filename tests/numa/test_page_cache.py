@@ -17,8 +17,8 @@ from cgroups import cgroup
 from commands import Numaload
 from confined import DOCKER
 from numaload.linux.syscalls import MPOL_BIND, set_mempolicy
-from numaload.pagecache import located
-from numaload.pagecache.residency import TensorResidency
+from numaload.pagecache import residency_report
+from numaload.pagecache.residency_report import TensorResidency
 from witness import PAGE, by_move_pages
 
 EDGES = 2 * PAGE  # bytes of a tensor that may be on pages which a neighbour brought in
@@ -95,7 +95,7 @@ def test_nothing_is_brought_in(model_files: list[str], placed: dict[str, int]) -
 def test_tensors_by_node_from_samples(
     model_files: list[str], placed: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(located, "SAMPLED_FROM", 0)
+    monkeypatch.setattr(residency_report, "SAMPLED_FROM", 0)
     report = api.residency(model_files[0])
     check(report.tensors, placed)
     for file in report.files:

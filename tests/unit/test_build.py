@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import numaload as api
 from commands import evict
@@ -45,40 +43,6 @@ def source(tmp_path: Path) -> Iterator[SourceFile]:
 def run(file: SourceFile, **options: Any) -> builds.Built:
     allocate = options.pop("allocate", private_memory())
     return build([file], [(NODE,)], allocate, api.topology(), **options)
-
-
-RUNS = st.lists(st.integers(0, 60), unique=True).map(
-    lambda edges: list(zip(sorted(edges)[::2], sorted(edges)[1::2], strict=False))
-)
-
-
-@given(RUNS, st.integers(0, 60), st.integers(1, 20))
-def test_overlaps(runs: list[tuple[int, int]], start: int, length: int) -> None:
-    stop = start + length
-    naive = {i for first, last in runs for i in range(first, last)} & set(range(start, stop))
-    found = list(builds._overlaps(runs, start, stop))
-    assert {i for first, last in found for i in range(first, last)} == naive
-    assert all(first < last for first, last in found)
-
-
-def test_overlaps_do_not_look_at_all_runs() -> None:
-    class Counted(list[tuple[int, int]]):
-        looks = 0
-
-        def __getitem__(self, i: Any) -> Any:
-            self.looks += 1
-            return super().__getitem__(i)
-
-        def __iter__(self) -> Iterator[tuple[int, int]]:
-            self.looks += len(self)
-            return super().__iter__()
-
-    runs = Counted((2 * i, 2 * i + 1) for i in range(100_000))
-    assert list(builds._overlaps(runs, 100_000, 100_003)) == [
-        (100_000, 100_001),
-        (100_002, 100_003),
-    ]
-    assert runs.looks < 50
 
 
 def test_what_was_given_back_is_counted_by_all_threads(

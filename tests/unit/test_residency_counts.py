@@ -1,4 +1,4 @@
-"""What is in RAM by cachestat, by mincore and by samples: they agree, and ask no more than needed.
+"""What is in RAM by cachestat and by mincore: they agree, and ask no more than needed.
 
 The witness is mincore about every page of the file.
 """
@@ -11,19 +11,32 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from commands import evict
 from numaload.files import residency as module
-from numaload.files.residency import asked_by, cached_bytes, cached_on, present, residency
+from numaload.files.residency import (
+    AbsentRange,
+    ByteRange,
+    Residency,
+    asked_by,
+    between,
+    cached_bytes,
+    cached_on,
+    merged,
+    overlaps,
+    present,
+    residency,
+)
 from numaload.files.source import SourceFile
 from numaload.linux import syscalls
 from numaload.linux.mapping import map_file
-from numaload.pagecache import counting as counting_module
-from numaload.pagecache import located
-from numaload.pagecache.counting import BySamples, Counting, Runs, counting, spread
+from numaload.pagecache import residency_report
+from numaload.pagecache.residency_report import FileResidency, Span, look, spread, uncertain
 from witness import PAGE
 
 MIB = 1 << 20
@@ -122,19 +135,19 @@ def test_cached_bytes_is_what_mincore_says(file: SourceFile) -> None:
     assert found in (None, resident_of(pages, 0, SIZE))
 
 
+SPANS = [Span(f"{start} to {stop}", start, stop - start) for start, stop in RAGGED]
+
+
 @pytest.mark.usefixtures("way")
-def test_counting_is_what_mincore_says(file: SourceFile) -> None:
-    for start, stop in RAGGED:
-
-        def ask(start: int = start, stop: int = stop) -> tuple[bool, int, list[tuple[int, int]]]:
-            with counting(file) as count:
-                runs = count.runs()
-                within = list(runs.within(start, stop)) if runs else []
-                return count.known, count(start, stop, 10)[0], within
-
-        pages, (known, counted, within) = steady(file, ask)
-        expected = resident_of(pages, start, stop) if known else 0
-        assert counted == expected == sum(b - a for a, b in within)
+@pytest.mark.parametrize("nodes", [[0], [0, 1]], ids=["one node", "two nodes"])
+def test_files_and_tensors_are_counted_as_mincore_says(file: SourceFile, nodes: list[int]) -> None:
+    pages, report = steady(file, partial(look, file, SPANS, nodes))
+    assert report.resident == (resident_of(pages, 0, SIZE) if report.known else 0)
+    for tensor, (start, stop) in zip(report.tensors, RAGGED, strict=report.known):
+        assert tensor.resident == resident_of(pages, start, stop)
+    edges = [SIZE * i // 60 for i in range(61)]
+    for cell, (start, stop) in zip(report.cells, pairwise(edges), strict=report.known):
+        assert round(cell * (stop - start)) == resident_of(pages, start, stop)
 
 
 class Asked:
@@ -200,16 +213,23 @@ def test_all_or_nothing_takes_one_question(
         assert cached_bytes(file) == (MIB if warm else 0)
         assert (asked.stats, asked.mincore_bytes) == (1, 0)
         assert residency(file).absent == (() if warm else ((0, MIB),))
-        assert (asked.stats, asked.mincore_bytes) == (3, 0)  # one more: whether it tells at all
+        assert (asked.stats, asked.mincore_bytes) == (2, 0)
+        for nodes in ([0], [0, 1]) if not warm else ([0],):
+            asked.stats = 0
+            assert look(file, [], nodes).resident == (MIB if warm else 0)
+            assert (asked.stats, asked.mincore_bytes) == (2, 0)  # one: whether it tells at all
 
 
 def test_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
-    with SourceFile(str(tmp_path / "empty")) as file, counting(file) as count:
+    with SourceFile(str(tmp_path / "empty")) as file:
         found = residency(file)
         assert (found.absent, found.resident, found.known) == ((), 0, True)
         assert cached_bytes(file) == 0
-        assert count(0, 0, 10) == (0, 0)
+        for nodes in ([0], [0, 1]):
+            report = look(file, [Span("empty", 0, 0)], nodes)
+            assert (report.resident, report.known, report.cells) == (0, True, [])
+            assert report.tensors[0].resident == 0
 
 
 def test_looking_does_not_read_on(tmp_path: Path) -> None:
@@ -228,56 +248,6 @@ def test_looking_does_not_read_on(tmp_path: Path) -> None:
         assert sum(on.values()) <= found.resident
 
 
-# Samples.
-
-
-@pytest.fixture
-def sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Counting, int]]:
-    """A file of which every page would be too much to ask about, and its resident bytes."""
-    without_cachestat(monkeypatch)
-    monkeypatch.setattr(counting_module, "SAMPLED_FROM", MIB)
-    monkeypatch.setattr(random, "random", random.Random(3).random)
-    path = tmp_path / "file"
-    path.write_bytes(bytes(16 * MIB))
-    evict([str(path)])
-    with SourceFile(str(path)) as file:
-        os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_RANDOM)
-        draw = random.Random(5)
-        for _ in range(700):
-            os.pread(file.fd, 1, draw.randrange(file.size))
-        with counting(file) as count:
-            yield count, sum(witness(file)) * PAGE
-
-
-def test_the_stated_error_holds(sampled: tuple[Counting, int]) -> None:
-    count, truth = sampled
-    assert count.how == "sampled mincore"
-    tries = [count(0, count.file.size, 200) for _ in range(200)]
-    assert all(0 < error < count.file.size / 10 for _, error in tries)
-    right = sum(abs(found - truth) <= error for found, error in tries)
-    assert right >= 0.93 * len(tries)
-    assert any(found != truth for found, _ in tries)  # or they were no samples
-
-
-def test_a_small_part_is_asked_about_whole(sampled: tuple[Counting, int]) -> None:
-    count, truth = sampled
-    assert count(0, count.file.size, 600) == (truth, 0)
-
-
-def test_nothing_found_is_not_sure_to_be_nothing(sampled: tuple[Counting, int]) -> None:
-    count, _ = sampled
-    assert isinstance(count, BySamples)
-    count.file.drop_cache(0, 0)
-    assert count(0, count.file.size, 200) == (0, round(3 / 200 * count.file.size))
-    assert count.runs() is None
-
-
-def test_spread_samples_are_one_of_each_part() -> None:
-    found = list(spread(100, 1100, 50))
-    assert [(page - 100) // 20 for page in found] == list(range(50))
-    assert len({(page - 100) % 20 for page in found}) > 5
-
-
 # Nodes, on a machine that need not have several.
 
 
@@ -291,20 +261,16 @@ def by_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(syscalls, "pages_nodes", pages_nodes)
 
 
-def test_nodes_of_parts(file: SourceFile, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ranges", [1024, 1], ids=["one mapping", "many mappings"])
+def test_nodes_of_parts(file: SourceFile, monkeypatch: pytest.MonkeyPatch, ranges: int) -> None:
     by_two_nodes(monkeypatch)
-    for start, stop in RAGGED:
-
-        def ask(start: int = start, stop: int = stop) -> dict[int, int]:
-            with counting(file) as count:
-                resident = count(0, file.size, 1)[0]
-                its = count(start, stop, 1)[0]
-                return located.locating(file, count, [0, 1], resident).on(start, stop, its, 1)[0]
-
-        pages, on = steady(file, ask)
+    monkeypatch.setattr(residency_report, "RANGES", ranges)
+    pages, report = steady(file, partial(look, file, SPANS, [0, 1]))
+    assert (report.nodes_error, {tensor.nodes_error for tensor in report.tensors}) == (0, {0})
+    for tensor, (start, stop) in zip(report.tensors, RAGGED, strict=True):
         its = range(start // PAGE, -(-stop // PAGE))
         odd, even = (sum(pages[i] for i in its if i % 2 == which) for which in (1, 0))
-        assert isinstance(on, dict)
+        on = tensor.on_nodes
         assert sum(on.values()) == resident_of(pages, start, stop)
         assert set(on) <= {0, 1}
         if odd + even:
@@ -313,15 +279,62 @@ def test_nodes_of_parts(file: SourceFile, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_nodes_by_samples(file: SourceFile, monkeypatch: pytest.MonkeyPatch) -> None:
     by_two_nodes(monkeypatch)
-    monkeypatch.setattr(located, "SAMPLED_FROM", 0)
-    with counting(file) as count:
-        resident = count(0, file.size, 1)[0]
-        on, error = located.locating(file, count, [0, 1], resident).on(0, file.size, resident, 400)
-        assert sum(on.values()) == resident
-        assert resident == 0 or 0 < error <= resident
-        if resident > MIB:
-            assert abs(on[0] - resident / 2) <= 2 * error
-        assert count(0, file.size, 1)[0] <= resident  # and nothing was read
+    monkeypatch.setattr(residency_report, "SAMPLED_FROM", 0)
+    monkeypatch.setattr(residency_report, "FILE_SAMPLES", 400)
+    before = look(file, SPANS, [0])
+    report = look(file, SPANS, [0, 1])
+    assert sum(report.on_nodes.values()) == report.resident
+    assert report.resident == 0 or 0 < report.nodes_error <= report.resident
+    for tensor in report.tensors:
+        assert sum(tensor.on_nodes.values()) == tensor.resident
+        assert tensor.resident < PAGE or 0 < tensor.nodes_error <= tensor.resident
+    if report.resident > MIB:
+        assert abs(report.on_nodes[0] - report.resident / 2) <= 2 * report.nodes_error
+    assert look(file, SPANS, [0]).resident <= before.resident  # and nothing was read
+
+
+@pytest.fixture
+def sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SourceFile]:
+    """A file of which too many pages are resident to ask about the node of each."""
+    monkeypatch.setattr(residency_report, "SAMPLED_FROM", 0)
+    monkeypatch.setattr(residency_report, "FILE_SAMPLES", 200)
+    monkeypatch.setattr(random, "random", random.Random(3).random)
+    path = tmp_path / "file"
+    path.write_bytes(bytes(16 * MIB))
+    evict([str(path)])
+    with SourceFile(str(path)) as file:
+        os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_RANDOM)
+        draw = random.Random(5)
+        for _ in range(1500):
+            os.pread(file.fd, 1, draw.randrange(file.size))
+        yield file
+
+
+def test_the_stated_error_holds(sampled: SourceFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_two_nodes(monkeypatch)
+
+    def ask() -> list[FileResidency]:
+        return [look(sampled, [], [0, 1]) for _ in range(200)]
+
+    pages, tries = steady(sampled, ask)
+    odd = sum(pages[1::2]) * PAGE
+    assert all(0 < found.nodes_error < found.resident / 5 for found in tries)
+    right = sum(abs(found.on_nodes[1] - odd) <= found.nodes_error for found in tries)
+    assert right >= 0.93 * len(tries)
+    assert any(found.on_nodes[1] != odd for found in tries)  # or they were no samples
+
+
+def test_samples_on_one_node_are_not_sure_to_be_all(sampled: SourceFile) -> None:
+    found = look(sampled, [], [0, 1])
+    assert list(found.on_nodes.values()) == [found.resident]
+    assert found.nodes_error == round(3 / 200 * found.resident)
+    assert uncertain(0, 200) == uncertain(1, 200) == 3 / 200
+
+
+def test_spread_samples_are_one_of_each_part() -> None:
+    found = list(spread(100, 1100, 50))
+    assert [(page - 100) // 20 for page in found] == list(range(50))
+    assert len({(page - 100) % 20 for page in found}) > 5
 
 
 def test_where_move_pages_is_refused_files_are_counted(
@@ -336,19 +349,71 @@ def test_where_move_pages_is_refused_files_are_counted(
     monkeypatch.setattr("numaload.errors._said", set())
     path = tmp_path / "file"
     path.write_bytes(bytes(MIB))
-    with SourceFile(str(path)) as file, counting(file) as count:
+    with SourceFile(str(path)) as file:
         with pytest.warns(NumaloadWarning, match="nodes are told of whole files"):
-            found = located.locating(file, count, [0, 1], MIB)
-        assert sum(found.on(0, MIB, MIB, 1)[0].values()) == MIB
-        assert found.on(0, PAGE, PAGE, 1) == ({}, 0)
+            report = look(file, [Span("a", 0, PAGE)], [0, 1])
+        assert sum(report.on_nodes.values()) == report.resident == MIB
+        (tensor,) = report.tensors
+        assert (tensor.resident, tensor.on_nodes, tensor.nodes_error) == (PAGE, {}, 0)
 
 
-def test_runs_within() -> None:
-    found = module.Residency(100, ((0, 10), (20, 30), (90, 100)))
-    runs = Runs(found)
-    assert list(runs) == [(10, 20), (30, 90)]
-    assert runs(0, 100) == 70
-    assert runs(15, 31) == 6
-    assert runs(20, 30) == 0
-    assert list(runs.within(15, 40)) == [(15, 20), (30, 40)]
-    assert list(runs.within(0, 5)) == list(runs.within(90, 100)) == []
+# Arithmetic.
+
+RANGES = st.lists(st.integers(0, 60), unique=True).map(
+    lambda edges: list(zip(sorted(edges)[::2], sorted(edges)[1::2], strict=False))
+)
+ANY_RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)))
+
+
+def bytes_of(ranges: list[ByteRange]) -> set[int]:
+    return {i for first, last in ranges for i in range(first, last)}
+
+
+@given(RANGES, st.integers(0, 60), st.integers(1, 20))
+def test_overlaps(ranges: list[ByteRange], start: int, length: int) -> None:
+    stop = start + length
+    found = list(overlaps(ranges, start, stop))
+    assert bytes_of(found) == bytes_of(ranges) & set(range(start, stop))
+    assert all(first < last for first, last in found)
+
+
+def test_overlaps_do_not_look_at_all_ranges() -> None:
+    class Counted(list[ByteRange]):
+        looks = 0
+
+        def __getitem__(self, i: Any) -> Any:
+            self.looks += 1
+            return super().__getitem__(i)
+
+        def __iter__(self) -> Iterator[ByteRange]:
+            self.looks += len(self)
+            return super().__iter__()
+
+    ranges = Counted((2 * i, 2 * i + 1) for i in range(100_000))
+    assert list(overlaps(ranges, 100_000, 100_003)) == [(100_000, 100_001), (100_002, 100_003)]
+    assert ranges.looks < 50
+
+
+@given(ANY_RANGES)
+def test_merged(ranges: list[ByteRange]) -> None:
+    found = list(merged(ranges))
+    assert bytes_of(found) == bytes_of(ranges)
+    assert all(first < last for first, last in found)
+    assert all(one[1] < two[0] for one, two in pairwise(found))
+
+
+@given(RANGES)
+def test_between(ranges: list[ByteRange]) -> None:
+    found = list(between(ranges, 0, 61))
+    assert bytes_of(found) == set(range(61)) - bytes_of(ranges)
+    assert all(first < last for first, last in found)
+
+
+@given(RANGES, st.integers(0, 60), st.integers(0, 20))
+def test_parts_of_what_is_resident(absent: list[AbsentRange], start: int, length: int) -> None:
+    found = Residency(61, tuple(absent))
+    assert bytes_of(list(present(found))) == set(range(61)) - bytes_of(absent)
+    assert found.resident == 61 - len(bytes_of(absent)) == found.resident_in(0, 61)
+    part = set(range(start, start + length)) & set(range(61))
+    assert found.resident_in(start, start + length) == len(part - bytes_of(absent))
+    assert found.resident_in(70, 70 + length) == 0

@@ -35,7 +35,7 @@ class Load(NamedTuple):
     view: Callable[[Any], Any] | None = None
 
 
-class Plan(NamedTuple):
+class _Plan(NamedTuple):
     """How a Load is made. dtype: the result's, before torch may convert it."""
 
     load: Load
@@ -79,11 +79,11 @@ def load_all(
     return {load.name: _converted(made[load.name], dtype) for load in loads}
 
 
-def _order(plan: Plan) -> tuple[int, int]:
+def _order(plan: _Plan) -> tuple[int, int]:
     return plan.load.tensor.place_in_files
 
 
-def _plan(load: Load, dtype: Any) -> Plan:
+def _plan(load: Load, dtype: Any) -> _Plan:
     tensor = load.tensor
     tensor.check_type()
     own = NAMES.get(tensor.type_name, "float32")
@@ -96,12 +96,12 @@ def _plan(load: Load, dtype: Any) -> Plan:
     if tensor.type_name in ITEMS:
         raise UnsupportedTypeError(f"tensor {tensor.name!r}: {tensor.type_name} in an adapter")
     raw = not tensor.in_blocks and own == made and tensor.byte_order == "little"
-    return Plan(load, made, raw, torch_dtype(made, tensor.name).itemsize)
+    return _Plan(load, made, raw, torch_dtype(made, tensor.name).itemsize)
 
 
-def _runs(plans: Iterable[Plan]) -> Iterator[list[Plan]]:
+def _runs(plans: Iterable[_Plan]) -> Iterator[list[_Plan]]:
     """Of plans in the order of the files: those that lie together."""
-    run: list[Plan] = []
+    run: list[_Plan] = []
     for plan in plans:
         if run and not 0 <= _gap(run[-1], plan) <= MOST_BETWEEN:
             yield run
@@ -111,12 +111,12 @@ def _runs(plans: Iterable[Plan]) -> Iterator[list[Plan]]:
         yield run
 
 
-def _gap(before: Plan, after: Plan) -> int:
+def _gap(before: _Plan, after: _Plan) -> int:
     (part, start), (other, offset) = _order(before), _order(after)
     return offset - start - before.nbytes if part == other else -1
 
 
-def _placed(runs: Sequence[Sequence[Plan]], alone: Sequence[Plan]) -> tuple[dict[str, int], int]:
+def _placed(runs: Sequence[Sequence[_Plan]], alone: Sequence[_Plan]) -> tuple[dict[str, int], int]:
     """Where each begins in memory, by name, and the bytes of it all."""
     placed: dict[str, int] = {}
     end = 0
@@ -129,14 +129,14 @@ def _placed(runs: Sequence[Sequence[Plan]], alone: Sequence[Plan]) -> tuple[dict
     return placed, end
 
 
-def _result(plan: Plan, flat: Any, at: int) -> Any:
+def _result(plan: _Plan, flat: Any, at: int) -> Any:
     """Of a storage of its own, so that saving one does not save all."""
     torch, load = import_torch(), plan.load
     own = torch.from_numpy(flat[at : at + plan.nbytes])
     return own.view(torch_dtype(plan.dtype, load.name)).reshape(load.shape or load.tensor.shape)
 
 
-def _run_target(weights: Weights, run: Sequence[Plan], flat: Any, start: int) -> Target:
+def _run_target(weights: Weights, run: Sequence[_Plan], flat: Any, start: int) -> Target:
     """Several tensors as one of bytes."""
     part, first = _order(run[0])
     nbytes = _order(run[-1])[1] + run[-1].nbytes - first
@@ -144,7 +144,7 @@ def _run_target(weights: Weights, run: Sequence[Plan], flat: Any, start: int) ->
     return Target(Tensor(info, weights, part), flat[start : start + nbytes], None)
 
 
-def _target(plan: Plan, result: Any) -> Target:
+def _target(plan: _Plan, result: Any) -> Target:
     view = plan.load.view
     place = array_of(result if view is None else view(result))
     return Target(plan.load.tensor, place, None if plan.raw else plan.dtype)

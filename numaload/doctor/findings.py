@@ -120,7 +120,7 @@ def inspect_threads(pid: int | None = None) -> ThreadReport:
     )
 
 
-def main_pinned(seen: ThreadReport) -> Iterator[Finding]:
+def _main_pinned(seen: ThreadReport) -> Iterator[Finding]:
     """Find a main thread on one core: OpenMP libraries pin the thread that loads them."""
     main, wide = seen.main, seen.cpus
     if main is None or not main.cpus:
@@ -140,7 +140,7 @@ def main_pinned(seen: ThreadReport) -> Iterator[Finding]:
         )
 
 
-def too_many_runnable(seen: ThreadReport) -> Iterator[Finding]:
+def _too_many_runnable(seen: ThreadReport) -> Iterator[Finding]:
     """Find CPUs for which more threads have work just now than there are CPUs."""
     for cpus, inside in seen.overloads:
         several = len({id(seen.pool_of[thread.tid]) for thread in inside}) > 1
@@ -154,7 +154,7 @@ def too_many_runnable(seen: ThreadReport) -> Iterator[Finding]:
         )
 
 
-def beyond_quota(seen: ThreadReport) -> Iterator[Finding]:
+def _beyond_quota(seen: ThreadReport) -> Iterator[Finding]:
     """Find more threads with work than the cgroup's CPU time is for."""
     quota = seen.quota
     if quota is not None and len(seen.busy) > max(1, quota):
@@ -167,7 +167,7 @@ def beyond_quota(seen: ThreadReport) -> Iterator[Finding]:
         )
 
 
-def crowded(seen: ThreadReport) -> Iterator[Finding]:
+def _crowded(seen: ThreadReport) -> Iterator[Finding]:
     """Find pools that have too many threads whenever all of them work, if not just now."""
     told = {thread.tid for _, inside in seen.overloads for thread in inside}
     for pool in seen.pools:
@@ -184,7 +184,7 @@ def crowded(seen: ThreadReport) -> Iterator[Finding]:
             )
 
 
-def spread(seen: ThreadReport) -> Iterator[Finding]:
+def _spread(seen: ThreadReport) -> Iterator[Finding]:
     """Find pools whose threads the kernel may move from node to node."""
     wide: dict[tuple[int, ...], list[Pool]] = {}
     for pool in seen.pools:
@@ -202,7 +202,7 @@ def spread(seen: ThreadReport) -> Iterator[Finding]:
         )
 
 
-def far(seen: ThreadReport) -> Iterator[Finding]:
+def _far(seen: ThreadReport) -> Iterator[Finding]:
     """Find cpusets that allow CPUs of one node and memory of another."""
     has_memory = {node.id for node in seen.machine.nodes.values() if node.has_memory}
     for pool in seen.pools:
@@ -218,7 +218,7 @@ def far(seen: ThreadReport) -> Iterator[Finding]:
             )
 
 
-CHECKS = (main_pinned, too_many_runnable, beyond_quota, crowded, spread, far)
+CHECKS = (_main_pinned, _too_many_runnable, _beyond_quota, _crowded, _spread, _far)
 
 
 def _cpus(cpus: frozenset[int]) -> str:

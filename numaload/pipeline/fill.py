@@ -122,7 +122,7 @@ def scratch(name: str, nbytes: int) -> NDArray[np.uint8]:
     return found[:nbytes]
 
 
-def fetch(tensor: Tensor, start: int, nbytes: int) -> NDArray[np.uint8]:
+def _fetch(tensor: Tensor, start: int, nbytes: int) -> NDArray[np.uint8]:
     """Return bytes of the tensor from ``start``, valid until this thread's next call.
 
     Raises: ReadError, FileChangedError, ClosedError.
@@ -344,7 +344,7 @@ class _Converting:
             done = self._read(first, flat, past_caches=past_caches)
         for start in range(done, flat.size, self.step):
             part = flat[start : start + self.step]
-            blocks = fetch(
+            blocks = _fetch(
                 target.tensor, target.bytes_of(first + start), target.bytes_of(part.size)
             )
             self.convert(blocks, part, past_caches)
@@ -370,8 +370,8 @@ class _Raw:
         tensor, place = self.target.tensor, part.place
         start, nbytes = self.target.bytes_of(part.first), place.nbytes
         if not place.flags.c_contiguous:
-            place[...] = fetch(tensor, start, nbytes).view(place.dtype).reshape(place.shape)
+            place[...] = _fetch(tensor, start, nbytes).view(place.dtype).reshape(place.shape)
         elif tensor.is_file:
             tensor.read_into(place.reshape(-1).view(np.uint8).data, start)
         else:
-            place.reshape(-1).view(np.uint8)[:] = fetch(tensor, start, nbytes)
+            place.reshape(-1).view(np.uint8)[:] = _fetch(tensor, start, nbytes)

@@ -79,7 +79,7 @@ def build(
         for arenas in job.arenas.values():
             for arena in arenas:
                 arena.settle()
-        placements = prove(job.arenas)
+        placements = _prove(job.arenas)
     except BaseException:
         for arenas in job.arenas.values():
             for arena in arenas:
@@ -89,7 +89,7 @@ def build(
     return Built(job.arenas, job.sums, placements, seconds, bound, job.given_back, plan=job.plan)
 
 
-def prove(arenas: dict[Group, list[Arena]]) -> dict[Group, Placement]:
+def _prove(arenas: dict[Group, list[Arena]]) -> dict[Group, Placement]:
     """Ask the kernel where every page is. Raises: PlacementError."""
     asked = [(list(group), [arena.mapping for arena in row]) for group, row in arenas.items()]
     placements = dict(zip(arenas, locate(asked), strict=True))

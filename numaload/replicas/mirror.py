@@ -85,7 +85,7 @@ def mirror(
         if shared:
             made = mirror_shared([model], machine, options, progress)[0]
         elif len(machine.usable) == 1:
-            made = mapped(model, machine, groups)
+            made = _mapped(model, machine, groups)
         else:
             made = private(model, machine, options, progress)
         made.owns_weights = model is not weights
@@ -104,7 +104,7 @@ def attach(
     machine = topology()
     needed = None if nodes is None else machine.select(nodes)
     with _opened(path) as weights:
-        made = attach_shared(weights, machine, needed)
+        made = _attach_shared(weights, machine, needed)
         made.owns_weights = weights is not path
         return made
 
@@ -207,7 +207,7 @@ def private(
     return Mirror(weights, replicas, report, machine, dict.fromkeys(groups, built.checksums))
 
 
-def mapped(weights: Weights, machine: Topology, groups: Sequence[Group]) -> Mirror:
+def _mapped(weights: Weights, machine: Topology, groups: Sequence[Group]) -> Mirror:
     """Return the opened file itself as the only view: there is one node."""
     report = report_of(weights, machine, groups, "mapped")
     report.note = "one NUMA node: nothing was copied, the view is the opened file itself"
@@ -332,7 +332,7 @@ def _publish(model: known.Model, built: Built, folder: int, *, hold: bool) -> No
         built.close()
 
 
-def attach_shared(weights: Weights, machine: Topology, needed: Sequence[int] | None) -> Mirror:
+def _attach_shared(weights: Weights, machine: Topology, needed: Sequence[int] | None) -> Mirror:
     """Attach the replicas on the ``needed`` nodes; None: every replica that is there."""
     found = store.find(weights.model())
     if not found:

@@ -68,7 +68,7 @@ def scan() -> tuple[list[Entry], dict[str, str]]:
     """Return the entries, oldest first, and {name: why} of those that cannot be read."""
     found: list[Entry] = []
     damaged: dict[str, str] = {}
-    take_over()
+    _take_over()
     with userdir.existing() as store:
         for name in _entry_names(store):
             entry = _read(name, store)
@@ -82,7 +82,7 @@ def scan() -> tuple[list[Entry], dict[str, str]]:
     return sorted(found, key=lambda entry: entry.created), damaged
 
 
-def take_over() -> None:
+def _take_over() -> None:
     """Move entries here that an earlier version made, and a holder of that may make again."""
     with userdir.earlier() as old:
         names = [name for name in _entry_names(old) if isinstance(_read(name, old), Entry)]
@@ -146,7 +146,7 @@ def building() -> Iterator[int]:
 
     Yields the store's descriptor, cleared of what killed builders left.
     """
-    take_over()
+    _take_over()
     with userdir.opened() as store:
         if getattr(_local, "builds", False):
             raise UsageError(
@@ -164,7 +164,7 @@ def building() -> Iterator[int]:
 
 def sweep() -> list[str]:
     """Clear what killed processes left, unless someone builds; return why replicas stay."""
-    take_over()
+    _take_over()
     with userdir.existing() as store:
         if store is not None:
             with folders.alone(store) as alone:

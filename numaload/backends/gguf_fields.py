@@ -75,7 +75,7 @@ class Image(NamedTuple):
         return type_id, count
 
     def changed(self, offset: int) -> MetadataError:
-        message = "the lengths here are others than when the header was read"
+        message = "array lengths here differ from those when the header was read"
         return MetadataError(message, path=self.path, offset=offset)
 
 
@@ -128,7 +128,7 @@ class _Strings(_Body):
 
     @cached_property
     def starts(self) -> array[int]:
-        """Find the byte at which each text begins, and the byte after the last."""
+        """Return the offset of each text, and the byte after the last."""
         raw, unpack, at = self._image.data.data, self._image.order.u64.unpack_from, self._offset
         starts = array("q", [at])
         try:

@@ -36,7 +36,7 @@ class Load(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """How a Load is made. dtype: the result's, before torch may convert it."""
+    """Say how a Load is made. dtype: the result's, before torch may convert it."""
 
     load: Load
     dtype: str
@@ -49,14 +49,14 @@ class _Plan(NamedTuple):
 
     @property
     def straight(self) -> bool:
-        """Whether its bytes in the file are its bytes in memory."""
+        """Return whether the result has the very bytes of the file."""
         return self.raw and self.load.view is None and self.load.tensor.offset % self.itemsize == 0
 
 
 def load_all(
     weights: Weights, loads: Sequence[Load], dtype: Any, progress: Progress | None, *, copy: bool
 ) -> dict[str, Any]:
-    """{name: torch tensor} of memory that they share, and of nobody else.
+    """Load tensors into one piece of memory; return {name: torch tensor}.
 
     dtype: torch's, or None for the file's, which is float32 for quantized blocks.
     copy False: what stays as it is in the file is mapped from there instead, read-only.
@@ -94,13 +94,15 @@ def _plan(load: Load, dtype: Any) -> _Plan:
     else:
         made = kernel_dtype(made)
     if tensor.type_name in ITEMS:
-        raise UnsupportedTypeError(f"tensor {tensor.name!r}: {tensor.type_name} in an adapter")
+        raise UnsupportedTypeError(
+            f"tensor {tensor.name!r}: adapters of {tensor.type_name} cannot be loaded"
+        )
     raw = not tensor.in_blocks and own == made and tensor.byte_order == "little"
     return _Plan(load, made, raw, torch_dtype(made, tensor.name).itemsize)
 
 
 def _runs(plans: Iterable[_Plan]) -> Iterator[list[_Plan]]:
-    """Of plans in the order of the files: those that lie together."""
+    """Group plans, given in the order of the files, into runs that lie together."""
     run: list[_Plan] = []
     for plan in plans:
         if run and not 0 <= _gap(run[-1], plan) <= MOST_BETWEEN:
@@ -117,7 +119,7 @@ def _gap(before: _Plan, after: _Plan) -> int:
 
 
 def _placed(runs: Sequence[Sequence[_Plan]], alone: Sequence[_Plan]) -> tuple[dict[str, int], int]:
-    """Where each begins in memory, by name, and the bytes of it all."""
+    """Return {name: where it begins in memory}, and the bytes of them all."""
     placed: dict[str, int] = {}
     end = 0
     for run in [*runs, *([plan] for plan in alone)]:
@@ -130,14 +132,14 @@ def _placed(runs: Sequence[Sequence[_Plan]], alone: Sequence[_Plan]) -> tuple[di
 
 
 def _result(plan: _Plan, flat: Any, at: int) -> Any:
-    """Of a storage of its own, so that saving one does not save all."""
+    """Make a tensor with a storage of its own, so that saving it does not save all the others."""
     torch, load = import_torch(), plan.load
     own = torch.from_numpy(flat[at : at + plan.nbytes])
     return own.view(torch_dtype(plan.dtype, load.name)).reshape(load.shape or load.tensor.shape)
 
 
 def _run_target(weights: Weights, run: Sequence[_Plan], flat: Any, start: int) -> Target:
-    """Several tensors as one of bytes."""
+    """Return one target of bytes that covers a run of tensors."""
     part, first = _order(run[0])
     nbytes = _order(run[-1])[1] + run[-1].nbytes - first
     info = SafeTensorInfo(f"{run[0].load.tensor.name} and more", (nbytes,), "U8", first, nbytes)

@@ -29,7 +29,7 @@ from numaload.weights import Tensor, Weights
 
 
 class _Found(NamedTuple):
-    """A share whose tensor is in the file."""
+    """Hold a share whose tensor is in the file."""
 
     share: Share
     tensor: Tensor
@@ -60,13 +60,13 @@ class _Parameter:
 
     @property
     def in_place(self) -> bool:
-        """Whether it can be filled where it is."""
+        """Return whether it can be filled in the memory that it has."""
         old = self.old
         return self.same and old.device.type == "cpu" and old.is_contiguous()
 
     @property
     def same(self) -> bool:
-        """Whether the module keeps its tensor, however it is filled."""
+        """Return whether the module keeps its own tensor: dtype and device stay."""
         old = self.old
         return (old.dtype, old.device) == (self.dtype, self.device) and old.device.type != "meta"
 
@@ -81,7 +81,7 @@ def load_state_dict(
     strict: bool = True,
     progress: Progress | None = None,
 ) -> Any:
-    """Fill a torch module from a GGUF or safetensors model; what torch's own returns.
+    """Fill a torch module from a GGUF or safetensors model; return what torch's own returns.
 
     name_map: {module key: tensor name} or a function from one to the other. By default the names
     of the file where it has the module's, or those of transformers' models of the architectures
@@ -123,7 +123,7 @@ def load_state_dict(
 
 
 class _Plan:
-    """Which tensors go where, before anything is touched."""
+    """Decide which tensors go where, before anything is touched."""
 
     def __init__(self, module: Any, weights: Weights, name_map: NameMap | None) -> None:
         self.module, self.weights = module, weights
@@ -146,7 +146,7 @@ class _Plan:
         self.unexpected = [n for n in weights if n not in used and not COMPUTED.fullmatch(n)]
 
     def _find(self, shares: Any, one: int) -> list[_Found]:
-        """Of the first name whose tensors are all there."""
+        """Return the shares of the first tied name whose tensors are all in the file."""
         for name in self.tied[one]:
             wanted = shares(name, self.tensors[one])
             for share in wanted:
@@ -246,7 +246,7 @@ class _Plan:
             return tensor.dtype
         wanted = torch_dtype(dtype_name(dtype), name)
         if not wanted.is_floating_point:
-            raise UsageError(f"dtype {dtype}: expected a floating-point one")
+            raise UsageError(f"dtype {dtype}: expected a floating-point dtype")
         kept = getattr(self.module, "_keep_in_fp32_modules_strict", None) or ()
         if any(re.search(rf"(^|\.){re.escape(one)}(\.|$)", name) for one in kept):
             return torch_dtype("float32", name)
@@ -264,10 +264,10 @@ def _device(tensor: Any, device: Any) -> Any:
 
 
 def _mismatch(found: _Found, parameter: Any) -> str:
-    """Empty where the tensor fits; dims of 1 make no difference: GGUF drops some."""
+    """Say why the tensor does not fit, or "". Dims of 1 make no difference: GGUF drops some."""
     expert, shape = found.share.expert, found.tensor.shape
     if expert is not None and (len(shape) != 3 or expert >= shape[0]):
-        return f"expert {expert} of a tensor of shape {shape}"
+        return f"expert {expert} is not in a tensor of shape {shape}"
     try:
         place = found.share.view(parameter)
     except (RuntimeError, IndexError) as error:  # of torch: the sizes do not divide so
@@ -299,7 +299,7 @@ def _check_type(tensor: Tensor, dtype: str) -> None:
 
 
 def _check_room(parameters: list[_Parameter]) -> None:
-    """Check memory, or the kernel kills someone later. Raises: NodeMemoryError."""
+    """Check that memory has room: else Linux kills a process later. Raises: NodeMemoryError."""
     new = [one for one in parameters if not one.in_place and one.device.type == "cpu"]
     nbytes = sum(one.old.numel() * one.dtype.itemsize for one in new)
     if nbytes:
@@ -307,8 +307,8 @@ def _check_room(parameters: list[_Parameter]) -> None:
 
 
 class _Filling:
-    """First all that is filled where it stays, in the order of the files; then what is converted
-    by torch or goes to another device, one after another.
+    """Fill in two steps: first, in parallel and in file order, what kernels or reading put straight
+    into place; then, one by one, what torch converts or moves to another device.
     """
 
     def __init__(self, parameters: list[_Parameter], progress: Progress | None) -> None:
@@ -368,7 +368,7 @@ def _nbytes(found: _Found) -> int:
 
 
 def _direct(one: _Parameter) -> bool:
-    """Whether kernels or reading make exactly what is wanted, without torch."""
+    """Return whether kernels or reading make exactly what is wanted, without torch."""
     name = dtype_name(one.dtype)
     return all(
         (found.tensor.has_kernel and name in KERNEL_DTYPES) or _as_it_is(found.tensor, name)
@@ -431,7 +431,7 @@ def _unfilled(plan: _Plan) -> Iterator[tuple[int, _Place]]:
 
 
 def _computed_buffers(plan: _Plan, device: Any) -> dict[int, Any]:
-    """Return {id: values} of such buffers; the module stays as it is.
+    """Compute the buffers that ``_unfilled`` yields: {id: values}; the module stays as it is.
 
     Models of transformers can compute theirs again (rotary embeddings). They do it by initializing
     the part, with whatever is in it: so only where nothing of that comes from a file.

@@ -63,7 +63,7 @@ class Target(NamedTuple):
 
     @property
     def start(self) -> int:
-        """Return the byte of the tensor that it begins with."""
+        """Return the byte of the tensor at which the place begins."""
         return self.bytes_of(self.first)
 
     @property
@@ -197,7 +197,7 @@ class Work:
         self.ahead.stop()
 
     def _settle(self) -> None:
-        """Wait until no thread works, whatever signals come; what has not begun finds it is over.
+        """Wait until no thread works, whatever signals come; tasks not begun yet end at once.
 
         The threads count themselves: a signal may come before their future is kept.
         """
@@ -211,7 +211,7 @@ class Work:
             return
 
     def start(self, target: Target, cut: Iterable[Part], write: Write) -> list[Future[None]]:
-        """Hand the parts to the threads; they take them in order, and tensors in that of calls."""
+        """Hand a tensor's parts to the threads, which take parts and tensors in order."""
         todo, ready = iter(cut), self._ready(target)
 
         def work() -> None:
@@ -230,15 +230,15 @@ class Work:
         return [self.workers.submit(work) for _ in range(count)]
 
     def finish(self, futures: list[Future[None]]) -> None:
-        """Wait for them, and tell the callback meanwhile. Raises: CancelledError and theirs."""
+        """Wait for the threads and call the callback. Raises: CancelledError, and their errors."""
         finish(futures, self.stop, self.steps)
 
     def check(self) -> None:
-        """Check the process. Raises: UsageError in a forked child."""
+        """Check that this is the process that began the work. Raises: UsageError in a fork."""
         check_process(self.steps.pid)
 
     def _ready(self, target: Target) -> Callable[[Part], None]:
-        """Return what waits until the bytes of a part were read ahead."""
+        """Return a function that waits until the bytes of a part were read ahead."""
         tensor = target.tensor
         if not tensor.is_file or not target.nbytes:
             return lambda _: None
@@ -278,7 +278,7 @@ MOST_ALONE = 256 << 10  # bytes of a tensor that a second thread would not make 
 
 
 class Extent(Protocol):
-    """Bytes of a tensor that will be wanted."""
+    """Name bytes of a tensor that will be wanted."""
 
     @property
     def tensor(self) -> Tensor: ...
@@ -300,7 +300,7 @@ def _ranges(todo: Sequence[Extent]) -> list[Range]:
 
 
 def writer(target: Target) -> tuple[Write, Iterable[Part]]:
-    """Return what writes a part of this target, and its parts.
+    """Return the function that writes one part of this target, and the target's parts.
 
     Raises: UnsupportedTypeError, UnknownQuantTypeError, UsageError.
     """
@@ -308,8 +308,8 @@ def writer(target: Target) -> tuple[Write, Iterable[Part]]:
     tensor.check_type()
     if target.start + target.nbytes > tensor.nbytes:
         raise UsageError(
-            f"tensor {tensor.name!r}: bytes {target.start} to {target.start + target.nbytes} of"
-            f" {tensor.nbytes} for {target.place.size} places"
+            f"tensor {tensor.name!r} has {tensor.nbytes} bytes: a place of {target.place.size}"
+            f" items wants bytes {target.start} to {target.start + target.nbytes}"
         )
     if target.dtype is None:
         return _Raw(target), parts(target.place, 1, target.first)

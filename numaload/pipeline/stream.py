@@ -72,7 +72,7 @@ def stream(
 
 
 class _Output(NamedTuple):
-    """What the caller gets. dtype: None for the type that each tensor has in the file."""
+    """Say what the caller gets. dtype: None for the type that each tensor has in the file."""
 
     dtype: str | None
     torch: bool
@@ -150,12 +150,12 @@ def _fits(count: int, nbytes: int, more: int, most: int, ahead: int) -> bool:
 
 
 def _taken(result: _Result) -> tuple[str, Any]:
-    """Keep no reference in the generator: what the caller drops is free at once."""
+    """Return the result and keep no reference to it: what the caller drops is free at once."""
     return result.tensor.name, result.value()
 
 
 def _ending(promise: memory.Promise, write: Write) -> Write:
-    """Return ``write`` that takes back what was promised of each part once it is written."""
+    """Wrap ``write``: once a part is written, its share of the promised memory is given back."""
 
     def write_touching(part: Part) -> None:
         write(part)
@@ -193,12 +193,12 @@ def _as_in_file(tensor: Tensor, output: _Output) -> tuple[str, tuple[int, ...]]:
     name = tensor.type_name
     packed = name in ITEMS or not (tensor.in_blocks or name in NAMES)
     if packed and output.dtype is not None:
-        message = f"tensor {tensor.name!r}: {name} is not turned to float: dtype=None has its bytes"
+        message = f"tensor {tensor.name!r}: {name} cannot become float; dtype=None gives bytes"
         raise UnsupportedTypeError(message)
     if tensor.in_blocks or (packed and not output.torch):
         return "uint8", tensor.byte_shape
     if name not in NAMES:
-        message = f"tensor {tensor.name!r}: torch has no type for {name}: dtype=None has its bytes"
+        message = f"tensor {tensor.name!r}: torch has no type for {name}; dtype=None gives bytes"
         raise UnsupportedTypeError(message)
     return NAMES[name], item_shape(name, tensor.shape, tensor.name)
 
@@ -230,7 +230,7 @@ class _Result:
         self.futures = self.work.start(target, cut, write)
 
     def end(self) -> None:
-        """Take back what was promised for it and will not be touched."""
+        """Give back the promised memory that will not be touched."""
         if self.promise is not None:
             self.promise.end()
 

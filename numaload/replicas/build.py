@@ -157,7 +157,7 @@ class _Build:
                 give_back(file, self._not_wanted(i))
 
     def _plan(self) -> ReadPlan:
-        """Plan whole chunks at a time. What is in RAM is copied, by a thread for each CPU."""
+        """Plan reads of whole chunks. What is in RAM is copied, by a thread for each CPU."""
         plan = plan_for(self.files, self.before)
         absent = sum(found.size - found.resident for found in self.before)
         chunks = sum(map(len, self.sums))
@@ -203,7 +203,7 @@ class _Build:
                 self.copies.append(pool.submit(self._copy, leader, group, piece))
 
     def _sit(self, node: int) -> None:
-        """Have this thread on the node that it fills."""
+        """Move this thread to the node that it fills."""
         cpus = self.machine.nodes[self._seat(node)].usable_cpus
         if getattr(self.own, "cpus", None) != cpus:
             pin(cpus)
@@ -289,7 +289,7 @@ class _Build:
 
 
 def _overlaps(runs: Sequence[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Yield the overlaps with ``runs``: they ascend, and may be a hundred thousand."""
+    """Yield the overlaps with ``runs``, which ascend; there may be a hundred thousand."""
     for i in range(max(0, bisect_right(runs, (start,)) - 1), len(runs)):
         first, last = runs[i]
         if first >= stop:

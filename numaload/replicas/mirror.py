@@ -143,7 +143,7 @@ class MirrorOptions:
 
 
 def can_bind(options: MirrorOptions, machine: Topology) -> bool:
-    """Return whether memory binds here; where it does not, say that first touch places it.
+    """Return whether memory can be bound here; if not, warn that first touch places it.
 
     Raises: NumaUnavailableError where first touch cannot do, or may not (strict).
     """
@@ -258,7 +258,9 @@ def _check_kind(weights: Weights, found: Sequence[Entry], options: MirrorOptions
     for what, holds in lacks.items():
         if holds:
             path = weights.paths[0]
-            raise StoreError(f"{path}: is mirrored already, {what}: numaload release {path}")
+            raise StoreError(
+                f"{path}: is mirrored already, {what}; release it first: numaload release {path}"
+            )
 
 
 def mirror_shared(
@@ -270,8 +272,9 @@ def mirror_shared(
 ) -> list[Mirror]:
     """Put replicas of all these models into the store. Nothing is built unless all of them fit.
 
-    announce: called with the plan before it is checked and carried out. Once more where replicas
-    are released meanwhile. Raises: ReplicaNotFoundError if they are again.
+    announce: called with the plan before it is checked and carried out. If another process
+    releases replicas meanwhile, all is done once more.
+    Raises: ReplicaNotFoundError if that happens again.
     """
     try:
         return _mirror_shared(models, machine, options, progress, announce)

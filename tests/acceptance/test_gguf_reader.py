@@ -333,7 +333,7 @@ def numaload_store(store: Path) -> None:
 def test_weights_of_another_format(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(b"\2\0\0\0\0\0\0\0{}")
-    with numaload.open(path) as weights, pytest.raises(errors.UsageError, match="no GGUF file"):
+    with numaload.open(path) as weights, pytest.raises(errors.UsageError, match="not a GGUF file"):
         Ours.over(weights)
 
 

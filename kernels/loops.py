@@ -53,7 +53,7 @@ NARROW: dict[str, Narrow] = {
 }
 
 
-def make_convert(read: Read, narrow: Narrow, item_size: int) -> Read:
+def _make_convert(read: Read, narrow: Narrow, item_size: int) -> Read:
     """Make a function that reads STEP weights and converts them to what is stored.
 
     item_size: the distance of two weights, in the unit in which ``read`` takes its place.
@@ -67,7 +67,7 @@ def make_convert(read: Read, narrow: Narrow, item_size: int) -> Read:
     return convert
 
 
-def make_store(convert: Read, item_size: int) -> Callable[..., None]:
+def _make_store(convert: Read, item_size: int) -> Callable[..., None]:
     """Make a function that stores ``count`` weights, a multiple of STEP, read by ``convert``."""
 
     def store(src: Any, begin: int, out: Any, at: int, count: int, past_caches: int) -> None:
@@ -87,7 +87,7 @@ def make_store(convert: Read, item_size: int) -> Callable[..., None]:
     return store
 
 
-def make_loop(decode: Decode, store: Callable[..., None], block_size: int, type_size: int) -> Loop:
+def _make_loop(decode: Decode, store: Callable[..., None], block_size: int, type_size: int) -> Loop:
     """Make the loop that takes blocks [0, n_blocks) of ``src`` to ``out`` through the scratch.
 
     store: from a scratch of float32. block_size: weights, type_size: bytes.
@@ -107,7 +107,7 @@ def make_loop(decode: Decode, store: Callable[..., None], block_size: int, type_
     return loop
 
 
-def make_float_loop(store: Callable[..., None], step: int) -> Loop:
+def _make_float_loop(store: Callable[..., None], step: int) -> Loop:
     """Make the same for floats: ``store`` reads ``src``, without scratch, ``step`` weights a block.
 
     They are read as fast as they are written, and reading ahead must not wait for the scratch.
@@ -135,8 +135,8 @@ def build_loop(parts: Parts, prepare: Callable[[Any], Any]) -> Loop:
     """Build the loop of a kernel; ``prepare`` makes what its parts call callable for them."""
     function, narrow, weights, nbytes, floats = parts
     read, item_size = (function, nbytes // weights) if floats else (load, 1)
-    convert = prepare(make_convert(prepare(read), prepare(narrow), item_size))
-    store = prepare(make_store(convert, item_size))
+    convert = prepare(_make_convert(prepare(read), prepare(narrow), item_size))
+    store = prepare(_make_store(convert, item_size))
     if floats:
-        return make_float_loop(store, weights)
-    return make_loop(prepare(function), store, weights, nbytes)
+        return _make_float_loop(store, weights)
+    return _make_loop(prepare(function), store, weights, nbytes)

@@ -171,7 +171,7 @@ def array_of(tensor: Any) -> NDArray[Any]:
     """
     torch = import_torch()
     plain = tensor.detach()
-    if not has_memory(plain):
+    if not _has_memory(plain):
         raise UsageError(f"a tensor of shape {tuple(plain.shape)} has no memory of its size")
     if plain.dtype == torch.float32:
         return plain.numpy()  # type: ignore[no-any-return]
@@ -180,7 +180,7 @@ def array_of(tensor: Any) -> NDArray[Any]:
     return plain.view(signed[size]).numpy().view(f"u{size}")  # type: ignore[no-any-return]
 
 
-def has_memory(tensor: Any) -> bool:
+def _has_memory(tensor: Any) -> bool:
     """Return whether the storage, which may be resized under a strided tensor, holds all of it."""
     if not tensor.numel():
         return True
@@ -202,7 +202,7 @@ def unfit(tensor: Any) -> str:
     if tensor.is_neg() or tensor.is_conj():
         return "it is a negated or conjugated view of other values"
     replaced = tensor.device.type == "meta"  # by one with memory of its own
-    if not replaced and not has_memory(tensor):
+    if not replaced and not _has_memory(tensor):
         return "its storage is empty, or smaller than it"
     overlap = not replaced and _overlaps(tensor)
     return "its elements overlap in memory, as those of expand() do" if overlap else ""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def outcomes(path: str) -> dict[str, bool]:
-    """{test id: whether it ran} of one job."""
+    """Return {test id: whether it ran} of one job."""
     cases = ET.parse(path).getroot().iter("testcase")
     return {f"{c.get('classname')}::{c.get('name')}": c.find("skipped") is None for c in cases}
 

@@ -24,7 +24,7 @@ WANTED = 50  # times faster
 
 
 def write(path: str, tokens: int, tensors: int) -> None:
-    """A header as large models have it; of the weights there are a few bytes."""
+    """Write a header as large models have it, with a few bytes of weights."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_token_list([f"token {i}" for i in range(tokens)])
     writer.add_token_scores([-0.5 * i for i in range(tokens)])

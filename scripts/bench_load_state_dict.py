@@ -117,7 +117,7 @@ def status(key: str) -> int:
 
 
 def peak(path: Path, name: str) -> dict[str, int]:
-    """In this process, which is fresh: what loading takes beyond what was there before it.
+    """Measure, in this fresh process, the memory that loading takes beyond what was there before.
 
     Libraries that transformers brings are there, numaload's own are not.
     """

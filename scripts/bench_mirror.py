@@ -66,7 +66,7 @@ def taking(run: Callable[[], None]) -> Row:
 
 
 def read_fresh(files: Sequence[SourceFile]) -> None:
-    """The least a replica costs: one thread, pread into fresh private huge pages."""
+    """Measure the least a replica costs: one thread, pread into fresh private huge pages."""
     for file in files:
         with map_private(file.size) as mapping:
             for start in range(0, file.size, CHUNK):
@@ -83,7 +83,7 @@ def read_reused(files: Sequence[SourceFile]) -> None:
 
 
 def read_direct(files: Sequence[SourceFile]) -> None:
-    """The limit of the device: O_DIRECT into one huge-page buffer again and again."""
+    """Measure the limit of the device: O_DIRECT into one huge-page buffer again and again."""
     with map_private(DIRECT_CHUNK) as mapping, mapping.view(write=True) as view:
         for file in files:
             fd = os.open(file.path, os.O_RDONLY | os.O_DIRECT)
@@ -98,7 +98,7 @@ def replica(files: Sequence[SourceFile], allocate: Allocate) -> None:
 
 
 def copied(files: Sequence[SourceFile]) -> float:
-    """Without giving the memory back."""
+    """Measure a copy of the file in memory, without giving the memory back."""
     seconds: list[float] = []
     with timed(seconds):
         copies = copy_files(files)
@@ -108,7 +108,7 @@ def copied(files: Sequence[SourceFile]) -> float:
 
 
 def mirrored(path: str) -> float:
-    """All that ``numaload mirror`` does, without giving the memory back."""
+    """Measure all that ``numaload mirror`` does, without giving the memory back."""
     seconds: list[float] = []
     with timed(seconds):
         made = numaload.mirror(path, shared=True)

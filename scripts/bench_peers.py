@@ -95,7 +95,7 @@ def by_state_dict(path: str) -> Any:
 
 
 def _module(shapes: dict[str, tuple[int, ...]]) -> Any:
-    """On the meta device, with a parameter for every name."""
+    """Make a module on the meta device, with a parameter for every name."""
     import torch
 
     root = torch.nn.Module()
@@ -112,7 +112,7 @@ def _module(shapes: dict[str, tuple[int, ...]]) -> Any:
 
 
 def by_safetensors(path: str) -> Any:
-    """Its tensors are the mapped file: touched, so that they are in memory."""
+    """Load with safetensors and touch the tensors, which are the mapped file, into memory."""
     import torch
     from safetensors.torch import load_file
 
@@ -230,7 +230,7 @@ def measure(names: list[str], path: str, rounds: int) -> dict[tuple[str, str], l
 
 
 def tell(state: str, found: dict[tuple[str, str], list[Any]]) -> bool:
-    """Whether numaload's fastest is not slower than anybody."""
+    """Return whether nobody is faster than numaload's fastest."""
     from numaload.bench.machine import median_interval
 
     rates = {

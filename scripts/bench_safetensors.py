@@ -32,7 +32,7 @@ PAGE = 4096
 
 
 def write(path: str, count: int, nbytes: int) -> None:
-    """``count`` tensors of ``nbytes`` in all, as models have them: matrices and norms."""
+    """Write ``count`` tensors of ``nbytes`` in all, as models have them: matrices and norms."""
     rows = max(1, nbytes // (count * 3 // 4) // 2 // 512)
     shapes = [(rows, 512) if index % 4 else (512,) for index in range(count)]
     tensors = {
@@ -53,14 +53,14 @@ def ours(path: str) -> dict[str, Any]:
 
 
 def touched(tensors: dict[str, Any]) -> int:
-    """The sum of a byte of every page; of what is smaller than a page, of one in all."""
+    """Sum a byte of every page, so that all are in memory; one byte of what is smaller."""
     return sum(
         int(t.view(-1).view(torch.uint8)[::PAGE].sum()) for t in tensors.values() if t.numel() > 512
     )
 
 
 def seconds(load: Callable[[str], dict[str, Any]], path: str, *, touch: bool) -> tuple[float, int]:
-    """Of loading, touching and letting go."""
+    """Measure the seconds of loading, touching and letting go."""
     gc.collect()
     start = time.perf_counter()
     tensors = load(path)
@@ -70,7 +70,7 @@ def seconds(load: Callable[[str], dict[str, Any]], path: str, *, touch: bool) ->
 
 
 def measure(name: str, path: str, rounds: int, *, touch: bool) -> bool:
-    """Whether the must is met."""
+    """Measure all ways in turns; return whether the must is met."""
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(rounds + 1):  # the first is for imports and the page cache
         order = (0, 1) if turn % 2 else (1, 0)

@@ -35,7 +35,7 @@ COLD, WARM = "cold", "warm"
 
 
 def write(path: Path, name: str, size: int) -> None:
-    """A model of one type, as many equal tensors."""
+    """Write a model of one type, as many equal tensors."""
     qtype = QuantType[name]
     block_size, type_size = BLOCKS[qtype]
     rows = max(1, size // TENSORS // (COLUMNS // block_size * type_size))
@@ -111,7 +111,7 @@ class Stages:
 
 
 def measure(stages: Stages, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """{row: (seconds, CPU seconds) of each round}."""
+    """Return {row: (seconds, CPU seconds) of each round}."""
     rows: dict[str, tuple[str, Callable[[], None]]] = {
         "stream cold": (COLD, stages.stream),
         "read ahead cold": (COLD, stages.read_ahead),
@@ -134,7 +134,7 @@ def measure(stages: Stages, rounds: int) -> dict[str, list[tuple[float, float]]]
 
 
 def ratios(found: dict[str, list[tuple[float, float]]], state: str) -> list[float]:
-    """Of each round: the slowest stage's seconds by the stream's."""
+    """Return, for each round, the slowest stage's seconds divided by the stream's."""
     stages = [found["convert"], *([found["read ahead cold"]] if state == COLD else [])]
     slowest = [max(seconds for seconds, _ in its) for its in zip(*stages, strict=True)]
     streams = zip(slowest, found[f"stream {state}"], strict=True)

@@ -96,7 +96,7 @@ def main() -> int:
 
 
 def counts(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """{type: {"avx2 float32", "native float32", ..., "ggml": instructions per weight}}."""
+    """Return {type: {"avx2 float32", "native float32", ..., "ggml": instructions per weight}}."""
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         driver = _driver(Path(folder))
@@ -131,7 +131,7 @@ for name in sys.argv[2].split(","):
 def _libraries(
     options: argparse.Namespace, folder: Path, variables: dict[str, str]
 ) -> list[tuple[str, str, Path]]:
-    """(type, dtype, library) of all kernels, compiled with these variables, in another process."""
+    """Compile all kernels with these variables, in another process: (type, dtype, library)."""
     known = [one.name for one in registry.KERNELS]
     names = (options.qtype or ",".join(known)).upper()
     for name in names.split(","):
@@ -158,7 +158,7 @@ def _driver(folder: Path) -> Path:
 
 
 def _link(compiled: Path) -> Path:
-    """As a library. It has absolute addresses: fine where the loader may write to code, as here."""
+    """Link a library. Absolute addresses are fine where the loader may write to code, as here."""
     path = compiled.with_suffix(".so")
     command = ["cc", "-shared", "-Wl,-z,notext", str(compiled), "-o", str(path)]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)

@@ -182,7 +182,7 @@ PIECES = (b'"', b"\\", b"{", b"}", b"[", b",", b":", b"-1", b"1e9", b"null", b'"
 
 
 def piece(data: bytearray, rng: random.Random, _: bytes) -> None:
-    """What means something in JSON, and noise elsewhere."""
+    """Make a piece that means something in JSON, and is noise elsewhere."""
     at = rng.randrange(len(data))
     data[at : at + rng.randint(0, 2)] = rng.choice(PIECES)
 
@@ -247,7 +247,7 @@ def child(options: argparse.Namespace) -> None:
 
 
 def guided(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """The tally of a child under atheris with the coverage that it reached, and its status."""
+    """Run a child under atheris; return its tally with the coverage reached, and its status."""
     with tempfile.TemporaryDirectory() as folder:
         report, grown = os.path.join(folder, "tally.json"), os.path.join(folder, "corpus")
         os.mkdir(grown)

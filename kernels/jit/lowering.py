@@ -29,7 +29,7 @@ BIT, I16, I32, I64 = (ir.IntType(n) for n in (1, 16, 32, 64))
 ELEMENTS = {"uint8": ir.IntType(8), "int8": ir.IntType(8), "uint16": I16}
 
 
-def element(kind: Lanes) -> ir.Type:
+def _element(kind: Lanes) -> ir.Type:
     return ELEMENTS.get(str(kind.dtype), ir.FloatType())
 
 
@@ -38,9 +38,9 @@ def vector(of: ir.Type, count: int = LANES) -> ir.VectorType:
 
 
 @register_model(Lanes)
-class LanesModel(models.PrimitiveModel):
+class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Lanes) -> None:
-        super().__init__(manager, kind, vector(element(kind), kind.count))
+        super().__init__(manager, kind, vector(_element(kind), kind.count))
 
 
 # (builder, signature, *LLVM values) -> LLVM value, or None for a function that returns nothing
@@ -94,7 +94,7 @@ def splat(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(first, empty, constant(I32, 0))
 
 
-def call(builder: Any, name: str, result: ir.Type, *values: Any) -> Any:
+def _call(builder: Any, name: str, result: ir.Type, *values: Any) -> Any:
     """Call an intrinsic of LLVM."""
     kind = ir.FunctionType(result, [value.type for value in values])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
@@ -140,7 +140,7 @@ def _operator(op: Any, integer: str, single: str | None) -> None:
         kind, (left, right) = sig.args[0], values
         if not isinstance(sig.args[1], Lanes):
             # A number's lower bits, as integers wrap.
-            right = splat(builder, right if kind == F32 else _cut(builder, right, element(kind)))
+            right = splat(builder, right if kind == F32 else _cut(builder, right, _element(kind)))
         name = single if kind == F32 else integer
         if name == "lshr" and kind.dtype.signed:
             name = "ashr"
@@ -181,7 +181,7 @@ def _items(base: Any, _at: Any) -> Any:
 
 @lowers(lanes.load, types.Any, types.Integer, gives=_items)
 def _load(builder: Any, sig: Any, base: Any, at: Any) -> Any:
-    return builder.load(place(builder, base, at, vector(element(sig.return_type))), align=1)
+    return builder.load(place(builder, base, at, vector(_element(sig.return_type))), align=1)
 
 
 lowers(lanes.load_u16, types.CPointer, types.Integer, gives=U16)(_load)
@@ -212,7 +212,7 @@ def _stream(builder: Any, _sig: Any, base: Any, at: Any, value: Any) -> None:
 @lowers(lanes.fence, gives=types.none)
 def _fence(builder: Any, _sig: Any) -> None:
     if target().has("sse2") or target().triple.startswith("x86_64"):
-        call(builder, "llvm.x86.sse.sfence", ir.VoidType())
+        _call(builder, "llvm.x86.sse.sfence", ir.VoidType())
     else:
         builder.fence("seq_cst")
 
@@ -299,9 +299,9 @@ def _lookup(builder: Any, _sig: Any, table: Any, index: Any) -> Any:
     kind = vector(ir.IntType(8))
     values = builder.load(place(builder, table, I64(0), kind), align=1)
     if target().has("ssse3"):
-        return call(builder, "llvm.x86.ssse3.pshuf.b.128", kind, values, index)
+        return _call(builder, "llvm.x86.ssse3.pshuf.b.128", kind, values, index)
     if target().triple.startswith("aarch64"):
-        return call(builder, "llvm.aarch64.neon.tbl1.v16i8", kind, values, index)
+        return _call(builder, "llvm.aarch64.neon.tbl1.v16i8", kind, values, index)
     result = ir.Constant(kind, ir.Undefined)
     for i in range(LANES):
         value = builder.extract_element(values, builder.extract_element(index, I32(i)))

@@ -101,7 +101,7 @@ def object_code(name: str, dtype: str, parts: Parts) -> bytes:
     return _kept(name, compiled)
 
 
-def from_file_code() -> bytes:
+def _from_file_code() -> bytes:
     """Return the object file of the loop that reads from files."""
     return _kept(FROM_FILE, lambda: machine().emit_object(llvm.parse_assembly(FROM_FILE_CODE)))
 
@@ -131,7 +131,7 @@ class _Linked:
 @cache
 def _from_file() -> tuple[_Linked, Callable[..., int]]:
     with compiling:
-        linked = _Linked(from_file_code(), FROM_FILE)
+        linked = _Linked(_from_file_code(), FROM_FILE)
     return linked, FROM_FILE_PROTOTYPE(linked.address)
 
 

@@ -75,11 +75,11 @@ class Image(NamedTuple):
         return type_id, count
 
     def changed(self, offset: int) -> MetadataError:
-        message = "the lengths here are others than when the header was read"
+        message = "array lengths here differ from those when the header was read"
         return MetadataError(message, path=self.path, offset=offset)
 
 
-class Body:
+class _Body:
     """The parts of a value, and which of them are data, both counted from its first part."""
 
     def __len__(self) -> int:
@@ -95,7 +95,7 @@ class Body:
         """Return Python values, faster than by parts; None where there is no such way."""
 
 
-class Numbers(Body):
+class _Numbers(_Body):
     """Numbers one after another: a part each."""
 
     def __init__(self, image: Image, offset: int, type_id: int, count: int) -> None:
@@ -117,7 +117,7 @@ class Numbers(Body):
         return found
 
 
-class Strings(Body):
+class _Strings(_Body):
     """Texts one after another: two parts each, length and bytes."""
 
     def __init__(self, image: Image, offset: int, count: int, nbytes: int | None) -> None:
@@ -128,7 +128,7 @@ class Strings(Body):
 
     @cached_property
     def starts(self) -> array[int]:
-        """Find the byte at which each text begins, and the byte after the last."""
+        """Return the offset of each text, and the byte after the last."""
         raw, unpack, at = self._image.data.data, self._image.order.u64.unpack_from, self._offset
         starts = array("q", [at])
         try:
@@ -160,7 +160,7 @@ class Strings(Body):
         ]
 
 
-class Nested(Body):
+class _Nested(_Body):
     """Arrays in an array: the parts of all of them in a row, as gguf-py has it."""
 
     def __init__(self, image: Image, offset: int, count: int) -> None:
@@ -190,7 +190,7 @@ class Nested(Body):
         body = body_of(self._image, type_id, at, count)
         data += [len(spans) + index for index in body.data()]
         spans += map(body.span, range(len(body)))
-        return body.starts[-1] if isinstance(body, Strings) else at + count * SMALLEST[type_id]
+        return body.starts[-1] if isinstance(body, _Strings) else at + count * SMALLEST[type_id]
 
     def __len__(self) -> int:
         return len(self._flat[0])
@@ -204,13 +204,13 @@ class Nested(Body):
 
 def body_of(
     image: Image, type_id: int, offset: int, count: int = 1, nbytes: int | None = None
-) -> Body:
+) -> _Body:
     """Make the body of ``count`` values that begin at ``offset``. nbytes: of all, where known."""
     if type_id == STRING:
-        return Strings(image, offset, count, nbytes)
+        return _Strings(image, offset, count, nbytes)
     if type_id == ARRAY:
-        return Nested(image, offset, count)
-    return Numbers(image, offset, type_id, count)
+        return _Nested(image, offset, count)
+    return _Numbers(image, offset, type_id, count)
 
 
 def array_head_spans(image: Image, offset: int) -> list[Span]:
@@ -231,7 +231,7 @@ def array_types(image: Image, offset: int) -> list[GGUFValueType]:
 class Parts(Sequence[Any]):
     """The parts of a field: a list that makes its elements when they are asked for."""
 
-    def __init__(self, image: Image, head: Sequence[Span], body: Body | None = None) -> None:
+    def __init__(self, image: Image, head: Sequence[Span], body: _Body | None = None) -> None:
         self._image, self._head, self.body = image, head, body
 
     def __len__(self) -> int:
@@ -254,7 +254,7 @@ class Parts(Sequence[Any]):
 class Indexes(Sequence[int]):
     """The indexes of an array's values among its parts: a list as well."""
 
-    def __init__(self, first: int, body: Body) -> None:
+    def __init__(self, first: int, body: _Body) -> None:
         self._first, self._body = first, body
 
     def __len__(self) -> int:

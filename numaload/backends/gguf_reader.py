@@ -94,7 +94,7 @@ class GGUFReader(NotCopyable, THEIRS):  # type: ignore[misc] # an instance of th
         """
         header, path = weights.parts[part].header, weights.paths[part]
         if not isinstance(header, Header):
-            raise UsageError(f"{path}: no GGUF file")
+            raise UsageError(f"{path}: not a GGUF file")
         reader = cls.__new__(cls)
         reader._take(header, np.frombuffer(weights.image(part), np.uint8), path)  # noqa: SLF001
         return reader
@@ -223,7 +223,7 @@ def _tensor_field(image: Image, at: int, info: TensorInfo) -> tuple[Field, int]:
 
 
 def _types(info: TensorInfo, path: str) -> tuple[Any, QuantType]:
-    """Return gguf-py's type, where it has none numaload's, and numaload's."""
+    """Return gguf-py's type (numaload's where gguf-py has none), and numaload's."""
     if info.qtype is None:
         message = f"tensor {info.name!r}: {info.problem}"
         raise UnknownQuantTypeError(message, path=path)
@@ -234,7 +234,7 @@ def _types(info: TensorInfo, path: str) -> tuple[Any, QuantType]:
 def install() -> replacing.Replaced:
     """Put this GGUFReader where gguf-py's is: in the gguf package, and wherever it was imported to.
 
-    Programs that are started or imported afterwards use it as they are. Returns what says where,
-    and takes it back: ``undo()``, or the end of a with block.
+    Programs that are started or imported afterwards use it unchanged. The returned object lists
+    the places; its ``undo()``, or the end of a with block, puts the originals back.
     """
     return replacing.replace({"GGUFReader": (THEIRS, GGUFReader)})

@@ -58,21 +58,21 @@ class Adapter(NotCopyable):
 
     @property
     def scaling(self) -> float:
-        """Of pairs that do not differ from the rest."""
+        """Return the factor of B @ A, for all pairs that have no factor of their own."""
         return configs.scaling(self.alpha, self.rank, rslora=self._said.rslora)
 
     @property
     def target_modules(self) -> list[str]:
-        """As configured, else the last words of the modules that have a pair."""
+        """Return the configured modules, else the last words of the modules that have a pair."""
         return sorted(self._said.target_modules or {m.rpartition(".")[2] for m in self.pairs})
 
     @property
     def architecture(self) -> str:
-        """Of the model, as a GGUF file has it."""
+        """Return the model's architecture as a GGUF file names it."""
         return str(self.weights.metadata.get("general.architecture", ""))
 
     def lora_config(self, model: Any = None, name_map: NameMap | None = None) -> dict[str, Any]:
-        """Arguments for ``peft.LoraConfig``. model, name_map: as in ``state_dict``."""
+        """Return the arguments for ``peft.LoraConfig``. model, name_map: as in ``state_dict``."""
         passed = {key: self.config[key] for key in configs.PASSED if key in self.config}
         fixed = {"r": self.rank, "lora_alpha": self.alpha or self.rank, "inference_mode": True}
         if self.config:
@@ -102,7 +102,7 @@ class Adapter(NotCopyable):
         copy: bool = True,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
-        """All tensors, loaded in parallel into memory of their own, under PEFT's names.
+        """Load all tensors in parallel into memory of their own; return them by PEFT's names.
 
         dtype: torch's, or a name; None keeps the file's, and makes float32 of quantized blocks.
         model: the torch module that the adapter is for, wrapped by PEFT or not. kohya's names, and
@@ -121,7 +121,7 @@ class Adapter(NotCopyable):
         loads = list(self._loads(modules, heads or _heads(model)))
         if len({load.name for load in loads}) != len(loads):
             twice = Counter(load.name for load in loads).most_common(1)[0][0]
-            raise AdapterError(f"two tensors would be {twice!r}", path=self.path)
+            raise AdapterError(f"two tensors would both become {twice!r}", path=self.path)
         return load_all(self.weights, loads, wanted, progress, copy=copy)
 
     def _modules(self, model: Any, name_map: NameMap | None) -> dict[str, str]:
@@ -130,7 +130,7 @@ class Adapter(NotCopyable):
         found = {module: modules.translate(module, layers) for module in self.pairs}
         if len(set(found.values())) != len(found):
             twice = Counter(found.values()).most_common(1)[0][0]
-            raise UsageError(f"{self.path}: two modules of the adapter would be {twice!r}")
+            raise UsageError(f"{self.path}: two modules of the adapter would both become {twice!r}")
         return found
 
     def _loads(self, modules: Mapping[str, str], heads: tuple[int, int] | None) -> Iterator[Load]:
@@ -155,7 +155,7 @@ class Adapter(NotCopyable):
         elif self.others:
             warn_once(
                 f"lora-others-{self.path}",
-                f"{self.path}: {len(self.others)} tensors that are no LoRA pairs are left out:"
+                f"{self.path}: {len(self.others)} tensors belong to no LoRA pair and are left out:"
                 f" {some(self.others)}",
             )
 
@@ -203,10 +203,10 @@ def _transposed(result: Any) -> Any:
 
 
 def _rows_of_heads(heads: int, result: Any) -> Any:
-    """Rows of a head are (2, half) in models of transformers, (half, 2) in llama.cpp's."""
+    """View the rows of heads, (half, 2) in llama.cpp, as transformers has them: (2, half)."""
     rows, rank = result.shape
     if rows % (2 * heads):
-        raise UsageError(f"{rows} rows are no {heads} attention heads with halves")
+        raise UsageError(f"{rows} rows do not divide into {heads} attention heads of two halves")
     return result.view(heads, 2, -1, rank).swapaxes(1, 2)
 
 

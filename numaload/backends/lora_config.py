@@ -43,7 +43,7 @@ def scaling(alpha: float | None, rank: int, *, rslora: bool) -> float:
 
 
 def from_file(path: str) -> Said:
-    """Of adapter_config.json. Raises: AdapterError, ReadError."""
+    """Read adapter_config.json. Raises: AdapterError, ReadError."""
     config = parse_object(read_whole(path, MOST), path, AdapterError)
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -65,7 +65,7 @@ def from_file(path: str) -> Said:
 
 
 def from_metadata(metadata: Metadata, path: str) -> Said:
-    """Of a GGUF file. Raises: AdapterError where it is no LoRA adapter."""
+    """Read the metadata of a GGUF file. Raises: AdapterError where it is no LoRA adapter."""
     for key, expected in (("general.type", "adapter"), ("adapter.type", "lora")):
         found = metadata.get(key)
         if found != expected:
@@ -79,7 +79,7 @@ def from_metadata(metadata: Metadata, path: str) -> Said:
 
 
 def config_beside(path: str) -> str | None:
-    """Path of the adapter_config.json of a folder, or beside a file; None where there is none."""
+    """Return the adapter_config.json in a folder or beside a file; None where there is none."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     found = os.path.join(folder, NAME)
     return found if os.path.exists(found) else None

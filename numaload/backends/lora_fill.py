@@ -35,8 +35,8 @@ class Load(NamedTuple):
     view: Callable[[Any], Any] | None = None
 
 
-class Plan(NamedTuple):
-    """How a Load is made. dtype: the result's, before torch may convert it."""
+class _Plan(NamedTuple):
+    """Say how a Load is made. dtype: the result's, before torch may convert it."""
 
     load: Load
     dtype: str
@@ -49,14 +49,14 @@ class Plan(NamedTuple):
 
     @property
     def straight(self) -> bool:
-        """Whether its bytes in the file are its bytes in memory."""
+        """Return whether the result has the very bytes of the file."""
         return self.raw and self.load.view is None and self.load.tensor.offset % self.itemsize == 0
 
 
 def load_all(
     weights: Weights, loads: Sequence[Load], dtype: Any, progress: Progress | None, *, copy: bool
 ) -> dict[str, Any]:
-    """{name: torch tensor} of memory that they share, and of nobody else.
+    """Load tensors into one piece of memory; return {name: torch tensor}.
 
     dtype: torch's, or None for the file's, which is float32 for quantized blocks.
     copy False: what stays as it is in the file is mapped from there instead, read-only.
@@ -79,11 +79,11 @@ def load_all(
     return {load.name: _converted(made[load.name], dtype) for load in loads}
 
 
-def _order(plan: Plan) -> tuple[int, int]:
+def _order(plan: _Plan) -> tuple[int, int]:
     return plan.load.tensor.place_in_files
 
 
-def _plan(load: Load, dtype: Any) -> Plan:
+def _plan(load: Load, dtype: Any) -> _Plan:
     tensor = load.tensor
     tensor.check_type()
     own = NAMES.get(tensor.type_name, "float32")
@@ -94,14 +94,16 @@ def _plan(load: Load, dtype: Any) -> Plan:
     else:
         made = kernel_dtype(made)
     if tensor.type_name in ITEMS:
-        raise UnsupportedTypeError(f"tensor {tensor.name!r}: {tensor.type_name} in an adapter")
+        raise UnsupportedTypeError(
+            f"tensor {tensor.name!r}: adapters of {tensor.type_name} cannot be loaded"
+        )
     raw = not tensor.in_blocks and own == made and tensor.byte_order == "little"
-    return Plan(load, made, raw, torch_dtype(made, tensor.name).itemsize)
+    return _Plan(load, made, raw, torch_dtype(made, tensor.name).itemsize)
 
 
-def _runs(plans: Iterable[Plan]) -> Iterator[list[Plan]]:
-    """Of plans in the order of the files: those that lie together."""
-    run: list[Plan] = []
+def _runs(plans: Iterable[_Plan]) -> Iterator[list[_Plan]]:
+    """Group plans, given in the order of the files, into runs that lie together."""
+    run: list[_Plan] = []
     for plan in plans:
         if run and not 0 <= _gap(run[-1], plan) <= MOST_BETWEEN:
             yield run
@@ -111,13 +113,13 @@ def _runs(plans: Iterable[Plan]) -> Iterator[list[Plan]]:
         yield run
 
 
-def _gap(before: Plan, after: Plan) -> int:
+def _gap(before: _Plan, after: _Plan) -> int:
     (part, start), (other, offset) = _order(before), _order(after)
     return offset - start - before.nbytes if part == other else -1
 
 
-def _placed(runs: Sequence[Sequence[Plan]], alone: Sequence[Plan]) -> tuple[dict[str, int], int]:
-    """Where each begins in memory, by name, and the bytes of it all."""
+def _placed(runs: Sequence[Sequence[_Plan]], alone: Sequence[_Plan]) -> tuple[dict[str, int], int]:
+    """Return {name: where it begins in memory}, and the bytes of them all."""
     placed: dict[str, int] = {}
     end = 0
     for run in [*runs, *([plan] for plan in alone)]:
@@ -129,22 +131,22 @@ def _placed(runs: Sequence[Sequence[Plan]], alone: Sequence[Plan]) -> tuple[dict
     return placed, end
 
 
-def _result(plan: Plan, flat: Any, at: int) -> Any:
-    """Of a storage of its own, so that saving one does not save all."""
+def _result(plan: _Plan, flat: Any, at: int) -> Any:
+    """Make a tensor with a storage of its own, so that saving it does not save all the others."""
     torch, load = import_torch(), plan.load
     own = torch.from_numpy(flat[at : at + plan.nbytes])
     return own.view(torch_dtype(plan.dtype, load.name)).reshape(load.shape or load.tensor.shape)
 
 
-def _run_target(weights: Weights, run: Sequence[Plan], flat: Any, start: int) -> Target:
-    """Several tensors as one of bytes."""
+def _run_target(weights: Weights, run: Sequence[_Plan], flat: Any, start: int) -> Target:
+    """Return one target of bytes that covers a run of tensors."""
     part, first = _order(run[0])
     nbytes = _order(run[-1])[1] + run[-1].nbytes - first
     info = SafeTensorInfo(f"{run[0].load.tensor.name} and more", (nbytes,), "U8", first, nbytes)
     return Target(Tensor(info, weights, part), flat[start : start + nbytes], None)
 
 
-def _target(plan: Plan, result: Any) -> Target:
+def _target(plan: _Plan, result: Any) -> Target:
     view = plan.load.view
     place = array_of(result if view is None else view(result))
     return Target(plan.load.tensor, place, None if plan.raw else plan.dtype)

@@ -55,7 +55,7 @@ class Half(NamedTuple):
 
 
 def half_of(name: str) -> Half | None:
-    """Which half of which pair a tensor is; None where it is none."""
+    """Return which half of which pair a tensor is; None where it is no half."""
     ending = next((end for end in ENDINGS if name.endswith(end)), None)
     if ending is None:
         return None
@@ -73,10 +73,10 @@ def half_of(name: str) -> Half | None:
 
 
 class Modules:
-    """Modules of a model for those of a file.
+    """Translate the modules that a file names to those of a model.
 
     model: a torch module; without it names are translated as far as they tell. name_map: {module
-    of the file: module of the model} or a function; then that is all.
+    of the file: module of the model} or a function, used instead of everything else.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Modules:
             mapped = self.name_map
             found = mapped(module) if callable(mapped) else mapped.get(module)
             if found is None:
-                raise UsageError(f"name_map has nothing for {module!r} of the adapter")
+                raise UsageError(f"name_map gives no module for {module!r} of the adapter")
             return found
         if self.kind == PEFT:
             return module  # where the model has another name for it, PEFT converts it
@@ -101,8 +101,10 @@ class Modules:
             return self._likely(module, candidates)
         found = next((name for name in candidates if name in self.known), None)
         if found is None:
-            tried = ", ".join(candidates[:4]) or "nothing that could be it"
-            raise UsageError(f"the model has no module for {module!r} of the adapter: {tried}")
+            tried = ", ".join(candidates[:4]) or "no name"
+            raise UsageError(
+                f"the model has no module for {module!r} of the adapter; tried: {tried}"
+            )
         return found
 
     def _candidates(self, module: str, layers: int) -> Iterable[str]:
@@ -113,35 +115,36 @@ class Modules:
         return (module, module.partition(".")[2] or module, *flat)
 
     def _likely(self, module: str, candidates: list[str]) -> str:
-        """Without a model to look at."""
+        """Choose a candidate without a model to look at. Raises: UsageError where several fit."""
         if self.kind == GGUF:
             dense = [name for name in candidates if DENSE.fullmatch(name)]
             if not dense or self.architecture not in PERMUTED:
                 raise UsageError(
-                    f"{module!r} of {self.architecture}: which module that is depends on the model;"
-                    " give model=, or name_map="
+                    f"{module!r} of {self.architecture}: which module it belongs to depends on"
+                    " the model; give model=, or name_map="
                 )
             return dense[0]
         if self.kind == KOHYA and "." not in module:
             raise UsageError(
-                f"{module!r}: kohya's names have _ for every dot; give model=, or name_map="
+                f"{module!r} could be several modules: kohya's names have _ for every dot;"
+                " give model=, or name_map="
             )
         return module
 
 
 def _module_names(model: Any) -> set[str]:
-    """Also of a model that PEFT has wrapped already."""
+    """Return the names of a model's modules, without what PEFT adds when it wraps a model."""
     names = (name for name, _ in model.named_modules())
     return {name.removeprefix(PREFIX).removesuffix(".base_layer") for name in names}
 
 
 @lru_cache(maxsize=8)
 def _transformers_names(architecture: str, layers: int) -> dict[str, list[str]]:
-    """{tensor of a GGUF file, without .weight: modules that gguf-py's map has for it}."""
+    """Return {tensor of a GGUF file, without .weight: modules in gguf-py's map for it}."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     if layers > MOST_LAYERS:
-        raise AdapterError(f"tensors of layer {layers - 1}, at most {MOST_LAYERS} layers are read")
+        raise AdapterError(f"found layer {layers - 1}: at most {MOST_LAYERS} layers are read")
     arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
     if arch is None:
         raise UsageError(f"architecture {architecture!r} is unknown to gguf-py; give name_map=")
@@ -153,7 +156,7 @@ def _transformers_names(architecture: str, layers: int) -> dict[str, list[str]]:
 
 
 def heads_of(module: str, architecture: str, heads: tuple[int, int] | None) -> int:
-    """Of which llama.cpp permuted the rows of B; 0 where it did not. Raises: UsageError."""
+    """Return how many heads of B have rows that llama.cpp permuted; 0: none. Raises: UsageError."""
     which = {"attn_q": 0, "attn_k": 1}.get(module.rpartition(".")[2])
     if which is None or not PERMUTED.get(architecture):
         return 0
@@ -166,6 +169,6 @@ def heads_of(module: str, architecture: str, heads: tuple[int, int] | None) -> i
 
 
 def layers_of(modules: Iterable[str]) -> int:
-    """One more than the highest number of a layer in a GGUF file."""
+    """Count layers: one more than the highest number of a layer in a GGUF file."""
     found = [int(match[1]) for match in map(LAYER.match, modules) if match]
     return 1 + max(found, default=0)

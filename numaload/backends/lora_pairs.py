@@ -45,13 +45,16 @@ def some(found: Iterable[str]) -> str:
 
 
 def _matching(pattern: Mapping[str, Any], module: str, otherwise: Any) -> Any:
-    """As PEFT: of a name that the module's is, or ends with. Expressions are left to PEFT."""
+    """Return the value of the first key that the module's name is or ends with, as PEFT does.
+
+    Regular expressions are left to PEFT.
+    """
     own = (value for key, value in pattern.items() if f".{module}".endswith(f".{key}"))
     return next(own, otherwise)
 
 
 class Pairs:
-    """The halves of a file, put together."""
+    """Put the halves of a file together."""
 
     def __init__(self, weights: Weights, said: Said) -> None:
         self.weights, self.said, self.path = weights, said, weights.paths[0]
@@ -62,7 +65,7 @@ class Pairs:
             if half is None:
                 self.others[name] = None
             elif half.which in self.halves.setdefault(half.module, {}):
-                self.fail(f"two tensors for {half.which.upper()} of {half.module!r}")
+                self.fail(f"{half.module!r} has two tensors for {half.which.upper()}")
             else:
                 self.halves[half.module][half.which] = half, tensor
 
@@ -72,10 +75,10 @@ class Pairs:
     def found(self) -> tuple[str, dict[str, Pair], list[str]]:
         other = next((name for name in self.others if names.OTHERS.search(name)), None)
         if other is not None:
-            self.fail(f"no LoRA pairs alone: {other!r} is of another decomposition (LyCORIS)")
+            self.fail(f"not only LoRA pairs: {other!r} is of another decomposition (LyCORIS)")
         if not self.halves:
             self.fail(
-                f"no LoRA adapter: none of {len(self.weights)} tensors is half of a pair:"
+                f"not a LoRA adapter: none of its {len(self.weights)} tensors is half of a pair:"
                 f" {some(self.others)}"
             )
         patterns = len(self.said.rank_pattern) + len(self.said.alpha_pattern)
@@ -96,7 +99,7 @@ class Pairs:
             alpha = _matching(self.said.alpha_pattern, module, self.said.alpha)
         expected = _matching(self.said.rank_pattern, module, self.said.rank)
         if expected not in (None, rank) and not half.embedding and not self.said.rank_pattern:
-            self.fail(f"{a.name!r}: rank {rank}, the configuration says {expected}")
+            self.fail(f"{a.name!r} has rank {rank}, but the configuration says {expected}")
         return Pair(a, b, rank, alpha, self.said.rslora, half.embedding)
 
     def _rank(self, half: Half, a: Tensor, b: Tensor) -> int:
@@ -110,7 +113,7 @@ class Pairs:
         return first[0]
 
     def _own_alpha(self, module: str) -> float | None:
-        """As kohya's tools write it: a tensor of one number."""
+        """Return the alpha that kohya's tools write as a tensor of one number; None without one."""
         name = module + names.ALPHA
         if name not in self.weights:
             return None

@@ -28,8 +28,8 @@ from numaload.torch_memory import (
 from numaload.weights import Tensor, Weights
 
 
-class Found(NamedTuple):
-    """A share whose tensor is in the file."""
+class _Found(NamedTuple):
+    """Hold a share whose tensor is in the file."""
 
     share: Share
     tensor: Tensor
@@ -39,7 +39,7 @@ class Found(NamedTuple):
         return self.tensor.shape if self.share.expert is None else self.tensor.shape[1:]
 
 
-class Place(NamedTuple):
+class _Place(NamedTuple):
     """Where a part of the module holds a tensor: ``table`` is its _parameters or _buffers."""
 
     part: Any  # a torch module
@@ -48,25 +48,25 @@ class Place(NamedTuple):
 
 
 @dataclass
-class Parameter:
+class _Parameter:
     """A parameter or persistent buffer, under all names that it has: tied ones have several."""
 
     names: list[str]
     old: Any  # torch's
     dtype: Any
     device: Any
-    found: list[Found] = field(default_factory=list)
+    found: list[_Found] = field(default_factory=list)
     new: Any = None
 
     @property
     def in_place(self) -> bool:
-        """Whether it can be filled where it is."""
+        """Return whether it can be filled in the memory that it has."""
         old = self.old
         return self.same and old.device.type == "cpu" and old.is_contiguous()
 
     @property
     def same(self) -> bool:
-        """Whether the module keeps its tensor, however it is filled."""
+        """Return whether the module keeps its own tensor: dtype and device stay."""
         old = self.old
         return (old.dtype, old.device) == (self.dtype, self.device) and old.device.type != "meta"
 
@@ -81,7 +81,7 @@ def load_state_dict(
     strict: bool = True,
     progress: Progress | None = None,
 ) -> Any:
-    """Fill a torch module from a GGUF or safetensors model; what torch's own returns.
+    """Fill a torch module from a GGUF or safetensors model; return what torch's own returns.
 
     name_map: {module key: tensor name} or a function from one to the other. By default the names
     of the file where it has the module's, or those of transformers' models of the architectures
@@ -123,7 +123,7 @@ def load_state_dict(
 
 
 class _Plan:
-    """Which tensors go where, before anything is touched."""
+    """Decide which tensors go where, before anything is touched."""
 
     def __init__(self, module: Any, weights: Weights, name_map: NameMap | None) -> None:
         self.module, self.weights = module, weights
@@ -145,8 +145,8 @@ class _Plan:
         used = {f.tensor.name for founds in self.found.values() for f in founds}
         self.unexpected = [n for n in weights if n not in used and not COMPUTED.fullmatch(n)]
 
-    def _find(self, shares: Any, one: int) -> list[Found]:
-        """Of the first name whose tensors are all there."""
+    def _find(self, shares: Any, one: int) -> list[_Found]:
+        """Return the shares of the first tied name whose tensors are all in the file."""
         for name in self.tied[one]:
             wanted = shares(name, self.tensors[one])
             for share in wanted:
@@ -156,7 +156,7 @@ class _Plan:
                         f" found {share.name!r}"
                     )
             if wanted and all(share.name in self.weights for share in wanted):
-                return [Found(share, self.weights[share.name]) for share in wanted]
+                return [_Found(share, self.weights[share.name]) for share in wanted]
         self.missing.extend(self.tied[one])
         return []
 
@@ -176,7 +176,7 @@ class _Plan:
                 unexpected=self.unexpected,
             )
 
-    def check_places(self, parameters: list[Parameter]) -> None:
+    def check_places(self, parameters: list[_Parameter]) -> None:
         """Check places. Raises: StateDictError for new values that the module would not have."""
         lost = [one for one in parameters if id(one.old) not in self.places]
         again = self.module.state_dict(keep_vars=True) if lost else {}
@@ -229,9 +229,9 @@ class _Plan:
                 if problem:
                     yield printable(f"size mismatch for {self.tied[one][0]}: {problem}.")
 
-    def parameters(self, dtype: Any, device: Any) -> list[Parameter]:
+    def parameters(self, dtype: Any, device: Any) -> list[_Parameter]:
         return [
-            Parameter(
+            _Parameter(
                 names,
                 self.tensors[one],
                 self._dtype(names[0], self.tensors[one], dtype),
@@ -246,7 +246,7 @@ class _Plan:
             return tensor.dtype
         wanted = torch_dtype(dtype_name(dtype), name)
         if not wanted.is_floating_point:
-            raise UsageError(f"dtype {dtype}: expected a floating-point one")
+            raise UsageError(f"dtype {dtype}: expected a floating-point dtype")
         kept = getattr(self.module, "_keep_in_fp32_modules_strict", None) or ()
         if any(re.search(rf"(^|\.){re.escape(one)}(\.|$)", name) for one in kept):
             return torch_dtype("float32", name)
@@ -263,11 +263,11 @@ def _device(tensor: Any, device: Any) -> Any:
     return import_torch().device("cpu") if tensor.device.type == "meta" else tensor.device
 
 
-def _mismatch(found: Found, parameter: Any) -> str:
-    """Empty where the tensor fits; dims of 1 make no difference: GGUF drops some."""
+def _mismatch(found: _Found, parameter: Any) -> str:
+    """Say why the tensor does not fit, or "". Dims of 1 make no difference: GGUF drops some."""
     expert, shape = found.share.expert, found.tensor.shape
     if expert is not None and (len(shape) != 3 or expert >= shape[0]):
-        return f"expert {expert} of a tensor of shape {shape}"
+        return f"expert {expert} is not in a tensor of shape {shape}"
     try:
         place = found.share.view(parameter)
     except (RuntimeError, IndexError) as error:  # of torch: the sizes do not divide so
@@ -298,8 +298,8 @@ def _check_type(tensor: Tensor, dtype: str) -> None:
         torch_type(tensor.type_name)
 
 
-def _check_room(parameters: list[Parameter]) -> None:
-    """Check memory, or the kernel kills someone later. Raises: NodeMemoryError."""
+def _check_room(parameters: list[_Parameter]) -> None:
+    """Check that memory has room: else Linux kills a process later. Raises: NodeMemoryError."""
     new = [one for one in parameters if not one.in_place and one.device.type == "cpu"]
     nbytes = sum(one.old.numel() * one.dtype.itemsize for one in new)
     if nbytes:
@@ -307,18 +307,18 @@ def _check_room(parameters: list[Parameter]) -> None:
 
 
 class _Filling:
-    """First all that is filled where it stays, in the order of the files; then what is converted
-    by torch or goes to another device, one after another.
+    """Fill in two steps: first, in parallel and in file order, what kernels or reading put straight
+    into place; then, one by one, what torch converts or moves to another device.
     """
 
-    def __init__(self, parameters: list[Parameter], progress: Progress | None) -> None:
+    def __init__(self, parameters: list[_Parameter], progress: Progress | None) -> None:
         self.parameters, self.progress = parameters, progress
         shares = [found for one in parameters for found in one.found]
         self.total, self.before = sum(map(_nbytes, shares)), 0
 
     def run(self) -> None:
         targets: list[Target] = []
-        staged: list[Parameter] = []
+        staged: list[_Parameter] = []
         for one in self.parameters:
             if one.device.type == "cpu" and (one.in_place or not one.same) and _direct(one):
                 one.new = one.old if one.in_place else empty(one.old.shape, one.dtype)
@@ -329,7 +329,7 @@ class _Filling:
         for one in staged:
             self._stage(one)
 
-    def _stage(self, one: Parameter) -> None:
+    def _stage(self, one: _Parameter) -> None:
         torch = import_torch()
         one.new = one.old
         if not one.same:
@@ -341,7 +341,7 @@ class _Filling:
             with torch.inference_mode(one.new.is_inference()), torch.no_grad():
                 place.copy_(made.reshape(place.shape))
 
-    def _made(self, found: Found, wanted: str) -> Any:
+    def _made(self, found: _Found, wanted: str) -> Any:
         """Make a CPU tensor of the share, by kernels where they can, else as in the file."""
         tensor = found.tensor
         if tensor.has_kernel:
@@ -362,13 +362,13 @@ class _Filling:
         self.before += sum(target.nbytes for target in targets)
 
 
-def _nbytes(found: Found) -> int:
+def _nbytes(found: _Found) -> int:
     experts = 1 if found.share.expert is None else found.tensor.shape[0]
     return int(found.tensor.nbytes // experts)
 
 
-def _direct(one: Parameter) -> bool:
-    """Whether kernels or reading make exactly what is wanted, without torch."""
+def _direct(one: _Parameter) -> bool:
+    """Return whether kernels or reading make exactly what is wanted, without torch."""
     name = dtype_name(one.dtype)
     return all(
         (found.tensor.has_kernel and name in KERNEL_DTYPES) or _as_it_is(found.tensor, name)
@@ -381,23 +381,23 @@ def _as_it_is(tensor: Tensor, dtype: str) -> bool:
     return plain and NAMES.get(tensor.type_name) == dtype and dtype != "float4_e2m1fn_x2"
 
 
-def _targets(one: Parameter) -> Iterator[Target]:
+def _targets(one: _Parameter) -> Iterator[Target]:
     for found in one.found:
         yield _target(found, found.share.view(one.new))
 
 
-def _target(found: Found, place: Any) -> Target:
+def _target(found: _Found, place: Any) -> Target:
     tensor, name = found.tensor, dtype_name(place.dtype)
     raw = _as_it_is(tensor, name) or not tensor.has_kernel
     first = 0 if found.share.expert is None else found.share.expert * _size(found)
     return Target(tensor, array_of(place), None if raw else name, first)
 
 
-def _size(found: Found) -> int:
+def _size(found: _Found) -> int:
     return int(found.tensor.size // found.tensor.shape[0])
 
 
-def _assign(places: list[Place], parameter: Parameter) -> None:
+def _assign(places: list[_Place], parameter: _Parameter) -> None:
     """Put the new tensor wherever the module holds the old one."""
     torch = import_torch()
     old, new = parameter.old, parameter.new
@@ -408,19 +408,19 @@ def _assign(places: list[Place], parameter: Parameter) -> None:
         place.table[place.leaf] = new  # setattr refuses some
 
 
-def _places(module: Any) -> dict[int, list[Place]]:
+def _places(module: Any) -> dict[int, list[_Place]]:
     """Map the id of every tensor to where it is held: keys of state_dict() need be no paths."""
-    found: dict[int, list[Place]] = {}
+    found: dict[int, list[_Place]] = {}
     for _, part in module.named_modules():
         for table in (part._parameters, part._buffers):  # noqa: SLF001
             if isinstance(table, dict):  # those of torch.jit refuse other dtypes
                 held = [(leaf, tensor) for leaf, tensor in table.items() if tensor is not None]
                 for leaf, tensor in held:
-                    found.setdefault(id(tensor), []).append(Place(part, table, leaf))
+                    found.setdefault(id(tensor), []).append(_Place(part, table, leaf))
     return found
 
 
-def _unfilled(plan: _Plan) -> Iterator[tuple[int, Place]]:
+def _unfilled(plan: _Plan) -> Iterator[tuple[int, _Place]]:
     """Yield each buffer on the meta device that state_dict() does not have, by its id."""
     for one, places in plan.places.items():
         for place in places:
@@ -431,7 +431,7 @@ def _unfilled(plan: _Plan) -> Iterator[tuple[int, Place]]:
 
 
 def _computed_buffers(plan: _Plan, device: Any) -> dict[int, Any]:
-    """Return {id: values} of such buffers; the module stays as it is.
+    """Compute the buffers that ``_unfilled`` yields: {id: values}; the module stays as it is.
 
     Models of transformers can compute theirs again (rotary embeddings). They do it by initializing
     the part, with whatever is in it: so only where nothing of that comes from a file.

@@ -54,7 +54,7 @@ HALVES = {"gate_up": ("gate", "up"), "down": ("down",)}
 
 
 def shares_of(weights: Weights, keys: Mapping[str, Any], name_map: NameMap | None) -> Shares:
-    """How to find every key's tensors. keys: {name in the module: its tensor}.
+    """Return a function that finds every key's tensors. keys: {name in the module: its tensor}.
 
     Raises: UsageError for a GGUF architecture whose layout is not known here.
     """
@@ -144,9 +144,9 @@ class _Gguf:
         return [Share(name, whole, int(found["number"]))]
 
     def _kv_b(self, name: str) -> list[Share]:
-        """Since April 2025 llama.cpp keeps it as two tensors, the key's half transposed.
+        """Return the two shares of kv_b_proj: since April 2025 llama.cpp keeps it as two tensors.
 
-        attn_k_b: (heads, kv_lora_rank, qk_nope), attn_v_b: (heads, v, kv_lora_rank).
+        attn_k_b, transposed: (heads, kv_lora_rank, qk_nope), attn_v_b: (heads, v, kv_lora_rank).
         """
         names = [name.replace("attn_kv_b", part) for part in ("attn_k_b", "attn_v_b")]
         if not all(one in self.weights and len(self.weights[one].shape) == 3 for one in names):
@@ -175,7 +175,7 @@ def _tensor_names(architecture: str, blocks: int) -> Any:
 
 
 def _unpermuted(heads: int, parameter: Any) -> Any:
-    """Rows of a head are (2, half): llama.cpp has (half, 2). Source: LlamaModel.permute there."""
+    """View rows of heads, (2, half), as llama.cpp's LlamaModel.permute orders them: (half, 2)."""
     rows = parameter.shape[0] // heads // 2
     return parameter.view(heads, 2, rows, *parameter.shape[1:]).swapaxes(1, 2)
 
@@ -185,7 +185,7 @@ def _half_of_experts(half: int, halves: int, parameter: Any) -> Any:
 
 
 def _part_of_kv_b(part: int, sizes: tuple[int, int, int], parameter: Any) -> Any:
-    """sizes: heads, rows of the key's part (qk_nope), rows of the value's."""
+    """View the keys' part or the values'. sizes: heads, rows of keys (qk_nope), rows of values."""
     heads, keys, values = sizes
     split = parameter.view(heads, keys + values, parameter.shape[-1])
     return split[:, keys:] if part else split[:, :keys].swapaxes(1, 2)

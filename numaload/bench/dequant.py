@@ -45,7 +45,7 @@ Run = Callable[[], object]
 @dataclass(frozen=True)
 class Row:
     """One type. rates: Gweights/s. ratios: float32's rate to that of writing and of others; other
-    dtypes' rates to float32's; for several threads see ``scaling``.
+    dtypes' rates to float32's; for several threads see ``_scaling``.
 
     same: {name: whether it gave the right bits}: others and several threads those of one thread's
     float32, other dtypes those that numpy and ml_dtypes round it to.
@@ -261,17 +261,17 @@ def _row(contenders: _Contenders, qtype: QuantType, rounds: int) -> tuple[Row, R
     same = _same(contenders, ours, others, together)
     rates = in_turns(contenders.writing() | ours | others, rounds)
     block_size, type_size = BLOCKS[qtype]
-    found = ratios(rates)
+    found = _ratios(rates)
     if contenders.many is not None:
         # By themselves: how much memory several CPUs reach depends on what they did just before.
         several = in_turns({FIRST: ours[FIRST]} | together, 2 * rounds)
-        found |= scaling(several, contenders.many.count, type_size / block_size)
+        found |= _scaling(several, contenders.many.count, type_size / block_size)
         rates = Rates({**several.rates, **rates.rates})
     medians = {name: rates.median(name) / 1e9 for name in rates.rates}
     return Row(qtype.name, 8 * type_size / block_size, medians, found, same), rates
 
 
-def ratios(rates: Rates) -> dict[str, float]:
+def _ratios(rates: Rates) -> dict[str, float]:
     """Compare one thread's rates in turns."""
     found = {}
     for name in rates.rates:
@@ -284,7 +284,7 @@ def ratios(rates: Rates) -> dict[str, float]:
     return found
 
 
-def scaling(rates: Rates, threads: int, bytes_read: float) -> dict[str, float]:
+def _scaling(rates: Rates, threads: int, bytes_read: float) -> dict[str, float]:
     """Compare several threads' rates with what they could reach; ``bytes_read`` for a weight.
 
     That is as often the rate of one as there are threads, or the memory's limit: as many bytes,

@@ -206,7 +206,7 @@ class ReadReport:
 
 
 @dataclass(frozen=True)
-class Duel:
+class _Duel:
     """Two ways to compare pair by pair: ``ours`` and a rival that the report names."""
 
     what: str
@@ -227,13 +227,14 @@ def _kernels_own(report: ReadReport) -> Row | None:
 
 
 DUELS = (
-    Duel("into the page cache, beside the fastest other way", COLD, PREWARM,
-         lambda report: report.champion(COLD)),
-    Duel("into the page cache, beside the direct limit", COLD, PREWARM,
-         lambda report: report.ceiling(COLD)),
-    Duel("what is resident, beside the kernel's own call and vmtouch", WARM, PREWARM, _kernels_own),
-    Duel("into private memory, beside the direct limit", COLD, COPY,
-         lambda report: report.ceiling(COLD)),
+    _Duel("into the page cache, beside the fastest other way", COLD, PREWARM,
+          lambda report: report.champion(COLD)),
+    _Duel("into the page cache, beside the direct limit", COLD, PREWARM,
+          lambda report: report.ceiling(COLD)),
+    _Duel("what is resident, beside the kernel's own call and vmtouch", WARM, PREWARM,
+          _kernels_own),
+    _Duel("into private memory, beside the direct limit", COLD, COPY,
+          lambda report: report.ceiling(COLD)),
 )  # fmt: skip
 
 
@@ -365,7 +366,7 @@ class _Bench:
         if state == COLD and found.done.plan is not None:
             self.report.plan = found.done.plan
 
-    def duel(self, duel: Duel, count: int) -> None:
+    def duel(self, duel: _Duel, count: int) -> None:
         """Time both in turns, each first every other time."""
         names = duel.fighters(self.report)
         if names is None:

@@ -171,7 +171,7 @@ def _direct(turn: Turn, threads: int, *, huge: bool) -> Run:
 
 
 def _pread(turn: Turn, threads: int, *, chunk: int = CHUNK, each: bool = False) -> Run:
-    """each: every thread has a descriptor, and so a read-ahead of its own."""
+    """Read with pread. each: a descriptor, and so a read-ahead, for every thread."""
     fds = [turn.open() for _ in range(threads)] if each else [turn.open()] * threads
     return turn.by_threads([_into(turn, fd, prefaulted(chunk).data) for fd in fds], chunk)
 

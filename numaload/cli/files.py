@@ -45,7 +45,7 @@ def inspect(options: argparse.Namespace) -> int:
         if options.json:
             print_json(_as_dict(weights, with_metadata=options.metadata))
             return 0
-        say(summary(weights))
+        say(_summary(weights))
         for part in weights.parts:
             tensors = count(len(part.header.tensors), "tensor")
             say(f"{part.file.path}: {part.header.title}, {tensors}, {size(part.file.size)}")
@@ -61,7 +61,7 @@ def inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-def summary(weights: Weights) -> str:
+def _summary(weights: Weights) -> str:
     """Describe a model in one line; what its header does not tell is left out."""
     architecture = weights.metadata.get("general.architecture")
     told = [printable(architecture, WORD)] if isinstance(architecture, str) else []

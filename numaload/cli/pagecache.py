@@ -119,7 +119,7 @@ def show_files(files: Sequence[FileResidency]) -> None:
     print_table(["  file", "resident", "of", "by node"], rows)
     for file in files:
         if file.known and file.size:
-            say(f"  [{bar(file.cells)}] {share(file)} of {file.path}")
+            say(f"  [{bar(file.cells)}] {_share(file)} of {file.path}")
     rows = [
         [f"  {t.name}", size(t.resident), size(t.nbytes), _by_node(t)]
         for f in files
@@ -134,7 +134,7 @@ def bar(cells: Iterable[float]) -> str:
     return "".join(FILLED[(cell > 0) + (cell >= 0.5) + (cell >= 1)] for cell in cells)
 
 
-def share(file: FileResidency) -> str:
+def _share(file: FileResidency) -> str:
     """Write a share that is never rounded to all or nothing where it is not."""
     percent = 100 * file.resident / file.size
     if 0 < percent < 100:

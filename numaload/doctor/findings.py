@@ -49,7 +49,7 @@ class ThreadReport:
 
     @cached_property
     def cpus(self) -> frozenset[int]:
-        """The CPUs that any of its threads may run on."""
+        """Return the CPUs that any of its threads may run on."""
         return frozenset().union(*(thread.cpus for thread in self.threads))
 
     @cached_property
@@ -60,7 +60,7 @@ class ThreadReport:
 
     @cached_property
     def main(self) -> Thread | None:
-        """The thread that the process began with; None where it ended before the others."""
+        """Return the thread that the process began with; None where it ended before the others."""
         return next((thread for thread in self.threads if thread.main), None)
 
     @cached_property
@@ -120,7 +120,7 @@ def inspect_threads(pid: int | None = None) -> ThreadReport:
     )
 
 
-def main_pinned(seen: ThreadReport) -> Iterator[Finding]:
+def _main_pinned(seen: ThreadReport) -> Iterator[Finding]:
     """Find a main thread on one core: OpenMP libraries pin the thread that loads them."""
     main, wide = seen.main, seen.cpus
     if main is None or not main.cpus:
@@ -140,7 +140,7 @@ def main_pinned(seen: ThreadReport) -> Iterator[Finding]:
         )
 
 
-def too_many_runnable(seen: ThreadReport) -> Iterator[Finding]:
+def _too_many_runnable(seen: ThreadReport) -> Iterator[Finding]:
     """Find CPUs for which more threads have work just now than there are CPUs."""
     for cpus, inside in seen.overloads:
         several = len({id(seen.pool_of[thread.tid]) for thread in inside}) > 1
@@ -154,21 +154,21 @@ def too_many_runnable(seen: ThreadReport) -> Iterator[Finding]:
         )
 
 
-def beyond_quota(seen: ThreadReport) -> Iterator[Finding]:
-    """Find more threads with work than the cgroup's CPU time is for."""
+def _beyond_quota(seen: ThreadReport) -> Iterator[Finding]:
+    """Find more threads with work than the cgroup's quota has CPUs."""
     quota = seen.quota
     if quota is not None and len(seen.busy) > max(1, quota):
         yield Finding(
             "quota",
-            f"{len(seen.busy)} threads have work ({seen.told(seen.busy)}), and the cgroup allows"
-            f" {quota:.4g} CPUs' time: all of them are stopped when it is used up",
+            f"{len(seen.busy)} threads have work ({seen.told(seen.busy)}), but the cgroup allows"
+            f" {quota:.4g} CPUs' time: once that is used up, all of them must wait",
             f"{_fewer(max(1, int(quota)))}, or raise cpu.max",
             _ids(seen.busy),
         )
 
 
-def crowded(seen: ThreadReport) -> Iterator[Finding]:
-    """Find pools that have too many threads whenever all of them work, if not just now."""
+def _crowded(seen: ThreadReport) -> Iterator[Finding]:
+    """Find pools with more threads than CPUs, if all of them work at the same time."""
     told = {thread.tid for _, inside in seen.overloads for thread in inside}
     for pool in seen.pools:
         most = max(thread.cpu_s for thread in pool.threads)
@@ -184,7 +184,7 @@ def crowded(seen: ThreadReport) -> Iterator[Finding]:
             )
 
 
-def spread(seen: ThreadReport) -> Iterator[Finding]:
+def _spread(seen: ThreadReport) -> Iterator[Finding]:
     """Find pools whose threads the kernel may move from node to node."""
     wide: dict[tuple[int, ...], list[Pool]] = {}
     for pool in seen.pools:
@@ -194,15 +194,15 @@ def spread(seen: ThreadReport) -> Iterator[Finding]:
         inside = [thread for pool in its for thread in pool.threads]
         yield Finding(
             "spread",
-            f"{seen.told(inside)} may run on nodes {format_list(nodes)}: the kernel moves them to"
-            " and fro, away from the memory that they began with",
-            "a process per node (taskset -c, numactl --cpunodebind), or threads that begin in"
+            f"{seen.told(inside)} may run on nodes {format_list(nodes)}: the kernel may move"
+            " them away from the memory that they first touched",
+            "run a process per node (taskset -c, numactl --cpunodebind), or start the threads in"
             " mirror.pinned(node)",
             _ids(inside),
         )
 
 
-def far(seen: ThreadReport) -> Iterator[Finding]:
+def _far(seen: ThreadReport) -> Iterator[Finding]:
     """Find cpusets that allow CPUs of one node and memory of another."""
     has_memory = {node.id for node in seen.machine.nodes.values() if node.has_memory}
     for pool in seen.pools:
@@ -218,7 +218,7 @@ def far(seen: ThreadReport) -> Iterator[Finding]:
             )
 
 
-CHECKS = (main_pinned, too_many_runnable, beyond_quota, crowded, spread, far)
+CHECKS = (_main_pinned, _too_many_runnable, _beyond_quota, _crowded, _spread, _far)
 
 
 def _cpus(cpus: frozenset[int]) -> str:
@@ -232,7 +232,7 @@ def _remedy(
     if cpus < seen.cpus:
         unset = f"unset {seen.bound_by}, or " if seen.bound_by else ""
         one = f"taskset -pc {format_list(seen.cpus)} {inside[-1].tid}"
-        return f"{unset}let some run elsewhere, too: {one}"
+        return f"{unset}let some of them run on other CPUs too: {one}"
     fewer = _fewer(len(cpus))
     if several:
         return f"let them take turns, or give each its own CPUs; {fewer}"
@@ -240,7 +240,7 @@ def _remedy(
 
 
 def _fewer(count: int) -> str:
-    return f"torch.set_num_threads({count}) or OMP_NUM_THREADS={count} makes them fewer"
+    return f"run fewer (torch.set_num_threads({count}) or OMP_NUM_THREADS={count})"
 
 
 def _ids(found: Sequence[Thread]) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ class Pool:
 def watch(pid: int | None = None) -> tuple[list[Thread], frozenset[int]]:
     """Watch a process for a tenth of a second: its threads, and the ids of those that had work.
 
-    Having work is running, or waiting for a CPU, most of the time. Raises: as ``threads``.
+    A thread had work if it ran, or waited for a CPU, most of the time. Raises: as ``threads``.
     """
     had_work: Counter[int] = Counter()
     found = threads(pid)
@@ -83,7 +83,7 @@ def _pool_key(thread: Thread, machine: Topology, sys_root: str) -> tuple[Any, ..
 
 
 def _joined(groups: Sequence[list[Thread]]) -> Iterable[list[Thread]]:
-    """Join the groups if no CPU is in two of them: a core and a part of it are not two cores."""
+    """Join the groups into one unless two of them share a CPU, and so a core."""
     every = [cpu for group in groups for cpu in group[0].cpus]
     if len(every) != len(set(every)):
         return groups
@@ -110,7 +110,7 @@ def _stem(name: str) -> str:
 def overloaded(found: Collection[Thread]) -> list[tuple[frozenset[int], list[Thread]]]:
     """Find each set of CPUs that has more threads than CPUs, and the threads bound to it.
 
-    The smallest sets come first; who is too many there does not count in larger ones.
+    The smallest sets come first; threads too many for a small set do not count in larger ones.
     """
     left, result = sorted(found), []
     for cpus in sorted(_candidates({t.cpus for t in left if t.cpus}), key=len):

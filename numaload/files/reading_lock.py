@@ -73,7 +73,7 @@ def holding() -> bool:
 
 
 def check_free() -> None:
-    """For who waits for others that may read. Raises: UsageError in the callback of a reader."""
+    """Check that waiting for readers cannot deadlock. Raises: UsageError in a reader's callback."""
     if holding():
         raise UsageError(
             "called in the progress callback of prewarm: it waits for others, who may wait until"

@@ -50,7 +50,7 @@ DEFAULT_ALIGNMENT = 32
 MAX_ELEMENTS = 1 << 60  # so that their bytes, as any of our floats, count in 63 bits
 
 
-class Table(NamedTuple):
+class _Table(NamedTuple):
     """Limits of one of the two tables of a header."""
 
     what: str
@@ -58,8 +58,8 @@ class Table(NamedTuple):
     most: int  # entries; models have about a hundredth of this
 
 
-ENTRIES = Table("metadata entries", 13, 1 << 16)
-TENSORS = Table("tensors", 24, 1 << 18)
+ENTRIES = _Table("metadata entries", 13, 1 << 16)
+TENSORS = _Table("tensors", 24, 1 << 18)
 
 
 class TensorInfo(NamedTuple):
@@ -167,7 +167,7 @@ def _version(cursor: Cursor) -> int:
     return int(version)
 
 
-def _plausible(cursor: Cursor, count: int, table: Table) -> int:
+def _plausible(cursor: Cursor, count: int, table: _Table) -> int:
     """Refuse a count for which the rest of the file has no room, before looping over it."""
     room = (cursor.size - cursor.pos) // table.smallest
     if count > room:

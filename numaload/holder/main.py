@@ -28,14 +28,14 @@ INTERVAL_S = 1.0
 
 
 class Published(Protocol):
-    """What a task has published."""
+    """Name what a task has published, as the host looks after it."""
 
     def tend(self) -> None:
         """Publish again what somebody removed. What it raises is ignored: it is called again."""
 
 
 class Host:
-    """The process of a task, as the task sees it."""
+    """Stand for the holder process towards its task."""
 
     def __init__(self, process: HolderProcess) -> None:
         self.process = process
@@ -95,7 +95,7 @@ def _take_name(name: str) -> None:
 
 
 def _run(line: bytes) -> int:
-    """Run the task; tell who started it the error that stops it before it was ready."""
+    """Run the task; report an error before it was ready to whoever started the holder."""
     from numaload.holder.process import HolderProcess, packed
 
     host = None

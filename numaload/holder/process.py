@@ -44,7 +44,7 @@ class HolderProcess(NamedTuple):
 
     @classmethod
     def checked(cls, pid: Any, start: Any, namespace: Any) -> HolderProcess:
-        """Take these from a record that anybody may have written. Raises: ValueError."""
+        """Check the fields of a record that anybody may have written. Raises: ValueError."""
         number = userdir.number
         return cls(number(pid, least=1, below=1 << 31), number(start), str(namespace))
 
@@ -69,7 +69,9 @@ class HolderProcess(NamedTuple):
             return False
         except OSError as error:
             where = f"/proc/{self.pid}"
-            raise StoreError(f"{where}: {reason(error)}: whether it holds is unknown") from error
+            raise StoreError(
+                f"{where}: {reason(error)}: cannot tell whether this holder still lives"
+            ) from error
         # A dead one stays a zombie until its parent looks.
         return name in TASKS and start == self.start and state not in ("Z", "X")
 
@@ -124,7 +126,9 @@ def namespace() -> str:
     try:
         return os.readlink(path)
     except OSError as error:
-        raise StoreError(f"{path}: {reason(error)}: which process holds is unknown") from error
+        raise StoreError(
+            f"{path}: {reason(error)}: cannot tell which process is the holder"
+        ) from error
 
 
 def start(
@@ -189,7 +193,7 @@ def _abandon(job: subprocess.Popen[bytes]) -> None:
 
 
 def portable(path: str) -> str:
-    """Return a path as a holder decodes it, which knows UTF-8 only: also one that is no text."""
+    """Return a path, also one that is no text, as a holder decodes it, which knows UTF-8 only."""
     return os.fsencode(path).decode("utf-8", "surrogateescape")
 
 

@@ -124,7 +124,7 @@ class _Table:
 
 
 def _parse(line: str) -> Mount | None:
-    """``36 35 98:0 /root /mount/point options [optional...] - type source options``."""
+    """Parse ``36 35 98:0 /root /mount/point options [optional...] - type source options``."""
     left, _, right = line.partition(" - ")
     words, rest = left.split(" "), right.split(" ")
     if len(words) < 6 or len(rest) < 2:

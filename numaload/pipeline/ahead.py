@@ -34,7 +34,7 @@ class Range(NamedTuple):
     before: int
 
 
-class ToRead(NamedTuple):
+class _ToRead(NamedTuple):
     """Name an absent range of a file. ``position``: bytes wanted up to its end, of all files."""
 
     file: SourceFile
@@ -51,10 +51,10 @@ class Ahead:
     """
 
     def __init__(self, ranges: Sequence[Range], window: int) -> None:
-        self.ranges, self.window = merged(ranges), window
+        self.ranges, self.window = _merged(ranges), window
         self._taken, self._ready, self._token = 0, 0, CancelToken()
         self._moved = threading.Condition()
-        self._todo: Iterator[ToRead] = iter(())
+        self._todo: Iterator[_ToRead] = iter(())
         self._busy: dict[int, int] = {}  # thread: position of the beginning of what it reads
         self._active = self._blocked = 0
         self._threads: list[threading.Thread] = []
@@ -93,7 +93,7 @@ class Ahead:
                 return way._replace(threads=most)
         return None
 
-    def _absent(self) -> Iterator[ToRead]:
+    def _absent(self) -> Iterator[_ToRead]:
         """Look each range up when its turn comes: others may have read it, or pushed it out."""
         size, most = CHUNK, max(CHUNK, min(MOST_READ, self.window // LEAST_THREADS))
         for one in self.ranges:
@@ -106,7 +106,7 @@ class Ahead:
                 if unknown and resident(one.file.fd, start, stop - start):
                     continue
                 for first, last in found.absent:
-                    yield ToRead(one.file, first, last, one.before + last - one.start)
+                    yield _ToRead(one.file, first, last, one.before + last - one.start)
 
     def took(self, nbytes: int) -> None:
         if not self._threads:  # all is in RAM
@@ -158,7 +158,7 @@ class Ahead:
                 self._active -= 1
                 self._moved.notify_all()
 
-    def _next(self, own: int) -> ToRead | None:
+    def _next(self, own: int) -> _ToRead | None:
         with self._moved:
             self._busy.pop(own, None)
             absent = None if self._token.cancelled() else next(self._todo, None)
@@ -176,7 +176,7 @@ class Ahead:
             return None if self._token.cancelled() else absent
 
 
-def merged(ranges: Sequence[Range]) -> list[Range]:
+def _merged(ranges: Sequence[Range]) -> list[Range]:
     """Join neighbours in a file, since tensors may be small. Bytes between them are read too."""
     found: list[Range] = []
     for one in ranges:

@@ -19,7 +19,7 @@ from numaload.linux.syscalls import HUGE, memory_at
 from numaload.machine import memory
 from numaload.machine.memory import Promise
 
-WAY_OUT = "let go of tensors that were taken, give a smaller ahead=, or stream to a smaller dtype"
+WAY_OUT = "drop tensors not needed any more, give a smaller ahead=, or stream to a smaller dtype"
 LEAST_FREE = 4 << 20  # bytes beside the buffers: threads, and what Python needs
 WASTE = 2  # times what is needed: larger ranges are left for larger tensors
 

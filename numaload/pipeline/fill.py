@@ -63,7 +63,7 @@ class Target(NamedTuple):
 
     @property
     def start(self) -> int:
-        """Return the byte of the tensor that it begins with."""
+        """Return the byte of the tensor at which the place begins."""
         return self.bytes_of(self.first)
 
     @property
@@ -122,7 +122,7 @@ def scratch(name: str, nbytes: int) -> NDArray[np.uint8]:
     return found[:nbytes]
 
 
-def fetch(tensor: Tensor, start: int, nbytes: int) -> NDArray[np.uint8]:
+def _fetch(tensor: Tensor, start: int, nbytes: int) -> NDArray[np.uint8]:
     """Return bytes of the tensor from ``start``, valid until this thread's next call.
 
     Raises: ReadError, FileChangedError, ClosedError.
@@ -197,7 +197,7 @@ class Work:
         self.ahead.stop()
 
     def _settle(self) -> None:
-        """Wait until no thread works, whatever signals come; what has not begun finds it is over.
+        """Wait until no thread works, whatever signals come; tasks not begun yet end at once.
 
         The threads count themselves: a signal may come before their future is kept.
         """
@@ -211,7 +211,7 @@ class Work:
             return
 
     def start(self, target: Target, cut: Iterable[Part], write: Write) -> list[Future[None]]:
-        """Hand the parts to the threads; they take them in order, and tensors in that of calls."""
+        """Hand a tensor's parts to the threads, which take parts and tensors in order."""
         todo, ready = iter(cut), self._ready(target)
 
         def work() -> None:
@@ -229,15 +229,15 @@ class Work:
         return [self.workers.submit(work, token=self.token) for _ in range(count)]
 
     def finish(self, futures: list[Future[None]]) -> None:
-        """Wait for them, and tell the callback meanwhile. Raises: CancelledError and theirs."""
+        """Wait for the threads and call the callback. Raises: CancelledError, and their errors."""
         finish(futures, self.token, self.steps)
 
     def check(self) -> None:
-        """Check the process. Raises: UsageError in a forked child."""
+        """Check that this is the process that began the work. Raises: UsageError in a fork."""
         check_process(self.steps.pid)
 
     def _ready(self, target: Target) -> Callable[[Part], None]:
-        """Return what waits until the bytes of a part were read ahead."""
+        """Return a function that waits until the bytes of a part were read ahead."""
         tensor = target.tensor
         if not tensor.is_file or not target.nbytes:
             return lambda _: None
@@ -277,7 +277,7 @@ MOST_ALONE = 256 << 10  # bytes of a tensor that a second thread would not make 
 
 
 class Extent(Protocol):
-    """Bytes of a tensor that will be wanted."""
+    """Name bytes of a tensor that will be wanted."""
 
     @property
     def tensor(self) -> Tensor: ...
@@ -299,7 +299,7 @@ def _ranges(todo: Sequence[Extent]) -> list[Range]:
 
 
 def writer(target: Target) -> tuple[Write, Iterable[Part]]:
-    """Return what writes a part of this target, and its parts.
+    """Return the function that writes one part of this target, and the target's parts.
 
     Raises: UnsupportedTypeError, UnknownQuantTypeError, UsageError.
     """
@@ -307,8 +307,8 @@ def writer(target: Target) -> tuple[Write, Iterable[Part]]:
     tensor.check_type()
     if target.start + target.nbytes > tensor.nbytes:
         raise UsageError(
-            f"tensor {tensor.name!r}: bytes {target.start} to {target.start + target.nbytes} of"
-            f" {tensor.nbytes} for {target.place.size} places"
+            f"tensor {tensor.name!r} has {tensor.nbytes} bytes: a place of {target.place.size}"
+            f" items wants bytes {target.start} to {target.start + target.nbytes}"
         )
     if target.dtype is None:
         return _Raw(target), parts(target.place, 1, target.first)
@@ -343,7 +343,7 @@ class _Converting:
             done = self._read(first, flat, past_caches=past_caches)
         for start in range(done, flat.size, self.step):
             part = flat[start : start + self.step]
-            blocks = fetch(
+            blocks = _fetch(
                 target.tensor, target.bytes_of(first + start), target.bytes_of(part.size)
             )
             self.convert(blocks, part, past_caches)
@@ -369,8 +369,8 @@ class _Raw:
         tensor, place = self.target.tensor, part.place
         start, nbytes = self.target.bytes_of(part.first), place.nbytes
         if not place.flags.c_contiguous:
-            place[...] = fetch(tensor, start, nbytes).view(place.dtype).reshape(place.shape)
+            place[...] = _fetch(tensor, start, nbytes).view(place.dtype).reshape(place.shape)
         elif tensor.is_file:
             tensor.read_into(place.reshape(-1).view(np.uint8).data, start)
         else:
-            place.reshape(-1).view(np.uint8)[:] = fetch(tensor, start, nbytes)
+            place.reshape(-1).view(np.uint8)[:] = _fetch(tensor, start, nbytes)

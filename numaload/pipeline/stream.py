@@ -71,29 +71,29 @@ def stream(
     return _stream(chosen, output, ahead, progress)
 
 
-class Output(NamedTuple):
-    """What the caller gets. dtype: None for the type that each tensor has in the file."""
+class _Output(NamedTuple):
+    """Say what the caller gets. dtype: None for the type that each tensor has in the file."""
 
     dtype: str | None
     torch: bool
 
 
-def _output(dtype: Any) -> Output:
+def _output(dtype: Any) -> _Output:
     if dtype is None:
-        return Output(None, torch=False)
+        return _Output(None, torch=False)
     if isinstance(dtype, str) and dtype == "torch":
         from numaload.torch_memory import import_torch
 
         import_torch()
-        return Output(None, torch=True)
+        return _Output(None, torch=True)
     name = dtype_name(dtype)
     if name not in KERNEL_DTYPES:
         raise UsageError(f"dtype {dtype}: expected {', '.join(KERNEL_DTYPES)}, None or 'torch'")
-    return Output(name, is_torch(dtype))
+    return _Output(name, is_torch(dtype))
 
 
 def _stream(
-    tensors: list[Tensor], output: Output, ahead: int, progress: Progress | None
+    tensors: list[Tensor], output: _Output, ahead: int, progress: Progress | None
 ) -> Generator[tuple[str, Any], None, None]:
     if not tensors:
         return
@@ -101,7 +101,7 @@ def _stream(
     buffers, todo = Buffers(ahead), deque(tensors)
     ready: deque[_Result] = deque()
     nbytes, most = 0, min(ahead, FIRST)  # of those that are ready or under way
-    with Work([Whole(tensor) for tensor in tensors], progress, ahead) as work:
+    with Work([_Whole(tensor) for tensor in tensors], progress, ahead) as work:
         try:
             while todo or ready:
                 while todo and _fits(len(ready), nbytes, _nbytes(todo[0], output), most, ahead):
@@ -125,7 +125,7 @@ def _stream(
             buffers.close()
 
 
-def _room(tensors: list[Tensor], output: Output) -> int:
+def _room(tensors: list[Tensor], output: _Output) -> int:
     """Return how many bytes ahead fit into memory, beside two tensors: this and the caller's.
 
     Raises: NodeMemoryError where it has none for these two.
@@ -150,12 +150,12 @@ def _fits(count: int, nbytes: int, more: int, most: int, ahead: int) -> bool:
 
 
 def _taken(result: _Result) -> tuple[str, Any]:
-    """Keep no reference in the generator: what the caller drops is free at once."""
+    """Return the result and keep no reference to it: what the caller drops is free at once."""
     return result.tensor.name, result.value()
 
 
 def _ending(promise: memory.Promise, write: Write) -> Write:
-    """Return ``write`` that takes back what was promised of each part once it is written."""
+    """Wrap ``write``: once a part is written, its share of the promised memory is given back."""
 
     def write_touching(part: Part) -> None:
         write(part)
@@ -164,7 +164,7 @@ def _ending(promise: memory.Promise, write: Write) -> Write:
     return write_touching
 
 
-class Whole(NamedTuple):
+class _Whole(NamedTuple):
     """Cover all bytes of a tensor."""
 
     tensor: Tensor
@@ -175,17 +175,17 @@ class Whole(NamedTuple):
         return int(self.tensor.nbytes)
 
 
-def _kernel(tensor: Tensor, output: Output) -> str | None:
+def _kernel(tensor: Tensor, output: _Output) -> str | None:
     """Return the dtype that a kernel makes of it; None where its bytes are handed on."""
     return output.dtype if tensor.has_kernel else None
 
 
-def _nbytes(tensor: Tensor, output: Output) -> int:
+def _nbytes(tensor: Tensor, output: _Output) -> int:
     kernel = _kernel(tensor, output)
     return int(tensor.nbytes if kernel is None else tensor.size * DTYPES[kernel].itemsize)
 
 
-def _as_in_file(tensor: Tensor, output: Output) -> tuple[str, tuple[int, ...]]:
+def _as_in_file(tensor: Tensor, output: _Output) -> tuple[str, tuple[int, ...]]:
     """Return the dtype's name and the shape. Raises: UnsupportedTypeError.
 
     numpy has no dtype for numbers that share a byte; torch has one such type.
@@ -193,12 +193,12 @@ def _as_in_file(tensor: Tensor, output: Output) -> tuple[str, tuple[int, ...]]:
     name = tensor.type_name
     packed = name in ITEMS or not (tensor.in_blocks or name in NAMES)
     if packed and output.dtype is not None:
-        message = f"tensor {tensor.name!r}: {name} is not turned to float: dtype=None has its bytes"
+        message = f"tensor {tensor.name!r}: {name} cannot become float; dtype=None gives bytes"
         raise UnsupportedTypeError(message)
     if tensor.in_blocks or (packed and not output.torch):
         return "uint8", tensor.byte_shape
     if name not in NAMES:
-        message = f"tensor {tensor.name!r}: torch has no type for {name}: dtype=None has its bytes"
+        message = f"tensor {tensor.name!r}: torch has no type for {name}; dtype=None gives bytes"
         raise UnsupportedTypeError(message)
     return NAMES[name], item_shape(name, tensor.shape, tensor.name)
 
@@ -206,7 +206,7 @@ def _as_in_file(tensor: Tensor, output: Output) -> tuple[str, tuple[int, ...]]:
 class _Result:
     """Make one tensor: started here, finished by the threads, taken by the caller."""
 
-    def __init__(self, tensor: Tensor, output: Output, buffers: Buffers, work: Work) -> None:
+    def __init__(self, tensor: Tensor, output: _Output, buffers: Buffers, work: Work) -> None:
         self.tensor, self.output, self.nbytes = tensor, output, _nbytes(tensor, output)
         self.kernel, self.work = _kernel(tensor, output), work
         self.error: NumaloadError | None = None
@@ -230,7 +230,7 @@ class _Result:
         self.futures = self.work.start(target, cut, write)
 
     def end(self) -> None:
-        """Take back what was promised for it and will not be touched."""
+        """Give back the promised memory that will not be touched."""
         if self.promise is not None:
             self.promise.end()
 

@@ -74,12 +74,12 @@ class Arena(NotCopyable):
             syscalls.set_mempolicy(syscalls.MPOL_BIND, [node])
 
     def settle(self) -> None:
-        """Set the policy once it is filled: pages read back from swap go on taking turns."""
+        """Set the policy once filled, so that pages read back from swap still take turns."""
         if self._in_turn:
             bind(self.mapping, self.group)
 
     def _populate(self, start: int, stop: int) -> None:
-        """Have pages here: on a full tmpfs this fails, where touching them would kill by SIGBUS."""
+        """Allocate pages: on a full tmpfs that is an error, but touching them would be SIGBUS."""
         size = -(-(stop - start) // PAGE) * PAGE
         failed = syscalls.madvise(self.mapping.address + start, size, syscalls.MADV_POPULATE_WRITE)
         if failed and failed != errno.EINVAL:  # kernels before 5.14: filling makes the pages
@@ -93,7 +93,7 @@ class Arena(NotCopyable):
         return NodeMemoryError(
             f"{where} ran out while node {format_list(self.group)} was filled ({why}): needs"
             f" {needed} bytes more{f', has {free}' if limited else ''}; all of it is given back:"
-            " free some, mirror to fewer nodes"
+            " free memory, mirror to fewer nodes"
             + (", or --hold, which no tmpfs limits" if limited else ""),
             needed=needed,
             free=free,
@@ -151,7 +151,9 @@ def store_memory(folder: int, *, bound: bool = True) -> Allocate:
         try:
             fd = os.open(".", flags, REPLICA_MODE, dir_fd=folder)
         except OSError as error:
-            raise StoreError(f"{userdir.path()}: no nameless file: {reason(error)}") from error
+            raise StoreError(
+                f"{userdir.path()}: cannot make a nameless file: {reason(error)}"
+            ) from error
         return _of_file(fd, size, group, bound=bound)
 
     return allocate
@@ -164,7 +166,7 @@ def held_memory(*, bound: bool = True) -> Allocate:
         try:
             fd = _memory_file()
         except OSError as error:
-            raise StoreError(f"no memory file for a holder: {reason(error)}") from error
+            raise StoreError(f"cannot make a memory file for a holder: {reason(error)}") from error
         return _of_file(fd, size, group, bound=bound)
 
     return allocate
@@ -186,7 +188,7 @@ def _resize(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
     except OSError as error:
         raise StoreError(
-            f"no memory file of {size} bytes for a replica: {reason(error)}"
+            f"cannot make a memory file of {size} bytes for a replica: {reason(error)}"
         ) from error
 
 

@@ -78,7 +78,7 @@ def build(
         for arenas in job.arenas.values():
             for arena in arenas:
                 arena.settle()
-        placements = prove(job.arenas)
+        placements = _prove(job.arenas)
     except BaseException:
         for arenas in job.arenas.values():
             for arena in arenas:
@@ -88,7 +88,7 @@ def build(
     return Built(job.arenas, job.sums, placements, seconds, bound, job.given_back, plan=job.plan)
 
 
-def prove(arenas: dict[Group, list[Arena]]) -> dict[Group, Placement]:
+def _prove(arenas: dict[Group, list[Arena]]) -> dict[Group, Placement]:
     """Ask the kernel where every page is. Raises: PlacementError."""
     asked = [(list(group), [arena.mapping for arena in row]) for group, row in arenas.items()]
     placements = dict(zip(arenas, locate(asked), strict=True))
@@ -156,7 +156,7 @@ class _Build:
                 give_back(file, self._not_wanted(i))
 
     def _plan(self) -> ReadPlan:
-        """Plan whole chunks at a time. What is in RAM is copied, by a thread for each CPU."""
+        """Plan reads of whole chunks. What is in RAM is copied, by a thread for each CPU."""
         plan = plan_for(self.files, self.before)
         absent = sum(found.size - found.resident for found in self.before)
         chunks = sum(map(len, self.sums))
@@ -203,7 +203,7 @@ class _Build:
                 self.copies.append(copy)
 
     def _sit(self, node: int) -> None:
-        """Have this thread on the node that it fills."""
+        """Move this thread to the node that it fills."""
         cpus = self.machine.nodes[self._seat(node)].usable_cpus
         if getattr(self.own, "cpus", None) != cpus:
             pin(cpus)

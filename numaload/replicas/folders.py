@@ -82,8 +82,8 @@ def write(name: str, manifest: bytes, files: Links, store: int, *, held: bool = 
 def remove(name: str, store: int) -> bool:
     """Remove an entry, following no link and entering no other file system.
 
-    What does not look like a part of an entry stays, and with it what it lies in.
-    Return whether replicas stay, or may: its folder cannot be read.
+    What does not look like a part of an entry stays, and so do the folders that it lies in.
+    Returns whether replicas stay, or may stay because the folder cannot be read.
     """
     try:
         folder = _below(name, store)
@@ -160,7 +160,7 @@ def _empty_node(node: str, folder: int, sizes: dict[str, str] | None) -> bool:
 
 
 def _unlink(name: str, folder: int, sizes: dict[str, str]) -> bool:
-    """Remove what looks like a replica; return whether none of it is left."""
+    """Remove this if it looks like a replica; return whether it is gone."""
     try:
         if _is_replica(name, folder, sizes):
             os.unlink(name, dir_fd=folder)
@@ -170,7 +170,7 @@ def _unlink(name: str, folder: int, sizes: dict[str, str]) -> bool:
 
 
 def _is_replica(name: str, folder: int, sizes: dict[str, str]) -> bool:
-    """Return whether it looks like one: a holder's link, or a file of its mode or its size."""
+    """Return whether this looks like a replica: a holder's link, or a file of its mode or size."""
     status = os.stat(name, dir_fd=folder, follow_symlinks=False)
     if stat.S_ISLNK(status.st_mode):
         return LINK.fullmatch(os.readlink(name, dir_fd=folder)) is not None

@@ -97,7 +97,7 @@ def _map_replica(entry: Entry, path: str, size: int, folder: int) -> Mapping:
 
 
 def _open_held(entry: Entry, path: str, folder: int) -> int:
-    """Open what the link leads to, once it is known for what the holder was given.
+    """Open what the link leads to, after checking that it is what the holder was given.
 
     Another process may have the pid by now.
     """

@@ -85,7 +85,7 @@ def mirror(
         if shared:
             made = mirror_shared([model], machine, options, progress)[0]
         elif len(machine.usable) == 1:
-            made = mapped(model, machine, groups)
+            made = _mapped(model, machine, groups)
         else:
             made = private(model, machine, options, progress)
         made.owns_weights = model is not weights
@@ -104,7 +104,7 @@ def attach(
     machine = topology()
     needed = None if nodes is None else machine.select(nodes)
     with _opened(path) as weights:
-        made = attach_shared(weights, machine, needed)
+        made = _attach_shared(weights, machine, needed)
         made.owns_weights = weights is not path
         return made
 
@@ -143,7 +143,7 @@ class MirrorOptions:
 
 
 def can_bind(options: MirrorOptions, machine: Topology) -> bool:
-    """Return whether memory binds here; where it does not, say that first touch places it.
+    """Return whether memory can be bound here; if not, warn that first touch places it.
 
     Raises: NumaUnavailableError where first touch cannot do, or may not (strict).
     """
@@ -207,7 +207,7 @@ def private(
     return Mirror(weights, replicas, report, machine, dict.fromkeys(groups, built.checksums))
 
 
-def mapped(weights: Weights, machine: Topology, groups: Sequence[Group]) -> Mirror:
+def _mapped(weights: Weights, machine: Topology, groups: Sequence[Group]) -> Mirror:
     """Return the opened file itself as the only view: there is one node."""
     report = report_of(weights, machine, groups, "mapped")
     report.note = "one NUMA node: nothing was copied, the view is the opened file itself"
@@ -258,7 +258,9 @@ def _check_kind(weights: Weights, found: Sequence[Entry], options: MirrorOptions
     for what, holds in lacks.items():
         if holds:
             path = weights.paths[0]
-            raise StoreError(f"{path}: is mirrored already, {what}: numaload release {path}")
+            raise StoreError(
+                f"{path}: is mirrored already, {what}; release it first: numaload release {path}"
+            )
 
 
 def mirror_shared(
@@ -270,8 +272,9 @@ def mirror_shared(
 ) -> list[Mirror]:
     """Put replicas of all these models into the store. Nothing is built unless all of them fit.
 
-    announce: called with the plan before it is checked and carried out. Once more where replicas
-    are released meanwhile. Raises: ReplicaNotFoundError if they are again.
+    announce: called with the plan before it is checked and carried out. If another process
+    releases replicas meanwhile, all is done once more.
+    Raises: ReplicaNotFoundError if that happens again.
     """
     try:
         return _mirror_shared(models, machine, options, progress, announce)
@@ -332,7 +335,7 @@ def _publish(model: known.Model, built: Built, folder: int, *, hold: bool) -> No
         built.close()
 
 
-def attach_shared(weights: Weights, machine: Topology, needed: Sequence[int] | None) -> Mirror:
+def _attach_shared(weights: Weights, machine: Topology, needed: Sequence[int] | None) -> Mirror:
     """Attach the replicas on the ``needed`` nodes; None: every replica that is there."""
     found = store.find(weights.model())
     if not found:

@@ -176,9 +176,10 @@ def _gib(nbytes: int) -> str:
 
 
 class MemoryBudget:
-    """Say what may be filled on each node, looked at again while it is filled.
+    """Track how much may be filled on each node, and look again while it is filled.
 
-    Others may fill it meanwhile, and the kernel would kill rather than fail. bound: see ``build``.
+    Other processes may take that memory meanwhile; Linux would then kill a process, not fail.
+    bound: see ``build``.
     """
 
     def __init__(self, machine: Topology, groups: Sequence[Group], *, bound: bool) -> None:
@@ -205,7 +206,7 @@ class MemoryBudget:
             self.finished.notify_all()
 
     def check(self, node: int, nbytes: int) -> None:
-        """Take room on a node. Raises: NodeMemoryError.
+        """Check that a node has room for a chunk. Raises: NodeMemoryError.
 
         Looking takes longer than eight threads take to fill a chunk. So while there is plenty, a
         look is good for several chunks, and those who wait for one need none of their own.
@@ -234,7 +235,7 @@ class MemoryBudget:
     def _look(self, node: int, nbytes: int) -> int | None:
         """Return None where there is room, else how many pending bytes to wait for.
 
-        What others are filling may be filled already or not: in doubt they are waited for.
+        Bytes that others are filling may or may not count already: in doubt, wait for those.
         """
         limits, on_node = [*memory.cgroup_limits()], free_on(node, self.machine, bound=self.bound)
         if on_node is not None:

@@ -68,7 +68,7 @@ def scan() -> tuple[list[Entry], dict[str, str]]:
     """Return the entries, oldest first, and {name: why} of those that cannot be read."""
     found: list[Entry] = []
     damaged: dict[str, str] = {}
-    take_over()
+    _take_over()
     with userdir.existing() as store:
         for name in _entry_names(store):
             entry = _read(name, store)
@@ -76,13 +76,13 @@ def scan() -> tuple[list[Entry], dict[str, str]]:
                 found.append(entry)
             elif _is_there(name, store):  # or else it was released by someone just now
                 damaged[name] = (
-                    f"{userdir.path()}/{name}: no entry that can be read ({entry}); left out;"
-                    " numaload release without FILE takes away what numaload made of it"
+                    f"{userdir.path()}/{name}: this entry cannot be read ({entry}) and is left out;"
+                    " numaload release, without FILE, removes what numaload made of it"
                 )
     return sorted(found, key=lambda entry: entry.created), damaged
 
 
-def take_over() -> None:
+def _take_over() -> None:
     """Move entries here that an earlier version made, and a holder of that may make again."""
     with userdir.earlier() as old:
         names = [name for name in _entry_names(old) if isinstance(_read(name, old), Entry)]
@@ -94,12 +94,12 @@ def take_over() -> None:
                     os.rename(name, name, src_dir_fd=old, dst_dir_fd=store)
                 except OSError as error:  # noqa: PERF203 - the others are moved all the same
                     if error.errno not in (ENOENT, ENOTEMPTY, EEXIST):  # it was moved before
-                        why = f"{name}: {reason(error)}: of an earlier version, stays where it is"
+                        why = f"{name}, of an earlier version, stays where it is: {reason(error)}"
                         warn_once(why, why)
 
 
 def _read(name: str, store: int | None) -> Entry | str:
-    """Return the entry, or why it is none."""
+    """Return the entry, or why it cannot be read."""
     try:
         with userdir.folder(name, store) as folder:
             return Entry.from_json(name, userdir.read_owned(MANIFEST, folder))
@@ -146,7 +146,7 @@ def building() -> Iterator[int]:
 
     Yields the store's descriptor, cleared of what killed builders left.
     """
-    take_over()
+    _take_over()
     with userdir.opened() as store:
         if getattr(_local, "builds", False):
             raise UsageError(
@@ -164,7 +164,7 @@ def building() -> Iterator[int]:
 
 def sweep() -> list[str]:
     """Clear what killed processes left, unless someone builds; return why replicas stay."""
-    take_over()
+    _take_over()
     with userdir.existing() as store:
         if store is not None:
             with folders.alone(store) as alone:
@@ -174,7 +174,7 @@ def sweep() -> list[str]:
 
 
 def _sweep(store: int) -> list[str]:
-    """Clear it, and say what stays; return why replicas do."""
+    """Clear what killed processes left; return why replicas stay, if any do."""
     left = [name for name in userdir.listed(store) if userdir.ENTRY.fullmatch(name[1:])]
     stays = [_remove(name, store) for name in left if name.startswith(".")]
     for name in _entry_names(store):
@@ -194,7 +194,7 @@ def _sweep(store: int) -> list[str]:
 
 
 def _lost(entry: Entry) -> HolderProcess | None:
-    """Return its holder, if that has died. Of one in another container that cannot be seen."""
+    """Return the entry's holder if it has died; in another container that cannot be seen."""
     holder = entry.holder
     return None if holder is None or holder.foreign or holder.alive() else holder
 
@@ -265,7 +265,7 @@ class Released:
 
 
 def release(chosen: Sequence[Entry]) -> list[Released]:
-    """Take these entries out of the store. What cannot be, says so and stops no other."""
+    """Take these entries out of the store. One that fails reports why and stops no other."""
     done = []
     with userdir.existing() as store:
         for entry in chosen if store is not None else ():
@@ -289,8 +289,8 @@ def _end(holder: HolderProcess) -> str:
     """
     if holder.foreign:
         return (
-            f"process {holder.pid} of another container or process namespace holds it: if that"
-            " lives, it publishes it again; release it there"
+            f"process {holder.pid} of another container or process namespace holds it: while that"
+            " lives, it publishes the entry again: release it there"
         )
     try:
         holder.end()
@@ -302,7 +302,7 @@ def _end(holder: HolderProcess) -> str:
 def release_damaged() -> tuple[list[str], list[str]]:
     """Take away what is in the place of entries and cannot be read as one.
 
-    Its paths, and those of what stays, since numaload did not make it.
+    Returns the paths taken away, and those that stay because numaload did not make them.
     """
     with userdir.existing() as store:
         if store is None:
@@ -342,13 +342,13 @@ def _take_away(name: str, store: int | None) -> str:
 
 
 def _remove(name: str, store: int) -> str:
-    """Remove it, as others may just now; return why its replicas stay, or an empty string."""
+    """Remove an entry's folder, again where others do so now; return why replicas stay, or ""."""
     for pause in PAUSES_S:
         replicas = folders.remove(name, store)
         if not _is_there(name, store):
             return ""
         time.sleep(pause)
-    why = f"{userdir.path()}/{name} stays: not all of it can be removed, or is numaload's"
+    why = f"{userdir.path()}/{name} stays: some of it cannot be removed, or is not numaload's"
     if replicas:
         return why
     warn_once(why, why)

@@ -127,7 +127,7 @@ class Mirror(NotCopyable):
         return verify(self._replicas, self.report.paths, self._checksums, self._machine)
 
     def close(self) -> None:
-        """Let go. Memory is unmapped when the last array of it is gone; addresses end now."""
+        """Let go of the replicas. Memory is unmapped with its last array; addresses end now."""
         self._closed = True
         for view in self._views.values():
             view.close()

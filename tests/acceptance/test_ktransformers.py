@@ -249,7 +249,7 @@ def test_a_replica_of_another_model(own_store: None, folder: Path, tmp_path: Pat
     other = shutil.copy(folder / "more/z.gguf", tmp_path / "z.gguf")
     with (
         numaload.mirror(other, shared=True) as mirror,
-        pytest.raises(errors.UsageError, match=r"replica of .*z\.gguf: no file of it is below"),
+        pytest.raises(errors.UsageError, match=r"replica of .*z\.gguf: none of its files is below"),
     ):
         GGUFLoader(folder, replica=mirror)
 

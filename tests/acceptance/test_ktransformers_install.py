@@ -164,7 +164,7 @@ def test_without_ktransformers(tmp_path: Path) -> None:
     assert "BackendError: ktransformers.util.custom_loader cannot be imported" in done.stderr
     assert "KTransformersOps" in done.stderr
     (python / "ktransformers/util/custom_loader.py").write_text("")
-    assert "has no GGUFLoader: no classic ktransformers" in run(code, python).stderr
+    assert "has no GGUFLoader: it is not classic ktransformers" in run(code, python).stderr
 
 
 # docs/ktransformers.md

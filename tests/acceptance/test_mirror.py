@@ -375,7 +375,7 @@ def test_one_damaged_replica_hides_no_other(
     for verb in ("status", "verify"):
         for words in ((), (own_model[0],)):  # of which it may be an entry
             assert "error: " + str(numaload.store) in numaload(verb, *words, status=1).stderr
-    assert "no entry that can be read" in numaload("mirror", own_model[0]).stderr
+    assert "this entry cannot be read" in numaload("mirror", own_model[0]).stderr
     assert "removed" in numaload("release").stdout
     assert left_over(numaload) == []
 

@@ -60,7 +60,7 @@ def test_strict_refuses_at_once(refused: tuple[Numaload, str], model: str) -> No
 def test_strict_does_not_take_what_is_there_unbound(numaload: Numaload, model: str) -> None:
     numaload.within(deny=DOCKER)("mirror", model)
     done = numaload("mirror", model, "--strict", status=1)
-    assert "mirrored already, placed, not bound: numaload release" in done.stderr
+    assert "mirrored already, placed, not bound; release it first: numaload release" in done.stderr
     numaload("release", model)
     numaload("mirror", model, "--strict")
 

@@ -103,7 +103,7 @@ def test_links_in_the_store_are_not_followed(base: Path, small: str, tmp_path: P
     shutil.copytree(base / OWN / entry.name / "node0", elsewhere)
     shutil.rmtree(base / OWN / entry.name / "node0")
     (base / OWN / entry.name / "node0").symlink_to(elsewhere)
-    with pytest.warns(NumaloadWarning, match="stays: not all of it"):
+    with pytest.warns(NumaloadWarning, match="stays: some of it"):
         stores.release([entry])
     assert (elsewhere / "m.gguf").exists()
 
@@ -381,7 +381,7 @@ def test_what_is_not_a_replica_s_size_or_mode_stays(base: Path, small: str) -> N
     replica = Path(entry.path(entry.groups[0], 0))
     replica.unlink()
     replica.write_text("precious")
-    with pytest.warns(NumaloadWarning, match="stays: not all of it"):
+    with pytest.warns(NumaloadWarning, match="stays: some of it"):
         (done,) = stores.release([entry])
     (left,) = [path for path in Path(userdir.path()).rglob("*") if path.name == replica.name]
     assert left.read_text() == "precious"

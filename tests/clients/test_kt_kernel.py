@@ -179,7 +179,7 @@ def test_a_node_that_is_not_there_is_named(run: Checks, models: dict[str, str]) 
         pytest.skip("this machine has a node 3")
     assert not found["right"]
     assert "node 3, which it is for, is not on this machine" in found["text"]
-    assert "kt-kernel has workers for node 3, replicas are on 0" in found["text"]
+    assert "kt-kernel has workers for node 3, but replicas are on node 0" in found["text"]
 
 
 # --- the loader's face, row by row ----------------------------------------------------------------

@@ -123,8 +123,8 @@ def changed(**arrays: NDArray[np.float32] | None) -> dict[str, NDArray[np.float3
 ZEROS = np.zeros((3, 3), np.float32)
 ONE = {"m.lora_down.weight": ZEROS, "m.lora_up.weight": ZEROS}
 UNFIT: dict[str, tuple[lf.Arrays, str]] = {
-    "no-pairs": ({"model.norm.weight": ZEROS}, "none of 1 tensors is half of a pair: model.norm"),
-    "no-tensors": ({}, "none of 0 tensors"),
+    "no-pairs": ({"model.norm.weight": ZEROS}, "none of its 1 tensors is half of a pair: model"),
+    "no-tensors": ({}, "none of its 0 tensors"),
     "no-b": (changed(B=None), "'m.lora_A.weight' has no other half"),
     "no-a": (changed(A=None), "'m.lora_B.weight' has no other half"),
     "no-rank": (changed(A=ZEROS), r"shape \(3, 3\) and .* of \(24, 4\) share no rank"),
@@ -133,7 +133,7 @@ UNFIT: dict[str, tuple[lf.Arrays, str]] = {
     "rank-0": (
         changed(A=np.zeros((0, 3), np.float32), B=np.zeros((3, 0), np.float32)), "share no rank"
     ),
-    "twice": (changed() | {"base_model.model.m.lora_A.weight": ZEROS}, "two tensors for A of 'm'"),
+    "twice": (changed() | {"base_model.model.m.lora_A.weight": ZEROS}, "'m' has two tensors for A"),
     "lycoris": (ONE | {"n.hada_w1_a": ZEROS}, "'n.hada_w1_a' is of another decomposition"),
     "alphas": (ONE | {"m.alpha": ZEROS}, r"'m.alpha': expected one float, found F32 \(3, 3\)"),
     "alpha-nan": (ONE | {"m.alpha": np.array(np.nan, np.float32)}, "'m.alpha' is nan"),
@@ -160,7 +160,7 @@ CONFIGS: dict[str, tuple[str, str]] = {
     "rank-0": (json.dumps(lf.CONFIG | {"r": 0}), "r is 0, expected 1 to"),
     "rank-float": (json.dumps(lf.CONFIG | {"r": 4.0}), "r: expected int, found float"),
     "rank-bool": (json.dumps(lf.CONFIG | {"r": True}), "r: expected int, found bool"),
-    "rank-other": (json.dumps(lf.CONFIG | {"r": 8}), "rank 4, the configuration says 8"),
+    "rank-other": (json.dumps(lf.CONFIG | {"r": 8}), "has rank 4, but the configuration says 8"),
     "alpha-text": (json.dumps(lf.CONFIG | {"lora_alpha": "x"}), "lora_alpha: expected a number"),
     "alpha-nan": (json.dumps(lf.CONFIG | {"lora_alpha": float("nan")}), "NaN is no number"),
     "rslora": (json.dumps(lf.CONFIG | {"use_rslora": "no"}), "use_rslora: expected bool"),

@@ -93,7 +93,7 @@ def test_what_others_have_besides_pairs_is_said(tmp_path: Path, nothing_said: No
     }
     with open_adapter(lf.write_gguf(tmp_path / "x.gguf", arrays)) as adapter:
         assert adapter.others == ["blk.0.attn_norm.weight"]
-        with pytest.warns(errors.NumaloadWarning, match="1 tensors that are no LoRA pairs"):
+        with pytest.warns(errors.NumaloadWarning, match="1 tensors belong to no LoRA pair"):
             assert len(loaded(adapter)) == 2 * len(lf.TENSORS)
 
 
@@ -166,7 +166,7 @@ def test_rows_of_heads_are_put_back(tmp_path: Path) -> None:
         assert_equal(loaded(adapter, model=Named(names, HEADS)), expected)
         with pytest.raises(UsageError, match="give model=, or heads="):
             adapter.state_dict()
-        with pytest.raises(UsageError, match="24 rows are no 5 attention heads"):
+        with pytest.raises(UsageError, match="24 rows do not divide into 5 attention heads"):
             adapter.state_dict(heads=(5, 5))
 
 
@@ -212,7 +212,7 @@ def test_a_name_map_is_all_that_counts(tmp_path: Path, by: str) -> None:
     with open_adapter(lf.gguf_file(tmp_path)) as adapter:
         config = adapter.lora_config(name_map=table if by == "dict" else table.get)
         assert config["target_modules"] == list(table.values())
-        with pytest.raises(UsageError, match=r"nothing for 'blk\.0\.attn_q'"):
+        with pytest.raises(UsageError, match=r"no module for 'blk\.0\.attn_q'"):
             adapter.lora_config(name_map={})
 
 
@@ -260,13 +260,13 @@ def test_two_tensors_that_would_have_one_name(tmp_path: Path) -> None:
     ones = np.ones((2, 2), np.float32)
     others = {"norm.weight": ones, "base_model.model.norm.weight": ones}
     arrays = lf.halves(["base_model.model.m"], lf.PEFT_ENDS) | others
-    words = r"would be 'base_model\.model\.norm\.weight'"
+    words = r"both become 'base_model\.model\.norm\.weight'"
     folder = lf.write_peft(tmp_path / "a", arrays)
     with open_adapter(folder) as adapter, pytest.raises(errors.AdapterError, match=words):
         adapter.state_dict()
     arrays = lf.halves(["a.m", "b.m"], lf.KOHYA_ENDS)
     path = lf.write_safetensors(tmp_path / "k.safetensors", arrays)
-    words = "two modules of the adapter would be 'c'"
+    words = "two modules of the adapter would both become 'c'"
     with open_adapter(path) as adapter, pytest.raises(UsageError, match=words):
         adapter.state_dict(name_map=lambda _: "c")
 

@@ -103,7 +103,7 @@ def test_a_damaged_manifest_is_left_out_and_said(
     row = json.loads((bad / "manifest.json").read_bytes())
     damage(row)
     (bad / "manifest.json").write_text(json.dumps(row))
-    with pytest.warns(NumaloadWarning, match=r"\.00000000: no entry that can be read"):
+    with pytest.warns(NumaloadWarning, match=r"\.00000000: this entry cannot be read"):
         assert len(stores.entries()) == 1
     assert stores.release_damaged() == ([str(bad)], [])
     assert not bad.exists()
@@ -116,7 +116,7 @@ def test_a_number_of_any_length_keeps_no_memory(store: Path, model: str) -> None
     manifest = store / entry.name / "manifest.json"
     text = manifest.read_text()
     manifest.write_text(text.replace('"chunk": ', f'"chunk": {"9" * 5000}'))
-    with pytest.warns(NumaloadWarning, match="no entry that can be read"):
+    with pytest.warns(NumaloadWarning, match="this entry cannot be read"):
         assert stores.entries() == []
     assert stores.release_damaged() == ([str(store / entry.name)], [])
     assert entry.holder is not None
@@ -262,7 +262,7 @@ def test_replicas_of_a_dead_holder_are_not_there(store: Path, model: str) -> Non
 
 def test_what_was_placed_only_is_not_what_strict_asks_for(store: Path, model: str) -> None:
     rewrite(entry_at(store, model), lambda row: row.update(bound=False))
-    with pytest.raises(StoreError, match="mirrored already, placed, not bound: numaload release"):
+    with pytest.raises(StoreError, match="mirrored already, placed, not bound; release it first"):
         api.mirror(model, shared=True, strict=True)
     with api.attach(model) as mirror:
         assert mirror.report.unbound == mirror.nodes

@@ -165,10 +165,13 @@ def test_one_pool_with_more_work_than_cpus(tmp_path: Path) -> None:
 def test_threads_pinned_on_one_another_while_others_have_more(tmp_path: Path) -> None:
     found = [*several(2, "python", "2"), thread("numaload", "0-3")]
     (finding,) = seen(found, machine(ONE, tmp_path), busy=found).findings
-    assert finding.fix == f"let some run elsewhere, too: taskset -pc 0-3 {found[1].tid}"
+    assert finding.fix == f"let some of them run on other CPUs too: taskset -pc 0-3 {found[1].tid}"
     bound = seen(found, machine(ONE, tmp_path), busy=found, variables={"OMP_PROC_BIND": "close"})
     assert [f.fix for f in bound.findings] == [
-        f"unset OMP_PROC_BIND=close, or let some run elsewhere, too: taskset -pc 0-3 {found[1].tid}"
+        (
+            "unset OMP_PROC_BIND=close, or let some of them run on other CPUs too:"
+            f" taskset -pc 0-3 {found[1].tid}"
+        )
     ]
 
 

@@ -58,9 +58,11 @@ def install(
     hook, path = find_hook(), absolute(os.fspath(weight_path))
     there = hook.get(path)
     if isinstance(there, _ChoosingLoader):
-        raise UsageError(f"{there.handle!r} is in place: close() it first")
+        raise UsageError(
+            f"a handle of this path is open: {there.handle!r} is in place: close() it first"
+        )
     if nodes is not None and mirrors is not None:
-        raise UsageError("nodes and mirrors: the mirrors have their nodes, give one of the two")
+        raise UsageError("give nodes or mirrors, not both: mirrors already have their nodes")
     given = [mirrors] if isinstance(mirrors, Mirror) else list(mirrors or ())
     own: list[Weights | Mirror] = []
     try:
@@ -144,10 +146,10 @@ class Handle(NotCopyable):
         return self._memories[self._key(node)]
 
     def view(self, node: int | None = None) -> Weights:
-        """Return those of the only model. Raises: as ``views``, UsageError if there are several."""
+        """Return the one model's weights. Raises: as ``views``, UsageError if there are more."""
         views = self.views(node)
         if len(views) > 1:
-            raise UsageError(f"{self.path} has {len(views)} models: views() has them")
+            raise UsageError(f"{self.path} has {len(views)} models: views() returns all of them")
         return views[0]
 
     def loader(self, node: int | None = None) -> Loader:
@@ -156,17 +158,17 @@ class Handle(NotCopyable):
 
     def _key(self, node: int | None) -> int | None:
         if self._closed:
-            raise ClosedError(f"{self!r}: what it gives ended with close()")
+            raise ClosedError(f"{self!r}: nothing can be taken from it after close()")
         if node is None:
             return next(iter(self._memories))
         if node not in self._memories:
-            there = format_list(self.nodes) or "no node, the files themselves are used"
+            there = format_list(self.nodes) or "no node: the files themselves are used"
             raise UsageError(f"no replica on node {node}; there are on {there}")
         return node
 
     @contextmanager
     def on(self, node: int) -> Iterator[Handle]:
-        """Give wrappers that are made inside this node's replica, and workers of their own.
+        """Give wrappers made inside the block this node's replica, and worker threads of their own.
 
         For several MOEs in one process, each on its node, with threadpool_count=1 and
         numa_nodes=[node]. Not for several threads at a time. Raises: as ``views``.
@@ -180,12 +182,12 @@ class Handle(NotCopyable):
             self._hook.put(self.path, before)
 
     def check(self) -> Report:
-        """Report, and put workers that may run elsewhere on the CPUs of their node."""
+        """Move stray workers to the CPUs of their node, and report as ``report`` does."""
         return self._ask(repair=True)
 
     @property
     def report(self) -> Report:
-        """The kernel's answers now; changes nothing."""
+        """Report where weights, copies and threads are now, and change nothing."""
         return self._ask(repair=False)
 
     def _ask(self, *, repair: bool) -> Report:
@@ -200,8 +202,8 @@ class Handle(NotCopyable):
         if others and self.nodes:
             wanted, there = format_list(others), format_list(self.nodes)
             report.notes.append(
-                f"kt-kernel has workers for node {wanted}, replicas are on {there}:"
-                f" nodes={wanted!r}"
+                f"kt-kernel has workers for node {wanted}, but replicas are on node {there}:"
+                f" install with nodes={wanted!r}"
             )
         return report
 
@@ -227,8 +229,8 @@ class Handle(NotCopyable):
     def _node_of_workers(self) -> int | None:
         """Return the node that all of kt-kernel's workers are for, where it has a replica.
 
-        Threads are looked at once for each time that there are new ones: a model has hundreds of
-        tensors. Those that may run elsewhere are moved.
+        Called for each of a model's hundreds of tensors, so threads are looked at only when there
+        are new ones. Those that may run elsewhere are moved.
         """
         now = thread_ids()
         if now <= self._seen:
@@ -249,7 +251,7 @@ class Handle(NotCopyable):
         return self._for_node
 
     def _keep(self, node: int | None, tensor: Tensor) -> memoryview:
-        """Return a tensor's blocks, kept: kt-kernel has their address after every reference."""
+        """Return a tensor's blocks and keep them: kt-kernel has only their address."""
         self._key(node)
         if not self._given:
             self._memory_before = own_memory()
@@ -280,7 +282,7 @@ class Handle(NotCopyable):
 
     @property
     def kept(self) -> int:
-        """Bytes that stay mapped because kt-kernel may have their addresses."""
+        """Count the bytes that stay mapped because kt-kernel may have their addresses."""
         return sum(t.nbytes for given in self._given.values() for t in given.values())
 
     def __enter__(self) -> Handle:
@@ -296,7 +298,7 @@ class Handle(NotCopyable):
 
 
 class _KeepingLoader(Loader):
-    """Give the memory of one node; its handle keeps what was given."""
+    """Load from the memory of one node; the handle keeps whatever was handed out."""
 
     def __init__(self, handle: Handle, node: int | None) -> None:
         super().__init__(handle.views(node))
@@ -307,7 +309,7 @@ class _KeepingLoader(Loader):
 
 
 class _ChoosingLoader(_KeepingLoader):
-    """Give the memory of the node that kt-kernel's workers are for: the loader that it gets."""
+    """Load from the node that kt-kernel's workers are for; this loader is handed to kt-kernel."""
 
     def get_undequanted_tensor_and_ggml_type(self, name: str) -> tuple[Any, Any]:
         node = self.handle._node_of_workers()  # noqa: SLF001

@@ -35,7 +35,7 @@ def tp(weights: Weights, part: int, parts: int) -> dict[str, ExpertPart]:
     Zero-copy and strided; ``place`` makes parts contiguous in a node's memory. Raises: UsageError.
     """
     if parts < 1 or not 0 <= part < parts:
-        raise UsageError(f"part {part} of {parts}: expected a part from 0 below the number")
+        raise UsageError(f"part {part} of {parts}: expected 0 <= part < parts")
     found = {}
     for name, tensor in weights.items():
         match = EXPERTS.search(name)
@@ -78,7 +78,7 @@ def _copy(copies: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]], start: int,
 
 def _expert_part(tensor: Tensor, part: int, parts: int, *, columns: bool) -> ExpertPart:
     if len(tensor.dims) != 3:
-        raise UsageError(f"{tensor.name}: shape {tensor.shape}, experts have three dims")
+        raise UsageError(f"{tensor.name}: expected experts with three dims, found {tensor.shape}")
     inner = tensor.shape[2 if columns else 1]
     return ExpertPart(tensor, part_of(inner, part, parts, tensor.name), columns)
 
@@ -129,7 +129,7 @@ class ExpertPart:
 
     @property
     def blocks(self) -> NDArray[np.uint8]:
-        """(experts, rows, bytes per row) uint8, read-only."""
+        """Return the part's bytes: (experts, rows, bytes per row) uint8, read-only."""
         if self.placed is not None:
             return self.placed
         experts, rows, _ = self.tensor.shape
@@ -141,7 +141,7 @@ class ExpertPart:
 
     @property
     def address(self) -> int:
-        """The address of a placed part, good while it lives. Raises: UsageError for others."""
+        """Return a placed part's address, valid while it lives. Raises: UsageError for others."""
         if self.placed is None:
             raise UsageError(f"{self.name}: a part of a tensor is not contiguous; place() it")
         return self.placed.ctypes.data

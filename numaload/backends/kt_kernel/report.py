@@ -36,7 +36,7 @@ class Given:
 
 @dataclass
 class Report:
-    """The kernel's answers at the time of asking. Sizes are bytes.
+    """Say what Linux answered when it was asked about kt-kernel. Sizes are bytes.
 
     given: what kt-kernel was handed addresses of. grown: {node: bytes} by which this process's own
     memory grew since the first of them; None where the kernel does not say. workers: its threads.

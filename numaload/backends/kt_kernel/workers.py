@@ -68,8 +68,8 @@ def thread_ids() -> frozenset[int]:
 def workers(before: Collection[int] = (), node: int | None = None) -> list[Worker]:
     """List kt-kernel's threads in this process, by thread id.
 
-    before: threads that are not kt-kernel's. Later ones without such a name are workers if their
-    memory is bound to one node: a name with too long a number is refused. Those are for ``node``.
+    before: threads that are not kt-kernel's. A later thread without a worker's name is a worker of
+    ``node`` if its memory is bound to one node: Linux refuses names with too long a number.
     """
     every = threads()
     own = next(thread.name for thread in every if thread.main)
@@ -85,7 +85,7 @@ def workers(before: Collection[int] = (), node: int | None = None) -> list[Worke
 
 
 def _memory(tid: int) -> list[int]:
-    """Read the nodes of the thread's memory policy, which ranges without a policy show."""
+    """Read the nodes of a thread's memory policy from ranges that have no policy of their own."""
     try:
         with open(f"{TASKS}/{tid}/numa_maps", encoding="utf-8", errors="replace") as file:
             match = BOUND.match(file.readline())
@@ -97,7 +97,7 @@ def _memory(tid: int) -> list[int]:
 def check(worker: Worker, machine: Topology, *, repair: bool) -> None:
     """Note whether the worker may run only beside its node; with ``repair``, put it there."""
     if worker.node is None:
-        worker.problem = "has no name that tells its node; it was left where it is"
+        worker.problem = "has no name that says which node it is for; it was left where it is"
         return
     node = machine.nodes.get(worker.node)
     if node is None or not node.usable_cpus:

@@ -65,7 +65,7 @@ def install(replica: Replica = None) -> Replaced:
     module = _import()
     theirs = {name: vars(module)[name] for name in OURS if name in vars(module)}
     if "GGUFLoader" not in theirs:
-        raise BackendError(f"{module.__name__} has no GGUFLoader: no classic ktransformers")
+        raise BackendError(f"{module.__name__} has no GGUFLoader: it is not classic ktransformers")
     done = replace({name: (found, OURS[name]) for name, found in theirs.items()})
     done.set(FolderLoader, "replica", replica)
     return done

@@ -66,7 +66,7 @@ class FolderLoader(NotCopyable):
         for view in views:
             if id(view) not in used:
                 raise UsageError(
-                    f"replica of {view.paths[0]}: no file of it is below {self.folder}"
+                    f"replica of {view.paths[0]}: none of its files is below {self.folder}"
                 )
 
     def _close_files(self) -> None:

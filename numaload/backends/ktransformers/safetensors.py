@@ -103,8 +103,8 @@ class SafeTensorLoader(FolderLoader):
         wanted = tuple(-(-size // SCALED) for size in tensor.shape)
         if len(wanted) != 2 or scales.shape != wanted:
             raise TensorInfoError(
-                f"tensor {scale!r}: shape {scales.shape}, expected {wanted} for weights of"
-                f" {tensor.shape}, two dims",
+                f"tensor {scale!r}: shape {scales.shape}, expected {wanted}, one scale per"
+                f" 128 by 128 weights of shape {tensor.shape}, which must have two dims",
                 path=scales.path,
             )
         weights, factors = (_copied([one], ()).to(device) for one in (tensor, scales))
@@ -127,7 +127,7 @@ class SafeTensorLoader(FolderLoader):
         while self.has_tensor(f"{key}.{count}.up{ending}"):
             count += 1
         if not count:
-            message = f"no experts {key!r} in the files below"
+            message = f"found no experts {key!r} in the files below"
             raise ModelNotFoundError(message, path=self.folder)
         found: dict[str, Any] = {}
         for name in PROJECTIONS:
@@ -193,7 +193,7 @@ def _array(tensor: Tensor) -> NDArray[Any]:
 
 
 def _copied(tensors: Sequence[Tensor], count: tuple[int, ...]) -> Any:
-    """Copy tensors that are alike into one of shape (*count, *shape), by threads of their node.
+    """Copy tensors of one type and shape into one of (*count, *shape), by threads of their node.
 
     What a program is given to keep is its own to write to: the file's memory is not.
     """

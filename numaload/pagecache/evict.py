@@ -112,7 +112,7 @@ def _evict(file: SourceFile) -> EvictedFile:
     before, known = _resident(file)
     report = EvictedFile(file.path, file.size, known, before)
     if before or not known:
-        if syscalls.file_system(file.fd) not in IN_MEMORY:
+        if file.ask(syscalls.file_system, file.fd) not in IN_MEMORY:
             _write(file, report)
         report.stays = _drop(file)
     if report.stays:
@@ -137,7 +137,7 @@ def _write(file: SourceFile, report: EvictedFile) -> None:
     if dirty == 0:
         return
     try:
-        os.fdatasync(file.fd)
+        file.ask(os.fdatasync, file.fd, patient=True)
         report.written = dirty
     except OSError as error:
         report.why = f"dirty pages could not be written: {reason(error)}"
@@ -155,7 +155,7 @@ def _drop(file: SourceFile) -> int:
 
 
 def _why(file: SourceFile, users: list[Mapper], unseen: int) -> str:
-    if syscalls.file_system(file.fd) in IN_MEMORY:
+    if file.ask(syscalls.file_system, file.fd) in IN_MEMORY:
         return "the file lies in memory: it is all there is of it (delete it to free that)"
     if users:
         return "mapped by " + ", ".join(map(_named, users))

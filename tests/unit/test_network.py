@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+import numaload as api
 from commands import LIMIT_S, evict, wait_for
 from numaload.errors import (
     CancelledError,
@@ -52,7 +53,7 @@ class Server:
         self.works = threading.Event()
         self.works.set()
         self.held = 0
-        for name in ("preadv", "stat", "fstat", "posix_fadvise"):
+        for name in ("preadv", "stat", "fstat", "posix_fadvise", "fdatasync"):
             monkeypatch.setattr(os, name, self._slow(getattr(os, name)))
 
     def _slow(self, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -301,6 +302,22 @@ def test_ctrl_c(path: str, server: Server) -> None:
         with pytest.raises(KeyboardInterrupt):
             file.read_at(0, 1)
         comes.join()
+
+
+def test_ctrl_c_while_dirty_pages_are_written(
+    path: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.fdatasync
+
+    def silently(fd: int) -> None:
+        server.falls_silent()
+        write(fd)
+
+    monkeypatch.setattr(os, "fdatasync", silently)
+    comes = when_asked(server, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        api.evict(path)
+    comes.join()
 
 
 def test_what_nobody_wants_any_more(path: str, server: Server) -> None:

@@ -187,11 +187,11 @@ def _tell(futures: list[Future[T]], steps: Steps) -> None:
             future.add_done_callback(steps.news.put)
     left = len(futures)
     while left:
+        _check_wanted(steps)
         try:
             news = steps.news.get(timeout=NOTICE_S)
         except Empty:  # Ctrl-C that came just as waiting began is noticed now
             check_process(steps.pid)
-            _check_wanted(steps)
             continue
         if not isinstance(news, Future):
             steps.tell(news)

@@ -115,4 +115,10 @@ class Steps:
         if self.progress and self.progress(done, self.total) is False:
             raise CancelledError("cancelled", done=done, total=self.total)
         check_process(self.pid)
+        self.check_wanted()
         self.told.release()
+
+    def check_wanted(self) -> None:
+        """Check that somebody wants what this thread waits for. Raises: CancelledError."""
+        if stopping():
+            raise CancelledError("cancelled", done=self.done, total=self.total)

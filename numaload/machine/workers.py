@@ -18,10 +18,10 @@ from functools import partial
 from queue import Empty
 from typing import Any, TypeVar
 
-from numaload.errors import CancelledError, NumaError
+from numaload.errors import NumaError
 from numaload.linux.syscalls import name_thread
 from numaload.machine.affinity import pin
-from numaload.machine.stopping import CancelToken, Steps, check_process, stopping
+from numaload.machine.stopping import CancelToken, Steps, check_process
 from numaload.machine.threads import no_thread
 from numaload.machine.topology import Topology
 
@@ -167,7 +167,7 @@ def finish(
             _tell(futures, steps)
         while not _settled(futures):
             check_process(pid)
-            _check_wanted(steps)
+            (steps or Steps(0, None)).check_wanted()
         return [future.result() for future in futures if future.done()]
     except BaseException:
         if os.getpid() != pid:  # forked by the callback; its parent has the threads
@@ -187,11 +187,11 @@ def _tell(futures: list[Future[T]], steps: Steps) -> None:
             future.add_done_callback(steps.news.put)
     left = len(futures)
     while left:
-        _check_wanted(steps)
         try:
             news = steps.news.get(timeout=NOTICE_S)
         except Empty:  # Ctrl-C that came just as waiting began is noticed now
             check_process(steps.pid)
+            steps.check_wanted()
             continue
         if not isinstance(news, Future):
             steps.tell(news)
@@ -199,15 +199,6 @@ def _tell(futures: list[Future[T]], steps: Steps) -> None:
         left -= 1
         if not news.cancelled() and news.exception():
             return
-
-
-def _check_wanted(steps: Steps | None) -> None:
-    if stopping():
-        raise CancelledError(
-            "cancelled",
-            done=steps.done if steps else 0,
-            total=steps.total if steps else 0,
-        )
 
 
 def _wait(futures: list[Future[T]], *how: Any) -> Any:

@@ -232,7 +232,7 @@ def _check_made(where: str, fd: int) -> None:
     if _is_marked(fd):
         return
     foreign = sorted(n for n in listed(fd) if n == MARKER or not OURS.fullmatch(n))
-    if foreign:
+    if foreign and not _is_marked(fd):  # not even just now, by another process
         raise StoreError(
             f"{where}: numaload did not make it, found {foreign[0]} in it: move that elsewhere, or"
             " set NUMALOAD_STORE to another folder on a tmpfs"

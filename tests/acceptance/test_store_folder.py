@@ -341,6 +341,20 @@ def test_what_is_only_called_as_the_marker_is_none(base: Path, kind: str) -> Non
         stores.entries()
 
 
+def test_a_marker_that_another_process_makes_meanwhile(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = userdir.listed
+
+    def late(folder: int | None) -> list[str]:
+        (base / OWN / userdir.MARKER).touch()
+        return listed(folder)
+
+    monkeypatch.setattr(userdir, "listed", late)
+    with userdir.opened() as folder:
+        assert os.listdir(folder) == [userdir.MARKER]
+
+
 def test_a_folder_that_others_use_is_not_to_be_closed(base: Path) -> None:
     store = Path(userdir.path())
     store.mkdir()

@@ -26,7 +26,7 @@ from numaload.files import known
 from numaload.files.copy import copy_files
 from numaload.files.source import SourceFile
 from numaload.linux import syscalls
-from numaload.linux.mapping import Mapping, map_file, map_private
+from numaload.linux.mapping import MappedMemory, map_file, map_private
 from numaload.linux.syscalls import HUGE, PAGE
 from numaload.machine.memory import require
 from numaload.machine.stopping import CancelToken
@@ -94,7 +94,7 @@ class Turn(ExitStack):
             raise
         return fd
 
-    def map(self) -> Mapping:
+    def map(self) -> MappedMemory:
         mapped = map_file(self.file.fd, self.nbytes)
         self.callback(mapped.close)
         return mapped

@@ -11,7 +11,7 @@ from numaload.files.reader import Chunk, Progress, Reading
 from numaload.files.residency import Residency, give_back, present, residency
 from numaload.files.source import SourceFile
 from numaload.files.ways import IntoMemory
-from numaload.linux.mapping import Mapping, map_private
+from numaload.linux.mapping import MappedMemory, map_private
 from numaload.linux.syscalls import PAGE
 from numaload.machine import memory
 from numaload.machine.affinity import allowed
@@ -22,7 +22,7 @@ LOOK_EVERY = 256 << 20  # bytes copied between two looks at what memory is left
 MOST_THREADS = 8  # that copy what is in RAM: memory is busy with fewer
 
 
-def copy_files(files: Sequence[SourceFile], progress: Progress | None = None) -> list[Mapping]:
+def copy_files(files: Sequence[SourceFile], progress: Progress | None = None) -> list[MappedMemory]:
     """Read these files into private memory, in huge pages where there are some.
 
     What is in RAM is copied from there; the rest is read past the page cache where that can be.
@@ -32,7 +32,7 @@ def copy_files(files: Sequence[SourceFile], progress: Progress | None = None) ->
     meanwhile; ReadError, FileChangedError, CancelledError. Then nothing is left of it.
     """
     _check_room(sum(-(-file.size // PAGE) * PAGE for file in files), "nothing was copied")
-    copies: list[Mapping] = []
+    copies: list[MappedMemory] = []
     try:
         copies.extend(map_private(file.size) for file in files)
         _Copying(files, copies, progress).run()
@@ -62,7 +62,7 @@ class _Copying:
     """The state that the threads of one copying share."""
 
     def __init__(
-        self, files: Sequence[SourceFile], copies: Sequence[Mapping], progress: Progress | None
+        self, files: Sequence[SourceFile], copies: Sequence[MappedMemory], progress: Progress | None
     ) -> None:
         self.files, self.copies = files, copies
         self.before = [residency(file) for file in files]

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from numaload.errors import NumaError
 from numaload.files.source import SourceFile
 from numaload.linux import syscalls
-from numaload.linux.mapping import Mapping, map_file, populate_read
+from numaload.linux.mapping import MappedMemory, map_file, populate_read
 from numaload.linux.syscalls import PAGE
 
 STEP = 1 << 30  # bytes asked about at a time: 256 KiB of answer
@@ -245,7 +245,7 @@ def _cached_on(file: SourceFile, found: Residency) -> dict[int, int]:
     return {node: pages * PAGE for node, pages in sorted(on.items())}
 
 
-def map_quietly(file: SourceFile) -> Mapping:
+def map_quietly(file: SourceFile) -> MappedMemory:
     """Map the whole file to look at what is resident: without reading ahead of what is mapped."""
     mapping = map_file(file.fd, file.size)
     if mapping.length:
@@ -254,7 +254,7 @@ def map_quietly(file: SourceFile) -> Mapping:
     return mapping
 
 
-def map_present(mapping: Mapping, start: int, stop: int) -> bytes:
+def map_present(mapping: MappedMemory, start: int, stop: int) -> bytes:
     """Map what is in RAM of these bytes; a byte per page, 1 where it is. start: of a page."""
     vector = syscalls.mincore(mapping.address + start, stop - start)
     for match in PRESENT.finditer(vector):

@@ -20,7 +20,7 @@ NO_MAPS = "its file system maps no files, as FUSE with direct_io: open it with c
 MORE_ADDRESSES = "raise ulimit -v and -d, or set vm.overcommit_memory to another value than 2"
 
 
-class Mapping(NotCopyable):
+class MappedMemory(NotCopyable):
     """``length`` bytes at ``address``, which is 2 MiB-aligned and has unmapped neighbours."""
 
     def __init__(self, address: int, length: int, reserved: tuple[int, int]) -> None:
@@ -51,14 +51,14 @@ class Mapping(NotCopyable):
     def close(self) -> None:
         self._memory, self.closed = None, True
 
-    def __enter__(self) -> Mapping:
+    def __enter__(self) -> MappedMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def map_file(fd: int, length: int, *, write: bool = False) -> Mapping:
+def map_file(fd: int, length: int, *, write: bool = False) -> MappedMemory:
     """Map the first ``length`` bytes of a file, shared. Raises: NumaError."""
     prot = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
     try:
@@ -69,7 +69,7 @@ def map_file(fd: int, length: int, *, write: bool = False) -> Mapping:
         raise
 
 
-def map_private(length: int) -> Mapping:
+def map_private(length: int) -> MappedMemory:
     """Map zeroed memory of this process, in huge pages where the kernel gives them.
 
     Raises: NodeMemoryError where the process may not have so much address space.
@@ -86,14 +86,14 @@ def map_private(length: int) -> Mapping:
     return mapping
 
 
-def _map(length: int, prot: int, flags: int, fd: int = -1) -> Mapping:
+def _map(length: int, prot: int, flags: int, fd: int = -1) -> MappedMemory:
     """Reserve more than needed, then map on a 2 MiB boundary inside.
 
     Huge pages need an address congruent to the file's offset, and the reserved rest keeps the
     kernel from merging this range with another in /proc/self/numa_maps.
     """
     if length == 0:
-        return Mapping(0, 0, (0, 0))
+        return MappedMemory(0, 0, (0, 0))
     size = -(-length // PAGE) * PAGE
     total = size + HUGE + PAGE
     none = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | syscalls.MAP_NORESERVE
@@ -104,10 +104,10 @@ def _map(length: int, prot: int, flags: int, fd: int = -1) -> Mapping:
     except NumaError:
         syscalls.munmap(start, total)
         raise
-    return Mapping(address, length, (start, total))
+    return MappedMemory(address, length, (start, total))
 
 
-def bind(mapping: Mapping, nodes: Collection[int]) -> None:
+def bind(mapping: MappedMemory, nodes: Collection[int]) -> None:
     """Bind pages that are not there yet: strictly to one node, or in turn to each of several.
 
     Raises: NumaError.
@@ -118,7 +118,7 @@ def bind(mapping: Mapping, nodes: Collection[int]) -> None:
         syscalls.mbind(mapping.address, size, mode, nodes)
 
 
-def populate_read(mapping: Mapping, start: int = 0, stop: int | None = None) -> None:
+def populate_read(mapping: MappedMemory, start: int = 0, stop: int | None = None) -> None:
     """Map what is in RAM into this process, so that the kernel's counts include it.
 
     start: a multiple of the page size. Raises: NumaError where the file got shorter or cannot be

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from numaload.errors import NumaError, PlacementError, check_limits, warn_once
 from numaload.linux import pagemap, syscalls
 from numaload.linux.lists import format_list
-from numaload.linux.mapping import Mapping, populate_read
+from numaload.linux.mapping import MappedMemory, populate_read
 from numaload.linux.syscalls import HUGE, PAGE
 
 PROC, NODES = "/proc/self", "/sys/devices/system/node"
@@ -88,7 +88,7 @@ class Placement:
         return asdict(self) | {"placed": self.placed, "elsewhere": self.elsewhere}
 
 
-def locate(groups: Sequence[tuple[list[int], Sequence[Mapping]]]) -> list[Placement]:
+def locate(groups: Sequence[tuple[list[int], Sequence[MappedMemory]]]) -> list[Placement]:
     """Ask the kernel about several replicas at once: [(nodes asked for, its mappings), ...].
 
     The kernel unmaps idle pages of a tmpfs at any time (reclaim, DAMON's pageout): where it says
@@ -105,7 +105,7 @@ def locate(groups: Sequence[tuple[list[int], Sequence[Mapping]]]) -> list[Placem
     return placements
 
 
-def _ask(groups: Sequence[tuple[list[int], Sequence[Mapping]]]) -> list[Placement]:
+def _ask(groups: Sequence[tuple[list[int], Sequence[MappedMemory]]]) -> list[Placement]:
     """Read numa_maps, and smaps where needed, once for all: both walk all page tables."""
     live = [[m.range for m in mappings if m.length] for _, mappings in groups]
     counts = count_pages([r for ranges in live for r in ranges])
@@ -134,7 +134,7 @@ class Area(NamedTuple):
 def _inside(areas: Sequence[Area], ranges: Sequence[Range]) -> Iterator[Counter[int]]:
     """Yield the counts of each range, summed. ``areas`` ascend, as the kernel lists them.
 
-    A range is a whole Mapping: no area reaches beyond one.
+    A range is a whole MappedMemory: no area reaches beyond one.
     """
     starts = [area.start for area in areas]
     for address, length in ranges:

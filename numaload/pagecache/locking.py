@@ -19,7 +19,7 @@ from numaload.errors import NodeMemoryError, NumaError, NumaloadError
 from numaload.files.residency import ByteRange, length, map_present, map_quietly, steps
 from numaload.files.source import SourceFile, make_room_for
 from numaload.linux import syscalls
-from numaload.linux.mapping import Mapping
+from numaload.linux.mapping import MappedMemory
 from numaload.linux.syscalls import PAGE
 from numaload.machine import memory
 from numaload.machine.stopping import CancelToken
@@ -43,8 +43,8 @@ class Locked:
         """
         self.nbytes = 0  # that are in RAM and locked
         self.size = sum(map(length, ranges))
-        self._whole: list[Mapping] = []
-        self._todo: list[tuple[Mapping, int, int]] = []
+        self._whole: list[MappedMemory] = []
+        self._todo: list[tuple[MappedMemory, int, int]] = []
         needed = sum(_pages(start, stop) * PAGE for its in ranges for start, stop in its)
         limit = raise_limit()
         for file, its in zip(files, ranges, strict=True):
@@ -86,7 +86,7 @@ def raise_limit() -> int:
     return hard
 
 
-def _lock(mapping: Mapping, start: int, stop: int, needed: int, limit: int) -> None:
+def _lock(mapping: MappedMemory, start: int, stop: int, needed: int, limit: int) -> None:
     first = start - start % PAGE
     failed = syscalls.mlock_on_fault(mapping.address + first, _pages(start, stop) * PAGE)
     if failed in REFUSED and 0 <= limit < needed:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numaload.errors import NodeMemoryError
-from numaload.linux.mapping import Mapping, map_private
+from numaload.linux.mapping import MappedMemory, map_private
 from numaload.linux.syscalls import HUGE, memory_at
 from numaload.machine import memory
 from numaload.machine.memory import Promise
@@ -29,7 +29,7 @@ class Buffers:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._free: deque[Mapping] = deque()  # arrays die in any thread, at any time: no locks
+        self._free: deque[MappedMemory] = deque()  # arrays die in any thread, at any time: no locks
 
     def take(self, nbytes: int, what: str = "a tensor") -> tuple[NDArray[np.uint8], Promise | None]:
         """Return ``nbytes`` of uninitialized memory; it comes back with the last array over it.
@@ -47,7 +47,7 @@ class Buffers:
         weakref.finalize(lease, self._back, mapping).atexit = False
         return np.frombuffer(memoryview(lease).cast("B"), np.uint8), new
 
-    def _mapped(self, nbytes: int, what: str) -> tuple[Mapping, Promise]:
+    def _mapped(self, nbytes: int, what: str) -> tuple[MappedMemory, Promise]:
         try:
             promise = memory.promise(nbytes, what, WAY_OUT, least=LEAST_FREE)
         except NodeMemoryError:
@@ -59,7 +59,7 @@ class Buffers:
             promise.end()
             raise
 
-    def _found(self, nbytes: int) -> Mapping | None:
+    def _found(self, nbytes: int) -> MappedMemory | None:
         for _ in range(len(self._free)):
             try:
                 mapping = self._free.popleft()
@@ -70,7 +70,7 @@ class Buffers:
             self._free.append(mapping)
         return None
 
-    def _back(self, mapping: Mapping) -> None:
+    def _back(self, mapping: MappedMemory) -> None:
         self._free.append(mapping)
         while self._free and sum(one.length for one in list(self._free)) > self.most:
             with suppress(IndexError):  # another thread was faster

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from numaload.errors import NodeMemoryError, NotCopyable, StoreError, reason, warn_once
 from numaload.linux import syscalls
 from numaload.linux.lists import Group, format_list
-from numaload.linux.mapping import Mapping, bind, map_file, map_private
+from numaload.linux.mapping import MappedMemory, bind, map_file, map_private
 from numaload.linux.syscalls import HUGE, PAGE
 from numaload.machine import userdir
 
@@ -28,7 +28,7 @@ class Arena(NotCopyable):
     fd: int | None
 
     def __init__(
-        self, mapping: Mapping, group: Group, fd: int | None = None, *, bound: bool = True
+        self, mapping: MappedMemory, group: Group, fd: int | None = None, *, bound: bool = True
     ) -> None:
         self.mapping, self.group, self.fd = mapping, group, fd
         self._in_turn = bound and len(group) > 1

@@ -17,7 +17,7 @@ from numaload.errors import (
     reason,
 )
 from numaload.linux.lists import Group
-from numaload.linux.mapping import Mapping, map_file
+from numaload.linux.mapping import MappedMemory, map_file
 from numaload.machine import userdir
 from numaload.replicas.entry import Entry, folder_of
 
@@ -43,7 +43,7 @@ class Lease(NotCopyable):
             self.close()
             raise
 
-    def map(self, group: Group) -> list[Mapping]:
+    def map(self, group: Group) -> list[MappedMemory]:
         """Map the files of the replica on these nodes, read-only. Raises: StoreError."""
         with self._gone(), userdir.folder(folder_of(group), self.fd) as folder:
             return [
@@ -78,7 +78,7 @@ class Lease(NotCopyable):
         self.close()
 
 
-def _map_replica(entry: Entry, path: str, size: int, folder: int) -> Mapping:
+def _map_replica(entry: Entry, path: str, size: int, folder: int) -> MappedMemory:
     if entry.holder is not None:
         fd = _open_held(entry, path, folder)
     else:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingType
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ import xxhash
 
 from numaload.errors import ChecksumError
 from numaload.linux.lists import Group
-from numaload.linux.mapping import Mapping, populate_read
+from numaload.linux.mapping import MappedMemory, populate_read
 from numaload.linux.placement import Placement, locate
 from numaload.machine.stopping import CancelToken
 from numaload.machine.topology import Topology
@@ -57,7 +56,7 @@ class Verified:
         }
 
 
-Replicas = MappingType[Group, Sequence[Mapping]]  # {nodes: the mapped files}
+Replicas = Mapping[Group, Sequence[MappedMemory]]  # {nodes: the mapped files}
 
 
 def placements_of(replicas: Replicas) -> dict[Group, Placement]:
@@ -72,7 +71,7 @@ def placements_of(replicas: Replicas) -> dict[Group, Placement]:
 T = TypeVar("T")
 
 
-def by_node(found: MappingType[Group, T]) -> dict[int, T]:
+def by_node(found: Mapping[Group, T]) -> dict[int, T]:
     """Return the same by node, for every node that a replica serves; its own comes first."""
     shared_first = sorted(found, key=len, reverse=True)
     return dict(sorted({node: found[group] for group in shared_first for node in group}.items()))
@@ -81,7 +80,7 @@ def by_node(found: MappingType[Group, T]) -> dict[int, T]:
 def verify(
     replicas: Replicas,
     paths: Sequence[str],
-    checksums: MappingType[Group, Sequence[Sequence[int]]],
+    checksums: Mapping[Group, Sequence[Sequence[int]]],
     machine: Topology,
 ) -> Verified:
     """Count the pages and hash every chunk, all replicas at once, by threads on their nodes.
@@ -108,7 +107,7 @@ def verify(
 
 
 def _check(
-    mapping: Mapping,
+    mapping: MappedMemory,
     sums: Sequence[int],
     wrong: list[tuple[Group, int, int]],
     where: tuple[Group, int],

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from collections.abc import Mapping as MappingType
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from numaload.errors import ClosedError, NotCopyable, UsageError, printable
 from numaload.files.plan import ReadPlan
 from numaload.linux.lists import Group, format_list
-from numaload.linux.mapping import Mapping
+from numaload.linux.mapping import MappedMemory
 from numaload.linux.placement import Placement
 from numaload.linux.syscalls import binding
 from numaload.machine.affinity import pinned_to
@@ -63,12 +62,12 @@ class Mirror(NotCopyable):
     def __init__(
         self,
         weights: Weights,
-        replicas: dict[Group, list[Mapping]],
+        replicas: dict[Group, list[MappedMemory]],
         report: MirrorReport,
         machine: Topology,
-        checksums: MappingType[Group, Sequence[Sequence[int]]],
+        checksums: Mapping[Group, Sequence[Sequence[int]]],
         leases: Sequence[Lease] = (),
-        paths: MappingType[Group, list[str]] | None = None,
+        paths: Mapping[Group, list[str]] | None = None,
     ) -> None:
         self.report, self.nodes = report, sorted(report.asked)
         self._weights, self._machine, self._leases = weights, machine, list(leases)

@@ -13,8 +13,7 @@ from numaload.files.source import SourceFile
 from numaload.formats import gguf, safetensors
 from numaload.formats.metadata import Metadata
 from numaload.linux.lists import Group, format_list
-from numaload.linux.mapping import Mapping as MemoryMapping
-from numaload.linux.mapping import map_file
+from numaload.linux.mapping import MappedMemory, map_file
 from numaload.machine.stopping import renewed
 from numaload.machine.topology import Topology, topology
 from numaload.weights.tensor import Tensor
@@ -44,13 +43,13 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
     def __init__(
         self,
         parts: Sequence[Part],
-        mappings: Sequence[MemoryMapping] | None = None,
+        mappings: Sequence[MappedMemory] | None = None,
         nodes: Group = (),
     ) -> None:
         self._parts, self.nodes, self._closed = parts, nodes, False
         self._machine: Topology | None = None
         self.in_files = mappings is None  # rather than in memory that was filled from them
-        self._mappings: list[MemoryMapping | None] = [None] * len(parts)
+        self._mappings: list[MappedMemory | None] = [None] * len(parts)
         self._mappings[:] = mappings or self._mappings
         self._bases: dict[int, Any] = {}
         self._numbers: dict[tuple[int, str], Numbers] = {}
@@ -97,7 +96,7 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
             self._machine = topology()
         return pool(self._machine, self.nodes)
 
-    def _mapping(self, part: int) -> MemoryMapping:
+    def _mapping(self, part: int) -> MappedMemory:
         with self._lock:  # a mapping that another one replaced would take its addresses with it
             mapping = self._mappings[part]
             if self._closed or (mapping is not None and mapping.closed):

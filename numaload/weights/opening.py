@@ -14,7 +14,7 @@ from numaload.formats import gguf, safetensors
 from numaload.formats.metadata import ReadAt
 from numaload.formats.shards import SUFFIX, Shards, check_shards, find_shards, is_layout
 from numaload.formats.splits import check_splits, sibling_paths, split_count, split_link
-from numaload.linux.mapping import Mapping as MemoryMapping
+from numaload.linux.mapping import MappedMemory
 from numaload.weights.model import AnyHeader, Part, Weights
 
 HEAD = 9  # bytes that tell one format from the other
@@ -131,7 +131,7 @@ def _copied(parts: Sequence[Part], parse: Parse, progress: Progress | None) -> W
     return Weights(inside, copies)
 
 
-def _reader(mapping: MemoryMapping) -> Callable[[int, int], bytes]:
+def _reader(mapping: MappedMemory) -> Callable[[int, int], bytes]:
     return lambda offset, nbytes: bytes(mapping.view(offset, nbytes))
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from numaload.errors import ClosedError, NumaError, UsageError
 from numaload.linux import syscalls
-from numaload.linux.mapping import Mapping, bind, map_file, map_private, populate_read
+from numaload.linux.mapping import MappedMemory, bind, map_file, map_private, populate_read
 from numaload.linux.placement import count_pages
 from numaload.linux.syscalls import HUGE, PAGE
 
@@ -170,7 +170,7 @@ def test_a_failed_mapping_leaves_no_reservation(unmapped: list[tuple[int, int]])
     assert len(unmapped) == 1
 
 
-def mapped_pages(mapping: Mapping) -> int:
+def mapped_pages(mapping: MappedMemory) -> int:
     return sum(next(count_pages([mapping.range])).values())
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import numaload
 from commands import evict
-from numaload.linux.mapping import Mapping, map_private
+from numaload.linux.mapping import MappedMemory, map_private
 from numaload.pipeline.ahead import resident
 from numaload.pipeline.buffers import Buffers
 from numaload.pipeline.fill import PART, SCATTERED, parts
@@ -138,7 +138,7 @@ def test_more_memory_is_taken_for_those_who_take_their_time(
     """New memory must be cleared; whoever waits for tensors anyway gains nothing by more of it."""
     taken: list[int] = []
 
-    def mapped(nbytes: int) -> Mapping:
+    def mapped(nbytes: int) -> MappedMemory:
         taken.append(nbytes)
         return map_private(nbytes)
 

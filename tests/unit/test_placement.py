@@ -14,7 +14,7 @@ import pytest
 
 from numaload.errors import NumaError, NumaloadWarning, PlacementError
 from numaload.linux import pagemap, placement, syscalls
-from numaload.linux.mapping import Mapping, bind, map_file, map_private, populate_read
+from numaload.linux.mapping import MappedMemory, bind, map_file, map_private, populate_read
 from numaload.linux.placement import (
     ABSENT,
     HUGE_FIELDS,
@@ -30,7 +30,7 @@ from numaload.machine.topology import topology
 NODE = topology().usable[0]
 
 
-def map_memory(length: int) -> Mapping:
+def map_memory(length: int) -> MappedMemory:
     """Pages of a tmpfs, as a replica has them."""
     fd = os.memfd_create("numaload-test")
     try:

@@ -17,7 +17,7 @@ import pytest
 
 from numaload.errors import NumaError, NumaUnavailableError
 from numaload.linux import syscalls
-from numaload.linux.mapping import Mapping, bind, map_private
+from numaload.linux.mapping import MappedMemory, bind, map_private
 from numaload.linux.syscalls import (
     LIBNUMA,
     MASK_BITS,
@@ -59,7 +59,7 @@ def _loads(library: str) -> bool:
 
 
 @pytest.fixture
-def mapping() -> Iterator[Mapping]:
+def mapping() -> Iterator[MappedMemory]:
     with map_private(PAGES * PAGE) as mapping:
         yield mapping
 
@@ -76,7 +76,7 @@ def test_binding_says_which_way(way: str) -> None:
 
 
 @pytest.mark.usefixtures("way")
-def test_bound_pages_are_on_their_node(mapping: Mapping) -> None:
+def test_bound_pages_are_on_their_node(mapping: MappedMemory) -> None:
     bind(mapping, [NODE])
     mapping.view(write=True)[:: PAGE // 2] = bytes(2 * PAGES)
     addresses = [mapping.address + i * PAGE for i in range(PAGES)]
@@ -85,7 +85,7 @@ def test_bound_pages_are_on_their_node(mapping: Mapping) -> None:
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("node", ABSENT)
-def test_an_absent_node_is_an_error(node: int, mapping: Mapping) -> None:
+def test_an_absent_node_is_an_error(node: int, mapping: MappedMemory) -> None:
     with pytest.raises(NumaError, match=f"mbind: {PAGES * PAGE} bytes to node") as caught:
         bind(mapping, [node])
     error = caught.value
@@ -94,7 +94,7 @@ def test_an_absent_node_is_an_error(node: int, mapping: Mapping) -> None:
 
 
 @pytest.mark.usefixtures("way")
-def test_errors_of_addresses(mapping: Mapping) -> None:
+def test_errors_of_addresses(mapping: MappedMemory) -> None:
     with pytest.raises(NumaError) as caught:
         syscalls.mbind(mapping.address - PAGE * 2, 1 << 40, MPOL_BIND, [NODE])
     assert caught.value.errno == errno.EFAULT
@@ -102,7 +102,7 @@ def test_errors_of_addresses(mapping: Mapping) -> None:
 
 
 @pytest.mark.parametrize("node", [-1, MASK_BITS])
-def test_nodes_beyond_the_mask(node: int, mapping: Mapping) -> None:
+def test_nodes_beyond_the_mask(node: int, mapping: MappedMemory) -> None:
     with pytest.raises(NumaError, match=f"node {node} is beyond 1023") as caught:
         bind(mapping, [node])
     assert caught.value.node == node
@@ -136,7 +136,7 @@ def test_policy_of_an_absent_node() -> None:
 
 
 @pytest.mark.usefixtures("way")
-def test_pages_that_are_not_there(mapping: Mapping) -> None:
+def test_pages_that_are_not_there(mapping: MappedMemory) -> None:
     mapping.view(write=True)[PAGE] = 1
     absent, there = syscalls.pages_nodes([mapping.address, mapping.address + PAGE])
     assert absent in (-errno.ENOENT, -errno.EFAULT)
@@ -145,7 +145,7 @@ def test_pages_that_are_not_there(mapping: Mapping) -> None:
 
 
 @pytest.mark.usefixtures("way")
-def test_errno_is_the_thread_s_own(mapping: Mapping) -> None:
+def test_errno_is_the_thread_s_own(mapping: MappedMemory) -> None:
     """Calls of other threads between a failure and its report must not change it."""
     stop = threading.Event()
 
@@ -235,19 +235,19 @@ def test_every_machine_has_all_numbers() -> None:
     assert all(len(set(numbers.values())) == len(numbers) for numbers in NUMBERS.values())
 
 
-def test_madvise_answers_with_errno(mapping: Mapping) -> None:
+def test_madvise_answers_with_errno(mapping: MappedMemory) -> None:
     assert syscalls.madvise(mapping.address, PAGE, mmap.MADV_NORMAL) == 0
     assert syscalls.madvise(mapping.address + 1, PAGE, mmap.MADV_NORMAL) == errno.EINVAL
     assert syscalls.madvise(mapping.address - PAGE * 2, 1 << 40, mmap.MADV_NORMAL) == errno.ENOMEM
 
 
-def test_mincore_has_a_byte_per_page(mapping: Mapping) -> None:
+def test_mincore_has_a_byte_per_page(mapping: MappedMemory) -> None:
     mapping.view(write=True)[PAGE] = 1
     assert syscalls.mincore(mapping.address, PAGES * PAGE) == b"\0\1\0\0"
     assert syscalls.mincore(mapping.address + PAGE, PAGE + 1) == b"\1\0"
 
 
-def test_mincore_of_nothing_mapped(mapping: Mapping) -> None:
+def test_mincore_of_nothing_mapped(mapping: MappedMemory) -> None:
     with pytest.raises(NumaError, match="mincore") as caught:
         syscalls.mincore(mapping.address, 1 << 40)
     assert caught.value.errno == errno.ENOMEM
@@ -262,7 +262,7 @@ def test_mmap_errors_are_named(tmp_path: Path) -> None:
     assert caught.value.errno == errno.EINVAL
 
 
-def test_memory_at_is_the_memory_itself(mapping: Mapping) -> None:
+def test_memory_at_is_the_memory_itself(mapping: MappedMemory) -> None:
     memory = syscalls.memory_at(mapping.address, 8)
     memory[3] = 7
     assert bytes(mapping.view(0, 8)) == bytes([0, 0, 0, 7, 0, 0, 0, 0])

@@ -10,7 +10,7 @@ from numaload.cli.output import complain, print_json, print_table, say, size
 
 if TYPE_CHECKING:
     from numaload.doctor.findings import ThreadReport
-    from numaload.doctor.pools import Pool
+    from numaload.doctor.pools import ThreadPool
     from numaload.machine.devices import FileDevice, Gpu
     from numaload.machine.topology import Node, Topology
 
@@ -183,7 +183,7 @@ def print_report(seen: ThreadReport) -> None:
         say("no thread gets in another one's way")
 
 
-def _row(seen: ThreadReport, pool: Pool) -> list[Any]:
+def _row(seen: ThreadReport, pool: ThreadPool) -> list[Any]:
     from numaload.linux.lists import format_list
 
     row = pool.to_dict()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 NOTES = 5  # of a process that are shown as text
 OWNER_ONLY = "what was in RAM before is unknown: the kernel tells only the file's owner"
-Wanted = Mapping[str, Collection[str]]  # {FILE: all paths that it may be known by}; empty: all
+Names = Mapping[str, Collection[str]]  # {FILE: all paths that it may be known by}; empty: all
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--nodes": {"metavar": "LIST", "help": "nodes that the page cache is to land on"},
@@ -163,7 +163,7 @@ class Released(NamedTuple):
         return any(row["failed"] for row in self.rows)
 
 
-def look(wanted: Wanted) -> list[dict[str, Any]]:
+def look(wanted: Names) -> list[dict[str, Any]]:
     """Return what the processes do. An error is told once, and its record removed with that."""
     from numaload.pagecache import records
 
@@ -176,13 +176,13 @@ def look(wanted: Wanted) -> list[dict[str, Any]]:
     return rows
 
 
-def _chosen(found: Iterable[Record], wanted: Wanted) -> list[tuple[Record, set[str]]]:
+def _chosen(found: Iterable[Record], wanted: Names) -> list[tuple[Record, set[str]]]:
     """Return the records to tell of, each with the files asked for that it has."""
     rows = [(record, _matched(record, wanted)) for record in found]
     return [(record, files) for record, files in rows if files or not wanted]
 
 
-def _matched(record: Record, wanted: Wanted) -> set[str]:
+def _matched(record: Record, wanted: Names) -> set[str]:
     """Return the files asked for that the record has. Links are followed once, and for the rest."""
     from numaload.files.source import real_path
 
@@ -261,7 +261,7 @@ def _does(row: dict[str, Any]) -> str:
     return f"{said}, started {duration(row['age_s'])} ago{foreign}{changed}"
 
 
-def release(wanted: Wanted) -> Released:
+def release(wanted: Names) -> Released:
     """End the processes, and forget those that failed. One that cannot be ended stops no other."""
     from numaload.errors import StoreError
     from numaload.pagecache import records

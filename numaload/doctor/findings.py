@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from numaload.doctor.pools import Pool, overloaded, pools, watch
+from numaload.doctor.pools import ThreadPool, overloaded, pools, watch
 from numaload.errors import printable
 from numaload.linux.cgroups import cpu_quota
 from numaload.linux.lists import format_list
@@ -44,7 +44,7 @@ class ThreadReport:
     quota: float | None  # CPUs' time that its cgroups allow
 
     @cached_property
-    def pools(self) -> list[Pool]:
+    def pools(self) -> list[ThreadPool]:
         return pools(self.threads, self.machine)
 
     @cached_property
@@ -64,7 +64,7 @@ class ThreadReport:
         return next((thread for thread in self.threads if thread.main), None)
 
     @cached_property
-    def pool_of(self) -> dict[int, Pool]:
+    def pool_of(self) -> dict[int, ThreadPool]:
         return {thread.tid: pool for pool in self.pools for thread in pool.threads}
 
     @cached_property
@@ -186,7 +186,7 @@ def _crowded(seen: ThreadReport) -> Iterator[Finding]:
 
 def _spread(seen: ThreadReport) -> Iterator[Finding]:
     """Find pools whose threads the kernel may move from node to node."""
-    wide: dict[tuple[int, ...], list[Pool]] = {}
+    wide: dict[tuple[int, ...], list[ThreadPool]] = {}
     for pool in seen.pools:
         if len(pool.threads) > 1 and len(pool.nodes) > 1:
             wide.setdefault(pool.nodes, []).append(pool)

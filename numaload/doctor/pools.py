@@ -19,7 +19,7 @@ NUMBER = re.compile(r"[\W_]*\d+\W*$")  # at the end of a name
 
 
 @dataclass(frozen=True)
-class Pool:
+class ThreadPool:
     """Threads of like names. ``each``: how many of ``cpus`` one of them may run on."""
 
     name: str  # what the names have in common, with a * if they differ
@@ -60,7 +60,9 @@ def watch(pid: int | None = None) -> tuple[list[Thread], frozenset[int]]:
     return found, frozenset(tid for tid, times in had_work.items() if 2 * times > SAMPLES)
 
 
-def pools(found: Iterable[Thread], machine: Topology, *, sys_root: str = "/sys") -> list[Pool]:
+def pools(
+    found: Iterable[Thread], machine: Topology, *, sys_root: str = "/sys"
+) -> list[ThreadPool]:
     """Fold threads of like names and equal CPUs into pools: the main thread's first, then by id.
 
     Threads of like names that are pinned, each to a core of its own on the same node, are a pool.
@@ -90,10 +92,10 @@ def _joined(groups: Sequence[list[Thread]]) -> Iterable[list[Thread]]:
     return [sorted(thread for group in groups for thread in group)]
 
 
-def _pool(group: Sequence[Thread], machine: Topology) -> Pool:
+def _pool(group: Sequence[Thread], machine: Topology) -> ThreadPool:
     first, cpus = group[0], frozenset().union(*(thread.cpus for thread in group))
     one_name = len({thread.name for thread in group}) == 1
-    return Pool(
+    return ThreadPool(
         name=first.name if one_name else f"{_stem(first.name)}*",
         threads=tuple(group),
         cpus=cpus,

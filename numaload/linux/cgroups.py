@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from numaload.linux.sysfs import Reader, number_in
+from numaload.linux.sysfs import SysFiles, number_in
 
 
 def folders(
@@ -19,7 +19,7 @@ def folders(
     process: its id, as a folder of ``proc_root``.
     """
     base = f"{sys_root}/fs/cgroup"
-    for row in filter(None, (Reader().text(f"{proc_root}/{process}/cgroup") or "").split("\n")):
+    for row in filter(None, (SysFiles().text(f"{proc_root}/{process}/cgroup") or "").split("\n")):
         _, controllers, group = [*row.split(":", 2), "", ""][:3]
         if controllers and controller not in controllers.split(","):
             continue
@@ -52,11 +52,11 @@ def cpu_quota(
 
 
 def _quota_1(folder: str) -> tuple[int | None, int | None]:
-    files = Reader()
+    files = SysFiles()
     return files.number(f"{folder}/cpu.cfs_quota_us"), files.number(f"{folder}/cpu.cfs_period_us")
 
 
 def _quota_2(folder: str) -> tuple[int | None, int | None]:
     """Parse ``150000 100000``, in microseconds; ``max 100000`` is no limit."""
-    quota, period = [*(Reader().text(f"{folder}/cpu.max") or "").split(), "", ""][:2]
+    quota, period = [*(SysFiles().text(f"{folder}/cpu.max") or "").split(), "", ""][:2]
     return number_in(quota), number_in(period)

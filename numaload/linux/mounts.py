@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from numaload.errors import printable
-from numaload.linux.sysfs import Reader
+from numaload.linux.sysfs import SysFiles
 
 OCTAL = re.compile(r"\\([0-7]{3})")  # how blanks in names are written
 # Of what a FUSE server answers, nobody knows where it comes from. 9p and virtiofs are not here:
@@ -147,7 +147,7 @@ def _table(proc_root: str) -> _Table:
     now = time.monotonic()
     if proc_root == "/proc" and now - read_at < FRESH_S:
         return table
-    text = Reader().text(f"{proc_root}/self/mountinfo") or ""
+    text = SysFiles().text(f"{proc_root}/self/mountinfo") or ""
     if text != table.text:
         table = _Table(text)
     if proc_root == "/proc":

@@ -19,7 +19,7 @@ MOST = 1 << 20  # characters; the longest list of 65536 ids has less
 NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
-class Reader:
+class SysFiles:
     """``problems``: a sentence on every file that is there but could not be understood."""
 
     def __init__(self) -> None:

@@ -101,10 +101,10 @@ def _places_are_listed(environment: Mapping[str, str]) -> bool:
 
 def core_of(cpu: int, sys_root: str = "/sys") -> frozenset[int]:
     """Return the CPU and the other hardware threads of its core."""
-    from numaload.linux.sysfs import Reader
+    from numaload.linux.sysfs import SysFiles
 
     path = f"{sys_root}/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-    return frozenset({cpu, *(Reader().ids(path) or ())})
+    return frozenset({cpu, *(SysFiles().ids(path) or ())})
 
 
 # What this process may use, and a sentence where that is more than its affinity says.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from numaload.errors import ReadError, printable, reason
 from numaload.linux.mounts import Mount, mount_of, network_of, real
-from numaload.linux.sysfs import Reader, number_in
+from numaload.linux.sysfs import SysFiles, number_in
 
 # PCI classes and subclasses of what computes or draws (PCI Code and ID Assignment, 03h and 12h).
 PCI_KINDS = {"0x0300": "VGA", "0x0302": "3D", "0x0380": "display", "0x1200": "accelerator"}
@@ -105,7 +105,7 @@ class Device:
 
 def gpus(sys_root: str = "/sys", proc_root: str = "/proc") -> list[Gpu]:
     """Return all GPUs and accelerators on PCI, integrated and baseboard ones too, by address."""
-    files, base = Reader(), f"{sys_root}/bus/pci/devices"
+    files, base = SysFiles(), f"{sys_root}/bus/pci/devices"
     found = []
     for address in files.names(base):
         folder = f"{base}/{address}"
@@ -122,7 +122,7 @@ def gpus(sys_root: str = "/sys", proc_root: str = "/proc") -> list[Gpu]:
 
 
 def _gpu(
-    files: Reader, folder: str, kind: str
+    files: SysFiles, folder: str, kind: str
 ) -> tuple[str, str, str, str, int | None, frozenset[int]]:
     ids = [files.text(f"{folder}/{name}") or "unknown" for name in ("vendor", "device")]
     driver = real(f"{folder}/driver")
@@ -136,7 +136,7 @@ def _gpu(
     )
 
 
-def _memory_node(files: Reader, status: str, nodes: str) -> int | None:
+def _memory_node(files: SysFiles, status: str, nodes: str) -> int | None:
     """Read the NVIDIA driver's ``Node: 250``; it is no node before it was brought online."""
     for line in (files.text(status) or "").splitlines():
         name, _, value = line.partition(":")
@@ -146,7 +146,7 @@ def _memory_node(files: Reader, status: str, nodes: str) -> int | None:
     return None
 
 
-def _node_in(files: Reader, folder: str) -> int | None:
+def _node_in(files: SysFiles, folder: str) -> int | None:
     node = files.number(f"{folder}/numa_node")
     return node if node is not None and node >= 0 else None
 
@@ -167,7 +167,7 @@ def disk_of(
     kind = mount.kind if mount else "unknown"
     if major == 0:  # nfs, btrfs, overlay, tmpfs
         return FileDevice(path, kind, "", (), (), f"no block device: {kind}")
-    files, top = Reader(), real(sys_root)
+    files, top = SysFiles(), real(sys_root)
     block = _block(files, major, minor, sys_root)
     if not block.folder:
         return FileDevice(path, kind, block.name, (), (), f"{block.link} is not there")
@@ -180,7 +180,7 @@ def disk_of(
     return FileDevice(path, kind, block.name, names, tuple(sorted(nodes)), "" if nodes else why)
 
 
-def _nodes_of(files: Reader, disk: str, top: str) -> Iterator[int]:
+def _nodes_of(files: SysFiles, disk: str, top: str) -> Iterator[int]:
     """Yield the nearest node above the disk, or above each of its NVMe controllers."""
     above = os.path.dirname(disk)
     starts = [disk]
@@ -248,7 +248,7 @@ def _below(mount: Mount | None) -> tuple[int, int] | None:
 
 
 def _of_disks(file_system: str, major: int, minor: int, sys_root: str) -> Device:
-    files = Reader()
+    files = SysFiles()
     block = _block(files, major, minor, sys_root)
     if not block.disks:
         return Device("unknown", block.name, file_system)
@@ -267,7 +267,7 @@ def _of_disks(file_system: str, major: int, minor: int, sys_root: str) -> Device
     )
 
 
-def _kind(files: Reader, block: str) -> str:
+def _kind(files: SysFiles, block: str) -> str:
     name = os.path.basename(block)
     kind = next((kind for pattern, kind in NAMES if pattern.match(name)), None)
     if kind == "nvme":
@@ -305,7 +305,7 @@ class _Block(NamedTuple):
     disks: tuple[str, ...] = ()
 
 
-def _block(files: Reader, major: int, minor: int, sys_root: str) -> _Block:
+def _block(files: SysFiles, major: int, minor: int, sys_root: str) -> _Block:
     """Walk down from a block device through partitions, device mapper and md."""
     link = f"{sys_root}/dev/block/{major}:{minor}"
     folder = real(link)

@@ -19,7 +19,7 @@ import subprocess
 from typing import NamedTuple
 
 from numaload.linux.mounts import below, mount_of
-from numaload.linux.sysfs import Reader
+from numaload.linux.sysfs import SysFiles
 from numaload.machine.userdir import SHARED_MEMORY
 
 UNITS = ("etc/systemd/system", "run/systemd/system")
@@ -70,7 +70,7 @@ def killed_note(
     user = user or _current()
     if not _logind_runs(root):
         return ""
-    groups = Reader().text(f"{root}/proc/self/cgroup") or ""
+    groups = SysFiles().text(f"{root}/proc/self/cgroup") or ""
     if f"/user@{user.id}.service" in groups:
         if user.lingers(root):
             return ""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from numaload.errors import NodeMemoryError, NotCopyable, check_limits
 from numaload.linux.cgroups import folders
-from numaload.linux.sysfs import Reader
+from numaload.linux.sysfs import SysFiles
 from numaload.machine.stopping import renewed
 
 # Never planned for: what the kernel, other programs and page tables need to go on.
@@ -66,7 +66,7 @@ def node_free(node: int, sys_root: str = "/sys", proc_root: str = "/proc") -> in
     node has none.
     """
     base = f"{sys_root}/devices/system/node"
-    there = bool(Reader().names(base))
+    there = bool(SysFiles().names(base))
     # Only a kernel without NUMA has all memory on one node.
     path = f"{base}/node{node}/meminfo" if there else f"{proc_root}/meminfo"
     info = fields(path)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from numaload.errors import NumaError, UsageError, check_limits
 from numaload.linux.lists import parse_list
-from numaload.linux.sysfs import Reader
+from numaload.linux.sysfs import SysFiles
 from numaload.machine.topology import Topology
 
 MORE = "raise ulimit -u, or the cgroup's pids.max"
@@ -58,7 +58,7 @@ def threads(
     if pid is not None and not 0 < pid <= LARGEST_PID:
         raise UsageError(f"process {pid}: expected a process id, 1 to {LARGEST_PID}")
     path = f"{proc_root}/{'self' if pid is None else pid}/task"
-    online = frozenset(Reader().ids(f"{sys_root}/devices/system/cpu/online") or ())
+    online = frozenset(SysFiles().ids(f"{sys_root}/devices/system/cpu/online") or ())
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:

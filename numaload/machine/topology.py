@@ -14,7 +14,7 @@ from typing import Any
 from numaload.errors import UsageError
 from numaload.linux.cgroups import cpu_quota
 from numaload.linux.lists import Group, format_list, parse_map, select
-from numaload.linux.sysfs import Reader
+from numaload.linux.sysfs import SysFiles
 from numaload.machine import affinity
 from numaload.machine.memory import fields
 
@@ -190,7 +190,7 @@ def topology(
 ) -> Topology:
     """Read the machine. The roots and ``allowed`` (CPUs) can be replaced by recorded ones."""
     base = f"{sys_root}/devices/system/node"
-    files, quota = Reader(), cpu_quota(sys_root, proc_root)
+    files, quota = SysFiles(), cpu_quota(sys_root, proc_root)
     if allowed is None:
         allowed = affinity.allowed()
     nodes = _nodes(files, base, allowed, _allowed_mems(files, proc_root))
@@ -201,7 +201,7 @@ def topology(
 
 
 def _nodes(
-    files: Reader, base: str, allowed: frozenset[int], mems: frozenset[int] | None
+    files: SysFiles, base: str, allowed: frozenset[int], mems: frozenset[int] | None
 ) -> dict[int, Node]:
     ids = _node_ids(files, base)
     listed = files.ids(f"{base}/has_memory")
@@ -219,7 +219,7 @@ def _nodes(
     return nodes
 
 
-def _node_ids(files: Reader, base: str) -> list[int]:
+def _node_ids(files: SysFiles, base: str) -> list[int]:
     names = [name[4:] for name in files.names(base) if name.startswith("node")]
     present = {int(name) for name in names if name.isascii() and name.isdecimal()}
     online = files.ids(f"{base}/online")
@@ -229,7 +229,7 @@ def _node_ids(files: Reader, base: str) -> list[int]:
     return sorted(present if online is None else present & set(online))
 
 
-def _allowed_mems(files: Reader, proc_root: str) -> frozenset[int] | None:
+def _allowed_mems(files: SysFiles, proc_root: str) -> frozenset[int] | None:
     path = f"{proc_root}/self/status"
     for line in (files.text(path) or "").splitlines():
         if line.startswith("Mems_allowed_list:"):
@@ -239,7 +239,7 @@ def _allowed_mems(files: Reader, proc_root: str) -> frozenset[int] | None:
 
 
 def _node(
-    files: Reader,
+    files: SysFiles,
     path: str,
     node: int,
     listed: bool,
@@ -251,7 +251,7 @@ def _node(
 
     listed: whether the kernel's list of nodes with memory has it, if there is such a list.
     """
-    seen = Reader()
+    seen = SysFiles()
     cpus = frozenset(_cpus(seen, path))
     memory = fields(f"{path}/meminfo")
     total = memory.get("MemTotal")
@@ -275,14 +275,14 @@ def _node(
     )
 
 
-def _cpus(files: Reader, path: str) -> list[int]:
+def _cpus(files: SysFiles, path: str) -> list[int]:
     found = files.ids(f"{path}/cpulist")
     if found is None:  # old POWER kernels have only the map
         found = files.ids(f"{path}/cpumap", parse_map)
     return found or []
 
 
-def _distances(files: Reader, base: str, ids: list[int]) -> dict[int, dict[int, int]]:
+def _distances(files: SysFiles, base: str, ids: list[int]) -> dict[int, dict[int, int]]:
     """Return {node: {other: distance}}. A row lists the online nodes in the order of ids."""
     possible, online = files.ids(f"{base}/possible") or [], set(ids)
     distances: dict[int, dict[int, int]] = {}
@@ -298,13 +298,13 @@ def _distances(files: Reader, base: str, ids: list[int]) -> dict[int, dict[int, 
     return distances
 
 
-def _packages(files: Reader, base: str, cpus: Collection[int]) -> tuple[int, ...]:
+def _packages(files: SysFiles, base: str, cpus: Collection[int]) -> tuple[int, ...]:
     """Return the sockets of these CPUs; -1, where firmware does not say, is left out."""
     found = (files.number(f"{base}/cpu{cpu}/topology/physical_package_id") for cpu in cpus)
     return tuple(sorted({package for package in found if package is not None and package >= 0}))
 
 
-def _single_node(files: Reader, sys_root: str, proc_root: str, allowed: frozenset[int]) -> Node:
+def _single_node(files: SysFiles, sys_root: str, proc_root: str, allowed: frozenset[int]) -> Node:
     """Return node 0 with everything: the kernel has no NUMA support, or may not be asked."""
     system = f"{sys_root}/devices/system"
     if os.path.isdir(f"{system}/node") or not os.path.isdir(f"{system}/cpu"):

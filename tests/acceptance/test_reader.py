@@ -1,6 +1,6 @@
-"""The point "Reader numaload.open: GGUF v2/v3 little endian, all split files from any one of them,
+"""Reading files of GGUF v2 and v3, little and big endian: all split files from any one of them,
 header only; arrays lazy; every count, length, offset, product and overlap checked against the file
-before use; named errors. `numaload inspect FILE [--metadata]`: tensors, qtypes, splits, bytes".
+before use; named errors. `numaload inspect FILE [--metadata]`: tensors, qtypes, splits, bytes.
 """
 
 from __future__ import annotations

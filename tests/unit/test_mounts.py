@@ -223,7 +223,7 @@ def test_a_table_is_read_anew_when_it_is_old(
             read.append(path)
             return text[0]
 
-    monkeypatch.setattr(mounts, "Reader", Files)
+    monkeypatch.setattr(mounts, "SysFiles", Files)
     monkeypatch.setattr(mounts, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(mounts, "_last", (0.0, mounts._Table("")))
     assert network_of("/net/x") is None

@@ -13,7 +13,7 @@ import pytest
 from machines import EVERY_CPU, MACHINES
 from numaload.cli.machine import print_report
 from numaload.doctor.findings import ThreadReport, inspect_threads
-from numaload.doctor.pools import Pool, overloaded, pools, watch
+from numaload.doctor.pools import ThreadPool, overloaded, pools, watch
 from numaload.linux.cgroups import cpu_quota
 from numaload.linux.lists import parse_list
 from numaload.machine.threads import Thread
@@ -43,7 +43,7 @@ def each_own(name: str, cpus: Iterable[int]) -> list[Thread]:
     return [thread(name, str(cpu)) for cpu in cpus]
 
 
-def shown(found: Iterable[Pool]) -> list[tuple[int, str, int]]:
+def shown(found: Iterable[ThreadPool]) -> list[tuple[int, str, int]]:
     return [(len(pool.threads), str(pool), pool.each) for pool in found]
 
 

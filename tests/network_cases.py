@@ -229,7 +229,7 @@ def test_the_variable_and_what_is_no_time(
     volume.server.thaw()
     monkeypatch.setenv("NUMALOAD_IO_TIMEOUT", "later")
     done = numaload("inspect", volume.model, status=2)
-    assert "NUMALOAD_IO_TIMEOUT: 'later', expected seconds" in done.stderr
+    assert "NUMALOAD_IO_TIMEOUT: 'later', expected a number of seconds" in done.stderr
 
 
 @pytest.mark.parametrize("what", CALLS)

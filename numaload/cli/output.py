@@ -119,7 +119,7 @@ def seconds(text: str) -> float:
     if not 0 < found < 1e6:
         from argparse import ArgumentTypeError
 
-        raise ArgumentTypeError(f"expected seconds, more than 0, found {text!r}")
+        raise ArgumentTypeError(f"expected a number of seconds above 0, found {text!r}")
     return found
 
 

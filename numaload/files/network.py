@@ -1,8 +1,8 @@
 """Ask network file systems in threads that can be given up.
 
-The kernel lets nobody go who waits for a silent server. So each call that may wait for one is made
-in another thread, and whoever wants the answer can stop waiting: at a time limit, at Ctrl-C, when
-nobody wants the result any more. Then the thread is abandoned. Its buffer and its descriptor stay
+The kernel does not release a thread that waits for a silent server. So each call that may wait for
+one is made in another thread, and whoever wants the answer can stop waiting: at a time limit, at
+Ctrl-C, when nobody wants the result any more. Then the thread is abandoned. Its buffer and its descriptor stay
 its own until the kernel lets it go. It reads into that buffer, never into the caller's memory:
 memory that is given back after an error may belong to somebody else when the answer comes.
 
@@ -58,7 +58,7 @@ def checked(seconds: float | str, name: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not 0 < number < math.inf:
-        raise UsageError(f"{name}: {seconds!r}, expected seconds, more than 0")
+        raise UsageError(f"{name}: {seconds!r}, expected a number of seconds above 0")
     return number
 
 
@@ -71,7 +71,7 @@ def limit_now() -> float | None:
 class Descriptor(NotCopyable):
     """An open file. It is closed when its owner closed it and no thread is inside a call with it.
 
-    Its number would be another file's otherwise, which that thread would go on with.
+    Otherwise its number could be used again, and that thread would go on with another file.
     """
 
     __slots__ = ("_lock", "_users", "fd")
@@ -88,7 +88,7 @@ class Descriptor(NotCopyable):
             self._users += 1
 
     def leave(self) -> None:
-        """End one use; the last one closes it. The owner's is its closing."""
+        """End one use; the last one closes the file. The owner's use ends when it closes."""
         with self._lock:
             self._users -= 1
             fd = -1 if self._users else self.take()
@@ -129,8 +129,8 @@ class NetworkPath(NamedTuple):
     ) -> T:
         """Call ``function`` in a thread that is abandoned when this one stops waiting for it.
 
-        It must write to nothing but what it is given, and that must not be used again if this
-        raises. offset: of the file, for errors. keep: a file that must stay open meanwhile.
+        ``function`` may write only to its arguments, which must not be used again if this raises.
+        offset: of the file, for errors. keep: a file that must stay open meanwhile.
         Raises: what ``function`` raises, StalledError, CancelledError.
         """
         if getattr(_local, "asks", False):  # a question within a question
@@ -239,7 +239,7 @@ class _Task:
 
 
 class _Threads:
-    """Tasks for whichever thread is idle. A token in ``idle`` is a thread that takes the next."""
+    """Tasks for whichever thread is idle. Each token in ``idle`` stands for a thread that is."""
 
     def __init__(self) -> None:
         self.tasks: SimpleQueue[_Task] = SimpleQueue()

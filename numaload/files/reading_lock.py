@@ -110,7 +110,7 @@ def _lock_file() -> Iterator[io.FileIO | None]:
 
 
 def _taken(waiting: _Waiting) -> bool:
-    """Return whether the locks are had, or cannot be: then nobody is waited for."""
+    """Return whether the locks are held, or locking is impossible: then nobody is waited for."""
     try:
         return waiting.take_all()
     except OSError as error:

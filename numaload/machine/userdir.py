@@ -1,6 +1,6 @@
 """The user's own folder in shared memory: 0700, since /dev/shm is everybody's.
 
-It lives until the machine restarts (or is emptied), which is as long as what it speaks of.
+It lasts until the machine restarts (or it is emptied), as does the memory that it describes.
 NUMALOAD_STORE names another folder on a tmpfs to make it in. Nothing in there is trusted, and
 nothing is removed but what has the form of what numaload makes.
 """
@@ -37,7 +37,7 @@ UNREADABLE = (
 
 
 def path() -> str:
-    """Return the folder's name: below what NUMALOAD_STORE names, or that itself if it is called so.
+    """Return the folder's path: numaload-UID in NUMALOAD_STORE, or that itself if it has that name.
 
     Raises: StoreError.
     """
@@ -54,7 +54,8 @@ def _base(given: str) -> str:
         return os.path.realpath(given) if ".." in given.split("/") else os.path.abspath(given)
     except (OSError, ValueError) as error:  # no working directory
         raise StoreError(
-            f"NUMALOAD_STORE={given}: {os.strerror(ENOENT)}: give it from /"
+            f"NUMALOAD_STORE={given}: {os.strerror(ENOENT)}: the working folder is gone; give a"
+            " path from /"
         ) from error
 
 
@@ -178,7 +179,7 @@ def within(name: str, *, create: bool = True) -> Iterator[int | None]:
 def check_spare(fd: int) -> None:
     """Refuse to begin if this process may not open the files that work in the store needs.
 
-    Half-way, what was begun could not even be taken away. ``fd``: any that is open.
+    Running out half-way would prevent even cleaning up. ``fd``: any that is open.
     Raises: StoreError.
     """
     spare: list[int] = []
@@ -187,7 +188,7 @@ def check_spare(fd: int) -> None:
             spare.append(os.dup(fd))  # noqa: PERF401 - those that there were are closed again
     except OSError as error:
         raise StoreError(
-            f"{path()}: {reason(error)}: {SPARE} descriptors more are needed, {len(spare)} are left"
+            f"{path()}: {reason(error)}: {SPARE} more descriptors are needed, {len(spare)} are left"
         ) from error
     finally:
         for one in spare:
@@ -228,13 +229,13 @@ def _is_private(status: os.stat_result) -> bool:
 
 
 def _check_made(where: str, fd: int) -> None:
-    """Mark what is empty, or has only what numaload makes: its maker may have been killed."""
+    """Mark a folder that is empty or has only numaload's names: its maker may have been killed."""
     if _is_marked(fd):
         return
     foreign = sorted(n for n in listed(fd) if n == MARKER or not OURS.fullmatch(n))
     if foreign and not _is_marked(fd):  # not even just now, by another process
         raise StoreError(
-            f"{where}: numaload did not make it, found {foreign[0]} in it: move that elsewhere, or"
+            f"{where}: numaload did not make it, {foreign[0]} is in it: move that elsewhere, or"
             " set NUMALOAD_STORE to another folder on a tmpfs"
         )
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -302,8 +303,8 @@ def check_tmpfs(where: str) -> None:
         mount = mount_of(where)
     if mount is not None and mount.kind != "tmpfs":
         raise StoreError(
-            f"{where} is on {mount.kind}, expected a tmpfs: set NUMALOAD_STORE to a folder on one,"
-            " as in /dev/shm"
+            f"{where} is on {mount.kind}, expected a tmpfs: set NUMALOAD_STORE to a folder on"
+            " a tmpfs, such as one in /dev/shm"
         )
 
 
@@ -318,5 +319,5 @@ def paths(values: Any) -> tuple[str, ...]:
     """Return paths of a record, where anything may stand. Raises: ValueError, TypeError."""
     for value in values:
         if type(value) is not str or not os.path.isabs(value) or b"\0" in os.fsencode(value):
-            raise ValueError("wrong paths")
+            raise ValueError("a path that is no text, is not absolute, or has a NUL in it")
     return tuple(values)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 POLICIES = {"bind": syscalls.MPOL_BIND, "interleave": syscalls.MPOL_INTERLEAVE}
 LOOK_EVERY = 128 << 20  # bytes read between two looks at what memory is left
 NOT_KEPT = (
-    "its file system keeps no pages in RAM (as FUSE with direct_io, 9p without a cache, DAX):"
+    "its file system keeps no pages in RAM (such as FUSE with direct_io, 9p without a cache, DAX):"
     " there is nothing to prewarm"
 )
 HEAD = 8 << 20  # bytes of what was read first: if they go, memory is full
@@ -59,7 +59,7 @@ class Placing:
 
 @contextmanager
 def landing(placing: Placing | None) -> Iterator[None]:
-    """Have what the calling thread reads land on these nodes: a header comes before the rest."""
+    """Have this thread's own reads land on these nodes too: it reads headers before the rest."""
     if placing is None:
         yield
         return
@@ -76,8 +76,8 @@ def landing(placing: Placing | None) -> Iterator[None]:
 class CacheBudget:
     """Bytes that fit without evicting what this call has already read.
 
-    All page cache counts as free for the kernel, also that which is brought in here: so it must
-    have room for all of it, not only for what is still to be read.
+    The kernel counts all page cache as free, also what this call brought in: so room is needed for
+    all of it, not only for what is still to be read.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class CacheBudget:
             gib = self.absent / 2**30
             raise NodeMemoryError(
                 f"{self.absent} bytes ({gib:.1f} GiB) are to be read"
-                + (f", {self.resident} more of them are in RAM" if self.resident else "")
+                + (f" beside {self.resident} that are in RAM already" if self.resident else "")
                 + f"; {tightest.name} has room for {tightest.free}"
                 f" ({tightest.free / 2**30:.1f} GiB); --force reads what fits",
                 needed=self.absent,
@@ -134,11 +134,11 @@ class CacheBudget:
         more = min(LOOK_EVERY, self.absent - done)
         if tightest.free < self.resident + done + more:
             self.stopped = (
-                f"{tightest.name} has room for {tightest.free} bytes, of which this file has"
-                f" {self.resident + done}"
+                f"{tightest.name} has room for {tightest.free} bytes, and these files take"
+                f" {self.resident + done} of them already"
             )
         elif self._head_is_going():
-            self.stopped = "the kernel gives up what was read first"
+            self.stopped = "the kernel already gives up what was read first"
         return not self.stopped
 
     def _head_is_going(self) -> bool:

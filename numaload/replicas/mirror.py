@@ -60,8 +60,8 @@ def mirror(
     nodes: "all" (with CPUs and memory), "0,2-3", "!1", "local", an id or ids.
     per: "node", or "socket": one replica for these nodes of each socket, interleaved over them.
     shared: keep them in the store, for other processes and after this one, until released;
-    otherwise they are this process's. On a machine with one node nothing is copied unless shared:
-    the view is the mapped file, and ``report.note`` says so.
+    otherwise only this process has them. On a machine with one node nothing is copied unless
+    shared: the view is the mapped file, and ``report.note`` says so.
     hold: shared, by a holder process: not limited by the tmpfs, not emptied at logout.
     strict: refuse where memory cannot be bound. Otherwise threads on the nodes touch it first, and
     if the kernel then counts every page where it was asked for, ``report.unbound`` names the nodes.
@@ -97,8 +97,8 @@ def attach(
 ) -> Mirror:
     """Return the replicas of this model that are in the store, for this process to use.
 
-    nodes: which are needed; by default all that is there. Where their pages are is asked of the
-    kernel, for ``report``; ``verify()`` asks again and checks the checksums too.
+    nodes: which are needed; by default all that is there. The kernel is asked where
+    their pages are, for ``report``; ``verify()`` asks again and checks the checksums too.
     Raises: ReplicaNotFoundError, saying whether the file changed since it was mirrored.
     """
     machine = topology()
@@ -163,7 +163,8 @@ def can_bind(options: MirrorOptions, machine: Topology) -> bool:
             errno=refused.errno or 0,
         )
     warn_once(
-        "first touch", f"{refused}; memory is placed by threads on its nodes and counted afterwards"
+        "first touch",
+        f"{refused}; threads on each node place its memory by first touch, and it is counted then",
     )
     return False
 
@@ -259,7 +260,8 @@ def _check_kind(weights: Weights, found: Sequence[Entry], options: MirrorOptions
         if holds:
             path = weights.paths[0]
             raise StoreError(
-                f"{path}: is mirrored already, {what}; release it first: numaload release {path}"
+                f"{path}: is mirrored already, but {what}; release it first:"
+                f" numaload release {path}"
             )
 
 
@@ -279,7 +281,7 @@ def mirror_shared(
     try:
         return _mirror_shared(models, machine, options, progress, announce)
     except ReplicaNotFoundError as error:
-        warn_once("released", f"{error}; mirrored once more")
+        warn_once("released", f"replicas were released meanwhile ({error}); mirroring once more")
     try:
         return _mirror_shared(models, machine, options, progress, announce)
     except ReplicaNotFoundError as error:
@@ -400,9 +402,9 @@ def _why_missing(weights: Weights, missing: Sequence[int]) -> str:
     found = () if store.find(model) else store.entries()
     for entry in found:
         if entry.model.paths == model.paths and entry.model.key != model.key:
-            when = time.strftime("%H:%M", time.localtime(entry.created))
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.created))
             return (
-                f"{weights.paths[0]}: changed since it was mirrored at {when};"
-                f" numaload mirror {weights.paths[0]}"
+                f"{weights.paths[0]}: changed since it was mirrored on {when};"
+                f" mirror it again: numaload mirror {weights.paths[0]}"
             )
-    return f"{weights.paths[0]}: no replica{where}: numaload mirror {weights.paths[0]}"
+    return f"{weights.paths[0]}: no replica{where}; build it: numaload mirror {weights.paths[0]}"

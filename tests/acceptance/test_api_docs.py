@@ -30,7 +30,7 @@ MEMBERS = [
     "weights.Weights", "weights.Tensor", "formats.metadata.Metadata", "replicas.views.Mirror",
     "pagecache.job.PrewarmJob", "pagecache.background.PrewarmHolder", "machine.topology.Topology",
     "machine.topology.Node", "replicas.views.MirrorReport", "pagecache.prewarm.PrewarmReport",
-    "pagecache.residency.ResidencyReport", "pagecache.evict.EvictReport",
+    "pagecache.residency_report.ResidencyReport", "pagecache.evict.EvictReport",
     "pagecache.evict.EvictedFile", "linux.placement.Placement", "replicas.verify.Verified",
 ]  # fmt: skip
 # What only other modules of numaload call: public between them, no face for users.

@@ -188,7 +188,7 @@ def test_held_and_not_held_side_by_side(
 ) -> None:
     numaload("mirror", model)
     done = numaload("mirror", model, "--hold", status=1)
-    assert "without a holder: numaload release" in done.stderr
+    assert "without a holder; release it first: numaload release" in done.stderr
     others = [shutil.copy(path, str(tmp_path)) for path in model_files]
     numaload("mirror", others[0], "--hold")
     assert "there already" in numaload("mirror", others[0]).stdout

@@ -341,7 +341,7 @@ def test_watching_ends_with_who_reads_it(cold: list[str], numaload: Numaload) ->
 @pytest.mark.parametrize("words", [("--watch", "model.gguf"), ("--watch=0",), ("--watch=-1",),
                                    ("--watch=nan",)])  # fmt: skip
 def test_what_is_no_interval(numaload: Numaload, words: tuple[str, ...]) -> None:
-    assert "expected seconds" in numaload("status", *words, status=2).stderr
+    assert "expected a number of seconds" in numaload("status", *words, status=2).stderr
 
 
 def test_bar_letters() -> None:

@@ -199,7 +199,7 @@ def test_replicas_released_while_they_are_mirrored(store: Path, model: str, tmp_
             one.close()
 
     mirror()
-    with pytest.warns(NumaloadWarning, match="mirrored once more"):
+    with pytest.warns(NumaloadWarning, match="mirroring once more"):
         mirror(0)
     assert len(stores.entries()) == 2
     with pytest.raises(ReplicaNotFoundError, match="were released by another process while"):

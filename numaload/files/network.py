@@ -2,9 +2,10 @@
 
 The kernel does not release a thread that waits for a silent server. So each call that may wait for
 one is made in another thread, and whoever wants the answer can stop waiting: at a time limit, at
-Ctrl-C, when nobody wants the result any more. Then the thread is abandoned. Its buffer and its descriptor stay
-its own until the kernel lets it go. It reads into that buffer, never into the caller's memory:
-memory that is given back after an error may belong to somebody else when the answer comes.
+Ctrl-C, when nobody wants the result any more. Then the thread is abandoned. Its buffer and its
+descriptor stay its own until the kernel lets it go. It reads into that buffer, never into the
+caller's memory: memory that is given back after an error may belong to somebody else when the
+answer comes.
 
 These threads are begun by ``_thread``, which keeps no list of them: no exit waits for them, and no
 lock is taken, so that the garbage collector may start one. A forked child has none and starts its

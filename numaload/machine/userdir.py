@@ -235,7 +235,7 @@ def _check_made(where: str, fd: int) -> None:
     foreign = sorted(n for n in listed(fd) if n == MARKER or not OURS.fullmatch(n))
     if foreign and not _is_marked(fd):  # not even just now, by another process
         raise StoreError(
-            f"{where}: numaload did not make it, {foreign[0]} is in it: move that elsewhere, or"
+            f"{where}: numaload did not make it, found {foreign[0]} in it: move that elsewhere, or"
             " set NUMALOAD_STORE to another folder on a tmpfs"
         )
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

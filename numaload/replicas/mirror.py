@@ -260,8 +260,7 @@ def _check_kind(weights: Weights, found: Sequence[Entry], options: MirrorOptions
         if holds:
             path = weights.paths[0]
             raise StoreError(
-                f"{path}: is mirrored already, but {what}; release it first:"
-                f" numaload release {path}"
+                f"{path}: is mirrored already, {what}; release it first: numaload release {path}"
             )
 
 

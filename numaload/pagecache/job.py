@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401 - what it does at the end comes after this module's
 import os
 import threading
 from collections.abc import Sequence
@@ -18,12 +19,19 @@ from numaload.pagecache.choice import Source, located
 from numaload.pagecache.prewarm import prewarm
 from numaload.pagecache.report import PrewarmReport
 
+_program = CancelToken()  # cancelled when the main thread has ended
+try:
+    # Pools' threads are waited for by such a function too, the last one first; atexit's come later.
+    threading._register_atexit(_program.cancel)  # type: ignore[attr-defined]  # noqa: SLF001
+except RuntimeError:  # it has ended already
+    _program.cancel()
+
 
 class _Token(CancelToken):
     """Cancelled by the program's end too: that waits for its threads, and not for minutes."""
 
     def cancelled(self) -> bool:
-        return super().cancelled() or not threading.main_thread().is_alive()
+        return super().cancelled() or _program.cancelled()
 
 
 class PrewarmJob(NotCopyable):

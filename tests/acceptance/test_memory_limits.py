@@ -101,9 +101,10 @@ def test_threads_that_allocate_at_the_same_time_are_not_killed(large: str, call:
 
 
 LIMITED = """
-import json, resource, sys, threading
+import ctypes, json, resource, sys, threading
 import numaload
 
+ctypes.CDLL(None).mallopt(-8, 1)  # one arena: making another takes 128 MiB for a moment
 weights = numaload.open(sys.argv[1])
 tensors = sorted(weights.values(), key=lambda tensor: tensor.size)
 tensors[-1].dequantize()  # its kernel is there, and so is each thread that needs a stack:

@@ -398,13 +398,15 @@ def test_a_thread_that_is_cancelled(store: Path, big: str) -> None:
         api.prewarm_async(big + ".none").result()
 
 
-def test_a_thread_ends_with_its_program(numaload: Numaload, big: str) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_thread_ends_with_its_program(numaload: Numaload, big: str, *, begun: bool) -> None:
     program = (
-        "import sys, numaload\n"
+        "import sys, time, numaload\n"
         "job = numaload.prewarm_async(sys.argv[1], max_rate=1 << 20)\n"
+        "while job.progress()[0] < int(sys.argv[2]): time.sleep(0.01)\n"
         "print(len(job.progress()))"
     )
-    assert numaload.python(program, big) == 2  # and not two minutes later
+    assert numaload.python(program, big, int(begun)) == 2  # and not two minutes later
     assert resident(big) < SIZE // 2
 
 

@@ -39,13 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Without ``argv`` this process is the command, and its signals and streams are set up for that.
     """
-    if argv is None:
-        interrupts.open_standard()
-        interrupts.raise_open_files()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv is None:
+            interrupts.open_standard()
             interrupts.take_over()
+            interrupts.raise_open_files()
         return interrupts.finished(_run(arguments))
     except SystemExit as error:  # of argparse
         interrupts.finished(error.code if isinstance(error.code, int) else 0)

@@ -326,6 +326,7 @@ def test_what_is_no_request_is_refused(line: bytes) -> None:
     assert not done.stderr
 
 
+@pytest.mark.slow
 def test_a_builder_that_does_not_wait_for_the_answer(store: Path) -> None:
     """It may have been stopped by Ctrl-C: nothing stays published, nothing held."""
     read, write = os.pipe()
@@ -380,6 +381,7 @@ def test_a_python_that_does_not_start_is_an_error(
         hold(NAME, MANIFEST, [])
 
 
+@pytest.mark.slow
 def test_a_holder_that_does_not_answer_is_ended(
     store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

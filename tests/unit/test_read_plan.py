@@ -248,6 +248,7 @@ def test_a_thread_that_read_enough_ends_the_others_without_an_error() -> None:
     assert job.done == MIB
 
 
+@pytest.mark.slow
 def test_cancelled_while_it_waits_for_its_rate() -> None:
     made = make_plan(CACHE, device(), 100 * MIB)
     job = Reading(100 * MIB, lambda done, _: done < MIB, rate=MIB)

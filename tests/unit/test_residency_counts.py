@@ -310,6 +310,7 @@ def sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SourceF
         yield file
 
 
+@pytest.mark.slow
 def test_the_stated_error_holds(sampled: SourceFile, monkeypatch: pytest.MonkeyPatch) -> None:
     by_two_nodes(monkeypatch)
 

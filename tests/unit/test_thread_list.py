@@ -119,6 +119,7 @@ def test_threads_can_be_named() -> None:
         assert by_id()[tid].name == "numaload of a n"
 
 
+@pytest.mark.slow
 def test_threads_that_end_meanwhile_are_left_out() -> None:
     end = threading.Event()
 

@@ -208,7 +208,9 @@ def look(file: SourceFile, spans: Iterable[Span], nodes: Sequence[int]) -> FileR
 
 
 def _cached(file: SourceFile, start: int, stop: int) -> int:
-    return (cached_bytes(file, start, stop - start) or 0) if start < stop else 0
+    found = cached_bytes(file, start, stop - start) if start < stop else 0
+    # A call that fails now, though it answered before, has not said that nothing is there.
+    return residency_of(file, start, stop).resident if found is None else found
 
 
 def _cells(file: FileResidency, count: Callable[[int, int], int]) -> list[float]:

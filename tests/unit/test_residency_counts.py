@@ -150,6 +150,18 @@ def test_files_and_tensors_are_counted_as_mincore_says(file: SourceFile, nodes: 
         assert round(cell * (stop - start)) == resident_of(pages, start, stop)
 
 
+def test_a_call_that_stops_answering_does_not_say_that_nothing_is_there(
+    file: SourceFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answered when it was asked whether it does."""
+    monkeypatch.setattr(residency_report, "asked_by", lambda _: "cachestat")
+    monkeypatch.setattr(residency_report, "cached_bytes", lambda *_: None)
+    pages, report = steady(file, partial(look, file, SPANS, [0]))
+    assert report.resident == resident_of(pages, 0, SIZE)
+    for tensor, (start, stop) in zip(report.tensors, RAGGED, strict=True):
+        assert tensor.resident == resident_of(pages, start, stop)
+
+
 class Asked:
     """How often and about how much the kernel is asked."""
 

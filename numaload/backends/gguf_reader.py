@@ -155,10 +155,9 @@ class GGUFReader(NotCopyable, THEIRS):  # type: ignore[misc] # an instance of th
 def _mapped(file: SourceFile, mode: Literal["r", "r+", "c"]) -> NDArray[np.uint8]:
     """Map all of the file, as gguf-py does. Raises: ReadError."""
     try:
-        fd = os.open(file.path, os.O_RDWR | os.O_CLOEXEC) if mode == "r+" else os.dup(file.fd)
-        with os.fdopen(fd, "r+b" if mode == "r+" else "rb") as handle:
-            data = np.memmap(handle, np.uint8, mode)
-            same = os.path.samestat(os.fstat(fd), os.fstat(file.fd))
+        data, same = file.ask(_map, file, mode)
+    except ReadError:
+        raise
     except OSError as error:
         raise ReadError(reason(error), path=file.path) from error
     if not same:
@@ -166,6 +165,14 @@ def _mapped(file: SourceFile, mode: Literal["r", "r+", "c"]) -> NDArray[np.uint8
     file.check_unchanged()
     data.filename = os.path.abspath(file.path)  # as if opened by its name
     return data
+
+
+def _map(file: SourceFile, mode: Literal["r", "r+", "c"]) -> tuple[np.memmap[Any, Any], bool]:
+    """Map the file, and compare what its name led to with it. Raises: OSError."""
+    fd = os.open(file.path, os.O_RDWR | os.O_CLOEXEC) if mode == "r+" else os.dup(file.fd)
+    with os.fdopen(fd, "r+b" if mode == "r+" else "rb") as handle:
+        data = np.memmap(handle, np.uint8, mode)
+        return data, os.path.samestat(os.fstat(fd), os.fstat(file.fd))
 
 
 def _counts(image: Image) -> Iterator[ReaderField]:

@@ -115,10 +115,12 @@ class Steps:
         if self.progress and self.progress(done, self.total) is False:
             raise CancelledError("cancelled", done=done, total=self.total)
         check_process(self.pid)
-        self.check_wanted()
+        check_wanted(self)
         self.told.release()
 
-    def check_wanted(self) -> None:
-        """Check that somebody wants what this thread waits for. Raises: CancelledError."""
-        if stopping():
-            raise CancelledError("cancelled", done=self.done, total=self.total)
+
+def check_wanted(steps: Steps | None) -> None:
+    """Check that somebody wants what this thread waits for. Raises: CancelledError."""
+    if stopping():
+        done, total = (steps.done, steps.total) if steps else (0, 0)
+        raise CancelledError("cancelled", done=done, total=total)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from numaload.errors import NumaError
 from numaload.linux.syscalls import name_thread
 from numaload.machine.affinity import pin
-from numaload.machine.stopping import CancelToken, Steps, check_process
+from numaload.machine.stopping import CancelToken, Steps, check_process, check_wanted
 from numaload.machine.threads import no_thread
 from numaload.machine.topology import Topology
 
@@ -167,7 +167,7 @@ def finish(
             _tell(futures, steps)
         while not _settled(futures):
             check_process(pid)
-            (steps or Steps(0, None)).check_wanted()
+            check_wanted(steps)
         return [future.result() for future in futures if future.done()]
     except BaseException:
         if os.getpid() != pid:  # forked by the callback; its parent has the threads
@@ -191,7 +191,7 @@ def _tell(futures: list[Future[T]], steps: Steps) -> None:
             news = steps.news.get(timeout=NOTICE_S)
         except Empty:  # Ctrl-C that came just as waiting began is noticed now
             check_process(steps.pid)
-            steps.check_wanted()
+            check_wanted(steps)
             continue
         if not isinstance(news, Future):
             steps.tell(news)

@@ -8,11 +8,11 @@
     |  |- NotSafetensorsError                   no length and { of a safetensors header
     |  |- UnsupportedVersionError               a GGUF version that is not read
     |  |- TruncatedError                        the file ends before what it announces
-    |  |- MetadataError                         a key, value type, string or array that cannot be
-    |  |- TensorInfoError                       name, dims, offset or overlap of a tensor
+    |  |- MetadataError                         an impossible key, value type, string or array
+    |  |- TensorInfoError                       a tensor's name, dims or offset, or an overlap
     |  |- UnknownQuantTypeError                 a type id removed from ggml, of a fork, or unknown
     |  |- SplitError                            split files missing, or not of one model
-    |  `- AdapterError                          no LoRA adapter, or one that cannot be
+    |  `- AdapterError                          no LoRA adapter, or an impossible one
     |- UnsupportedTypeError (NotImplementedError)  no way to float
     |- TensorNotFoundError (KeyError)           .name, with close matches
     |- MetadataKeyError (KeyError)              .name
@@ -38,7 +38,7 @@ Fallbacks are no errors: they are reported once each, as a NumaloadWarning.
 
 Messages name files, tensors, metadata, processes and paths, which anybody may have written. Shown
 as text they are safe for a terminal and at most LONGEST characters long; fields and ``args`` hold
-what was found as it is.
+the values as they were found.
 """
 
 from __future__ import annotations

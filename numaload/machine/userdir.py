@@ -125,7 +125,7 @@ def named(where: str) -> Iterator[None]:
 
 @contextmanager
 def earlier(name: str = ".") -> Iterator[int | None]:
-    """Give a descriptor of the folder in which an earlier version kept what is below ``path`` now.
+    """Give a descriptor of the folder that earlier versions used in place of ``path``.
 
     That was the very folder that NUMALOAD_STORE names. None where it cannot have been.
     """
@@ -153,8 +153,8 @@ def folder(name: str, parent: int | None) -> Iterator[int]:
 def within(name: str, *, create: bool = True) -> Iterator[int | None]:
     """Give a descriptor of this folder of the user's, made if it is not there.
 
-    create: False gives None where there is none, and where something else is in its place, which
-    is said. Raises: StoreError.
+    create: False gives None where there is none; also, with a warning, where something else has
+    its name. Raises: StoreError.
     """
     with opened() if create else existing() as store, ExitStack() as held:
         fd, where = None, f"{path()}/{name}"

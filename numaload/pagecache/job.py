@@ -19,11 +19,11 @@ from numaload.pagecache.choice import Source, located
 from numaload.pagecache.prewarm import prewarm
 from numaload.pagecache.report import PrewarmReport
 
-_program = CancelToken()  # cancelled when the main thread has ended
+_program = CancelToken()  # cancelled when the program begins to end
 try:
     # Pools' threads are waited for by such a function too, the last one first; atexit's come later.
     threading._register_atexit(_program.cancel)  # type: ignore[attr-defined]  # noqa: SLF001
-except RuntimeError:  # it has ended already
+except RuntimeError:  # it ends already
     _program.cancel()
 
 

@@ -54,12 +54,12 @@ def stream(
     dtype: "float32", "float16" or "bfloat16" give numpy arrays, torch's dtypes torch tensors, of
     the tensor's shape; integers, bools and complex numbers keep their type. None, or "torch":
     numpy arrays or torch tensors of the type that they have in the file; uint8, (..., bytes per
-    row), for blocks, and in numpy for F4 and F6. They are the caller's own: written to as any.
-    ahead: bytes of results that may be ready or under way at a time (one tensor always is), that
-    may be read ahead of the files, and of memory that is kept for later tensors once nothing holds
-    it any more. Less where memory has no room for it: limits are looked at once, at the start.
+    row), for blocks, and in numpy for F4 and F6. The caller owns them and may write to them.
+    ahead: bytes, each for results that are ready or under way (one tensor always is), for reading
+    ahead, and for memory kept for later tensors. Less where memory has no room for it: limits are
+    looked at once, at the start.
     names: only these. progress(bytes of the files done, in all): returning False cancels.
-    Raises: TensorNotFoundError, UsageError at once; at the tensor that has it, after those before:
+    Raises: TensorNotFoundError, UsageError at once. When its turn comes, for a tensor:
     UnsupportedTypeError, UnknownQuantTypeError, ReadError, FileChangedError, CancelledError,
     NodeMemoryError where two of the largest tensors do not fit, or what the caller keeps.
     """
@@ -247,7 +247,7 @@ class _Result:
         return torch_dtype(dtype, self.tensor.name)
 
     def wait(self) -> None:
-        """Wait until it is made. Raises: the error that it met."""
+        """Wait until the tensor is ready. Raises: what making it raised."""
         if self.error is not None:
             raise self.error
         self.work.finish(self.futures)

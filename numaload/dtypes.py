@@ -24,7 +24,7 @@ ITEMS = {"F4": 2}  # elements in one item of torch
 
 
 def item_shape(type_name: str, shape: tuple[int, ...], what: str) -> tuple[int, ...]:
-    """Return the shape in torch's items, where the file counts elements.
+    """Return a tensor's shape as torch counts it: its items may hold several elements (F4: 2).
 
     Raises: UnsupportedTypeError.
     """

@@ -45,9 +45,9 @@ def some(found: Iterable[str]) -> str:
 
 
 def _matching(pattern: Mapping[str, Any], module: str, otherwise: Any) -> Any:
-    """Return the value of the first key that the module's name is or ends with, as PEFT does.
+    """Return the value of the first key that matches the end of a module's name, as PEFT does.
 
-    Regular expressions are left to PEFT.
+    Keys that are regular expressions are not understood.
     """
     own = (value for key, value in pattern.items() if f".{module}".endswith(f".{key}"))
     return next(own, otherwise)

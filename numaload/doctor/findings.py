@@ -1,4 +1,4 @@
-"""What is wrong with where the threads of a process may run, and what helps."""
+"""Find threads of a process that get in each other's way, and say what helps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The threads of a process in pools, as people think of them, and which have work just now."""
+"""Group the threads of a process into thread pools, and see which of them are at work."""
 
 from __future__ import annotations
 
@@ -77,7 +77,10 @@ def pools(
 
 
 def _pool_key(thread: Thread, machine: Topology, sys_root: str) -> tuple[Any, ...]:
-    """Make one key for threads that are pinned to a core each, else one for each set of CPUs."""
+    """Return a key that is the same for all threads of one pool.
+
+    Threads that are each pinned to a core of their own count as one pool.
+    """
     cpus, stem = thread.cpus, _stem(thread.name)
     if thread.main or not cpus or not cpus <= core_of(min(cpus), sys_root):
         return thread.main, stem, cpus
@@ -85,7 +88,7 @@ def _pool_key(thread: Thread, machine: Topology, sys_root: str) -> tuple[Any, ..
 
 
 def _joined(groups: Sequence[list[Thread]]) -> Iterable[list[Thread]]:
-    """Join the groups into one unless two of them share a CPU, and so a core."""
+    """Join the groups into one pool, unless two of them share a CPU."""
     every = [cpu for group in groups for cpu in group[0].cpus]
     if len(every) != len(set(every)):
         return groups

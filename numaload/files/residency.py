@@ -82,7 +82,7 @@ def merged(ranges: Iterable[ByteRange]) -> Iterator[ByteRange]:
 
 
 def between(ranges: Iterable[ByteRange], start: int, stop: int) -> Iterator[ByteRange]:
-    """Yield what of start to stop lies between these ranges, which ascend within it."""
+    """Yield the gaps between start and stop that these ascending ranges leave."""
     for first, last in (*ranges, (stop, stop)):
         if first > start:
             yield start, first
@@ -127,10 +127,10 @@ def _may_ask(file: SourceFile) -> bool:
 
 
 def cached_bytes(file: SourceFile, start: int = 0, nbytes: int = 0) -> int | None:
-    """Count how many of these bytes are in RAM, by cachestat(2); nbytes 0: all that follow.
+    """Count how many of these bytes are in RAM, by cachestat(2).
 
-    None where it does not tell: ask ``residency`` then. One system call where all or none are
-    there; otherwise one more for an edge that is not a page's.
+    nbytes: 0 means up to the file's end. Returns: None where cachestat does not tell; ``residency``
+    does. It counts pages: a range that begins or ends within one may take a second call.
     """
     if file.is_network:  # asking which file system it is may wait
         return None

@@ -77,7 +77,7 @@ class SysFiles:
         return None
 
     def number(self, path: str) -> int | None:
-        """Return a file's one number; None where it says anything else, as ``max``."""
+        """Return the number in a file; None where it holds anything else, such as ``max``."""
         return number_in(self.text(path) or "")
 
 

@@ -104,7 +104,7 @@ class Device:
 
 
 def gpus(sys_root: str = "/sys", proc_root: str = "/proc") -> list[Gpu]:
-    """Return all GPUs and accelerators on PCI, integrated and baseboard ones too, by address."""
+    """Return all GPUs and accelerators on PCI, integrated ones too, sorted by PCI address."""
     files, base = SysFiles(), f"{sys_root}/bus/pci/devices"
     found = []
     for address in files.names(base):

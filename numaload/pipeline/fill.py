@@ -349,7 +349,7 @@ class _Converting:
             self.convert(blocks, part, past_caches)
 
     def _read(self, first: int, flat: NDArray[Any], *, past_caches: bool) -> int:
-        """Read and convert in one compiled loop; return how many elements that did."""
+        """Read and convert in one compiled loop. Returns: how many elements are done."""
         tensor, done = self.target.tensor, [0]
         offset = tensor.offset + self.target.bytes_of(first)
         part = scratch("blocks", max(READ, self.convert.step_bytes))

@@ -82,8 +82,8 @@ def write(name: str, manifest: bytes, files: Links, store: int, *, held: bool = 
 def remove(name: str, store: int) -> bool:
     """Remove an entry, following no link and entering no other file system.
 
-    What does not look like a part of an entry stays, and so do the folders that it lies in.
-    Returns whether replicas stay, or may stay because the folder cannot be read.
+    Files that numaload did not make stay, and so do their folders. Returns: True if replicas stay,
+    or may stay because the folder cannot be read.
     """
     try:
         folder = _below(name, store)

@@ -142,7 +142,10 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
         self.read_by(part, lambda file: file.read_into(view, offset))
 
     def read_by(self, part: int, read: Callable[[SourceFile], None]) -> None:
-        """Call ``read`` with a file. Raises: what it raises, FileChangedError, ClosedError."""
+        """Have ``read`` read from a part's open file, and check that the file stayed the same.
+
+        Raises: what ``read`` raises, FileChangedError, ClosedError.
+        """
         file = self._parts[part].file
         self._check_open(file)
         try:

@@ -50,8 +50,8 @@ class GGUFLoader(FolderLoader):
 
     ``tensor_info``: {GGUF name: see ``_info``}; ``tensor_file_map``: {GGUF name: path};
     ``file_data_map``: {path: the whole file, flat uint8}; ``gguf_file_meta``: metadata as plain
-    values. Of files that share a name or a key, the last one's. Memory that was handed out, also as
-    an address, stays as long as this object, unless ``close()`` is called.
+    values. Where two files have the same tensor or key, the last file's counts. Arrays and
+    addresses stay valid as long as this object lives, or until ``close()``.
     """
 
     suffix = ".gguf"

@@ -43,8 +43,8 @@ GATE = ("weight", "e_score_correction_bias")
 class SafeTensorLoader(FolderLoader):
     """Read every safetensors file below a folder.
 
-    ``tensor_file_map``: {name: file}; ``file_handle_map``: {file: its Weights}, a file by its name,
-    or by its path below the folder if another one has that name.
+    ``tensor_file_map``: {tensor: file}; ``file_handle_map``: {file: its Weights}. A file is named
+    by its base name, or by its path below the folder where two files share that.
     """
 
     suffix = ".safetensors"
@@ -53,7 +53,7 @@ class SafeTensorLoader(FolderLoader):
         """file_path: the folder, or a file in it. replica: as of GGUFLoader.
 
         Raises: ModelNotFoundError (a FileNotFoundError), the FormatErrors of a header, UsageError.
-        A folder without such files is none: ``tensor_file_map`` is empty.
+        A folder without safetensors files is no error: ``tensor_file_map`` is empty.
         """
         super().__init__(file_path)
         self.tensor_type_map: dict[str, Any] = {}  # empty in the original, too

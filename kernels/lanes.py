@@ -202,9 +202,14 @@ def narrow_f16(lanes: Array) -> Array:
 def narrow_bf16(lanes: Array) -> Array:
     """Convert float32 to bfloat16 bits (uint16), to nearest even, overflow to infinity.
 
-    A NaN becomes the quiet one of its sign.
+    A NaN becomes quiet and keeps its sign and upper payload bits, as in ggml.
     """
     bits = lanes.view(np.uint32)
     half = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
-    nan = bits >> 16 & 0x8000 | 0x7FC0
+    nan = bits >> 16 | 0x0040
     return np.where(np.isnan(lanes), nan, half).astype(np.uint16)
+
+
+def narrow_normal_bf16(low: Array, high: Array) -> Array:
+    """Convert 32 float32 as ``narrow_bf16`` does; none may be subnormal: processors flush those."""
+    return join(narrow_bf16(low), narrow_bf16(high))

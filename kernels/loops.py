@@ -19,6 +19,7 @@ from numaload.kernels.lanes import (
     load_f32,
     narrow_bf16,
     narrow_f16,
+    narrow_normal_bf16,
     put,
     scratch,
     stream,
@@ -30,14 +31,18 @@ STEP = 2 * LANES  # weights that are stored together; every type's blocks are mu
 Decode = Callable[[Any, int, Any, int], None]
 # (src, byte at which 16 floats begin) -> 16 float32
 Read = Callable[[Any, int], Any]
-# 16 float32 -> the lanes that are stored
-Narrow = Callable[[Any], Any]
+# (16 float32, and the next 16) -> the 32 lanes that are stored
+Narrow = Callable[[Any, Any], Any]
 # (src, out, n_blocks, whether past the caches) -> n_blocks
 Loop = Callable[[Any, Any, int, int], int]
 
 
-def unchanged(lanes: Any) -> Any:
-    return lanes
+def _to_f16(low: Any, high: Any) -> Any:
+    return join(narrow_f16(low), narrow_f16(high))
+
+
+def _to_bf16(low: Any, high: Any) -> Any:
+    return join(narrow_bf16(low), narrow_bf16(high))
 
 
 def fill(src: Any, _at: int) -> Any:
@@ -46,11 +51,9 @@ def fill(src: Any, _at: int) -> Any:
 
 
 # {dtype that is asked for: how it is made of float32}
-NARROW: dict[str, Narrow] = {
-    "float32": unchanged,
-    "float16": narrow_f16,
-    "bfloat16": narrow_bf16,
-}
+NARROW: dict[str, Narrow] = {"float32": join, "float16": _to_f16, "bfloat16": _to_bf16}
+# The same where no float32 is subnormal.
+NARROW_NORMAL: dict[str, Narrow] = {**NARROW, "bfloat16": narrow_normal_bf16}
 
 
 def _make_convert(read: Read, narrow: Narrow, item_size: int) -> Read:
@@ -62,7 +65,7 @@ def _make_convert(read: Read, narrow: Narrow, item_size: int) -> Read:
     def convert(src: Any, at: int) -> Any:
         # Together they fill cache lines, of 16 bits too. And a store of 16 whose upper halves go
         # would be one instruction, which forgets that it should go past the caches.
-        return join(narrow(read(src, at)), narrow(read(src, at + LANES * item_size)))
+        return narrow(read(src, at), read(src, at + LANES * item_size))
 
     return convert
 

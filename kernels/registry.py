@@ -50,6 +50,8 @@ KERNELS: dict[QuantType, tuple[str, str]] = {
     QuantType.TQ2_0: ("ternary", "tq2_0"),
 }
 DTYPES = ("float32", "float16", "bfloat16")
+# Types of which float32 can be subnormal: all others have scales of float16 or float8.
+SUBNORMAL = {QuantType.F32, QuantType.BF16, QuantType.MXFP4}
 # What is in the file as it is asked for, and stays bit for bit; F32 to float32 does by itself.
 COPIES = {(QuantType.F16, "float16"), (QuantType.BF16, "bfloat16")}
 
@@ -113,8 +115,9 @@ def _parts(qtype: QuantType, dtype: str) -> Parts:
 
     floats = BLOCKS[qtype][0] == 1
     if (qtype, dtype) in COPIES:
-        return loops.Parts(lanes.load_u16, loops.unchanged, *step(qtype), floats)
-    return loops.Parts(decoder(qtype), loops.NARROW[dtype], *step(qtype), floats)
+        return loops.Parts(lanes.load_u16, lanes.join, *step(qtype), floats)
+    narrow = (loops.NARROW if qtype in SUBNORMAL else loops.NARROW_NORMAL)[dtype]
+    return loops.Parts(decoder(qtype), narrow, *step(qtype), floats)
 
 
 def _in_thread(function: Callable[[], Kernel]) -> Kernel:
@@ -159,10 +162,10 @@ def load_fill() -> Callable[[int, int, int, int], None]:
 
     It takes (address of 16 floats, address of the output, how many times STEP, past the caches).
     """
-    from numaload.kernels import loops
+    from numaload.kernels import lanes, loops
     from numaload.kernels.jit.objects import Function, object_code
 
-    parts = loops.Parts(loops.fill, loops.unchanged, loops.STEP, 0, floats=True)
+    parts = loops.Parts(loops.fill, lanes.join, loops.STEP, 0, floats=True)
     return Function(object_code("fill", "float32", parts), "fill")
 
 

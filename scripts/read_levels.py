@@ -31,10 +31,10 @@ class Level:
 
 LEVELS = (
     Level("must", "cold", "into the page cache, beside the fastest other way", 0.95, or_equal=True),
-    Level("goal", "cold", "into the page cache, beside the direct limit", 0.9),
+    Level("goal", "cold", "into the page cache, beside direct reads into prepared memory", 0.95),
     Level("must", "warm", "what is resident, beside the kernel's own call and vmtouch", 1.0,
           or_equal=True),
-    Level("must", "cold", "into private memory, beside the direct limit", 0.9),
+    Level("must", "cold", "into private memory, beside direct reads into prepared memory", 0.95),
 )  # fmt: skip
 
 

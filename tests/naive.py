@@ -382,9 +382,9 @@ def narrow_float16(bits: int) -> int:
 
 
 def narrow_bfloat16(bits: int) -> int:
-    """bfloat16 bits of float32 bits. A NaN keeps its sign only."""
+    """bfloat16 bits of float32 bits. A NaN keeps its sign and upper payload bits."""
     if _is_nan(bits):
-        return bits >> 16 & 0x8000 | 0x7FC0
+        return bits >> 16 | 0x0040
     return _round(bits, mantissa_bits=7, smallest=-133, infinity=0x7F80)
 
 

@@ -15,6 +15,7 @@ from numaload.kernels.jit.lowering import (
     U16,
     Lanes,
     constant,
+    join,
     lowers,
     place,
     splat,
@@ -108,6 +109,15 @@ def _narrow_f16(builder: Any, _sig: Any, value: Any) -> Any:
     return b.trunc(b.or_(half, sign), vector(I16))
 
 
+@lowers(lanes.narrow_normal_bf16, Lanes, Lanes, gives=Lanes(types.uint16, 2 * LANES))
+def _narrow_normal_bf16(builder: Any, sig: Any, low: Any, high: Any) -> Any:
+    if not target().has("avx512bf16"):
+        return join(builder, sig, *(_narrow_bf16(builder, sig, value) for value in (low, high)))
+    # By its name, as LLVM knows it of bfloat16 only, and stores of those would not pass the caches.
+    kind = ir.FunctionType(vector(I16, 2 * LANES), [high.type, low.type])
+    return builder.asm(kind, "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v", [high, low], False)
+
+
 @lowers(lanes.narrow_bf16, Lanes, gives=U16)
 def _narrow_bf16(builder: Any, _sig: Any, value: Any) -> Any:
     # The processors' own conversion flushes subnormals to zero, so it is done on the bits.
@@ -115,7 +125,7 @@ def _narrow_bf16(builder: Any, _sig: Any, value: Any) -> Any:
     bits = b.bitcast(value, vector(I32))
     odd = b.and_(b.lshr(bits, _c(16)), _c(1))
     rounded = b.add(b.add(bits, _c(0x7FFF)), odd)
-    nan = b.or_(b.and_(bits, _c(0x80000000)), _c(0x7FC00000))
+    nan = b.or_(bits, _c(0x00400000))
     chosen = b.select(b.fcmp_unordered("uno", value, value), nan, rounded)
     # The upper halves, taken by a shuffle: with that of the next 16 it becomes one instruction.
     halves = b.bitcast(chosen, vector(I16, 2 * LANES))

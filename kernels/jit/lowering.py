@@ -189,7 +189,7 @@ lowers(lanes.load_f32, types.CPointer, types.Integer, gives=F32)(_load)
 
 
 @lowers(lanes.join, Lanes, Lanes, gives=lambda low, _high: Lanes(low.dtype, 2 * LANES))
-def _join(builder: Any, _sig: Any, low: Any, high: Any) -> Any:
+def join(builder: Any, _sig: Any, low: Any, high: Any) -> Any:
     order = ir.Constant(vector(I32, 2 * LANES), list(range(2 * LANES)))
     return builder.shuffle_vector(low, high, order)
 

@@ -26,6 +26,7 @@ from numaload.bench.ways import (
     CEILING,
     CHUNK,
     COPY,
+    DIRECT,
     DIRECT_4K,
     MEMORY,
     PREWARM,
@@ -150,7 +151,12 @@ class ReadReport:
         return max(rows, key=lambda row: row.states[state].rate, default=None)
 
     def ceiling(self, state: str) -> Row | None:
+        """Return direct reads into prepared memory: what fills memory cannot be faster."""
         return self.best(state, lambda row: row.sink == CEILING)
+
+    def buffer_limit(self, state: str) -> Row | None:
+        """Return direct reads into a buffer in the processor's caches: what the disk gives."""
+        return self.best(state, lambda row: row.family == DIRECT)
 
     def dd_limit(self, state: str) -> Row | None:
         """Return what dd and fio would call the limit."""
@@ -185,6 +191,7 @@ class ReadReport:
         for state in STATES:
             names[f"champion_{state}"] = self.champion(state)
             names[f"ceiling_{state}"] = self.ceiling(state)
+            names[f"buffer_limit_{state}"] = self.buffer_limit(state)
             names[f"dd_limit_{state}"] = self.dd_limit(state)
         return asdict(self) | {
             "rows": [asdict(row) | {"states": self._states(row)} for row in self.rows],
@@ -229,11 +236,11 @@ def _kernels_own(report: ReadReport) -> Row | None:
 DUELS = (
     _Duel("into the page cache, beside the fastest other way", COLD, PREWARM,
           lambda report: report.champion(COLD)),
-    _Duel("into the page cache, beside the direct limit", COLD, PREWARM,
+    _Duel("into the page cache, beside direct reads into prepared memory", COLD, PREWARM,
           lambda report: report.ceiling(COLD)),
     _Duel("what is resident, beside the kernel's own call and vmtouch", WARM, PREWARM,
           _kernels_own),
-    _Duel("into private memory, beside the direct limit", COLD, COPY,
+    _Duel("into private memory, beside direct reads into prepared memory", COLD, COPY,
           lambda report: report.ceiling(COLD)),
 )  # fmt: skip
 

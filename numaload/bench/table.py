@@ -19,7 +19,7 @@ from numaload.bench.dequant import (
 )
 from numaload.bench.dequant import Row as TypeRow
 from numaload.bench.read import STATES, ReadReport, Row
-from numaload.bench.ways import CEILING
+from numaload.bench.ways import BUFFER, CEILING
 from numaload.dequantize import DTYPES
 from numaload.errors import UsageError
 
@@ -47,7 +47,7 @@ def _read_cells(report: ReadReport, row: Row, state: str) -> list[str]:
     """Show a dash where there is no such figure, and what is in the cache if that is not all."""
     figures, ratios = row.states[state], report.ratios(row, state)
     loaded = figures.least_loaded
-    best = None if row.sink == CEILING else ratios.get("best")
+    best = None if row.sink in (BUFFER, CEILING) else ratios.get("best")
     numbers = (
         figures.rate, min(figures.rates), max(figures.rates), best, ratios.get("ceiling"),
         median(figures.cpu),
@@ -67,7 +67,8 @@ def conclusions(report: ReadReport) -> Iterator[str]:
     """Yield the limits, the fastest other ways, numaload's choice, and the pairs, a line each."""
     for state in STATES:
         for what, row in (
-            (f"{state} ceiling", report.ceiling(state)),
+            (f"{state} ceiling, direct reads into prepared memory", report.ceiling(state)),
+            (f"{state}, direct reads into one buffer", report.buffer_limit(state)),
             (f"{state}, what dd would call the limit", report.dd_limit(state)),
             (f"{state}, the fastest other way into the page cache", report.champion(state)),
         ):

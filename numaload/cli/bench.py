@@ -120,8 +120,8 @@ def _add_read(benches: Any) -> None:
         description="Reads a file in every way there is, in shuffled turns; medians of the rounds,"
         " least and most. Cold: its page cache is given back before each timing, and that is"
         " checked. of best: beside the fastest way to the same place; of ceiling: beside direct"
-        " reads into huge pages that are used again. in cache: how much of the file is there"
-        " afterwards, where that is not all. The file is read and never written.",
+        " reads into memory of the file's size that was prepared before. in cache: how much of the"
+        " file is there afterwards, where that is not all. The file is read and never written.",
     )
     parser.add_argument("file", metavar="FILE", nargs="?", help="any regular file")
     parser.add_argument("--ways", metavar="LIST", help="ways, with commas; see --list")

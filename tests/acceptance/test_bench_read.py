@@ -20,7 +20,7 @@ from numaload.errors import ReadError
 from numaload.files.source import SourceFile
 
 MIB = 1 << 20
-FEW = "direct,cat,prewarm"
+FEW = "direct,direct-prepared,cat,prewarm"
 
 
 @pytest.fixture
@@ -80,7 +80,8 @@ def test_it_says_what_is_chosen_why_and_how_that_compares(numaload: Numaload, fi
     assert re.search(
         r"numaload prewarm chose: (mapped|buffered), \d+ threads?, .* because: ", done.stdout
     )
-    assert "cold ceiling: " in done.stdout
+    assert "cold ceiling, direct reads into prepared memory: " in done.stdout
+    assert "cold, direct reads into one buffer: " in done.stdout
     assert re.search(r"^it reaches \d.* of the best of numaload's own", done.stdout, re.MULTILINE)
     assert re.search(r"^page cache: cat +\d", done.stdout, re.MULTILINE)
     pairs = re.findall(r"^(?:cold|warm), .*: (\S+) \[(\S+), (\S+)\] \(.*, 6 pairs\)$", done.stdout,

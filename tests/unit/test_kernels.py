@@ -216,6 +216,16 @@ def test_every_type_has_its_scales_tried() -> None:
     assert {*SCALES, *BYTE_SCALES} == set(QTYPES) - {QuantType.F32, QuantType.BF16}
 
 
+@pytest.mark.parametrize("qtype", sorted(set(registry.KERNELS) - registry.SUBNORMAL))
+def test_others_give_no_subnormal(qtype: QuantType, rng: np.random.Generator) -> None:
+    """The least scales there are, and anything: the instruction to bfloat16 would flush them."""
+    step, nbytes = registry.step(qtype)
+    for most in (2, 256):
+        src = rng.integers(0, most, (1 << 18) // step * nbytes, dtype=np.uint8)
+        weights = np.abs(run(qtype, src))
+        assert not ((weights > 0) & (weights < np.finfo(np.float32).tiny)).any()
+
+
 def test_every_float16() -> None:
     src = np.arange(65_536, dtype=np.uint16).view(np.uint8)
     weights = run(QuantType.F16, src)

@@ -44,6 +44,7 @@ from numaload.kernels.lanes import (
     lookup,
     narrow_bf16,
     narrow_f16,
+    narrow_normal_bf16,
     pair,
     pairs_of_bits,
     plus_or_minus,
@@ -60,7 +61,7 @@ from numaload.kernels.lanes import (
     widen_bf16,
     widen_f16,
 )
-from numaload.kernels.loops import NARROW, STEP, Parts, build_loop, unchanged
+from numaload.kernels.loops import NARROW, STEP, Narrow, Parts, build_loop
 
 Array = NDArray[Any]
 Bits = NDArray[np.uint32]
@@ -297,7 +298,7 @@ def bits_of(case: str, weights: Array) -> Bits:
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_as_interpreted(name: str) -> None:
     decode, weights, nbytes = CASES[name]
-    parts = Parts(decode, unchanged, weights, nbytes, floats=False)
+    parts = Parts(decode, join, weights, nbytes, floats=False)
     src = np.random.default_rng(4).integers(0, 256, 640 * nbytes, dtype=np.uint8)
     src[: 8 * nbytes], src[8 * nbytes : 16 * nbytes] = 0, 0xFF
     actual, expected = (
@@ -316,7 +317,8 @@ def words() -> set[str]:
 
 def test_every_word_is_compared() -> None:
     used = {name for case in CASES.values() for name in case.decode.__code__.co_names}
-    assert words() <= used
+    stored = {"narrow_normal_bf16"}  # as 32, which no case does: test_narrow_what_is_normal
+    assert words() == used & words() | stored
 
 
 def no_word(eight: Array) -> Array:
@@ -339,7 +341,7 @@ REFUSED: dict[str, Callable[[Array, int], Any]] = {
 def test_what_has_no_instructions_is_refused(read: Callable[[Array, int], Any]) -> None:
     from numba.core.errors import TypingError
 
-    parts = Parts(read, unchanged, STEP, 4 * STEP, floats=True)
+    parts = Parts(read, join, STEP, 4 * STEP, floats=True)
     no_word.__module__ = lanes.__name__
     with pytest.raises(TypingError):
         compiled(parts, "float32")
@@ -369,7 +371,7 @@ READS: dict[str, tuple[Callable[[Array, int], Array], QuantType]] = {
 
 
 def widened_compiled(name: str) -> Bits:
-    parts = Parts(READS[name][0], unchanged, STEP, 2 * STEP, floats=True)
+    parts = Parts(READS[name][0], join, STEP, 2 * STEP, floats=True)
     return run(parts, "float32", EVERY_HALF.view(np.uint8)).view(np.uint32)
 
 
@@ -386,25 +388,26 @@ def scales(src: Array, at: int, w: Array, to: int) -> None:
 
 @compiles
 def test_every_half_as_a_scale() -> None:
-    parts = Parts(scales, unchanged, 32, 2, floats=False)
+    parts = Parts(scales, join, 32, 2, floats=False)
     bits = run(parts, "float32", EVERY_HALF.view(np.uint8)).view(np.uint32).reshape(-1, 32)
     np.testing.assert_array_equal(bits, np.repeat(widened(QuantType.F16)[:, None], 32, axis=1))
 
 
 TWINS = {"float16": naive.narrow_float16, "bfloat16": naive.narrow_bfloat16}
+NARROWING = {"float16": narrow_f16, "bfloat16": narrow_bf16}
 LIBRARY = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 LOWER_BITS = {"float16": 13, "bfloat16": 16}  # what narrowing rounds away
 each_narrow = pytest.mark.parametrize("dtype", TWINS)
 each_way = pytest.mark.parametrize("way", ["numpy", pytest.param("compiled", marks=compiles)])
 
 
-def narrow(way: str, dtype: str, bits: Bits) -> Array:
+def narrow(way: str, dtype: str, bits: Bits, by: Narrow | None = None) -> Array:
     if way == "numpy":
-        narrowed: Array = NARROW[dtype](bits.view(np.float32))
+        narrowed: Array = NARROWING[dtype](bits.view(np.float32))
         return narrowed
     whole = np.zeros(-(-bits.size // STEP) * STEP, np.uint32)
     whole[: bits.size] = bits
-    parts = Parts(load_f32, NARROW[dtype], STEP, 4 * STEP, floats=True)
+    parts = Parts(load_f32, by or NARROW[dtype], STEP, 4 * STEP, floats=True)
     return run(parts, dtype, whole.view(np.uint8))[: bits.size]
 
 
@@ -460,6 +463,15 @@ def test_narrow_as_naive_twin(dtype: str, way: str) -> None:
     assert narrow(way, dtype, bits).tolist() == expected
 
 
+@compiles
+def test_narrow_what_is_normal() -> None:
+    bits = np.concatenate([all_kinds(), edges(16)])
+    exponents, mantissas = bits & 0x7F800000, bits & 0x007FFFFF
+    bits = bits[(exponents != 0) | (mantissas == 0)]
+    found = narrow("compiled", "bfloat16", bits, narrow_normal_bf16)
+    np.testing.assert_array_equal(found, narrow("numpy", "bfloat16", bits))
+
+
 @each_way
 @each_narrow
 def test_narrow_round_trip(dtype: str, way: str) -> None:
@@ -490,8 +502,8 @@ BY_HAND = [
     pytest.param("bfloat16", 0x00008001, 0x0001, id="bfloat16-subnormal"),
     pytest.param("bfloat16", 0x7F7FFFFF, 0x7F80, id="bfloat16-overflow"),
     pytest.param("bfloat16", 0xFF7FFFFF, 0xFF80, id="bfloat16-negative-overflow"),
-    pytest.param("bfloat16", 0x7F800001, 0x7FC0, id="bfloat16-nan"),
-    pytest.param("bfloat16", 0xFFFFFFFF, 0xFFC0, id="bfloat16-negative-nan"),
+    pytest.param("bfloat16", 0x7F800001, 0x7FC0, id="bfloat16-nan-becomes-quiet"),
+    pytest.param("bfloat16", 0xFFFFFFFF, 0xFFFF, id="bfloat16-negative-nan"),
 ]
 
 
@@ -559,7 +571,7 @@ def test_ahead_is_the_way_to_the_next_cache_line(dtype: str) -> None:
 def test_stream_from_every_alignment(dtype: str, offset: int) -> None:
     read, item = COPIES[dtype]
     size = np.dtype(item).itemsize
-    parts = Parts(read, unchanged, STEP, size * STEP, floats=True)
+    parts = Parts(read, join, STEP, size * STEP, floats=True)
     src = np.arange(5 * STEP, dtype=item)
     area = np.zeros(10 * STEP, item)
     first = ahead(area, 0) + STEP + offset
@@ -577,9 +589,9 @@ def test_stream_from_every_alignment(dtype: str, offset: int) -> None:
 PROCESSORS = {
     "sse2": ("x86-64", "+sse2"),
     "avx2": ("haswell", "+ssse3,+f16c"),
-    "zen5": ("znver5", "+ssse3,+f16c"),
+    "zen5": ("znver5", "+ssse3,+f16c,+avx512bf16"),
     "ice-lake": ("icelake-server", "+ssse3,+f16c"),
-    "sapphire-rapids": ("sapphirerapids", "+ssse3,+f16c"),
+    "sapphire-rapids": ("sapphirerapids", "+ssse3,+f16c,+avx512bf16"),
 }
 # {(type, dtype): {instruction: the feature that has it}}: all dtypes, and what is stored from the
 # scratch.
@@ -588,6 +600,7 @@ CHOSEN = {
     ("F32", "float16"): {"vcvtps2ph": "f16c"},
     ("F32", "bfloat16"): {},
     ("IQ4_NL", "float16"): {"vcvtph2ps": "f16c", "vcvtps2ph": "f16c", "pshufb": "ssse3"},
+    ("IQ4_NL", "bfloat16"): {"vcvtne2ps2bf16": "avx512bf16"},
 }
 # What would emit object code makes it legible.
 ASSEMBLE = """

@@ -13,7 +13,7 @@ import pytest
 from numaload.bench.machine import CONFIDENCE, GIB, median_interval
 from numaload.bench.read import DUELS, Figures, Pairs, ReadReport, Row, usable
 from numaload.bench.table import conclusions, plan_words, read_tables
-from numaload.bench.ways import CACHE, CEILING, MEMORY, chosen
+from numaload.bench.ways import BUFFER, CACHE, CEILING, MEMORY, chosen
 from numaload.errors import UsageError
 from script_modules import script
 
@@ -35,14 +35,15 @@ def report(*rows: Row) -> ReadReport:
 
 def test_ratios_are_to_the_same_sink_and_to_the_ceiling() -> None:
     found = report(
-        row("direct-x1", 4), row("direct-4k-x1", 1), row("cat", 2, 1.0), row("pread-x1", 3, 1.0),
-        row("mmap-copy", 8), row("copy", 6),
+        row("direct-prepared-x1", 4), row("direct-x1", 5), row("direct-4k-x1", 1),
+        row("cat", 2, 1.0), row("pread-x1", 3, 1.0), row("mmap-copy", 8), row("copy", 6),
     )  # fmt: skip
     for way, best, ceiling in [("cat", 2 / 3, 0.5), ("pread-x1", 1, 0.75), ("copy", 0.75, 1.5)]:
         one = found.row(way)
         assert one is not None
         assert found.ratios(one, "cold") == pytest.approx({"best": best, "ceiling": ceiling})
-    assert found.to_dict()["ceiling_cold"] == "direct-x1"
+    assert found.to_dict()["ceiling_cold"] == "direct-prepared-x1"
+    assert found.to_dict()["buffer_limit_cold"] == "direct-x1"
     assert found.to_dict()["dd_limit_cold"] == "direct-4k-x1"
     assert found.to_dict()["champion_cold"] == "pread-x1"
 
@@ -115,13 +116,14 @@ def test_what_is_a_share_of_the_limit_is_not_met_by_doubt() -> None:
     found = report()
     (into_memory,) = (duel for duel in DUELS if duel.ours == "copy")
     ratios = [0.7] * 5 + [1.2] * 4
-    found.pairs = [Pairs(into_memory.what, "cold", "copy", "direct-x1", ratios)]
+    found.pairs = [Pairs(into_memory.what, "cold", "copy", "direct-prepared-x1", ratios)]
     (finding,) = judged(found)
     assert not finding.met
-    assert "(copy / direct-x1, 9 pairs)" in str(finding)
+    assert "(copy / direct-prepared-x1, 9 pairs)" in str(finding)
     (told,) = conclusions(found)
-    assert told.startswith("cold, into private memory, beside the direct limit: 0.70 [0.70, 1.20]")
-    assert told.endswith(" (copy / direct-x1, 9 pairs)")
+    beside = "cold, into private memory, beside direct reads into prepared memory"
+    assert told.startswith(f"{beside}: 0.70 [0.70, 1.20]")
+    assert told.endswith(" (copy / direct-prepared-x1, 9 pairs)")
 
 
 def test_duels_need_both() -> None:
@@ -183,8 +185,8 @@ def test_ways_are_chosen_by_family_or_by_name() -> None:
 
     assert names("pread-x4", "cat") == ["cat", "pread-x4"]
     assert names("pread", counts=(3, 3, 5)) == ["pread-x3", "pread-x5"]
-    assert {way.method.sink for way in chosen()} == {CEILING, CACHE, MEMORY}
-    with pytest.raises(UsageError, match="way 'pread-x3': expected one of direct, "):
+    assert {way.method.sink for way in chosen()} == {BUFFER, CEILING, CACHE, MEMORY}
+    with pytest.raises(UsageError, match="way 'pread-x3': expected one of direct-prepared, "):
         names("pread-x3")
     for count in (0, -1, 257):
         with pytest.raises(UsageError, match=f"threads {count}: expected 1 to 256"):

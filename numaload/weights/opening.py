@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 from numaload.errors import ClosedError, SplitError
+from numaload.files.headers import H, read_header
 from numaload.files.reader import Progress
 from numaload.files.source import SourceFile, absolute, make_room_for, reach, read_whole
 from numaload.files.source import io_timeout as waiting
@@ -21,7 +21,6 @@ HEAD = 9  # bytes that tell one format from the other
 
 Opened = dict[str, SourceFile]  # by the names that were asked for: an error closes all of them
 Parse = Callable[[ReadAt, int, str], AnyHeader]
-H = TypeVar("H", gguf.Header, safetensors.Header)
 
 
 def open_weights(
@@ -97,8 +96,9 @@ def _is_safetensors(file: SourceFile) -> bool:
 
 
 def _splits(given: str, opened: Opened) -> list[Part]:
-    files = {given: _open_file(given, gguf.parse_header, opened)}
-    count = split_count(files[given][1], given)
+    file, header = _open_file(given, gguf.parse_header, opened)
+    files = {given: (file, header)}
+    count = split_count(header, given, file.read_at)
     if count == 1:
         return [Part(*files[given])]
     paths = sibling_paths(given)
@@ -147,4 +147,4 @@ def _open_file(
         file.check_unchanged()
         return file.read_at(offset, nbytes)
 
-    return file, parse(read_at, file.size, path)
+    return file, read_header(file, parse, read_at)

@@ -24,6 +24,7 @@ from numaload.errors import (
     TensorNotFoundError,
     UnsupportedTypeError,
 )
+from numaload.files.headers import read_header
 from numaload.files.source import SourceFile
 from numaload.formats.qtypes import QuantType
 from numaload.formats.safetensors import parse_header
@@ -65,7 +66,7 @@ class SafeTensorLoader(FolderLoader):
         """Open one file, whatever its name and index say of others: merge scripts count from 0."""
         file = SourceFile(path)
         try:
-            return Weights([Part(file, parse_header(file.read_at, file.size, path))])
+            return Weights([Part(file, read_header(file, parse_header))])
         except BaseException:
             file.close()
             raise

@@ -50,12 +50,12 @@ from numaload.errors import (
     UsageError,
     reason,
 )
-from numaload.files.headers import read_header
 from numaload.files.source import SourceFile, absolute
 from numaload.formats.gguf import Header, TensorInfo, parse_header
 from numaload.formats.metadata import BIG, LITTLE, SMALLEST, TYPE_NAMES, MetadataArray
 from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.formats.unusable import absence
+from numaload.weights.opening import read_header
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -24,12 +24,12 @@ from numaload.errors import (
     TensorNotFoundError,
     UnsupportedTypeError,
 )
-from numaload.files.headers import read_header
 from numaload.files.source import SourceFile
 from numaload.formats.qtypes import QuantType
 from numaload.formats.safetensors import parse_header
 from numaload.weights import Tensor, Weights
 from numaload.weights.model import Part
+from numaload.weights.opening import read_header
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

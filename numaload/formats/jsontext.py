@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from math import isinf
 from typing import Any, NoReturn
 
@@ -176,11 +175,13 @@ class JsonText:
             if self.skipped > MOST_SKIPPED:
                 self.fail("too many members that are not known")
             part = self.text[self.pos : self.pos + most]
-            with suppress(ValueError, RecursionError):
+            try:
                 _, end = DECODER.raw_decode(part)
-                if end < len(part) or len(part) < most:  # or else a number may go on
-                    self.pos += end
-                    return
+            except (ValueError, RecursionError):
+                continue
+            if end < most:  # or else a number may go on
+                self.pos += end
+                return
         self.expected(f"a value of {what} of at most {MAX_SKIPPED} characters")
 
     def end(self, what: str) -> None:

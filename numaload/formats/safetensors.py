@@ -18,7 +18,6 @@ that no writer has. The header has at most 100 MB, and parsing takes at most 32 
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from math import prod
 from typing import NamedTuple, NoReturn
 
@@ -197,21 +196,21 @@ def _tensor_info(walk: JsonText, name: str, data_start: int) -> SafeTensorInfo:
 
 def _fields(walk: JsonText, name: str) -> tuple[str, str, str, str]:
     """Read a description that has other members too, which mean nothing, or that cannot be."""
-    at, found, whole = walk.pos, dict[str, tuple[str, ...]](), False
-    with suppress(FormatError):
-        for member in walk.members(name):
-            if member not in FIELDS:
-                walk.skip(repr(member))
-                continue
-            match = re.compile(FIELDS[member]).match(walk.text, walk.pos)
-            if match is None or member in found:
-                break
-            found[member], walk.pos = match.groups(), match.end()
-        else:
-            whole = len(found) == len(FIELDS)
-    if not whole:
-        walk.pos, walk.kind = at, TensorInfoError
+    at, found = walk.pos, dict[str, tuple[str, ...]]()
+    walk.kind = TensorInfoError
+    for member in walk.members(f"tensor {name!r}"):
+        if member not in FIELDS:
+            walk.skip(repr(member))
+            continue
+        match = re.compile(FIELDS[member]).match(walk.text, walk.pos)
+        if match is None or member in found:
+            found.clear()
+            break
+        found[member], walk.pos = match.groups(), match.end()
+    if len(found) < len(FIELDS):
+        walk.pos = at
         walk.expected(f"of tensor {name!r} {EXPECTED}")
+    walk.kind = FormatError
     (dtype,), (shape,), (begin, end) = (found[field] for field in FIELDS)
     return dtype, shape, begin, end
 

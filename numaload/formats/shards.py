@@ -117,16 +117,16 @@ def _of_numbers(path: str) -> Shards:
     assert name is not None  # noqa: S101 - the caller looked
     folder, prefix = os.path.split(name.prefix)
     others = [index for index in _indexes(folder) if _stem(index) in (prefix, prefix + SUFFIX)]
-    names = name.siblings() if name.total > 1 else [path]
+    form, numbers = name.numbering()
     try:
-        shards = Shards(all_there(names, "shards", path), None, {})
+        paths = all_there(map(form.sibling, numbers), len(numbers), "shards", path)
     except SplitError as error:
         error.add(f"; {others[0]} does not name it, but perhaps others" if others else "")
         raise
     for index in others:
-        text = f"{index}: does not name {path}, whose {len(names)} shards are opened: remove it"
+        text = f"{index}: does not name {path}, whose {len(paths)} shards are opened: remove it"
         warn_once(f"index {index}", f"{text} if it is of an older layout")
-    return shards
+    return Shards(paths, None, {})
 
 
 def _of_index(path: str, weight_map: dict[str, str], given: str = "") -> Shards:
@@ -141,7 +141,7 @@ def _of_index(path: str, weight_map: dict[str, str], given: str = "") -> Shards:
     beside = (f for f in folders if is_there(os.path.join(f, names[0])))
     folder = next(beside, os.path.dirname(path))
     try:
-        paths = all_there([os.path.join(folder, name) for name in names], "shards", path)
+        paths = all_there((os.path.join(folder, n) for n in names), len(names), "shards", path)
     except SplitError as error:
         paths = [] if given else _other_layout(path, names)
         if not paths:
@@ -157,17 +157,17 @@ def _of_index(path: str, weight_map: dict[str, str], given: str = "") -> Shards:
 def _other_layout(index: str, names: Sequence[str]) -> list[str]:
     """Return the one complete set of files, of this model by their names, beside an index."""
     folder, stem = os.path.dirname(index), _stem(index)
-    found: dict[str, list[str]] = {}
-    for name in _names(folder):
+    layouts: dict[str, dict[int, str]] = {}  # {count of files: {number: path}}
+    for name in set(_names(folder)).difference(names):
         shard = split_name(name, SUFFIX)
-        whole = shard.of if shard else name
-        prefix = shard.prefix if shard else name.removesuffix(SUFFIX)
-        if whole in found or name in names or prefix not in (stem, stem + SUFFIX):
-            continue
-        path = os.path.join(folder, name)
-        siblings = split_name(path, SUFFIX)
-        found[whole] = siblings.siblings() if siblings else [path]
-    complete = [paths for paths in found.values() if all(map(is_there, paths))]
+        if shard.prefix in (stem, stem + SUFFIX) if shard else name == stem + SUFFIX:
+            number, count = (shard.number, shard.of) if shard else (1, "1")
+            layouts.setdefault(count, {})[number] = os.path.join(folder, name)
+    complete = [
+        [found[number] for number in sorted(found)]
+        for count, found in layouts.items()
+        if len(found) == int(count) == max(found) - min(found) + 1
+    ]
     return complete[0] if len(complete) == 1 else []
 
 

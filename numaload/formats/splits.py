@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numaload.errors import SplitError
@@ -47,14 +47,14 @@ class SplitName(NamedTuple):
     def sibling(self, number: int) -> str:
         return f"{self.prefix}-{number:0{self.digits}d}-of-{self.of}{self.suffix}"
 
-    def siblings(self) -> list[str]:
-        """Return the names of all files. Whether there is a 0, or padding, those there tell."""
-        padded, plain = self.sibling, self._replace(digits=1).sibling
-        either = self.digits > 1 and padded(self.number) == plain(self.number)
-        name = plain if either and any(is_there(plain(n)) for n in range(10)) else padded
-        from_0 = is_there(name(0))
-        last = self.total - (from_0 and not is_there(name(self.total)))
-        return [name(number) for number in range(not from_0, last + 1)]
+    def numbering(self) -> tuple[SplitName, range]:
+        """Return the form and the range of the files' numbers: those that are there show both."""
+        plain = self._replace(digits=1)
+        either = self.digits > 1 and self.sibling(self.number) == plain.sibling(self.number)
+        form = plain if either and any(is_there(plain.sibling(n)) for n in range(10)) else self
+        from_0 = is_there(form.sibling(0))
+        last = self.total - (from_0 and not is_there(form.sibling(self.total)))
+        return form, range(not from_0, last + 1)
 
 
 def split_name(path: str, suffix: str = ".gguf") -> SplitName | None:
@@ -93,10 +93,11 @@ def sibling_paths(path: str) -> list[str]:
     name = split_name(path)
     if name is None or name.total == 1:
         return [path]
-    return all_there(name.siblings(), "split files", path)
+    form, numbers = name.numbering()
+    return all_there(map(form.sibling, numbers), len(numbers), "split files", path)
 
 
-def all_there(paths: Sequence[str], what: str, by: str) -> list[str]:
+def all_there(paths: Iterable[str], total: int, what: str, by: str) -> list[str]:
     """Return these paths if each exists. Raises: SplitError that names some that do not.
 
     A name alone may announce 99,999 files: few of them are looked for where none is there.
@@ -108,7 +109,7 @@ def all_there(paths: Sequence[str], what: str, by: str) -> list[str]:
         if len(missing) == MOST_MISSING:
             break
     if missing:
-        count = f"{'at least ' * (len(missing) == MOST_MISSING)}{len(missing)} of {len(paths)}"
+        count = f"{'at least ' * (len(missing) == MOST_MISSING)}{len(missing)} of {total}"
         why = absence(missing[0])
         raise SplitError(f"{count} {what} missing: {some(missing)}{why}", path=by)
     return found

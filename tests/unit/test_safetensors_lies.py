@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from numaload.errors import (
     TensorInfoError,
     TruncatedError,
 )
+from numaload.formats import jsontext
 from numaload.formats.jsontext import MAX_NAME, MAX_TEXT
 from numaload.formats.safetensors import BITS, Header, parse_header
 
@@ -119,8 +121,8 @@ HOSTILE: dict[str, tuple[bytes, type[FormatError], str]] = {
     "metadata-half-a-pair": (
         sb.frame(r'{"__metadata__":{"k":"\udfff"}}'), META, "expected a string for 'k'"
     ),
-    "info-null": (info("null"), INFO, EXPECTED),
-    "info-list": (info('["F32",[2],[0,8]]'), INFO, EXPECTED),
+    "info-null": (info("null"), INFO, "expected { of tensor 'a', found"),
+    "info-list": (info('["F32",[2],[0,8]]'), INFO, "expected { of tensor 'a', found"),
     "info-empty": (info("{}"), INFO, EXPECTED),
     "info-without-a-type": (info('{"shape":[2],"data_offsets":[0,8]}'), INFO, EXPECTED),
     "info-without-a-shape": (info('{"dtype":"F32","data_offsets":[0,8]}'), INFO, EXPECTED),
@@ -135,10 +137,16 @@ HOSTILE: dict[str, tuple[bytes, type[FormatError], str]] = {
         info(GOOD[:-1] + ',"strides":[1],"shape":[2]}'), INFO, EXPECTED
     ),
     "info-with-another-field-alone": (info('{"strides":[1]}'), INFO, EXPECTED),
-    "info-with-another-field-that-is-no-json": (info(GOOD[:-1] + ',"s":NaN}'), INFO, EXPECTED),
-    "info-with-another-field-that-does-not-end": (info(GOOD[:-1] + ',"s":[1}'), INFO, EXPECTED),
-    "info-with-another-field-and-no-end": (info(GOOD[:-1] + ',"s":1]'), INFO, EXPECTED),
-    "info-with-a-comma-at-the-end": (info(GOOD[:-1] + ",}"), INFO, EXPECTED),
+    "info-with-another-field-that-is-no-json": (
+        info(GOOD[:-1] + ',"s":NaN}'), INFO, "expected a value of 's'"
+    ),
+    "info-with-another-field-that-does-not-end": (
+        info(GOOD[:-1] + ',"s":[1}'), INFO, "expected a value of 's'"
+    ),
+    "info-with-another-field-and-no-end": (
+        info(GOOD[:-1] + ',"s":1]'), INFO, "expected , or } in tensor 'a'"
+    ),
+    "info-with-a-comma-at-the-end": (info(GOOD[:-1] + ",}"), INFO, "expected a name in tensor"),
     "type-number": (fields("0"), INFO, EXPECTED),
     "type-object": (fields('{"F32":null}'), INFO, EXPECTED),
     "type-null": (fields("null"), INFO, EXPECTED),
@@ -257,6 +265,14 @@ def test_what_the_library_ignores_is_ignored(text: str) -> None:
 def test_every_tensor_may_have_members_that_are_not_known() -> None:
     members = {f"t{i}": sb.row("I8", [1], [i, i + 1], x=[1], y="z") for i in range(3000)}
     assert len(parse(sb.build(members, bytes(3000))).tensors) == 3000
+
+
+def test_members_that_are_not_known_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsontext, "MOST_SKIPPED", 10 * jsontext.SHORT)
+    for count in (10, 11):
+        raw = sb.build({"a": sb.row(**{f"x{i}": 0 for i in range(count)})})
+        with nullcontext() if count == 10 else pytest.raises(TensorInfoError, match="too many"):
+            parse(raw)
 
 
 def test_files_joined_by_cat() -> None:

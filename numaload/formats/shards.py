@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from numaload.errors import ReadError, SplitError, printable, reason, warn_once
+from numaload.errors import ReadError, SplitError, check_limits, printable, reason, warn_once
 from numaload.formats.splits import MAX_LINKS, MAX_SPLITS, all_there, is_there, some, split_name
 from numaload.formats.unusable import instead
 
@@ -178,10 +178,11 @@ def _indexes(folder: str) -> list[str]:
 
 
 def _names(folder: str) -> list[str]:
-    """Return the names in a folder; none where it cannot be listed."""
+    """Return the names in a folder; none where it cannot be listed. Raises: ReadError."""
     try:
         return os.listdir(folder or ".")
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        check_limits(error, folder)
         return []
 
 
@@ -256,8 +257,9 @@ def _snapshot(folder: str, read: ReadFile) -> str:
 
 
 def _listed(folder: str) -> list[str]:
+    """Return the names in a folder that are not hidden: ._NAME is what macOS keeps of NAME."""
     try:
-        return sorted(os.listdir(folder))
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
         raise ReadError(reason(error), path=folder) from error
 
@@ -265,9 +267,8 @@ def _listed(folder: str) -> list[str]:
 def _in_folder(folder: str) -> str:
     """Return the one file, shard or index that stands for the model in a folder."""
     names = _listed(folder)
-    # ._NAME is what macOS keeps of NAME.
-    ours = [n for n in names if n[0] != "." and (n.endswith(SUFFIX) or re.fullmatch(INDEX, n))]
-    stems = {_stem(name): name for name in ours if not name.endswith(SUFFIX)}
+    ours = [name for name in names if name.endswith(SUFFIX) or re.fullmatch(INDEX, name)]
+    stems = {_stem(name) for name in ours if not name.endswith(SUFFIX)}
     first: dict[str, str] = {}
     for name in ours:
         shard = split_name(name, SUFFIX)

@@ -83,7 +83,9 @@ def unfinished(path: str) -> str:
             f" {part[1]}, and open that"
         )
     if name.endswith(UNFINISHED):
-        return "its name is that of a download which did not finish: let it, or begin it again"
+        return (
+            "its name is that of a download which did not finish: let it finish, or begin it again"
+        )
     if os.path.exists(f"{path}.aria2"):
         return f"the download did not finish: {name}.aria2 is beside it; aria2c -c goes on with it"
     return ""

@@ -270,7 +270,7 @@ def test_every_tensor_may_have_members_that_are_not_known() -> None:
 def test_members_that_are_not_known_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsontext, "MOST_SKIPPED", 10 * jsontext.SHORT)
     for count in (10, 11):
-        raw = sb.build({"a": sb.row(**{f"x{i}": 0 for i in range(count)})})
+        raw = sb.build({"a": sb.row() | {f"x{i}": 0 for i in range(count)}})
         with nullcontext() if count == 10 else pytest.raises(TensorInfoError, match="too many"):
             parse(raw)
 

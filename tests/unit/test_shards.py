@@ -198,6 +198,7 @@ def test_the_cache_of_the_hub(repository: Path, given: str) -> None:
 
 def test_a_cache_without_main_has_one_snapshot(repository: Path) -> None:
     (repository / "refs" / "main").unlink()
+    (repository / "snapshots" / ".DS_Store").touch()
     assert find(repository).paths == paths(repository / "snapshots" / HASH)
     (repository / "snapshots" / "other").mkdir()
     with pytest.raises(SplitError, match=rf"no refs/main, and 2 snapshots: {HASH}, other"):

@@ -121,6 +121,10 @@ class FormatError(NumaloadError, ValueError):
         super().__init__(f"{where}{message}{at}")
         self.path, self.offset = path, offset
 
+    def add(self, more: str) -> None:
+        """Say more, such as what to do, once that is known."""
+        self.args = (f"{self.args[0]}{more}",)
+
 
 class NotGGUFError(FormatError): ...
 

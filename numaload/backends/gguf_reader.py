@@ -54,6 +54,8 @@ from numaload.files.source import SourceFile, absolute
 from numaload.formats.gguf import Header, TensorInfo, parse_header
 from numaload.formats.metadata import BIG, LITTLE, SMALLEST, TYPE_NAMES, MetadataArray
 from numaload.formats.qtypes import BLOCKS, QuantType
+from numaload.formats.unusable import absence
+from numaload.weights.opening import read_header
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -81,9 +83,9 @@ class GGUFReader(NotCopyable, THEIRS):  # type: ignore[misc] # an instance of th
             raise UsageError(f"mode {mode!r}: expected one of {', '.join(MODES)}")
         name = absolute(os.fsdecode(path))
         if not os.path.exists(name):
-            raise ModelNotFoundError("no such file", path=name)
+            raise ModelNotFoundError(f"no such file{absence(name)}", path=name)
         with SourceFile(name) as file:
-            header = parse_header(file.read_at, file.size, name)
+            header = read_header(file, parse_header)
             self._take(header, _mapped(file, mode), name)
 
     @classmethod

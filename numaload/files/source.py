@@ -25,6 +25,7 @@ from numaload.errors import (
 )
 from numaload.formats.shards import SUFFIX, find_shards, is_layout
 from numaload.formats.splits import sibling_paths
+from numaload.formats.unusable import absence
 from numaload.linux.mounts import is_network, mount_with, network_of, real
 
 if TYPE_CHECKING:  # what asks a network is imported for files that are on one
@@ -153,7 +154,8 @@ class SourceFile(NotCopyable):
         except (OSError, ValueError) as error:
             # ValueError: a NUL in it.
             why = reason(error) if isinstance(error, OSError) else str(error)
-            raise ReadError(why, path=path) from error
+            gone = isinstance(error, FileNotFoundError) and self.asked is None
+            raise ReadError(f"{why}{absence(path) if gone else ''}", path=path) from error
         if not stat.S_ISREG(status.st_mode):
             self.close()
             kind = KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")

@@ -36,15 +36,9 @@ from numaload.errors import (
 from numaload.formats.cursor import Cursor
 from numaload.formats.metadata import BIG, MAX_DIMS, Metadata, ReadAt
 from numaload.formats.qtypes import BLOCKS, QuantType, foreign_type
+from numaload.formats.unusable import instead
 
 MAGIC = b"GGUF"
-# What some other beginnings of a file mean.
-HINTS = {
-    b"": ": the file is empty",
-    b"vers": " (a git-lfs pointer: fetch the real file)",
-    bytes(4): " (a download that did not finish, or a sparse file)",
-    b"tjgg": " (GGML, of before August 2023: convert the model again)",
-}
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_ELEMENTS = 1 << 60  # so that their bytes, as any of our floats, count in 63 bits
@@ -136,8 +130,8 @@ def _preamble(cursor: Cursor) -> tuple[int, int, int]:
     # Before the rest: what is no model, as a file of /sys, may have less than its size says.
     start = bytes(cursor.read_at(0, min(4, cursor.size)))
     if start != MAGIC:
-        hint = HINTS.get(start, "")
-        cursor.fail(NotGGUFError, f"expected the magic {MAGIC!r}, found {start!r}{hint}")
+        what = instead(cursor.read_at, cursor.size)
+        cursor.fail(NotGGUFError, f"expected the magic {MAGIC!r}, found {start!r}{what}")
     cursor.pos = 4
     version = _version(cursor)
     n_tensors, n_kv = cursor.unpack(cursor.order.counts, "counts")
@@ -213,7 +207,8 @@ def _tensor_row(cursor: Cursor) -> _Row:
     name = cursor.name("tensor name", TensorInfoError)
     (n_dims,) = cursor.unpack(cursor.order.u32, f"tensor {name!r}")
     if n_dims > MAX_DIMS:
-        cursor.fail(TensorInfoError, f"tensor {name!r} has {n_dims} dims, at most {MAX_DIMS}", at)
+        message = f"tensor {name!r} has {n_dims} dims, at most {MAX_DIMS} are read"
+        cursor.fail(TensorInfoError, message, at)
     *dims, type_id, offset = cursor.unpack(cursor.order.rows[n_dims], f"tensor {name!r}")
     return _Row(at, name, tuple(dims), type_id, offset)
 

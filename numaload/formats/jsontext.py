@@ -17,7 +17,8 @@ from numaload.errors import FormatError
 MAX_TEXT = 100_000_000  # bytes; the safetensors library's own limit for headers
 MAX_NAME = 65535  # characters, since names are printed; as in GGUF
 MAX_SKIPPED = 1 << 20  # characters of a value that nobody asked for
-MOST_SKIPPED = 1000  # of such values: each costs as much as the longest one
+SHORT = 1 << 10  # characters that hold most such values
+MOST_SKIPPED = 1000 * MAX_SKIPPED  # characters that are taken in search of their ends
 MAX_DIGITS = 300  # of a whole number, which is then a float's size too
 SHOWN = 60  # characters of what was found
 
@@ -161,19 +162,27 @@ class JsonText:
             found[name] = self.string(f"a string for {name!r} in {what}")
         return found
 
+    def null(self) -> bool:
+        """Go past a null, if there is one."""
+        found = self.text.startswith("null", self.pos)
+        self.pos += 4 * found
+        return found
+
     def skip(self, what: str) -> None:
         """Go past any value; it is looked at only to know where it ends."""
-        self.skipped += 1
-        if self.skipped > MOST_SKIPPED:
-            self.fail(f"over {MOST_SKIPPED} members that are not known")
-        part = self.text[self.pos : self.pos + MAX_SKIPPED]
-        try:
-            _, end = DECODER.raw_decode(part)
-        except (ValueError, RecursionError):
-            end = 0
-        if not end:
-            self.expected(f"a value of {what} of at most {MAX_SKIPPED} characters")
-        self.pos += end
+        for most in (SHORT, MAX_SKIPPED):
+            self.skipped += most
+            if self.skipped > MOST_SKIPPED:
+                self.fail("too many members that are not known")
+            part = self.text[self.pos : self.pos + most]
+            try:
+                _, end = DECODER.raw_decode(part)
+            except (ValueError, RecursionError):
+                continue
+            if end < most:  # or else a number may go on
+                self.pos += end
+                return
+        self.expected(f"a value of {what} of at most {MAX_SKIPPED} characters")
 
     def end(self, what: str) -> None:
         if END.match(self.text, self.pos) is None:

@@ -22,7 +22,7 @@ SMALLEST: dict[int, int] = {
     STRING: 8,
     ARRAY: 12,
 }
-MAX_DIMS = 4  # ggml.h GGML_MAX_DIMS
+MAX_DIMS = 8  # ggml has 4; stable-diffusion.cpp and ComfyUI-GGUF write 5, of conv3d
 
 ReadAt = Callable[[int, int], bytes]
 

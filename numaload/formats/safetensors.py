@@ -10,9 +10,9 @@ Offsets count from the end of the header; numbers are little endian, rows come f
 have no holes: every byte is of exactly one tensor. The order of members is anyone's choice.
 
 The file is not trusted. What the safetensors library refuses is refused, but for types that it does
-not know: they spoil one tensor, not the file. Refused are also what it leaves open: names that
-appear twice, members and spellings that no writer has. The header has at most 100 MB, and parsing
-takes at most 32 times its bytes.
+not know: they spoil one tensor, not the file. Members that it ignores are ignored, and metadata may
+be null, as MLX writes it. Refused is also what it leaves open: names that appear twice, spellings
+that no writer has. The header has at most 100 MB, and parsing takes at most 32 times its bytes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from numaload.errors import (
 from numaload.formats.jsontext import MAX_TEXT, WS, JsonText
 from numaload.formats.metadata import STRING, Metadata, ReadAt
 from numaload.formats.qtypes import QuantType
+from numaload.formats.unusable import instead
 
 # {dtype: bits of an element}. Source: the library's enum Dtype.
 BITS: dict[str, int] = {
@@ -47,26 +48,16 @@ LENGTH = 8  # bytes of the header's length
 METADATA = "__metadata__"
 MAX_DIMS = 32  # what every numpy takes
 MAX_ELEMENTS = 1 << 60
-# What other beginnings of a file mean.
-HINTS = {
-    b"": "the file is empty",
-    b"version ": "a git-lfs pointer: fetch the real file",
-    bytes(8): "a download that did not finish, or a sparse file",
-    b"GGUF": "a GGUF file",
-    b"PK\3\4": "a zip archive, as torch.save writes: convert it to safetensors where you trust it",
-    b"\x80": "a pickle, as torch.save wrote: convert it to safetensors where you trust it",
-    b"\x89HDF": "an HDF5 file, as Keras writes",
-    b"<": "a web page, perhaps instead of a download",
-    b"{": "JSON without a length before it, perhaps an index or a config",
-}
+SPACES = (b" ", b"\t", b"\n", b"\r")  # that the library takes before the header, too
 
 NUMBER = "(?:0|[1-9][0-9]{0,19})"
 DIMS = f"(?:{WS}{NUMBER}(?:{WS},{WS}{NUMBER}){{0,{MAX_DIMS - 1}}})?"
-FIELD = (
-    f'"(?:dtype"{WS}:{WS}"([A-Za-z0-9_.-]{{1,64}})"'
-    rf'|shape"{WS}:{WS}\[({DIMS}){WS}\]'
-    rf'|data_offsets"{WS}:{WS}\[{WS}({NUMBER}){WS},{WS}({NUMBER}){WS}\])'
-)
+FIELDS = {
+    "dtype": '"([A-Za-z0-9_.-]{1,64})"',
+    "shape": rf"\[({DIMS}){WS}\]",
+    "data_offsets": rf"\[{WS}({NUMBER}){WS},{WS}({NUMBER}){WS}\]",
+}
+FIELD = '"(?:' + "|".join(f'{name}"{WS}:{WS}{value}' for name, value in FIELDS.items()) + ")"
 # All three fields in any order. Of the last two, those of one kind overwrite each other: then
 # another kind is missing.
 INFO = re.compile(rf"\{{{WS}{FIELD}{WS}(?:,{WS}{FIELD}{WS}){{2}}\}}")
@@ -145,22 +136,19 @@ def parse_header(read_at: ReadAt, size: int, path: str = "<buffer>") -> Header:
     metadata, tensors = _members(walk, data_start)
     header_end = data_start - (len(walk.text) - len(walk.text.rstrip()))
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
-    _check_layout(tensors, data_start, size, path)
+    _check_layout(read_at, tensors, data_start, size, path)
     alignment = LENGTH if data_start % LENGTH == 0 else 1
     return Header(metadata, tensors, alignment, data_start, header_end, size, "little")
 
 
 def _length(read_at: ReadAt, size: int, path: str) -> int:
     start = bytes(read_at(0, min(LENGTH + 1, size)))
-    if not looks_like(start):
-        hint = next((why for first, why in HINTS.items() if first and start.startswith(first)), "")
-        hint = HINTS[b""] if not start else hint
-        raise NotSafetensorsError(
-            f"expected a length of 8 bytes and {{, found {start!r}{hint and f' ({hint})'}",
-            path=path,
-            offset=0,
-        )
     length = int.from_bytes(start[:LENGTH], "little")
+    padded = start[LENGTH:] in SPACES and LENGTH + length <= size
+    if not padded and not looks_like(start):
+        what = instead(read_at, size)
+        message = f"expected a length of 8 bytes and {{, found {start!r}{what}"
+        raise NotSafetensorsError(message, path=path, offset=0)
     if length > MAX_TEXT:
         message = f"header of {length} bytes announced, at most {MAX_TEXT} are read"
         raise FormatError(message, path=path, offset=0)
@@ -179,7 +167,7 @@ def _members(walk: JsonText, data_start: int) -> tuple[Metadata, list[SafeTensor
             if metadata is not None:
                 walk.fail(f"{METADATA} appears twice", kind=MetadataError)
             walk.kind = MetadataError
-            metadata = walk.string_map(METADATA)
+            metadata = {} if walk.null() else walk.string_map(METADATA)
             walk.kind = FormatError
         elif name in tensors:
             walk.fail(f"tensor {name!r} appears twice", kind=TensorInfoError)
@@ -196,14 +184,35 @@ def _tensor_info(walk: JsonText, name: str, data_start: int) -> SafeTensorInfo:
     a, b, c, d, dtype, shape, begin, end = match.groups() if match else (None,) * 8
     dtype, shape, begin, end = a or dtype, shape if b is None else b, c or begin, d or end
     if match is None or dtype is None or shape is None or begin is None or end is None:
-        walk.kind = TensorInfoError
-        walk.expected(f"of tensor {name!r} {EXPECTED}")
-    walk.pos = match.end()
+        dtype, shape, begin, end = _fields(walk, name)
+    else:
+        walk.pos = match.end()
     dims = tuple(map(int, shape.split(",")))[::-1] if shape else ()
     first, last = int(begin), int(end)
     if prod(dims) * BITS.get(dtype, 0) != 8 * (last - first) or 0 in dims:
         _check_size(walk, at, name, dtype, dims, first, last)
     return SafeTensorInfo(name, dims, dtype, data_start + first, last - first)
+
+
+def _fields(walk: JsonText, name: str) -> tuple[str, str, str, str]:
+    """Read a description that has other members too, which mean nothing, or that cannot be."""
+    at, found = walk.pos, dict[str, tuple[str, ...]]()
+    walk.kind = TensorInfoError
+    for member in walk.members(f"tensor {name!r}"):
+        if member not in FIELDS:
+            walk.skip(repr(member))
+            continue
+        match = re.compile(FIELDS[member]).match(walk.text, walk.pos)
+        if match is None or member in found:
+            found.clear()
+            break
+        found[member], walk.pos = match.groups(), match.end()
+    if len(found) < len(FIELDS):
+        walk.pos = at
+        walk.expected(f"of tensor {name!r} {EXPECTED}")
+    walk.kind = FormatError
+    (dtype,), (shape,), (begin, end) = (found[field] for field in FIELDS)
+    return dtype, shape, begin, end
 
 
 def _check_size(
@@ -229,7 +238,9 @@ def _check_size(
         fail(f"shape {shape} of {dtype} is {bits // 8} bytes, data_offsets are {last - first}")
 
 
-def _check_layout(tensors: list[SafeTensorInfo], data_start: int, size: int, path: str) -> None:
+def _check_layout(
+    read_at: ReadAt, tensors: list[SafeTensorInfo], data_start: int, size: int, path: str
+) -> None:
     """Check that every byte after the header belongs to exactly one tensor."""
     end, before = data_start, "the header"
     for tensor in tensors:
@@ -244,4 +255,6 @@ def _check_layout(tensors: list[SafeTensorInfo], data_start: int, size: int, pat
         raise TruncatedError(message, path=path, offset=size)
     if end < size:
         message = f"{size - end} bytes after {before}, which ends the weights"
+        if looks_like(read_at(end, min(LENGTH + 1, size - end))):
+            message += " (another file, joined to this one with cat: use them as they were)"
         raise FormatError(message, path=path, offset=end)

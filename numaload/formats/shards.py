@@ -5,12 +5,14 @@ them ``NAME.safetensors.index.json``, which says where each tensor is::
 
     {"metadata": {"total_size": N, ...}, "weight_map": {"TENSOR": "FILE", ...}}
 
+Which files are one model, the index says that names the file given; without one their numbers do.
 Folders: those of transformers, diffusers and peft, and of the hub's cache,
 ``models--ORG--NAME/{refs,snapshots,blobs}``, whose snapshots are links.
 
 Neither names nor indexes are trusted: files are looked for inside of the folder only (links there
 may lead elsewhere, as the hub's do). A tensor that the index does not know is read like all others,
-as transformers does: tools that add scales leave the index as it was.
+as transformers does: tools that add scales leave the index as it was. An index that knows tensors
+which are nowhere, or files of an older layout, leaves what is there usable, and is said once.
 """
 
 from __future__ import annotations
@@ -20,16 +22,16 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from numaload.errors import ReadError, SplitError, printable, reason
-from numaload.formats.splits import MAX_LINKS, MAX_SPLITS, all_there, is_there, some
+from numaload.errors import ReadError, SplitError, check_limits, printable, reason, warn_once
+from numaload.formats.splits import MAX_LINKS, MAX_SPLITS, all_there, is_there, some, split_name
+from numaload.formats.unusable import instead
 
 if TYPE_CHECKING:
     from numaload.formats.safetensors import Header
 
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 # Compiled when first used: GGUF files need none of these.
-SHARD = r"(?s)(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors"
-INDEX = r"(?s).*\.safetensors\.index(\.[^/.]+)?\.json"  # with a variant, as fp16
+INDEX = r"(?s)([^.].*)\.safetensors\.index(\.[^/.]+)?\.json"  # with a variant, as fp16
 COMMIT = r"[0-9A-Za-z][0-9A-Za-z._-]{0,254}"
 # Where a folder has several models, the first of these is meant: transformers looks so too.
 USUAL = tuple(
@@ -43,6 +45,8 @@ INSTEAD = {
     ".bin": "pickled weights are not read: convert them to safetensors where you trust them",
 }
 LONGEST_NAME = 4096  # bytes of a path that Linux takes
+MAX_INDEX = 100_000_000  # bytes
+SHOWN = 8  # of them, in an error
 
 ReadFile = Callable[[str, int], bytes]  # path, most bytes: all of a file, or an error of its own
 
@@ -56,33 +60,6 @@ class Shards(NamedTuple):
     paths: list[str]
     index_path: str | None
     weight_map: dict[str, str]
-
-
-class ShardName(NamedTuple):
-    prefix: str
-    number: int  # from 1
-    total: int
-
-    def sibling(self, number: int) -> str:
-        return f"{self.prefix}-{number:05d}-of-{self.total:05d}{SUFFIX}"
-
-    def indexes(self) -> list[str]:
-        """Return the names that an index of these files may have: plain, and of a variant."""
-        folder, name = os.path.split(self.prefix)
-        stem, _, variant = name.rpartition(".")
-        names = [name + INDEX_SUFFIX]
-        if stem:  # model.fp16-00001-of-00002 belongs to model.safetensors.index.fp16.json
-            names.append(f"{stem}{SUFFIX}.index.{variant}.json")
-        return [os.path.join(folder, name) for name in names]
-
-
-def shard_name(path: str) -> ShardName | None:
-    """Return what the file's name says of its place, or None where it is no shard's name."""
-    match = re.fullmatch(SHARD, path)
-    if match is None:
-        return None
-    name = ShardName(match["prefix"], int(match["number"]), int(match["count"]))
-    return name if 1 <= name.number <= name.total else None
 
 
 def is_layout(path: str) -> bool:
@@ -100,11 +77,16 @@ def find_shards(given: str, read: ReadFile) -> Shards:
     """
     path = _in_folder(_snapshot(given, read)) if os.path.isdir(given) else given
     if path.endswith(".json"):
-        return _of_index(path, read)
-    shard = next((link for link in _links(path) if shard_name(link)), None)
-    if shard is None:
-        return Shards([path], None, {})
-    return _of_shard(shard, read)
+        return _of_index(path, _weight_map(path, read(path, MAX_INDEX)))
+    links = _links(path)
+    for link in links:
+        for index in _indexes(os.path.dirname(link)):
+            raw, name = read(index, MAX_INDEX), os.path.basename(link)
+            weight_map = _weight_map(index, raw) if os.fsencode(name) in raw else {}
+            if name in weight_map.values():
+                return _of_index(index, weight_map, name)
+    shard = next((link for link in links if split_name(link, SUFFIX)), None)
+    return Shards([path], None, {}) if shard is None else _of_numbers(shard)
 
 
 def check_shards(shards: Shards, headers: Sequence[Header]) -> None:
@@ -117,28 +99,38 @@ def check_shards(shards: Shards, headers: Sequence[Header]) -> None:
                     f"tensor {tensor.name!r} is in {owner[tensor.name]} too", path=path
                 )
             owner[tensor.name] = path
-    for name, path in shards.weight_map.items():
-        found = owner.get(name)
-        if found != path:
-            where = f"it is in {found}" if found else "it is in no file"
-            message = f"tensor {name!r} is not there, where {shards.index_path} has it: {where}"
-            raise SplitError(message, path=path)
+    index = shards.index_path
+    wrong = [name for name, path in shards.weight_map.items() if owner.get(name) != path]
+    if not wrong:
+        return
+    nowhere = [name for name in wrong if name not in owner]
+    message = f"{len(wrong)} tensors are not in the files that it names for them"
+    message += f", {len(nowhere)} of them in none: {some(nowhere)}" if nowhere else ""
+    if not owner:
+        raise SplitError(f"{message}: download the model again", path=index)
+    text = f"{index}: {message}; all that the files hold is there. Download the index again"
+    warn_once(f"index {index}", text)
 
 
-def _of_shard(path: str, read: ReadFile) -> Shards:
-    name = shard_name(path)
+def _of_numbers(path: str) -> Shards:
+    name = split_name(path, SUFFIX)
     assert name is not None  # noqa: S101 - the caller looked
-    for index in filter(is_there, name.indexes()):
-        found = _of_index(index, read)
-        if os.path.realpath(path) not in map(os.path.realpath, found.paths):
-            raise SplitError(f"not among the files of {index}: {some(found.paths)}", path=path)
-        return found
-    paths = (name.sibling(number) for number in range(1, name.total + 1))
-    return Shards(all_there(paths, name.total, "shards", path), None, {})
+    folder, prefix = os.path.split(name.prefix)
+    others = [index for index in _indexes(folder) if _stem(index) in (prefix, prefix + SUFFIX)]
+    form, numbers = name.numbering()
+    try:
+        paths = all_there(map(form.sibling, numbers), len(numbers), "shards", path)
+    except SplitError as error:
+        error.add(f"; {others[0]} does not name it, but perhaps others" if others else "")
+        raise
+    for index in others:
+        text = f"{index}: does not name {path}, whose {len(paths)} shards are opened: remove it"
+        warn_once(f"index {index}", f"{text} if it is of an older layout")
+    return Shards(paths, None, {})
 
 
-def _of_index(path: str, read: ReadFile) -> Shards:
-    weight_map = _weight_map(path, read)
+def _of_index(path: str, weight_map: dict[str, str], given: str = "") -> Shards:
+    """Return the files that an index names; ``given``: one of them that was asked for."""
     names = sorted(set(weight_map.values()))
     for name in names:
         _check_name(name, path)
@@ -148,15 +140,65 @@ def _of_index(path: str, read: ReadFile) -> Shards:
     folders = [os.path.dirname(link) for link in _links(path) if link.endswith(".json")]
     beside = (f for f in folders if is_there(os.path.join(f, names[0])))
     folder = next(beside, os.path.dirname(path))
-    paths = all_there((os.path.join(folder, name) for name in names), len(names), "shards", path)
+    try:
+        paths = all_there((os.path.join(folder, n) for n in names), len(names), "shards", path)
+    except SplitError as error:
+        paths = [] if given else _other_layout(path, names)
+        if not paths:
+            error.add("; download them, or the index of the files that are there")
+            raise
+        text = f"{error}; opened is another layout beside it: {some(paths)}; remove the index"
+        warn_once(f"index {path}", text)
+        return Shards(paths, None, {})
     place = dict(zip(names, paths, strict=True))
     return Shards(paths, path, {tensor: place[name] for tensor, name in weight_map.items()})
 
 
-def _weight_map(path: str, read: ReadFile) -> dict[str, str]:
-    from numaload.formats.jsontext import MAX_TEXT, JsonText  # most models have no index
+def _other_layout(index: str, names: Sequence[str]) -> list[str]:
+    """Return the one complete set of files, of this model by their names, beside an index."""
+    folder, stem = os.path.dirname(index), _stem(index)
+    layouts: dict[str, dict[int, str]] = {}  # {count of files: {number: path}}
+    for name in set(_names(folder)).difference(names):
+        shard = split_name(name, SUFFIX)
+        if shard.prefix in (stem, stem + SUFFIX) if shard else name == stem + SUFFIX:
+            number, count = (shard.number, shard.of) if shard else (1, "1")
+            layouts.setdefault(count, {})[number] = os.path.join(folder, name)
+    complete = [
+        [found[number] for number in sorted(found)]
+        for count, found in layouts.items()
+        if len(found) == int(count) == max(found) - min(found) + 1
+    ]
+    return complete[0] if len(complete) == 1 else []
 
-    walk = JsonText(read(path, MAX_TEXT), path, SplitError)
+
+def _indexes(folder: str) -> list[str]:
+    """Return the indexes in a folder, by path and in order."""
+    found = (n for n in _names(folder) if n.endswith(".json") and re.fullmatch(INDEX, n))
+    return [os.path.join(folder, name) for name in sorted(found)]
+
+
+def _names(folder: str) -> list[str]:
+    """Return the names in a folder; none where it cannot be listed. Raises: ReadError."""
+    try:
+        return os.listdir(folder or ".")
+    except (OSError, ValueError) as error:
+        check_limits(error, folder)
+        return []
+
+
+def _stem(index: str) -> str:
+    """Return what the names of an index's shards begin with: the model's, and the variant's."""
+    match = re.fullmatch(INDEX, os.path.basename(index))
+    return match[1] + (match[2] or "") if match else ""
+
+
+def _weight_map(path: str, raw: bytes) -> dict[str, str]:
+    from numaload.formats.jsontext import JsonText  # most models have no index
+
+    if not raw.lstrip().startswith(b"{"):
+        what = instead(lambda at, nbytes: raw[at : at + nbytes], len(raw))
+        raise SplitError(f"expected {{ of an index, found {raw[:SHOWN]!r}{what}", path=path)
+    walk = JsonText(raw, path, SplitError)
     found: dict[str, str] | None = None
     for name in walk.members("the index"):
         if name != "weight_map":
@@ -215,8 +257,9 @@ def _snapshot(folder: str, read: ReadFile) -> str:
 
 
 def _listed(folder: str) -> list[str]:
+    """Return the names in a folder that are not hidden: ._NAME is what macOS keeps of NAME."""
     try:
-        return sorted(os.listdir(folder))
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
         raise ReadError(reason(error), path=folder) from error
 
@@ -224,8 +267,16 @@ def _listed(folder: str) -> list[str]:
 def _in_folder(folder: str) -> str:
     """Return the one file, shard or index that stands for the model in a folder."""
     names = _listed(folder)
-    known = set(names)
-    models = sorted({_model_of(name, known) for name in names if _is_ours(name)})
+    ours = [name for name in names if name.endswith(SUFFIX) or re.fullmatch(INDEX, name)]
+    stems = {_stem(name) for name in ours if not name.endswith(SUFFIX)}
+    first: dict[str, str] = {}
+    for name in ours:
+        shard = split_name(name, SUFFIX)
+        if shard is None:
+            first[name] = name
+        elif shard.prefix not in stems and shard.prefix.removesuffix(SUFFIX) not in stems:
+            first.setdefault(shard._replace(number=0, digits=0).sibling(0), name)
+    models = sorted(first.values())
     if not models:
         hints = [f"; {INSTEAD[end]}: {some(n)}" for end in INSTEAD if (n := _ending(names, end))]
         message = f"expected a file, found a directory without {SUFFIX} files{''.join(hints)}"
@@ -236,17 +287,5 @@ def _in_folder(folder: str) -> str:
     return os.path.join(folder, (usual or models)[0])
 
 
-def _is_ours(name: str) -> bool:
-    return name.endswith(SUFFIX) or re.fullmatch(INDEX, name) is not None
-
-
 def _ending(names: Sequence[str], end: str) -> list[str]:
     return [name for name in names if name.endswith(end)]
-
-
-def _model_of(name: str, names: set[str]) -> str:
-    """Return the index, or the first shard, of the model that a file belongs to."""
-    shard = shard_name(name)
-    if shard is None:
-        return name
-    return next((index for index in shard.indexes() if index in names), shard.sibling(1))

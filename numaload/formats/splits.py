@@ -1,6 +1,8 @@
-"""Split files: one model in several GGUF files, in the naming of llama.cpp's gguf-split.
+"""Split files: one model in several files, and what their names, links and headers say of it.
 
-``NAME-00002-of-00009.gguf``: names count from 1, the metadata key ``split.no`` from 0.
+``NAME-00002-of-00009.gguf`` is the naming of llama.cpp's gguf-split: names count from 1, the
+metadata key ``split.no`` from 0. Safetensors are named so too, but of the largest models with
+other digits (``-00001-of-000163``, ``-1-of-61``), or from 0 on.
 """
 
 from __future__ import annotations
@@ -11,12 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numaload.errors import SplitError
+from numaload.formats.unusable import absence
 
 if TYPE_CHECKING:
     from numaload.formats.gguf import Header
+    from numaload.formats.metadata import ReadAt
 
-NAME = re.compile(r"(?s)(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
+NAME = re.compile(r"(?s)(.*)-([0-9]{1,9})-of-([0-9]{1,9})(\.gguf|\.safetensors)")
+MAGIC = b"GGUF"
 MAX_SPLITS = 99999
+MOST_PADDING = 1 << 16  # bytes between joined files
 MAX_LINKS = 40  # as the kernel
 MOST_MISSING = 1000  # files that are looked for in vain
 NAMES = 5  # of files in an error
@@ -26,21 +32,38 @@ HUB_ADVICE = ": open the link to it in ../snapshots"
 
 
 class SplitName(NamedTuple):
+    """What the name of one of several files says; ``of`` as written, padded to ``digits``."""
+
     prefix: str
-    number: int  # from 1
-    total: int
+    number: int
+    digits: int
+    of: str
+    suffix: str
+
+    @property
+    def total(self) -> int:
+        return int(self.of)
 
     def sibling(self, number: int) -> str:
-        return f"{self.prefix}-{number:05d}-of-{self.total:05d}.gguf"
+        return f"{self.prefix}-{number:0{self.digits}d}-of-{self.of}{self.suffix}"
+
+    def numbering(self) -> tuple[SplitName, range]:
+        """Return the form and the range of the files' numbers: those that are there show both."""
+        plain = self._replace(digits=1)
+        either = self.digits > 1 and self.sibling(self.number) == plain.sibling(self.number)
+        form = plain if either and any(is_there(plain.sibling(n)) for n in range(10)) else self
+        from_0 = is_there(form.sibling(0))
+        last = self.total - (from_0 and not is_there(form.sibling(self.total)))
+        return form, range(not from_0, last + 1)
 
 
-def split_name(path: str) -> SplitName | None:
+def split_name(path: str, suffix: str = ".gguf") -> SplitName | None:
     """Return what the file's name says of its place, or None where it is no split's name."""
     match = NAME.fullmatch(path)
-    if match is None:
+    if match is None or match[4] != suffix:
         return None
-    name = SplitName(match["prefix"], int(match["number"]), int(match["count"]))
-    return name if 1 <= name.number <= name.total else None
+    name = SplitName(match[1], int(match[2]), len(match[2]), match[3], suffix)
+    return name if name.number <= name.total <= MAX_SPLITS and name.total else None
 
 
 def split_link(path: str) -> str:
@@ -70,8 +93,8 @@ def sibling_paths(path: str) -> list[str]:
     name = split_name(path)
     if name is None or name.total == 1:
         return [path]
-    paths = (name.sibling(number) for number in range(1, name.total + 1))
-    return all_there(paths, name.total, "split files", path)
+    form, numbers = name.numbering()
+    return all_there(map(form.sibling, numbers), len(numbers), "split files", path)
 
 
 def all_there(paths: Iterable[str], total: int, what: str, by: str) -> list[str]:
@@ -87,7 +110,8 @@ def all_there(paths: Iterable[str], total: int, what: str, by: str) -> list[str]
             break
     if missing:
         count = f"{'at least ' * (len(missing) == MOST_MISSING)}{len(missing)} of {total}"
-        raise SplitError(f"{count} {what} missing: {some(missing)}", path=by)
+        why = absence(missing[0])
+        raise SplitError(f"{count} {what} missing: {some(missing)}{why}", path=by)
     return found
 
 
@@ -107,12 +131,23 @@ def is_there(path: str) -> bool:
     return True
 
 
-def split_count(header: Header, path: str) -> int:
-    """Return how many files the header says the model has; 1 where it says nothing."""
+def split_count(header: Header, path: str, read_at: ReadAt | None = None) -> int:
+    """Return how many files the header says the model has; 1 where it says nothing.
+
+    read_at: of the file, to tell one that was joined from others. Raises: SplitError.
+    """
     count = header.metadata.get("split.count", 1)
     if type(count) is not int or not 0 <= count <= MAX_SPLITS:
         raise SplitError(f"split.count is {count!r}, expected 0 to {MAX_SPLITS}", path=path)
     if count > 1 and split_name(path) is None:
+        at = _joined(header, read_at) if read_at else -1
+        if at >= 0:
+            message = (
+                f"the {count} split files of a model, joined with cat: the second begins at byte"
+                f" {at}; open any one of the files themselves, or join them with llama.cpp's"
+                " gguf-split --merge"
+            )
+            raise SplitError(message, path=path, offset=at)
         in_hub = os.path.basename(os.path.dirname(os.path.abspath(path))) == "blobs"
         raise SplitError(
             f"part of {count} split files, but not named NAME-00001-of-{count:05d}.gguf,"
@@ -120,6 +155,13 @@ def split_count(header: Header, path: str) -> int:
             path=path,
         )
     return max(count, 1)  # gguf-split --merge leaves a 0
+
+
+def _joined(header: Header, read_at: ReadAt) -> int:
+    """Return the byte after the weights at which another GGUF file begins, or -1."""
+    end = max((t.offset + t.nbytes for t in header.tensors), default=header.data_start)
+    found = read_at(end, min(MOST_PADDING, header.size - end)).find(MAGIC)
+    return end + found if found >= 0 else -1
 
 
 def check_splits(paths: Sequence[str], headers: Sequence[Header]) -> None:

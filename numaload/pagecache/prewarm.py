@@ -249,11 +249,14 @@ class _Prewarming(NamedTuple):
     def _in_turn(self, report: PrewarmReport, seen: _Seen) -> _Seen:
         """Read what no other process of this user reads meanwhile."""
         try:
+            from numaload.files.holes import say_holes
             from numaload.files.reading_lock import reading_lock
             from numaload.pagecache import reading  # noqa: F401 - with all that it needs
         except OSError as error:
             check_limits(error, self.files[0].path)
             raise
+        for file in self.files:  # before: what was read is no hole to the kernel any more
+            say_holes(file)
         with reading_lock(self.files, self.progress, seen.nbytes) as waited_for:
             now = self._look()
             report.followed = waited_for

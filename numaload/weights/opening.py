@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from numaload.errors import ClosedError, SplitError
+from numaload.errors import ClosedError, FormatError, SplitError
+from numaload.files.holes import say_holes
 from numaload.files.reader import Progress
 from numaload.files.source import SourceFile, absolute, make_room_for, reach, read_whole
 from numaload.files.source import io_timeout as waiting
@@ -14,6 +15,7 @@ from numaload.formats import gguf, safetensors
 from numaload.formats.metadata import ReadAt
 from numaload.formats.shards import SUFFIX, Shards, check_shards, find_shards, is_layout
 from numaload.formats.splits import check_splits, sibling_paths, split_count, split_link
+from numaload.formats.unusable import unfinished
 from numaload.linux.mapping import MappedMemory
 from numaload.weights.model import AnyHeader, Part, Weights
 
@@ -82,6 +84,23 @@ def reopen(paths: Sequence[str]) -> Weights:
     return _opened(paths[0], None, copy=False, paths=paths if len(paths) > 1 else ())
 
 
+def read_header(
+    file: SourceFile, parse: Callable[[ReadAt, int, str], H], read_at: ReadAt | None = None
+) -> H:
+    """Parse the header of an opened file; ``read_at`` is for what its metadata reads later.
+
+    Raises: ReadError, and the parser's FormatErrors with what name and folder say of the reason.
+    """
+    try:
+        header = parse(read_at or file.read_at, file.size, file.path)
+    except FormatError as error:
+        why = unfinished(file.path)
+        error.add(f"; {why}" if why else "")
+        raise
+    say_holes(file, header.data_start, header.tensors)
+    return header
+
+
 def _file(path: str, opened: Opened) -> SourceFile:
     if path not in opened:
         opened[path] = SourceFile(path)
@@ -93,12 +112,17 @@ def _is_safetensors(file: SourceFile) -> bool:
     start = file.read_at(0, min(HEAD, file.size))
     if start.startswith(gguf.MAGIC):
         return False
-    return file.path.endswith(SUFFIX) or safetensors.looks_like(start)
+    if safetensors.looks_like(start):
+        return True
+    if file.path.endswith(SUFFIX):  # but no header: said before its siblings are missed
+        read_header(file, safetensors.parse_header)
+    return file.path.endswith(SUFFIX)
 
 
 def _splits(given: str, opened: Opened) -> list[Part]:
-    files = {given: _open_file(given, gguf.parse_header, opened)}
-    count = split_count(files[given][1], given)
+    file, header = _open_file(given, gguf.parse_header, opened)
+    files = {given: (file, header)}
+    count = split_count(header, given, file.read_at)
     if count == 1:
         return [Part(*files[given])]
     paths = sibling_paths(given)
@@ -147,4 +171,4 @@ def _open_file(
         file.check_unchanged()
         return file.read_at(offset, nbytes)
 
-    return file, parse(read_at, file.size, path)
+    return file, read_header(file, parse, read_at)

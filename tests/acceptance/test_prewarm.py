@@ -121,7 +121,8 @@ def test_progress_bar_on_a_terminal_only(numaload: Numaload, tmp_path: Path) -> 
     assert b"prewarm" in shown
     assert b"MiB" in shown
     evict([path])
-    (line,) = numaload("prewarm", path).stderr.splitlines()
+    hole, line = numaload("prewarm", path).stderr.splitlines()
+    assert hole.startswith("numaload: warning: ")
     assert line.startswith("numaload: plan: ")
 
 

@@ -61,7 +61,10 @@ def calls(function: Callable[[], Any]) -> int:
 
 VALUE, FILE = "expected a value of", "inside of the folder"
 INDEXES = {
-    "members": (f"{{{MAP}, " + ", ".join(f'"{i:x}": 0' for i in range(50_000)) + "}", "over 1000"),
+    "members": (
+        f"{{{MAP}, " + ", ".join(f'"{i:x}": null' for i in range(50_000)) + "}",
+        "1 of 1 shards missing",
+    ),
     "digits": (f'{{{MAP}, "metadata": {{"total_size": {DIGITS}}}}}', VALUE),
     "large-number": (f'{{{MAP}, "metadata": {{"total_size": 1{"0" * 400}}}}}', VALUE),
     "large-float": (f'{{{MAP}, "metadata": {{"total_size": 1e999}}}}', VALUE),

@@ -14,13 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gguf_builder as gb
+import numaload
 from headers import Source, parse
+from numaload.backends.gguf_reader import GGUFReader
 from numaload.errors import MetadataError, MetadataKeyError
 from numaload.files.source import SourceFile
 from numaload.formats import qtypes
 from numaload.formats.cursor import FIRST_READ
 from numaload.formats.gguf import Header, parse_header
-from numaload.formats.metadata import MetadataArray
+from numaload.formats.metadata import MAX_DIMS, MetadataArray
 from numaload.formats.qtypes import BLOCKS, QuantType, foreign_type
 
 
@@ -289,3 +291,23 @@ def _write(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("qtype", [QuantType.F32, QuantType.Q8_0])
+@pytest.mark.parametrize("n_dims", [5, MAX_DIMS])
+def test_more_dims_than_ggml_has_are_as_gguf_py_gives_them(
+    tmp_path: Path, qtype: QuantType, n_dims: int
+) -> None:
+    """Weights of conv3d have 5 in the files of stable-diffusion.cpp and ComfyUI-GGUF."""
+    shape = (*[2, 1, 3, 1, 2, 1, 1][: n_dims - 1], 64)
+    blocks = gb.random_blocks(qtype, shape)
+    path, *_ = gb.write_good(tmp_path / "m.gguf", {"patch.weight": (qtype, blocks)})
+    (theirs,), (ours,) = gguf.GGUFReader(path).tensors, GGUFReader(path).tensors
+    assert ours.data.shape == theirs.data.shape
+    assert ours.data.tobytes() == theirs.data.tobytes() == blocks.tobytes()
+    assert list(ours.shape) == list(theirs.shape) == list(shape[::-1])
+    with numaload.open(path) as weights:
+        tensor = weights["patch.weight"]
+        assert tensor.shape == shape
+        expected = gguf.dequantize(theirs.data, theirs.tensor_type).reshape(shape)
+        np.testing.assert_array_equal(tensor.dequantize("float32"), expected)

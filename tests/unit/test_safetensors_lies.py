@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from numaload.errors import (
     TensorInfoError,
     TruncatedError,
 )
+from numaload.formats import jsontext
 from numaload.formats.jsontext import MAX_NAME, MAX_TEXT
 from numaload.formats.safetensors import BITS, Header, parse_header
 
@@ -48,7 +50,7 @@ def two(first: Any, second: Any, data: bytes = bytes(16)) -> bytes:
 GOOD = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 EXPECTED = 'expected of tensor \'a\' {"dtype": "TYPE", '
 HOSTILE: dict[str, tuple[bytes, type[FormatError], str]] = {
-    "empty": (b"", NOT, "found b'' (the file is empty)"),
+    "empty": (b"", NOT, "found b'' (the file is empty: download it again)"),
     "eight-bytes": (bytes([2]) + bytes(7), NOT, "expected a length of 8 bytes and {"),
     "gguf": (b"GGUF\3\0\0\0" * 4, NOT, "(a GGUF file)"),
     "git-lfs": (b"version https://git-lfs", NOT, "fetch the real file"),
@@ -56,9 +58,11 @@ HOSTILE: dict[str, tuple[bytes, type[FormatError], str]] = {
     "pickle": (b"\x80\2\x8a\nl\xfc\x9cF\xf9 j", NOT, "a pickle, as torch.save wrote"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" * 2, NOT, "an HDF5 file"),
     "web-page": (b"<!DOCTYPE html><html>", NOT, "a web page"),
-    "index": (b'{"metadata": {"total_size"', NOT, "perhaps an index or a config"),
+    "index": (b'{"metadata": {"total_size"', NOT, "perhaps an index, a config or"),
     "zeros": (bytes(100), NOT, "a download that did not finish"),
-    "no-brace": (sb.frame(' {"a":1}'), NOT, "expected a length of 8 bytes and {"),
+    "no-brace": (sb.frame('x{"a":1}'), NOT, "expected a length of 8 bytes and {"),
+    "no-break-space": (sb.frame("\xa0{}"), NOT, "expected a length of 8 bytes and {"),
+    "blanks-past-the-end": (sb.frame(" {}", length=4), NOT, "expected a length of 8 bytes and {"),
     "length-0": (sb.frame("{}", length=0), FormatError, "expected { of the header"),
     "length-1": (sb.frame("{}", length=1), FormatError, "expected a name in the header"),
     "length-past-end": (sb.frame("{}", length=3), TruncatedError, "1 bytes are missing"),
@@ -106,15 +110,19 @@ HOSTILE: dict[str, tuple[bytes, type[FormatError], str]] = {
     "metadata-key-twice": (
         sb.frame('{"__metadata__":{"k":"1","k":"2"}}'), META, "'k' appears twice in __metadata__"
     ),
-    "metadata-null": (sb.frame('{"__metadata__":null}'), META, "expected { of __metadata__"),
+    "metadata-null-and-again": (
+        sb.frame('{"__metadata__":null,"__metadata__":{}}'), META, "__metadata__ appears twice"
+    ),
+    "metadata-nul": (sb.frame('{"__metadata__":nul}'), META, "expected { of __metadata__"),
+    "metadata-value-null": (sb.frame('{"__metadata__":{"k":null}}'), META, "a string for 'k'"),
     "metadata-list": (sb.frame('{"__metadata__":["a"]}'), META, "expected { of __metadata__"),
     "metadata-number": (sb.frame('{"__metadata__":{"k":1}}'), META, "expected a string for 'k'"),
     "metadata-nested": (sb.frame('{"__metadata__":{"k":{}}}'), META, "expected a string for 'k'"),
     "metadata-half-a-pair": (
         sb.frame(r'{"__metadata__":{"k":"\udfff"}}'), META, "expected a string for 'k'"
     ),
-    "info-null": (info("null"), INFO, EXPECTED),
-    "info-list": (info('["F32",[2],[0,8]]'), INFO, EXPECTED),
+    "info-null": (info("null"), INFO, "expected { of tensor 'a', found"),
+    "info-list": (info('["F32",[2],[0,8]]'), INFO, "expected { of tensor 'a', found"),
     "info-empty": (info("{}"), INFO, EXPECTED),
     "info-without-a-type": (info('{"shape":[2],"data_offsets":[0,8]}'), INFO, EXPECTED),
     "info-without-a-shape": (info('{"dtype":"F32","data_offsets":[0,8]}'), INFO, EXPECTED),
@@ -125,8 +133,20 @@ HOSTILE: dict[str, tuple[bytes, type[FormatError], str]] = {
     "info-with-a-field-twice": (
         info(GOOD[:-1] + ',"shape":[2]}'), INFO, EXPECTED
     ),
-    "info-with-another-field": (info(GOOD[:-1] + ',"strides":[1]}'), INFO, EXPECTED),
-    "info-with-a-comma-at-the-end": (info(GOOD[:-1] + ",}"), INFO, EXPECTED),
+    "info-with-another-field-twice": (
+        info(GOOD[:-1] + ',"strides":[1],"shape":[2]}'), INFO, EXPECTED
+    ),
+    "info-with-another-field-alone": (info('{"strides":[1]}'), INFO, EXPECTED),
+    "info-with-another-field-that-is-no-json": (
+        info(GOOD[:-1] + ',"s":NaN}'), INFO, "expected a value of 's'"
+    ),
+    "info-with-another-field-that-does-not-end": (
+        info(GOOD[:-1] + ',"s":[1}'), INFO, "expected a value of 's'"
+    ),
+    "info-with-another-field-and-no-end": (
+        info(GOOD[:-1] + ',"s":1]'), INFO, "expected , or } in tensor 'a'"
+    ),
+    "info-with-a-comma-at-the-end": (info(GOOD[:-1] + ",}"), INFO, "expected a name in tensor"),
     "type-number": (fields("0"), INFO, EXPECTED),
     "type-object": (fields('{"F32":null}'), INFO, EXPECTED),
     "type-null": (fields("null"), INFO, EXPECTED),
@@ -206,8 +226,8 @@ def test_a_file_of_another_kind() -> None:
 
 
 ALSO_THE_LIBRARY = {  # what it reads, and README says is wrong, or no writer writes
-    "twice", "twice-by-an-escape", "metadata-key-twice", "metadata-null", "info-list",
-    "type-object", "no-brace", "info-with-another-field", "name-too-long", "shape-of-33-dims",
+    "twice", "twice-by-an-escape", "metadata-key-twice", "info-list",
+    "type-object", "name-too-long", "shape-of-33-dims",
 }  # fmt: skip
 
 
@@ -215,6 +235,49 @@ ALSO_THE_LIBRARY = {  # what it reads, and README says is wrong, or no writer wr
 def test_the_library_refuses_it_too(kind: str) -> None:
     with pytest.raises(safetensors.SafetensorError):
         sb.by_library(HOSTILE[kind][0])
+
+
+BARE = GOOD[:-1]  # that more members may follow
+AS_SERDE: dict[str, str] = {
+    "metadata-null": f'{{"__metadata__":null,"a":{GOOD}}}',
+    "metadata-null-last": f'{{"a":{GOOD},"__metadata__": null }}',
+    "another-member": f'{{"a":{BARE},"strides":[1]}}}}',
+    "another-first": f'{{"a":{{"é":"x\\"",{GOOD[1:]}}}',
+    "another-nested": f'{{"a":{BARE},"q":{{"bits":4,"of":[{{}}, null,true,-1e3]}} }} }}',
+    "others-twice": f'{{"a":{BARE},"x":1,"x":2}}}}',
+    "others-that-are-long": f'{{"a":{BARE},"x":"{"y" * 5000}"}}}}',
+    "name-with-an-escape": '{"a":{"d\\u0074ype":"F32","shape":[2],"data_offsets":[0,8]}}',
+    "blanks-before": f' \n\t\r{{"a":{GOOD}}}',
+    "blanks-after": f'{{"a":{GOOD}}} \n\t\r',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AS_SERDE.values(), ids=AS_SERDE)
+def test_what_the_library_ignores_is_ignored(text: str) -> None:
+    raw = sb.frame(text, bytes(8))
+    assert [name for name, _ in sb.by_library(raw)] == ["a"]
+    header = parse(raw)
+    assert dict(header.metadata) == {}
+    assert [(t.name, t.type_name, t.dims) for t in header.tensors] == [("a", "F32", (2,))]
+    assert header.tensors[0].offset == len(raw) - 8
+
+
+def test_every_tensor_may_have_members_that_are_not_known() -> None:
+    members = {f"t{i}": sb.row("I8", [1], [i, i + 1], x=[1], y="z") for i in range(3000)}
+    assert len(parse(sb.build(members, bytes(3000))).tensors) == 3000
+
+
+def test_members_that_are_not_known_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsontext, "MOST_SKIPPED", 10 * jsontext.SHORT)
+    for count in (10, 11):
+        raw = sb.build({"a": sb.row() | {f"x{i}": 0 for i in range(count)}})
+        with nullcontext() if count == 10 else pytest.raises(TensorInfoError, match="too many"):
+            parse(raw)
+
+
+def test_files_joined_by_cat() -> None:
+    with pytest.raises(FormatError, match="another file, joined to this one with cat"):
+        parse(VALID + VALID)
 
 
 def test_where_a_lie_is() -> None:

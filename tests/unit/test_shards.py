@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import safetensors_builder as sb
-from numaload.errors import FormatError, ReadError, SplitError
+from numaload.errors import FormatError, NumaloadWarning, ReadError, SplitError
 from numaload.files.source import read_whole
 from numaload.formats.safetensors import Header
-from numaload.formats.shards import Shards, check_shards, find_shards, is_layout, shard_name
+from numaload.formats.shards import Shards, check_shards, find_shards, is_layout
+from numaload.formats.splits import split_name
 
 NAMES = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 INDEX = "model.safetensors.index.json"
+pytestmark = pytest.mark.usefixtures("nothing_said")
 MAP = {"a": NAMES[0], "b": NAMES[1], "b2": NAMES[1], "c": NAMES[2]}
 
 
@@ -91,10 +94,10 @@ def test_what_is_no_shard_stands_for_itself(tmp_path: Path, given: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["m-1-of-2", "m-00000-of-00002", "m-00003-of-00002", "m-00001-of-00002.bin", "m00001-of-00002"],
+    ["m-00003-of-00002", "m-00001-of-00002.bin", "m-1-of-00002.gguf", "m00001-of-00002"],
 )
 def test_names_that_are_no_shards(name: str) -> None:
-    assert shard_name(name if "." in name else f"{name}.safetensors") is None
+    assert split_name(name if "." in name else f"{name}.safetensors", ".safetensors") is None
 
 
 def test_files_that_are_not_in_the_index_are_not_read(model: Path) -> None:
@@ -195,6 +198,7 @@ def test_the_cache_of_the_hub(repository: Path, given: str) -> None:
 
 def test_a_cache_without_main_has_one_snapshot(repository: Path) -> None:
     (repository / "refs" / "main").unlink()
+    (repository / "snapshots" / ".DS_Store").touch()
     assert find(repository).paths == paths(repository / "snapshots" / HASH)
     (repository / "snapshots" / "other").mkdir()
     with pytest.raises(SplitError, match=rf"no refs/main, and 2 snapshots: {HASH}, other"):
@@ -265,7 +269,8 @@ LIES: dict[str, tuple[str | bytes, str]] = {
     "large": ('{"metadata": "' + "x" * (2 << 20) + '"}', "of at most 1048576 characters"),
     "not-utf-8": (b'{"weight_map": {"\xff": "x"}}', "is not UTF-8"),
     "half-a-pair": (r'{"weight_map": {"\ud800": "x"}}', "expected a name in weight_map"),
-    "git-lfs": ("version https://git-lfs.github.com/spec/v1", "expected {"),
+    "git-lfs": ("version https://git-lfs.github.com/spec/v1", "(a git-lfs pointer: fetch"),
+    "web-page": ("<!DOCTYPE html><html>", "(a web page, or"),
 }
 
 
@@ -301,10 +306,92 @@ def test_missing_shards_are_named(model: Path, index: bool) -> None:
             find(path)
 
 
-def test_a_shard_that_its_index_does_not_name(model: Path) -> None:
-    write_index(model / INDEX, {"a": NAMES[0], "b": NAMES[1]})
-    with pytest.raises(SplitError, match=r"not among the files of .*index\.json: .*00001-of"):
-        find(model / NAMES[2])
+@pytest.fixture
+def stale(tmp_path: Path) -> Path:
+    """A folder whose index is of an older layout than its shards."""
+    folder = write_model(tmp_path / "stale")
+    old = [f"model-0000{number}-of-00005.safetensors" for number in (1, 5)]
+    write_index(folder / INDEX, {"a": old[0], "c": old[1]})
+    return folder
+
+
+@pytest.mark.parametrize("given", ["", INDEX, *NAMES])
+def test_an_index_of_an_older_layout(stale: Path, given: str) -> None:
+    with pytest.warns(NumaloadWarning, match=rf"{INDEX}: .*remove"):
+        found = find(stale / given)
+    assert found == find(stale / given) == Shards(paths(stale), None, {})  # said once
+    check_shards(found, headers(found))
+
+
+def test_an_index_of_an_older_layout_beside_one_file(stale: Path) -> None:
+    for name in NAMES:
+        os.remove(stale / name)
+    (stale / "model.safetensors").touch()
+    with pytest.warns(NumaloadWarning, match="opened is another layout beside it"):
+        assert find(stale / INDEX).paths == [str(stale / "model.safetensors")]
+
+
+@pytest.mark.parametrize("beside", ["none", "not-all", "two", "of-another-model", "of-a-variant"])
+def test_an_index_of_files_that_are_not_there(stale: Path, beside: str) -> None:
+    if beside == "two":
+        (stale / "model.safetensors-1-of-1.safetensors").touch()
+    else:
+        os.remove(stale / NAMES[0])
+    if beside == "none":
+        os.remove(stale / NAMES[1])
+        os.remove(stale / NAMES[2])
+    if beside == "of-another-model":
+        (stale / "other-00001-of-00001.safetensors").touch()
+    if beside == "of-a-variant":
+        (stale / "model.fp16-00001-of-00001.safetensors").touch()
+    with pytest.raises(SplitError, match=r"2 of 2 shards missing: .*; download them, or") as caught:
+        find(stale / INDEX)
+    assert caught.value.path == str(stale / INDEX)
+
+
+def test_a_shard_of_a_layout_that_is_not_whole(stale: Path) -> None:
+    """Neither it alone nor others in its place."""
+    path = write_model(stale, {"x": "model-00005-of-00005.safetensors"}) / "model-00005-of-00005"
+    with pytest.raises(SplitError, match=r"1 of 2 shards missing: .*model-00001-of-00005"):
+        find(f"{path}.safetensors")
+    left = write_model(stale, {"x": "model-00002-of-00004.safetensors"}) / "model-00002-of-00004"
+    with pytest.raises(SplitError, match=rf"3 of 4 shards missing: .*{INDEX} does not name it"):
+        find(f"{left}.safetensors")
+
+
+FORMS = {
+    "deepseek": "model-{:05d}-of-{:06d}", "kimi": "model-{}-of-{}",
+    "four": "model-{:04d}-of-{:04d}", "mistral": "consolidated-{:05d}-of-{:05d}",
+    "glm": "model.safetensors-{:05d}-of-{:05d}",
+    "no-numbers": "part_{}_{}", "no-order": "of_{1}_{0}_parts",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("index", [True, False], ids=["index", "numbers"])
+def test_shards_of_any_name(tmp_path: Path, form: str, index: bool) -> None:
+    names = [f"{form.format(number, 12)}.safetensors" for number in range(1, 13)]
+    write_model(tmp_path, {name: name for name in names})
+    if index:
+        stem = re.split("[-_]|[.]safetensors", form)[0]
+        write_index(tmp_path / f"{stem}.safetensors.index.json", {name: name for name in names})
+    elif "-" not in form:
+        return  # nothing says that they are one model
+    given = [tmp_path / name for name in (names[0], names[2], names[11])]
+    for path in given if "-" not in form else [tmp_path, *given]:
+        assert sorted(find(path).paths) == sorted(paths(tmp_path, names))
+    os.remove(tmp_path / names[4])
+    for path in given:
+        with pytest.raises(SplitError, match=rf"1 of 12 shards missing: .*/{names[4]}"):
+            find(path)
+
+
+@pytest.mark.parametrize("given", ["", *NAMES])
+def test_what_is_hidden_is_no_model(tmp_path: Path, given: str) -> None:
+    folder = write_model(tmp_path)
+    for name in (*NAMES, INDEX, "other.safetensors"):
+        (folder / f"._{name}").write_bytes(b"\0\5\x16\7")
+    assert find(folder / given) == Shards(paths(folder), None, {})
 
 
 def elsewhere(folder: Path) -> None:
@@ -325,8 +412,6 @@ def doubled_without_an_index(folder: Path) -> None:
 
 
 UNFIT: dict[str, tuple[Callable[[Path], None], int, str]] = {
-    "elsewhere": (elsewhere, 0, "tensor 'b2' is not there, where .*json has it: it is in .*00002"),
-    "nowhere": (nowhere, 1, "tensor 'z' is not there, where .*json has it: it is in no file"),
     "doubled": (doubled, 2, "tensor 'b' is in .*00002-of-00003.safetensors too"),
     "doubled-without": (doubled_without_an_index, 2, "tensor 'b' is in .*00002"),
 }
@@ -340,6 +425,32 @@ def test_files_that_do_not_fit(model: Path, kind: str) -> None:
     with pytest.raises(SplitError, match=words) as caught:
         check_shards(found, headers(found))
     assert caught.value.path == str(model / NAMES[number])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (elsewhere, "1 tensors are not in the files that it names for them; all that"),
+        (nowhere, "1 tensors are not .* 1 of them in none: z; all that the files hold is there"),
+    ],
+)
+def test_an_index_that_is_wrong_about_tensors(
+    model: Path, change: Callable[[Path], None], words: str
+) -> None:
+    change(model)
+    found = find(model)
+    with pytest.warns(NumaloadWarning, match=f"{INDEX}: {words}.*Download the index again"):
+        check_shards(found, headers(found))
+    check_shards(found, headers(found))  # said once
+
+
+def test_an_index_of_files_without_tensors(model: Path) -> None:
+    for name in NAMES:
+        (model / name).write_bytes(sb.model({}))
+    found = find(model)
+    with pytest.raises(SplitError, match="4 of them in none: a, b, b2, c: download") as caught:
+        check_shards(found, headers(found))
+    assert caught.value.path == str(model / INDEX)
 
 
 def test_tensors_that_the_index_does_not_know_are_read_too(model: Path) -> None:

@@ -51,24 +51,29 @@ def part(number: int, count: int, *names: str, total: int | None = None) -> Head
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("m-00001-of-00003.gguf", SplitName("m", 1, 3)),
-        ("/a b/m-00009-of-00009-00002-of-00002.gguf", SplitName("/a b/m-00009-of-00009", 2, 2)),
-        ("-00001-of-00001.gguf", SplitName("", 1, 1)),
-        ("new\nline-00001-of-00002.gguf", SplitName("new\nline", 1, 2)),
+        ("m-00001-of-00003.gguf", ("m", 1, 5, "00003")),
+        ("/a b/m-00009-of-00009-00002-of-00002.gguf", ("/a b/m-00009-of-00009", 2, 5, "00002")),
+        ("-00001-of-00001.gguf", ("", 1, 5, "00001")),
+        ("new\nline-00001-of-00002.gguf", ("new\nline", 1, 5, "00002")),
+        ("m-1-of-3.gguf", ("m", 1, 1, "3")),
+        ("m-00001-of-000163.gguf", ("m", 1, 5, "000163")),
+        ("m-00000-of-00003.gguf", ("m", 0, 5, "00003")),
         ("m.gguf", None),
-        ("m-00000-of-00003.gguf", None),
+        ("m-00000-of-00000.gguf", None),
         ("m-00004-of-00003.gguf", None),
-        ("m-1-of-3.gguf", None),
-        ("m-000001-of-000003.gguf", None),
+        ("m-1-of-100000.gguf", None),
+        ("m-1-of-1111111111.gguf", None),
+        ("m-00001-of-00003.safetensors", None),
         ("m-00001-of-00003.gguf.part", None),
         ("m-00001-of-00003.gguf\n", None),
         ("m-\u0660\u0660\u0660\u0660\u0661-of-00003.gguf", None),  # digits, but not ours
     ],
 )
-def test_split_names(path: str, expected: SplitName | None) -> None:
-    assert split_name(path) == expected
-    if expected:
-        assert expected.sibling(expected.number) == path
+def test_split_names(path: str, expected: tuple[str, int, int, str] | None) -> None:
+    found = split_name(path)
+    assert found == (expected and SplitName(*expected, ".gguf"))
+    if found:
+        assert found.sibling(found.number) == path
 
 
 def test_all_files_are_found_from_any_of_them(tmp_path: Path) -> None:
@@ -77,6 +82,30 @@ def test_all_files_are_found_from_any_of_them(tmp_path: Path) -> None:
         path.touch()
     for path in paths:
         assert sibling_paths(str(path)) == [str(p) for p in paths]
+
+
+SERIES = {
+    "six-digits": [f"m-{n:05d}-of-000012.gguf" for n in range(1, 13)],
+    "no-padding": [f"m-{n}-of-12.gguf" for n in range(1, 13)],
+    "two-digits": [f"m-{n:02d}-of-12.gguf" for n in range(1, 13)],
+    "from-0": [f"m-{n:05d}-of-00012.gguf" for n in range(12)],
+    "from-0-without-padding": [f"m-{n}-of-12.gguf" for n in range(12)],
+    "from-0-and-one-more": [f"m-{n}-of-12.gguf" for n in range(13)],
+}
+
+
+@pytest.mark.parametrize("names", SERIES.values(), ids=SERIES)
+def test_numbers_of_any_form(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    expected = [str(tmp_path / name) for name in names]
+    assert [sibling_paths(path) for path in expected] == [expected] * len(names)
+    for lost in (names[2], names[11]):
+        (tmp_path / lost).rename(tmp_path / "away")
+        for name in set(names[1:]) - {lost}:
+            with pytest.raises(SplitError, match=rf"1 of 1\d split files missing: .*/{lost}"):
+                sibling_paths(str(tmp_path / name))
+        (tmp_path / "away").rename(tmp_path / lost)
 
 
 @pytest.mark.parametrize("name", ["m.gguf", "m-00001-of-00001.gguf"])
@@ -122,6 +151,26 @@ def test_a_part_without_a_number_in_its_name() -> None:
         split_count(header(keys), "m.gguf")
     with pytest.raises(SplitError, match=r"open the link to it in \.\./snapshots"):
         split_count(header(keys), "blobs/3f2a")
+
+
+@pytest.mark.parametrize(
+    ("rest", "words"),
+    [
+        (b"GGUF", "joined with cat: the second begins at byte 208; open any one"),
+        (bytes(64) + b"GGUF", "begins at byte 272"),
+        (b"", "but not named"),
+        (b"GGU" + bytes(1 << 20) + b"GGUF", "but not named"),
+    ],
+    ids=["next", "after-padding", "whole", "far"],
+)
+def test_joined_files_are_told_by_the_second_header(rest: bytes, words: str) -> None:
+    first = named(0, [])
+    end = first.tensors[0].offset + first.tensors[0].nbytes
+    raw = bytes(end) + rest
+    with pytest.raises(SplitError, match=words):
+        split_count(
+            first._replace(size=len(raw)), "m.gguf", lambda at, nbytes: raw[at : at + nbytes]
+        )
 
 
 def test_links_lead_to_the_name_with_a_number(tmp_path: Path) -> None:

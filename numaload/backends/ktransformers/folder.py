@@ -23,10 +23,14 @@ def folder_of(path: str | os.PathLike[str]) -> str:
 
 
 def files_below(folder: str, suffix: str) -> Iterator[str]:
-    """List files in the folder and those below, ordered by name so that it stays the same."""
+    """List files in the folder and those below, ordered by name so that it stays the same.
+
+    What is hidden is no model: macOS leaves ._NAME beside files, the hub .cache in folders.
+    """
     for root, folders, files in os.walk(folder):
-        folders.sort()
-        yield from (os.path.join(root, name) for name in sorted(files) if name.endswith(suffix))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found = (name for name in sorted(files) if name.endswith(suffix))
+        yield from (os.path.join(root, name) for name in found if not name.startswith("."))
 
 
 class FolderLoader(NotCopyable):

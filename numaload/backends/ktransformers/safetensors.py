@@ -29,6 +29,7 @@ from numaload.formats.qtypes import QuantType
 from numaload.formats.safetensors import parse_header
 from numaload.weights import Tensor, Weights
 from numaload.weights.model import Part
+from numaload.weights.opening import read_header
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,7 +66,7 @@ class SafeTensorLoader(FolderLoader):
         """Open one file, whatever its name and index say of others: merge scripts count from 0."""
         file = SourceFile(path)
         try:
-            return Weights([Part(file, parse_header(file.read_at, file.size, path))])
+            return Weights([Part(file, read_header(file, parse_header))])
         except BaseException:
             file.close()
             raise

@@ -114,7 +114,7 @@ def pair(low: int, high: int) -> Array:
 
 
 def interleave(low: int, high: int) -> Array:
-    """Make 16 bytes: the first of the 8 of ``low``, the first of ``high``, the second, and so on."""
+    """Make 16 bytes of the 8 of ``low`` and the 8 of ``high``, of each in turn."""
     return pair(low, high).reshape(2, LANES // 2).T.reshape(-1)
 
 

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from numaload.forks import compiling
 from numaload.formats.qtypes import BLOCKS, QuantType
@@ -73,10 +73,21 @@ DTYPES = ("float32", "float16", "bfloat16")
 # What is in the file as it is asked for, and stays bit for bit; F32 to float32 does by itself.
 COPIES = {(QuantType.F16, "float16"), (QuantType.BF16, "bfloat16")}
 
-# (blocks, uint8; floats or their bits; whether past the caches; scales), arrays C-contiguous and of
-# one size in steps. scales: float32, of kernels of SCALED, None of others. Compiled code checks no
-# bounds: that is the caller's duty.
-Kernel = Callable[["NDArray[np.uint8]", "NDArray[Any]", bool, "NDArray[np.float32] | None"], None]
+
+class Kernel(Protocol):
+    """Convert blocks to floats, or their bits: C-contiguous arrays, of one size in steps.
+
+    scales: of kernels of SCALED alone, one for each group of weights. Compiled code checks no
+    bounds: that is the caller's duty.
+    """
+
+    def __call__(
+        self,
+        blocks: NDArray[np.uint8],
+        floats: NDArray[Any],
+        past_caches: bool,
+        scales: NDArray[np.float32] | None = None,
+    ) -> None: ...
 
 
 SettingError = jit.SettingError  # what ``load`` raises

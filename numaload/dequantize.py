@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numaload.errors import NodeMemoryError, UnsupportedTypeError, UsageError, warn_once
-from numaload.formats.qtypes import BLOCKS, FLOATS, QuantType
+from numaload.formats.qtypes import BLOCKS, FLOATS
 from numaload.kernels import registry
 from numaload.linux.mapping import MORE_ADDRESSES
 from numaload.linux.syscalls import memory_at
@@ -27,7 +27,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 GRAIN = 1 << 17  # weights; less is not worth another thread
 PIECE = 1 << 16  # weights of a big-endian file that a worker turns round at a time
 SCALED_PIECE = 1 << 20  # weights whose scales, given in a tensor of their own, are made at a time
-TURNED = 512 << 10  # bytes of floats that are made before they are put where they go, transposed
+# Bytes of floats that are made before they are put where they go, if that is not contiguous.
+SCATTERED = 1 << 20
+LINES = 32  # rows whose floats, transposed, are whole lines of the caches
 # Bytes of output: from here on it goes past the caches. It would push out what is in them, and be
 # gone itself before somebody reads the beginning.
 LARGE = 8 << 20
@@ -98,8 +100,10 @@ class Conversion:
         self.step, self.step_bytes = registry.step(code)
         if swapped:
             self._run = _swapping(self._run, block_of(code)[1])
+        self._groups = self.step // registry.SCALED[code].group if isinstance(code, str) else 0
         if scales is not None and scales.columns % self.step:
             self._run = _padding(self._run, scales.columns, self.step, self.step_bytes)
+            self._groups *= -(-scales.columns // self.step)
             weights, nbytes = block_of(code)
             self.step, self.step_bytes = scales.columns, scales.columns // weights * nbytes
         self._bits = np.dtype(np.float32 if dtype.itemsize == 4 else np.uint16)
@@ -121,7 +125,7 @@ class Conversion:
         whole = len(blocks) // self.step_bytes
         rest, done = whole * self.step_bytes, whole * self.step
         if whole:
-            self._run(blocks[:rest], bits[:done], past_caches, None)
+            self._run(blocks[:rest], bits[:done], past_caches)
         if bits.size > done:
             self._finish(blocks[rest:], bits[done:])
 
@@ -142,7 +146,14 @@ class Conversion:
             self._run(blocks[start * nbytes : stop * nbytes], made, past_caches, scales)
 
     def _take(self, first: int, count: int) -> NDArray[np.float32] | None:
-        return None if self._scales is None else self._scales.take(first, count)
+        """Return the scales of so many weights, in whole steps. Raises: as the scales' own."""
+        if self._scales is None:
+            return None
+        found = self._scales.take(first, count)
+        wanted = count // self.step * self._groups
+        if found.shape != (wanted,) or found.dtype != np.float32:
+            raise UsageError(f"{self.what}: {found.shape} scales, expected {wanted} float32")
+        return found
 
     @property
     def reads(self) -> bool:
@@ -175,7 +186,7 @@ class Conversion:
         """Make the last floats, which are no whole step, by way of one."""
         blocks, floats = np.zeros(self.step_bytes, np.uint8), np.empty(self.step, out.dtype)
         blocks[: rest.size] = rest
-        self._run(blocks, floats, False, None)
+        self._run(blocks, floats, False)
         out[:] = floats[: out.size]
 
 
@@ -212,6 +223,12 @@ def dequantize_blocks(
     convert(flat[n_steps * nbytes :], out[n_steps * step :], False)
 
 
+def rows_at_once(most: int, width: int) -> int:
+    """Return how many rows of ``width`` floats to make of at most ``most``, and at least one."""
+    rows = max(1, most // max(1, width))
+    return rows - rows % LINES if rows > LINES else rows
+
+
 def dequantize_turned(
     convert: Conversion,
     blocks: Blocks,
@@ -225,13 +242,12 @@ def dequantize_turned(
     out: of any strides, as those of a transposed matrix. first: see ``Conversion``.
     """
     width = blocks.shape[1] // convert.step_bytes * convert.step
-    dtype = out.dtype
-    most = max(1, TURNED // (width * dtype.itemsize))
+    most = rows_at_once(SCATTERED // out.itemsize, width)
 
     def task(start: int, stop: int) -> None:
         for row in range(start, stop, most):
             last = min(row + most, stop)
-            made = np.empty((last - row, width), dtype)
+            made = np.empty((last - row, width), out.dtype)
             convert(blocks[row:last].reshape(-1), made.reshape(-1), False, first + row * width)
             out[row:last] = made[:, columns]
 
@@ -267,13 +283,15 @@ def _kernel(code: registry.Code, dtype_name: str, what: str) -> registry.Kernel:
 def _swapping(kernel: registry.Kernel, width: int) -> registry.Kernel:
     """Return a kernel for floats of ``width`` bytes in the other byte order."""
 
-    def run(blocks: NDArray[np.uint8], floats: NDArray[Any], past_caches: bool, _: Any) -> None:
+    def run(
+        blocks: NDArray[np.uint8], floats: NDArray[Any], past_caches: bool, scales: Any = None
+    ) -> None:
         count = len(floats)
         big = blocks.view(f">u{width}")
         for first in range(0, count, PIECE):
             last = min(first + PIECE, count)
             little = big[first:last].astype(f"<u{width}").view(np.uint8)
-            kernel(little, floats[first:last], past_caches, None)
+            kernel(little, floats[first:last], past_caches, scales)
 
     return run
 
@@ -282,7 +300,12 @@ def _padding(kernel: registry.Kernel, columns: int, step: int, step_bytes: int) 
     """Return a kernel for rows of ``columns`` weights that are no whole number of steps."""
     steps = -(-columns // step)
 
-    def run(blocks: NDArray[np.uint8], floats: NDArray[Any], _: bool, scales: Any) -> None:
+    def run(
+        blocks: NDArray[np.uint8],
+        floats: NDArray[Any],
+        past_caches: bool,  # noqa: ARG001 - as for all kernels
+        scales: Any = None,
+    ) -> None:
         rows = len(floats) // columns
         codes, out = blocks.reshape(rows, -1), floats.reshape(rows, columns)
         scales, at_once = scales.reshape(rows, -1), max(1, PIECE // columns)
@@ -292,7 +315,7 @@ def _padding(kernel: registry.Kernel, columns: int, step: int, step_bytes: int) 
             padded[:, : part.shape[1]] = part
             made = np.empty((len(part), steps * step), floats.dtype)
             its = scales[first : first + at_once].reshape(-1)
-            kernel(padded.reshape(-1), made.reshape(-1), False, its)
+            kernel(padded.reshape(-1), made.reshape(-1), past_caches=False, scales=its)
             out[first : first + at_once] = made[:, :columns]
 
     return run

@@ -158,8 +158,7 @@ class Function(_Linked):
         self, blocks: int, floats: int, n_blocks: int, past_caches: int, scales: int = 0
     ) -> None:
         done, exception = ctypes.c_int64(), ctypes.c_void_p()
-        status = self._call(
-            ctypes.byref(done), ctypes.byref(exception), blocks, floats, n_blocks, past_caches, scales
-        )
+        results = ctypes.byref(done), ctypes.byref(exception)
+        status = self._call(*results, blocks, floats, n_blocks, past_caches, scales)
         if status or done.value != n_blocks:
             raise RuntimeError(f"a kernel ended with {status} after {done.value} blocks")

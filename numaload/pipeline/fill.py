@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from numaload.dequantize import DTYPES, LARGE
+from numaload.dequantize import DTYPES, LARGE, SCATTERED, rows_at_once
 from numaload.errors import CancelledError, ReadError, UsageError
 from numaload.files.reader import Progress
 from numaload.files.source import SourceFile
@@ -36,7 +36,6 @@ QUEUED = 8  # targets whose work is handed to the threads before the first of th
 # Bytes of a part's place: whole huge pages, so that no two threads are the first to touch the same
 # one; and long enough that what threads of Python do to each other in between does not count.
 PART = 8 << 20
-SCATTERED = 512 << 10  # of a place that is not contiguous: there is a scratch of it in each thread
 
 
 class Target(NamedTuple):
@@ -101,7 +100,7 @@ def parts(place: NDArray[Any], unit: int, first: int = 0) -> Iterator[Part]:
         for index, part in enumerate(place):
             yield from parts(part, unit, first + index * each)
         return
-    count = most // each
+    count = rows_at_once(most, each)
     for index in range(0, len(place), count):
         yield Part(first + index * each, place[index : index + count])
 

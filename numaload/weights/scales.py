@@ -1,14 +1,14 @@
 """Scales in tensors of their own: which belong to which weights, and what they are.
 
-====================  ===============================  ============================================
-layout                numbers, in the file             scales
-====================  ===============================  ============================================
-NVFP4 of GGUF         X.weight, blocks                 X.scale or X.weight.scale, of all or an expert
-block FP8             X.weight (.., rows, columns)     X.weight_scale_inv, one a block of the matrix
-MXFP4 of gpt-oss      X_blocks (E, rows, n, 16)        X_scales (E, rows, n): X is (E, 32 n, rows)
-NVFP4 of ModelOpt     X.weight (.., rows, columns/2)   X.weight_scale (.., rows, columns/16), and
-                                                       X.weight_scale_2, of all or an expert
-====================  ===============================  ============================================
+=================  ==============================  ===============================================
+layout             numbers, in the file            scales
+=================  ==============================  ===============================================
+NVFP4 of GGUF      X.weight, blocks                X.scale or X.weight.scale: one, or of an expert
+block FP8          X.weight (.., rows, columns)    X.weight_scale_inv, one a block of the matrix
+MXFP4 of gpt-oss   X_blocks (E, rows, n, 16)       X_scales (E, rows, n): X is (E, 32 n, rows)
+NVFP4 of ModelOpt  X.weight (.., rows, columns/2)  X.weight_scale (.., rows, columns/16), and
+                                                   X.weight_scale_2: one, or of an expert
+=================  ==============================  ===============================================
 
 A weight is number * scale, or, of ModelOpt's, number * (scale * scale_2), each step in float32.
 ``input_scale`` is for activations: no weight is multiplied by it. Sources: llama.cpp, src/llama-
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -74,8 +74,7 @@ class Scales:
     """The scales of one tensor.
 
     code: of the kernel. title: what users call the layout. block: weights of one of ``scale``.
-    factor: one more scale, of all weights or of an expert. activations: names of scales that no
-    weight is multiplied by. turned: each matrix is given transposed.
+    factor: one more scale, of all weights or of an expert. turned: weights are given transposed.
     """
 
     def __init__(
@@ -91,8 +90,8 @@ class Scales:
         self.scale, self.factor, self.turned = scale, factor, code == "e2m1_by_32"
         self._factors: Floats | None = None
         self.columns, self._group = shape.columns, SCALED[code].group
-        step = SCALED[code].weights
-        self._groups = -(-shape.columns // step) * step // self._group  # of a row, padded
+        self._step = SCALED[code].weights
+        self._groups = -(-shape.columns // self._step) * self._step // self._group  # of a row
 
     @property
     def names(self) -> list[str]:
@@ -115,9 +114,9 @@ class Scales:
         row = np.arange(start, stop)
         line = row // rows * lines + row % rows // self.block.rows
         low, high = (int(line[0]), int(line[-1]) + 1) if row.size else (0, 0)
-        table = self._table(low, high)
+        table: Floats = self._table(low, high)
         if self.factor is not None:
-            factors = self._checked_factors()
+            factors = self.factors()
             expert = np.arange(low, high) // lines if factors.size > 1 else np.zeros(1, int)
             table = table * factors[expert, None]
         if self.block.columns != self._group or table.shape[1] != self._groups:
@@ -126,8 +125,9 @@ class Scales:
         if self.block.rows > 1:
             table = table[line - low]
         skip = (first - start * columns) // self._group
-        size = count // columns * self._groups if columns % self._group else count // self._group
-        return np.ascontiguousarray(table).reshape(-1)[skip : skip + size]
+        size = count // columns * self._groups if columns % self._step else count // self._group
+        flat: Floats = np.ascontiguousarray(table).reshape(-1)
+        return flat[skip : skip + size]
 
     def _table(self, low: int, high: int) -> Floats:
         """Return lines of scales, (high - low, scales of a line)."""
@@ -140,7 +140,8 @@ class Scales:
         raw = self.scale.fetch(low * each * item, (high - low) * each * item)
         return _as_floats(raw, self.scale.type_name).reshape(high - low, each)
 
-    def _checked_factors(self) -> Floats:
+    def factors(self) -> Floats:
+        """Return one factor, or one of each expert. Raises: UnsupportedTypeError, ReadError."""
         import numpy as np
 
         if self._factors is None:
@@ -202,106 +203,98 @@ class Companions:
                 self.of_module.setdefault(module, name)
                 self.has_inverse = self.has_inverse or leaf.endswith("_scale_inv")
 
-    def of(self, tensor: Tensor) -> Scales | str | None:
-        """Return a tensor's scales; None where it needs none; or why they cannot be applied."""
-        stored, name = tensor.as_stored(), tensor.name
+    def of(self, tensor: Tensor) -> Scales | None:
+        """Return a tensor's scales; None where it needs none.
+
+        Raises: UnsupportedTypeError, saying why, where its numbers have some that are not known.
+        """
+        stored = tensor.as_stored()
         if stored.type_name == QuantType.NVFP4.name:
             return self._gguf(stored)
-        if stored.type_name not in PACKED or not stored.size:
+        module, _, leaf = stored.name.rpartition(".")
+        if COMPANION.search(leaf) or not stored.size:
             return None
-        module, _, leaf = name.rpartition(".")
-        if COMPANION.search(leaf):
-            return None
-        if stored.type_name == "U8" and name.endswith("_blocks") and len(stored.shape) == 4:
-            return self._mxfp4(stored)
-        if stored.type_name == "U8" and {f"{name}_scale", f"{name}_scale_2"} <= self.tensors.keys():
-            return self._nvfp4(stored)
-        if stored.type_name == "F8_E4M3" and f"{name}_scale_inv" in self.tensors:
-            return self._fp8(stored)
-        if stored.type_name == "F8_E4M3" and self.has_inverse:
-            return f"{name}_scale_inv is missing"
-        found = self.of_module.get(module) or self.of_module.get(name)
-        if found is None:
-            return "no scales are known of it" if leaf in ("qweight", "weight_packed") else None
-        known = (who for part, who in WRITERS.items() if part in leaf or part in found)
-        return f"how {found} is applied is not known here ({next(known, 'an unknown layout')})"
+        make = self._known(stored)
+        if make is not None:
+            return make(stored)
+        found = self.of_module.get(module) or self.of_module.get(stored.name)
+        if found is not None or leaf in ("qweight", "weight_packed"):
+            known = (who for part, who in WRITERS.items() if part in leaf or part in str(found))
+            by = next(known, "an unknown layout")
+            raise _refused(stored, f"how {found or 'its scale'} is applied is not known ({by})")
+        return None
 
-    def activations(self, name: str) -> list[str]:
+    def _known(self, stored: Tensor) -> Callable[[Tensor], Scales] | None:
+        name, known = stored.name, self.tensors.keys()
+        if stored.type_name == "U8":
+            if name.endswith("_blocks") and len(stored.shape) == 4:
+                return self._mxfp4
+            return self._nvfp4 if {f"{name}_scale", f"{name}_scale_2"} <= known else None
+        is_fp8 = f"{name}_scale_inv" in known or self.has_inverse
+        return self._fp8 if is_fp8 and stored.type_name == "F8_E4M3" else None
+
+    def activations(self, tensor: Tensor) -> list[str]:
         """Return the names of scales that only whoever quantizes activations needs."""
-        stem = name.removesuffix(".weight")
+        stem = tensor.name.removesuffix(".weight")
         known = (f"{stem}.{one}" for one in ("input_scale", "activation_scale"))
         return [one for one in known if one in self.tensors]
 
-    def _gguf(self, stored: Tensor) -> Scales | str | None:
+    def _gguf(self, stored: Tensor) -> Scales | None:
         name = stored.name
         spellings = {f"{name.removesuffix('.weight')}.scale", f"{name}.scale"}
         found = [self.tensors[one] for one in sorted(spellings) if one in self.tensors]
         if not found:
             return None
         if len(found) > 1:
-            return f"{found[0].name} and {found[1].name} are both there, one factor is expected"
+            raise _refused(stored, f"{found[0].name} and {found[1].name} are both there")
         shape = _shape(stored, 1)
-        problem = _factor_problem(found[0], shape)
-        if problem:
-            return problem
+        _check_factor(stored, found[0], shape)
         block = Block(shape.rows, shape.columns)
         return Scales("nvfp4_by_64", "NVFP4", shape, block, factor=found[0])
 
-    def _mxfp4(self, stored: Tensor) -> Scales | str:
-        scale = self._scale(f"{stored.name.removesuffix('_blocks')}_scales", {"U8"})
-        if isinstance(scale, str):
-            return scale
+    def _mxfp4(self, stored: Tensor) -> Scales:
+        scale = self._scale(stored, f"{stored.name.removesuffix('_blocks')}_scales", {"U8"})
         *shape, nbytes = stored.shape
         if nbytes != 16 or scale.shape != tuple(shape):
-            return _unfit(scale, f"{(*shape, 16)} and {tuple(shape)} of blocks and scales", stored)
+            raise _unfit(stored, scale, f"{(*shape, 16)} and {tuple(shape)}")
         experts, rows, blocks = shape
-        return Scales(
-            "e2m1_by_32", "MXFP4", Shape(experts, rows, 32 * blocks), Block(1, 32), scale
-        )
+        weights = Shape(experts, rows, 32 * blocks)
+        return Scales("e2m1_by_32", "MXFP4", weights, Block(1, 32), scale)
 
-    def _nvfp4(self, stored: Tensor) -> Scales | str:
-        scale = self._scale(f"{stored.name}_scale", {"F8_E4M3"})
-        if isinstance(scale, str):
-            return scale
-        factor = self.tensors[f"{stored.name}_scale_2"].as_stored()
-        if len(stored.shape) not in (2, 3):
-            return f"shape {stored.shape}: matrices are expected, or experts of them"
-        shape = _shape(stored, 2)
+    def _nvfp4(self, stored: Tensor) -> Scales:
+        scale = self._scale(stored, f"{stored.name}_scale", {"F8_E4M3"})
+        shape, factor = _shape(stored, 2), self.tensors[f"{stored.name}_scale_2"].as_stored()
         wanted = (*stored.shape[:-1], shape.columns // 16)
-        if scale.shape != wanted or shape.columns % 16:
-            return _unfit(scale, f"{wanted}, one of 16 weights", stored)
-        problem = _factor_problem(factor, shape)
-        return problem or Scales("e2m1_by_16", "NVFP4", shape, Block(1, 16), scale, factor)
+        if len(wanted) not in (2, 3) or scale.shape != wanted or shape.columns % 16:
+            raise _unfit(stored, scale, "one for 16 weights of matrices")
+        _check_factor(stored, factor, shape)
+        return Scales("e2m1_by_16", "NVFP4", shape, Block(1, 16), scale, factor)
 
-    def _fp8(self, stored: Tensor) -> Scales | str:
-        scale = self._scale(
-            f"{stored.name}_scale_inv", {"F32", "F16", "BF16", "F8_E8M0", "U8"}
-        )
-        if isinstance(scale, str):
-            return scale
-        if scale.size == 1:  # of all experts together
-            shape = Shape(1, stored.size // stored.shape[-1] if stored.shape else 1, 1)
-            shape = shape._replace(columns=stored.size // shape.rows)
+    def _fp8(self, stored: Tensor) -> Scales:
+        kinds = {"F32", "F16", "BF16", "F8_E8M0", "U8"}
+        scale, shape = self._scale(stored, f"{stored.name}_scale_inv", kinds), _shape(stored, 1)
+        if scale.size == 1:  # of all matrices together
+            shape = Shape(1, shape.experts * shape.rows, shape.columns)
             return Scales("e4m3_by_32", "FP8", shape, Block(shape.rows, shape.columns), scale)
-        if len(stored.shape) not in (2, 3) or scale.shape[:-2] != stored.shape[:-2]:
-            return _unfit(scale, "one for a block of each matrix", stored)
-        shape, config = _shape(stored, 1), self.block_of_config()
+        outer, own = stored.shape[:-2], scale.shape[:-2]
+        if len(outer) > 1 or not len(stored.shape) == len(scale.shape) > 1 or own != outer:
+            raise _unfit(stored, scale, "one for a block of each matrix")
+        config = self.block_of_config()
         rows = _block_size(shape.rows, scale.shape[-2], config and config.rows)
         columns = _block_size(shape.columns, scale.shape[-1], config and config.columns)
-        if not rows or not columns:
-            wanted = f"blocks of {USUAL} x {USUAL}, or a weight_block_size in {CONFIG} that fits"
-            return _unfit(scale, wanted, stored)
-        if columns % SCALED["e4m3_by_32"].group and columns < shape.columns:
-            return f"{scale.name} is for blocks of {columns} columns, expected a multiple of 32"
-        block = Block(rows, columns)
-        return Scales("e4m3_by_32", f"FP8 {rows}x{columns}", shape, block, scale)
+        odd = columns and columns < shape.columns and columns % SCALED["e4m3_by_32"].group
+        if not rows or not columns or odd:
+            wanted = f"blocks of {USUAL}x{USUAL}, or a weight_block_size that fits in {CONFIG}"
+            raise _unfit(stored, scale, f"{wanted}; columns in multiples of 32")
+        return Scales("e4m3_by_32", f"FP8 {rows}x{columns}", shape, Block(rows, columns), scale)
 
-    def _scale(self, name: str, types: set[str]) -> Tensor | str:
+    def _scale(self, stored: Tensor, name: str, types: set[str]) -> Tensor:
         found = self.tensors.get(name)
         if found is None:
-            return f"{name} is missing"
+            raise _refused(stored, f"{name} is missing")
         if found.type_name not in types:
-            return f"{name} is {found.type_name}, expected {' or '.join(sorted(types))}"
+            wanted = " or ".join(sorted(types))
+            raise _refused(stored, f"{name} is {found.type_name}, expected {wanted}")
         return found.as_stored()
 
     def block_of_config(self) -> Block | None:
@@ -312,6 +305,26 @@ class Companions:
         if not self._asked:
             self._block, self._asked = _configured(self._config), True
         return self._block
+
+
+def _refused(stored: Tensor, why: str) -> UnsupportedTypeError:
+    return UnsupportedTypeError(
+        f"tensor {stored.name!r}: {stored.type_name} that cannot become weights: {why};"
+        " torch() and stream(dtype=None) give what is in the file"
+    )
+
+
+def _unfit(stored: Tensor, scale: Tensor, wanted: str) -> UnsupportedTypeError:
+    shapes = f"{scale.name} of shape {scale.shape} for {stored.shape}"
+    return _refused(stored, f"{shapes}, expected {wanted}")
+
+
+def _check_factor(stored: Tensor, factor: Tensor, shape: Shape) -> None:
+    if factor.type_name not in {one.name for one in FLOATS}:
+        raise _refused(stored, f"{factor.name} is {factor.type_name}, expected a float")
+    if factor.size not in (1, shape.experts):
+        wanted = f"1 or one for each of {shape.experts} experts"
+        raise _refused(stored, f"{factor.name} has {factor.size} factors, expected {wanted}")
 
 
 def config_beside(path: str) -> str:
@@ -339,12 +352,14 @@ def _block_size(size: int, count: int, configured: int | None) -> int | None:
 
     A size that is not asked for by the configuration and is no power of two is taken for chance.
     """
+    if count < 1:
+        return None
     for one in (configured, USUAL):
         if one and -(-size // one) == count:
             return min(one, size)
     if count == 1:
         return size
-    block, rest = divmod(size, max(1, count))
+    block, rest = divmod(size, count)
     return block if block and not rest and block & (block - 1) == 0 else None
 
 
@@ -353,15 +368,3 @@ def _shape(stored: Tensor, each: int) -> Shape:
     *outer, columns = stored.shape or (1,)
     rows = outer[-1] if outer else 1
     return Shape(prod(outer[:-1]), rows, columns * each)
-
-
-def _factor_problem(factor: Tensor, shape: Shape) -> str:
-    if factor.type_name not in {one.name for one in FLOATS}:
-        return f"{factor.name} is {factor.type_name}, expected a float"
-    if factor.size not in (1, shape.experts):
-        return f"{factor.name} has {factor.size} factors, expected 1 or one of {shape.experts} experts"
-    return ""
-
-
-def _unfit(scale: Tensor, wanted: str, stored: Tensor) -> str:
-    return f"{scale.name} of shape {scale.shape} for {stored.shape}, expected {wanted}"

@@ -45,7 +45,8 @@ class Tensor:
         stored: bool = False,
     ) -> None:
         self._info, self._weights, self._part = info, weights, part
-        self._scales: Scales | str | None = None
+        self._scales: Scales | None = None
+        self._refused = ""  # why its scales cannot be applied
         self._looked = stored  # for scales: there are none
 
     name = property(lambda self: self._info.name)
@@ -69,13 +70,13 @@ class Tensor:
     @property
     def scales(self) -> Scales | None:
         """Return its scales, where other tensors hold them and how they are applied is known."""
-        found = self._found_scales()
-        return found if isinstance(found, Scales) else None
-
-    def _found_scales(self) -> Scales | str | None:
-        if not self._looked and self._info.type_name in SCALED_TYPES:
-            self._scales = self._weights.companions.of(self)
-        self._looked = True
+        if not self._looked:
+            try:
+                if self._info.type_name in SCALED_TYPES:
+                    self._scales = self._weights.companions.of(self)
+            except UnsupportedTypeError as error:  # for those who want floats of it
+                self._refused = str(error.args[0])
+            self._looked = True
         return self._scales
 
     def check_scales(self, dtype: str) -> None:
@@ -83,24 +84,31 @@ class Tensor:
 
         Raises: UnsupportedTypeError.
         """
-        found = self._found_scales()
-        if isinstance(found, str) and "float" in dtype and NAMES.get(self.type_name) != dtype:
-            raise UnsupportedTypeError(
-                f"tensor {self.name!r}: {self.type_name} that cannot become weights: {found};"
-                " torch() and stream(dtype=None) give what is in the file"
-            )
+        converts = "float" in dtype and NAMES.get(self.type_name) != dtype
+        if converts and not self.scales and self._refused:
+            raise UnsupportedTypeError(self._refused)
 
     @property
     def weight_name(self) -> str:
         """Return the name of the weights: X where the file has X_blocks and X_scales."""
         scales = self.scales
-        return self.name.removesuffix("_blocks") if scales and scales.turned else self.name
+        name: str = self.name
+        return name.removesuffix("_blocks") if scales and scales.turned else name
+
+    @property
+    def scale_names(self) -> list[str]:
+        """Return the names of tensors that floats of it need no more: scales that are applied."""
+        scales = self.scales
+        if scales is None:
+            return []
+        return [*scales.names, *self._weights.companions.activations(self)]
 
     @property
     def layout(self) -> str:
         """Return what is stored, where scales belong to it: "MXFP4", "FP8 128x128"; else ""."""
-        found = self._found_scales()
-        return found.title if isinstance(found, Scales) else "unknown scales" if found else ""
+        if self.scales is not None:
+            return self.scales.title
+        return "unknown scales" if self._refused else ""
 
     def as_stored(self) -> Tensor:
         """Return the same tensor without scales: its numbers as they are in the file."""
@@ -164,6 +172,8 @@ class Tensor:
 
         self.check_scales(dtype.name)
         order, scales = self.byte_order, self.scales
+        if scales is not None and scales.factor is not None:
+            scales.factors()
         return Conversion(self.code, dtype, name=self.name, byte_order=order, scales=scales)
 
     @property

@@ -249,9 +249,9 @@ def test_memory_across_lines_of_the_caches_is_written_through_them(offset: int) 
     convert = Conversion(QuantType.F16, BF16)
     asked = []
 
-    def run(blocks: Any, bits: Any, past_caches: bool) -> None:
+    def run(blocks: Any, floats: Any, past_caches: bool, scales: Any = None) -> None:
         asked.append(past_caches)
-        bits[:] = 7
+        floats[:] = 7
 
     convert._run = run
     memory = np.zeros(4096, np.uint8)

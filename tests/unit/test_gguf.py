@@ -144,7 +144,11 @@ def test_unusual_dims(dims: tuple[int, ...], nbytes: int) -> None:
 FOREIGN = {
     "removed": [4, 5, 31, 32, 33, 36, 37, 38],
     "ik_llama.cpp": [97, 99, 133, 158, 202, 399],
-    "unknown": [43, 96, 100, 132, 159, 201, 400, 2**32 - 1],
+    "TurboQuant": [64, 68],
+    "ROCmFPX": [100, 107],
+    "Prism": [142, 143],
+    "ik_llama.cpp or Prism": [144],
+    "unknown": [43, 63, 69, 96, 108, 132, 159, 201, 400, 2**32 - 1],
 }
 
 

@@ -18,7 +18,8 @@ from commands import evict
 from numaload.linux.mapping import MappedMemory, map_private
 from numaload.pipeline.ahead import resident
 from numaload.pipeline.buffers import Buffers
-from numaload.pipeline.fill import PART, SCATTERED, parts
+from numaload.dequantize import SCATTERED
+from numaload.pipeline.fill import PART, parts
 
 MIB = 1 << 20
 

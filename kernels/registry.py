@@ -65,7 +65,7 @@ class Scaled(NamedTuple):
 SCALED: dict[str, Scaled] = {
     "e4m3_by_32": Scaled("scaled", "e4m3", 32, 32, 32),
     "e2m1_by_16": Scaled("scaled", "e2m1", 32, 16, 16),
-    "e2m1_by_32": Scaled("scaled", "e2m1", 32, 16, 32),
+    "e2m1_doubled_by_32": Scaled("scaled", "e2m1_doubled", 32, 16, 32),
     "nvfp4_by_64": Scaled("codebooks", "nvfp4", *BLOCKS[QuantType.NVFP4], 64),
 }
 Code = QuantType | str  # of a kernel: a type of GGUF, or a name of SCALED

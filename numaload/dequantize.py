@@ -96,6 +96,8 @@ class Conversion:
                 f" {', '.join(one.name for one in FLOATS)} can: gguf-convert-endian of gguf-py"
                 " makes a little-endian file of it"
             )
+        if isinstance(code, str) != (scales is not None):
+            raise UsageError(f"{self.what}: scales belong to kernels that take some")
         self._run, self._scales = _kernel(code, dtype.name, self.what), scales
         self.step, self.step_bytes = registry.step(code)
         if swapped:

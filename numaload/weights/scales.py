@@ -87,7 +87,7 @@ class Scales:
         factor: Tensor | None = None,
     ) -> None:
         self.code, self.title, self.shape, self.block = code, title, shape, block
-        self.scale, self.factor, self.turned = scale, factor, code == "e2m1_by_32"
+        self.scale, self.factor, self.turned = scale, factor, code == "e2m1_doubled_by_32"
         self._factors: Floats | None = None
         self.columns, self._group = shape.columns, SCALED[code].group
         self._step = SCALED[code].weights
@@ -126,8 +126,7 @@ class Scales:
             table = table[line - low]
         skip = (first - start * columns) // self._group
         size = count // columns * self._groups if columns % self._step else count // self._group
-        flat: Floats = np.ascontiguousarray(table).reshape(-1)
-        return flat[skip : skip + size]
+        return np.ascontiguousarray(table).reshape(-1)[skip : skip + size]
 
     def _table(self, low: int, high: int) -> Floats:
         """Return lines of scales, (high - low, scales of a line)."""
@@ -138,7 +137,8 @@ class Scales:
         each = -(-self.columns // self.block.columns)
         item = self.scale.nbytes // max(1, self.scale.size)
         raw = self.scale.fetch(low * each * item, (high - low) * each * item)
-        return _as_floats(raw, self.scale.type_name).reshape(high - low, each)
+        kind = self.title if self.turned else self.scale.type_name
+        return _as_floats(raw, kind).reshape(high - low, each)
 
     def factors(self) -> Floats:
         """Return one factor, or one of each expert. Raises: UnsupportedTypeError, ReadError."""
@@ -158,30 +158,31 @@ class Scales:
 
 
 @lru_cache
-def _values(type_name: str) -> Floats:
-    """Return the value of each byte."""
+def _values(kind: str) -> Floats:
+    """Return the value of each byte as a scale. kind: the type, or MXFP4, whose kernel doubles."""
     import ml_dtypes
     import numpy as np
 
     byte = np.arange(256, dtype=np.uint8)
-    if type_name == "F8_E4M3":
-        return byte.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    # The exponent of a power of 2. 255 is NaN by the type, in plain bytes 2^128 as elsewhere.
-    exponents = np.ldexp(1.0, np.arange(256) - 127)
-    exponents[255] = np.nan if type_name == "F8_E8M0" else np.inf
-    return exponents.astype(np.float32)
+    values: NDArray[Any] = byte.view(ml_dtypes.float8_e4m3fn)
+    if kind != "F8_E4M3":  # the exponent of a power of 2
+        values = np.ldexp(1.0, np.arange(256) - (128 if kind == "MXFP4" else 127))
+    if kind == "F8_E8M0":
+        values[255] = np.nan
+    with np.errstate(over="ignore"):  # 2^128 of plain bytes is infinite
+        return values.astype(np.float32)
 
 
-def _as_floats(raw: NDArray[np.uint8], type_name: str) -> Floats:
+def _as_floats(raw: NDArray[np.uint8], kind: str) -> Floats:
     import numpy as np
 
-    if type_name == "F32":
+    if kind == "F32":
         return raw.view("<f4")
-    if type_name == "F16":
+    if kind == "F16":
         return raw.view("<f2").astype(np.float32)
-    if type_name == "BF16":
+    if kind == "BF16":
         return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return _values(type_name)[raw]
+    return _values(kind)[raw]
 
 
 class Companions:
@@ -259,7 +260,7 @@ class Companions:
             raise _unfit(stored, scale, f"{(*shape, 16)} and {tuple(shape)}")
         experts, rows, blocks = shape
         weights = Shape(experts, rows, 32 * blocks)
-        return Scales("e2m1_by_32", "MXFP4", weights, Block(1, 32), scale)
+        return Scales("e2m1_doubled_by_32", "MXFP4", weights, Block(1, 32), scale)
 
     def _nvfp4(self, stored: Tensor) -> Scales:
         scale = self._scale(stored, f"{stored.name}_scale", {"F8_E4M3"})

@@ -235,6 +235,7 @@ def test_infinite_scales_warn_of_nothing() -> None:
 def test_widening_float32_needs_no_other_package() -> None:
     program = (
         "import sys, numpy as np; from numaload.dequantize import *\n"
+        "from numaload import QuantType\n"
         "from numaload.machine.workers import Workers\n"
         "import os; w = Workers(os.sched_getaffinity(0), 1); out = np.empty(1, 'float16')\n"
         "dequantize_blocks(np.zeros((1, 4), 'u1'), QuantType.F32, out.dtype, out, w)\n"

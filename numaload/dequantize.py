@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import gcd, prod
 from typing import Any, Protocol
 
@@ -232,29 +233,43 @@ def rows_at_once(most: int, width: int) -> int:
 
 
 def dequantize_turned(
+    convert: Conversion, blocks: NDArray[np.uint8], out: NDArray[Any], workers: Workers, start: int
+) -> None:
+    """Make rows of ``out``, (columns, rows), from number ``start`` of all matrices transposed.
+
+    blocks: (matrices, rows, bytes of a row).
+    """
+    _, rows, nbytes = blocks.shape
+    width = nbytes // convert.step_bytes * convert.step
+    for number, matrix in enumerate(blocks):
+        before = number * width
+        first, last = max(start, before), min(start + len(out), before + width)
+        if first < last:
+            place, columns = (
+                out[first - start : last - start].T,
+                slice(first - before, last - before),
+            )
+            task = partial(_turn, convert, matrix, place, columns, before * rows)
+            workers.ranges(task, rows, max(1, GRAIN // width))
+
+
+def _turn(
     convert: Conversion,
-    blocks: Blocks,
-    out: NDArray[Any],
-    workers: Workers,
+    matrix: NDArray[np.uint8],
+    place: NDArray[Any],
     columns: slice,
     first: int,
+    start: int,
+    stop: int,
 ) -> None:
-    """Turn ``blocks`` (rows, bytes) into some columns of their weights, ``out`` (rows, columns).
-
-    out: of any strides, as those of a transposed matrix. first: see ``Conversion``.
-    """
-    width = blocks.shape[1] // convert.step_bytes * convert.step
-    most = rows_at_once(SCATTERED // out.itemsize, width)
-
-    def task(start: int, stop: int) -> None:
-        for row in range(start, stop, most):
-            last = min(row + most, stop)
-            made = np.empty((last - row, width), out.dtype)
-            convert(blocks[row:last].reshape(-1), made.reshape(-1), False, first + row * width)
-            out[row:last] = made[:, columns]
-
-    if out.size:
-        workers.ranges(task, len(out), max(1, GRAIN // width))
+    """Put some columns of rows [start, stop) of a matrix to ``place``. first: its first weight."""
+    width = matrix.shape[1] // convert.step_bytes * convert.step
+    most = rows_at_once(SCATTERED // place.itemsize, width)
+    for row in range(start, stop, most):
+        made = np.empty((min(most, stop - row), width), place.dtype)
+        flat = matrix[row : row + len(made)].reshape(-1)
+        convert(flat, made.reshape(-1), False, first + row * width)
+        place[row : row + len(made)] = made[:, columns]
 
 
 def _check(blocks: Blocks, code: registry.Code, out: NDArray[Any], what: str) -> None:

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -126,11 +127,7 @@ def _fetch(tensor: Tensor, start: int, nbytes: int) -> NDArray[np.uint8]:
 
     Raises: ReadError, FileChangedError, ClosedError.
     """
-    if not tensor.is_file:
-        return np.frombuffer(tensor.buffer[start : start + nbytes], np.uint8)
-    buffer = scratch("blocks", nbytes)
-    tensor.read_into(buffer.data, start)
-    return buffer
+    return tensor.fetch(start, nbytes, partial(scratch, "blocks"))
 
 
 Write = Callable[[Part], None]  # puts it into its place

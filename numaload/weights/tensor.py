@@ -234,8 +234,10 @@ class Tensor:
             )
         self._weights.read_into(self._part, view, self.offset + start)
 
-    def fetch(self, start: int, nbytes: int) -> NDArray[np.uint8]:
-        """Return bytes of it: read from the file, or where they are in memory.
+    def fetch(
+        self, start: int, nbytes: int, room: Callable[[int], NDArray[np.uint8]] | None = None
+    ) -> NDArray[np.uint8]:
+        """Return bytes of it: read from the file into ``room``, or where they are in memory.
 
         Raises: ReadError, FileChangedError, ClosedError, UsageError.
         """
@@ -243,7 +245,7 @@ class Tensor:
 
         if not self.is_file:
             return np.frombuffer(self.buffer[start : start + nbytes], np.uint8)
-        found = np.empty(nbytes, np.uint8)
+        found = room(nbytes) if room else np.empty(nbytes, np.uint8)
         self.read_into(found.data, start)
         return found
 
@@ -322,16 +324,9 @@ class Tensor:
                 name=self.name, byte_order=self.byte_order, scales=scales, first=start * columns,
             )  # fmt: skip
             return
-        experts, rows, columns = scales.shape  # in the file
-        matrices, out = self.blocks.reshape(experts, rows, -1), flat.reshape(-1, rows)
-        convert = self.conversion(dtype)
-        for expert in range(start // columns, -(-stop // columns)):
-            before = expert * columns
-            first, last = max(start, before), min(stop, before + columns)
-            window = slice(first - before, last - before)
-            part = out[first - start : last - start].T
-            number = expert * rows * columns
-            dequantize_turned(convert, matrices[expert], part, workers, window, number)
+        matrices = self.blocks.reshape(*scales.shape[:2], -1)
+        out = flat.reshape(-1, scales.shape.rows)
+        dequantize_turned(self.conversion(dtype), matrices, out, workers, start)
 
     def torch(self, dtype: Any = None, device: Any = "cpu") -> Any:
         """Return the weights as a torch tensor, zero-copy where nothing is to be converted.

@@ -113,6 +113,11 @@ def pair(low: int, high: int) -> Array:
     return np.array([int(low) & mask, int(high) & mask], np.uint64).view(np.uint8)
 
 
+def interleave(low: int, high: int) -> Array:
+    """Make 16 bytes of the 8 of ``low`` and the 8 of ``high``, of each in turn."""
+    return pair(low, high).reshape(2, LANES // 2).T.reshape(-1)
+
+
 def quad(a: int, b: int, c: int, d: int) -> Array:
     """Make 16 bytes from four times the low 4."""
     mask = (1 << 32) - 1

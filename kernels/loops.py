@@ -33,8 +33,8 @@ Decode = Callable[[Any, int, Any, int], None]
 Read = Callable[[Any, int], Any]
 # (16 float32, and the next 16) -> the 32 lanes that are stored
 Narrow = Callable[[Any, Any], Any]
-# (src, out, n_blocks, whether past the caches) -> n_blocks
-Loop = Callable[[Any, Any, int, int], int]
+# (src, out, n_blocks, whether past the caches, scales or None) -> n_blocks
+Loop = Callable[..., int]
 
 
 def _to_f16(low: Any, high: Any) -> Any:
@@ -90,19 +90,52 @@ def _make_store(convert: Read, item_size: int) -> Callable[..., None]:
     return store
 
 
-def _make_loop(decode: Decode, store: Callable[..., None], block_size: int, type_size: int) -> Loop:
+def _make_plain(decode: Decode) -> Callable[..., None]:
+    """Make a function that decodes a block; there are no scales besides those in it."""
+
+    def plain(src: Any, at: int, w: Any, to: int, _scales: Any, _first: int) -> None:
+        decode(src, at, w, to)
+
+    return plain
+
+
+def _make_scaled(decode: Decode, block_size: int, group: int) -> Callable[..., None]:
+    """Make a function that decodes a block and multiplies each ``group`` of weights by its scale.
+
+    The scales, float32, are an array of their own: number ``first`` is the block's first.
+    """
+    parts, each = block_size // LANES, group // LANES
+
+    def scaled(src: Any, at: int, w: Any, to: int, scales: Any, first: int) -> None:
+        decode(src, at, w, to)
+        for part in range(parts):
+            here = to + LANES * part
+            put(w, here, load(w, here) * scales[first + part // each])
+
+    return scaled
+
+
+def _make_loop(
+    decode: Callable[..., None],
+    store: Callable[..., None],
+    block_size: int,
+    type_size: int,
+    scales_each: int,
+) -> Loop:
     """Make the loop that takes blocks [0, n_blocks) of ``src`` to ``out`` through the scratch.
 
-    store: from a scratch of float32. block_size: weights, type_size: bytes.
+    store: from a scratch of float32. block_size: weights, type_size: bytes, scales_each: scales of
+    a block.
     """
     blocks_at_once = CHUNK // block_size
 
-    def loop(src: Any, out: Any, n_blocks: int, past_caches: int) -> int:
+    def loop(src: Any, out: Any, n_blocks: int, past_caches: int, scales: Any = None) -> int:
         w = scratch()
         for first in range(0, n_blocks, blocks_at_once):
             count = min(n_blocks - first, blocks_at_once)
             for block in range(count):
-                decode(src, (first + block) * type_size, w, block * block_size)
+                number = first + block
+                decode(src, number * type_size, w, block * block_size, scales, number * scales_each)
             store(w, 0, out, first * block_size, count * block_size, past_caches)
         fence()
         return n_blocks
@@ -116,7 +149,7 @@ def _make_float_loop(store: Callable[..., None], step: int) -> Loop:
     They are read as fast as they are written, and reading ahead must not wait for the scratch.
     """
 
-    def loop(src: Any, out: Any, n_blocks: int, past_caches: int) -> int:
+    def loop(src: Any, out: Any, n_blocks: int, past_caches: int, _scales: Any = None) -> int:
         store(src, 0, out, 0, n_blocks * step, past_caches)
         fence()
         return n_blocks
@@ -132,14 +165,17 @@ class Parts(NamedTuple):
     weights: int  # of a block, or STEP floats
     nbytes: int
     floats: bool  # whether they are stored from where they are, or decoded to the scratch first
+    group: int = 0  # weights that share one of the scales that are given; 0: none are
 
 
 def build_loop(parts: Parts, prepare: Callable[[Any], Any]) -> Loop:
     """Build the loop of a kernel; ``prepare`` makes what its parts call callable for them."""
-    function, narrow, weights, nbytes, floats = parts
+    function, narrow, weights, nbytes, floats, group = parts
     read, item_size = (function, nbytes // weights) if floats else (load, 1)
     convert = prepare(_make_convert(prepare(read), prepare(narrow), item_size))
     store = prepare(_make_store(convert, item_size))
     if floats:
         return _make_float_loop(store, weights)
-    return _make_loop(prepare(function), store, weights, nbytes)
+    decode, each = prepare(function), weights // group if group else 0
+    decode = prepare(_make_scaled(decode, weights, group) if group else _make_plain(decode))
+    return _make_loop(decode, store, weights, nbytes, each)

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from numaload.forks import compiling
 from numaload.formats.qtypes import BLOCKS, QuantType
@@ -49,49 +49,83 @@ KERNELS: dict[QuantType, tuple[str, str]] = {
     QuantType.TQ1_0: ("ternary", "tq1_0"),
     QuantType.TQ2_0: ("ternary", "tq2_0"),
 }
+
+
+class Scaled(NamedTuple):
+    """A kernel that multiplies what it decodes by float32 that it is given."""
+
+    module: str
+    function: str
+    weights: int  # of a step
+    nbytes: int
+    group: int  # weights that share a scale
+
+
+# {name: what it is}. What are numbers without scales here has no id in GGUF.
+SCALED: dict[str, Scaled] = {
+    "e4m3_by_32": Scaled("scaled", "e4m3", 32, 32, 32),
+    "e2m1_by_16": Scaled("scaled", "e2m1", 32, 16, 16),
+    "e2m1_doubled_by_32": Scaled("scaled", "e2m1_doubled", 32, 16, 32),
+    "nvfp4_by_64": Scaled("codebooks", "nvfp4", *BLOCKS[QuantType.NVFP4], 64),
+}
+Code = QuantType | str  # of a kernel: a type of GGUF, or a name of SCALED
 DTYPES = ("float32", "float16", "bfloat16")
 # Types of which float32 can be subnormal: all others have scales of float16 or float8.
 SUBNORMAL = {QuantType.F32, QuantType.BF16, QuantType.MXFP4}
 # What is in the file as it is asked for, and stays bit for bit; F32 to float32 does by itself.
 COPIES = {(QuantType.F16, "float16"), (QuantType.BF16, "bfloat16")}
 
-# (blocks, uint8; floats or their bits; whether past the caches), both arrays C-contiguous and of
-# one size in steps. Compiled code checks no bounds: that is the caller's duty.
-Kernel = Callable[["NDArray[np.uint8]", "NDArray[Any]", bool], None]
+
+class Kernel(Protocol):
+    """Convert blocks to floats, or their bits: C-contiguous arrays, of one size in steps.
+
+    scales: of kernels of SCALED alone, one for each group of weights. Compiled code checks no
+    bounds: that is the caller's duty.
+    """
+
+    def __call__(
+        self,
+        blocks: NDArray[np.uint8],
+        floats: NDArray[Any],
+        past_caches: bool,
+        scales: NDArray[np.float32] | None = None,
+    ) -> None: ...
 
 
 SettingError = jit.SettingError  # what ``load`` raises
-_loaded: dict[tuple[QuantType, str], Kernel] = {}
+_loaded: dict[tuple[Code, str], Kernel] = {}
 
 
-def step(qtype: QuantType) -> tuple[int, int]:
+def step(code: Code) -> tuple[int, int]:
     """Return (weights, bytes) that a kernel works on at once: a block, or STEP floats."""
     from numaload.kernels.loops import STEP
 
-    block_size, type_size = BLOCKS[qtype]
+    if isinstance(code, str):
+        return SCALED[code].weights, SCALED[code].nbytes
+    block_size, type_size = BLOCKS[code]
     return (block_size, type_size) if block_size > 1 else (STEP, STEP * type_size)
 
 
-def load(qtype: QuantType, dtype: str) -> Kernel | None:
+def load(code: Code, dtype: str) -> Kernel | None:
     """Return the kernel from a type to one of DTYPES, None if there is none.
 
     The first time it is linked from the cache on disk, or compiled; any thread may ask.
     Raises: SettingError if a variable of numba's makes it impossible.
     """
-    if qtype not in KERNELS or dtype not in DTYPES:
+    if code not in (SCALED if isinstance(code, str) else KERNELS) or dtype not in DTYPES:
         return None
-    if (qtype, dtype) in _loaded:  # not to wait while another one compiles
-        return _loaded[qtype, dtype]
+    if (code, dtype) in _loaded:  # not to wait while another one compiles
+        return _loaded[code, dtype]
     with compiling:
-        if (qtype, dtype) not in _loaded:
+        if (code, dtype) not in _loaded:
             make = _interpreted if interpreted() else Compiled
-            _loaded[qtype, dtype] = _in_thread(lambda: make(qtype, dtype))
-        return _loaded[qtype, dtype]
+            _loaded[code, dtype] = _in_thread(lambda: make(code, dtype))
+        return _loaded[code, dtype]
 
 
-def decoder(qtype: QuantType) -> Decode | Read:
+def decoder(code: Code) -> Decode | Read:
     """Return the function of the table: Read for floats, else Decode."""
-    module, name = KERNELS[qtype]
+    module, name = SCALED[code][:2] if isinstance(code, str) else KERNELS[code]
     found: Decode | Read = getattr(import_module(f"{__package__}.{module}"), name)
     return found
 
@@ -110,14 +144,17 @@ def problem() -> str:
     return cache.problem()
 
 
-def _parts(qtype: QuantType, dtype: str) -> Parts:
+def _parts(code: Code, dtype: str) -> Parts:
     from numaload.kernels import lanes, loops
 
-    floats = BLOCKS[qtype][0] == 1
-    if (qtype, dtype) in COPIES:
-        return loops.Parts(lanes.load_u16, lanes.join, *step(qtype), floats)
-    narrow = (loops.NARROW if qtype in SUBNORMAL else loops.NARROW_NORMAL)[dtype]
-    return loops.Parts(decoder(qtype), narrow, *step(qtype), floats)
+    if isinstance(code, str):  # scales may be as small as they like
+        narrow = loops.NARROW[dtype]
+        return loops.Parts(decoder(code), narrow, *step(code), False, SCALED[code].group)
+    floats = BLOCKS[code][0] == 1
+    if (code, dtype) in COPIES:
+        return loops.Parts(lanes.load_u16, lanes.join, *step(code), floats)
+    narrow = (loops.NARROW if code in SUBNORMAL else loops.NARROW_NORMAL)[dtype]
+    return loops.Parts(decoder(code), narrow, *step(code), floats)
 
 
 def _in_thread(function: Callable[[], Kernel]) -> Kernel:
@@ -149,12 +186,12 @@ def _in_thread(function: Callable[[], Kernel]) -> Kernel:
     return results[0]
 
 
-def compiled(qtype: QuantType, dtype: str) -> tuple[str, bytes]:
+def compiled(code: Code, dtype: str) -> tuple[str, bytes]:
     """Return (function, object file) of a kernel."""
     from numaload.kernels.jit.objects import object_code
 
-    name = f"{KERNELS[qtype][1]}_to_{dtype}"
-    return name, object_code(name, dtype, _parts(qtype, dtype))
+    name = f"{code if isinstance(code, str) else KERNELS[code][1]}_to_{dtype}"
+    return name, object_code(name, dtype, _parts(code, dtype))
 
 
 def load_fill() -> Callable[[int, int, int, int], None]:
@@ -172,16 +209,23 @@ def load_fill() -> Callable[[int, int, int, int], None]:
 class Compiled:
     """A kernel that can read its blocks itself."""
 
-    def __init__(self, qtype: QuantType, dtype: str) -> None:
+    def __init__(self, code: Code, dtype: str) -> None:
         from numaload.kernels.jit.objects import Function
 
-        name, code = compiled(qtype, dtype)
-        self._function = Function(code, name)
-        _, self.step_bytes = step(qtype)
+        name, machine_code = compiled(code, dtype)
+        self._function = Function(machine_code, name)
+        _, self.step_bytes = step(code)
 
-    def __call__(self, blocks: NDArray[np.uint8], floats: NDArray[Any], past_caches: bool) -> None:
+    def __call__(
+        self,
+        blocks: NDArray[np.uint8],
+        floats: NDArray[Any],
+        past_caches: bool,
+        scales: NDArray[np.float32] | None = None,
+    ) -> None:
         n_blocks = blocks.nbytes // self.step_bytes
-        self._function(blocks.ctypes.data, floats.ctypes.data, n_blocks, past_caches)
+        address = 0 if scales is None else scales.ctypes.data
+        self._function(blocks.ctypes.data, floats.ctypes.data, n_blocks, past_caches, address)
 
     def from_file(
         self,
@@ -191,29 +235,36 @@ class Compiled:
         steps: int,
         scratch: NDArray[np.uint8],
         past_caches: bool,
+        scales: NDArray[np.float32] | None = None,
     ) -> int:
         """Read and convert ``steps`` at ``offset``; return how many: fewer at an error.
 
         scratch: memory for what is read at a time.
         """
         part = scratch.nbytes // self.step_bytes * self.step_bytes
+        address, each = (0, 0) if scales is None else (scales.ctypes.data, scales.size // steps)
         done = self._function.from_file(
             fd, offset, steps * self.step_bytes, self.step_bytes, floats.nbytes // steps, part,
-            scratch.ctypes.data, floats.ctypes.data, past_caches,
+            scratch.ctypes.data, floats.ctypes.data, past_caches, address, each,
         )  # fmt: skip
         return done // self.step_bytes
 
 
-def _interpreted(qtype: QuantType, dtype: str) -> Kernel:
+def _interpreted(code: Code, dtype: str) -> Kernel:
     import numpy as np
 
     from numaload.kernels.loops import build_loop
 
-    _, nbytes = step(qtype)
-    loop = build_loop(_parts(qtype, dtype), lambda function: function)
+    _, nbytes = step(code)
+    loop = build_loop(_parts(code, dtype), lambda function: function)
 
-    def kernel(blocks: NDArray[np.uint8], floats: NDArray[Any], past_caches: bool) -> None:
+    def kernel(
+        blocks: NDArray[np.uint8],
+        floats: NDArray[Any],
+        past_caches: bool,
+        scales: NDArray[np.float32] | None = None,
+    ) -> None:
         with np.errstate(all="ignore"):  # numpy warns where a kernel may overflow
-            loop(blocks.reshape(-1), floats, blocks.nbytes // nbytes, past_caches)
+            loop(blocks.reshape(-1), floats, blocks.nbytes // nbytes, past_caches, scales)
 
     return kernel

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
-from typing import Any
+from functools import partial
+from math import gcd, prod
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from numaload.errors import NodeMemoryError, UnsupportedTypeError, UsageError, warn_once
-from numaload.formats.qtypes import BLOCKS, FLOATS, QuantType
+from numaload.formats.qtypes import BLOCKS, FLOATS
 from numaload.kernels import registry
 from numaload.linux.mapping import MORE_ADDRESSES
 from numaload.linux.syscalls import memory_at
@@ -26,6 +27,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 GRAIN = 1 << 17  # weights; less is not worth another thread
 PIECE = 1 << 16  # weights of a big-endian file that a worker turns round at a time
+SCALED_PIECE = 1 << 20  # weights whose scales, given in a tensor of their own, are made at a time
+# Bytes of floats that are made before they are put where they go, if that is not contiguous.
+SCATTERED = 1 << 20
+LINES = 32  # rows whose floats, transposed, are whole lines of the caches
 # Bytes of output: from here on it goes past the caches. It would push out what is in them, and be
 # gone itself before somebody reads the beginning.
 LARGE = 8 << 20
@@ -49,43 +54,109 @@ def dtype_of(dtype: Any) -> np.dtype[Any]:
         raise UsageError(f"dtype {dtype}: expected {', '.join(DTYPES)}") from None
 
 
+class GivenScales(Protocol):
+    """Scales that are not in the blocks. columns: weights of a row."""
+
+    columns: int
+
+    def take(self, first: int, count: int) -> NDArray[np.float32]:
+        """Return those of ``count`` weights from number ``first`` of the tensor, in file order."""
+
+
+def block_of(code: registry.Code) -> tuple[int, int]:
+    """Return (weights, bytes) of the smallest part that stands for itself."""
+    if not isinstance(code, str):
+        return BLOCKS[code]
+    weights, nbytes = registry.step(code)
+    return weights // gcd(weights, nbytes), nbytes // gcd(weights, nbytes)
+
+
 class Conversion:
-    """Blocks of one qtype to floats of one dtype, in the calling thread: calls may overlap.
+    """Blocks of one type to floats of one dtype, in the calling thread: calls may overlap.
 
     name: of the tensor, for errors. byte_order: of the blocks; F32, F16 and BF16 can be "big".
+    scales: what the numbers in the blocks are multiplied by, in float32: of kernels that take some.
     Raises: UnsupportedTypeError, UsageError.
     """
 
     def __init__(
-        self, qtype: QuantType, dtype: np.dtype[Any], *, name: str = "", byte_order: str = "little"
+        self,
+        code: registry.Code,
+        dtype: np.dtype[Any],
+        *,
+        name: str = "",
+        byte_order: str = "little",
+        scales: GivenScales | None = None,
     ) -> None:
-        self.what = f"tensor {name!r}: {qtype.name}" if name else qtype.name
+        shown = code if isinstance(code, str) else code.name
+        self.what = f"tensor {name!r}: {shown}" if name else shown
         swapped = byte_order == "big"
-        if swapped and qtype not in FLOATS:
+        if swapped and code not in FLOATS:
             raise UnsupportedTypeError(
                 f"{self.what} of a big-endian file cannot be turned to float, only"
                 f" {', '.join(one.name for one in FLOATS)} can: gguf-convert-endian of gguf-py"
                 " makes a little-endian file of it"
             )
-        kernel = _kernel(qtype, dtype.name, self.what)
-        self._run = _swapping(kernel, BLOCKS[qtype][1]) if swapped else kernel
-        self.step, self.step_bytes = registry.step(qtype)
+        if isinstance(code, str) != (scales is not None):
+            raise UsageError(f"{self.what}: scales belong to kernels that take some")
+        self._run, self._scales = _kernel(code, dtype.name, self.what), scales
+        self.step, self.step_bytes = registry.step(code)
+        if swapped:
+            self._run = _swapping(self._run, block_of(code)[1])
+        self._groups = self.step // registry.SCALED[code].group if isinstance(code, str) else 0
+        if scales is not None and scales.columns % self.step:
+            self._run = _padding(self._run, scales.columns, self.step, self.step_bytes)
+            self._groups *= -(-scales.columns // self.step)
+            weights, nbytes = block_of(code)
+            self.step, self.step_bytes = scales.columns, scales.columns // weights * nbytes
         self._bits = np.dtype(np.float32 if dtype.itemsize == 4 else np.uint16)
 
-    def __call__(self, blocks: NDArray[np.uint8], out: NDArray[Any], past_caches: bool) -> None:
+    def __call__(
+        self, blocks: NDArray[np.uint8], out: NDArray[Any], past_caches: bool, first: int = 0
+    ) -> None:
         """Convert blocks: flat bytes of whole blocks. out: flat, as many floats as they have.
 
-        past_caches: for what is not read again soon, see ``LARGE``.
+        past_caches: for what is not read again soon, see ``LARGE``. first: number of the first
+        weight, for which scales are looked up.
         """
+        if self._scales is not None:
+            self._scaled(blocks, out, past_caches, first)
+            return
         bits = out.view(self._bits)
         # Stores past the caches that cross their lines are 13 times as slow as plain ones.
         past_caches = past_caches and bits.__array_interface__["data"][0] % LINE == 0
         whole = len(blocks) // self.step_bytes
-        first, done = whole * self.step_bytes, whole * self.step
+        rest, done = whole * self.step_bytes, whole * self.step
         if whole:
-            self._run(blocks[:first], bits[:done], past_caches)
+            self._run(blocks[:rest], bits[:done], past_caches)
         if bits.size > done:
-            self._finish(blocks[first:], bits[done:])
+            self._finish(blocks[rest:], bits[done:])
+
+    def _scaled(
+        self, blocks: NDArray[np.uint8], out: NDArray[Any], past_caches: bool, first: int
+    ) -> None:
+        """Convert piece by piece, so that the scales are still in the caches."""
+        bits, step, nbytes = out.view(self._bits), self.step, self.step_bytes
+        steps = blocks.size // nbytes
+        if blocks.size % nbytes or first % step or bits.size != steps * step:
+            raise UsageError(f"{self.what}: {blocks.size} bytes are no whole rows or groups")
+        past_caches = past_caches and bits.__array_interface__["data"][0] % LINE == 0
+        each = max(1, SCALED_PIECE // step)
+        for start in range(0, steps, each):
+            stop = min(start + each, steps)
+            made = bits[start * step : stop * step]
+            scales = self._take(first + start * step, made.size)
+            self._run(blocks[start * nbytes : stop * nbytes], made, past_caches, scales)
+
+    def _take(self, first: int, count: int) -> NDArray[np.float32] | None:
+        """Return the scales of so many weights, in whole steps. Raises: as the scales' own."""
+        if self._scales is None:
+            return None
+        found = self._scales.take(first, count)
+        wanted = count // self.step * self._groups
+        if found.shape != (wanted,) or found.dtype != np.float32:
+            raise UsageError(f"{self.what}: {found.shape} scales, expected {wanted} float32")
+        return found
 
     @property
     def reads(self) -> bool:
@@ -93,19 +164,26 @@ class Conversion:
         return isinstance(self._run, registry.Compiled)
 
     def read(
-        self, fd: int, offset: int, out: NDArray[Any], scratch: NDArray[np.uint8], past_caches: bool
+        self,
+        fd: int,
+        offset: int,
+        out: NDArray[Any],
+        scratch: NDArray[np.uint8],
+        past_caches: bool,
+        first: int = 0,
     ) -> int:
         """Read and convert; return how many floats of ``out`` were made, in whole steps.
 
         Fewer than those that there are where it cannot be read. scratch: for what is read at a
-        time, a step at least.
+        time, a step at least. first: see ``__call__``.
         """
         steps = out.size // self.step
         if not steps or not isinstance(self._run, registry.Compiled):
             return 0
         bits = out[: steps * self.step].view(self._bits)
         past = past_caches and bits.__array_interface__["data"][0] % LINE == 0
-        return self._run.from_file(fd, offset, bits, steps, scratch, past) * self.step
+        scales = self._take(first, bits.size)
+        return self._run.from_file(fd, offset, bits, steps, scratch, past, scales) * self.step
 
     def _finish(self, rest: NDArray[np.uint8], out: NDArray[Any]) -> None:
         """Make the last floats, which are no whole step, by way of one."""
@@ -117,37 +195,86 @@ class Conversion:
 
 def dequantize_blocks(
     blocks: Blocks,
-    qtype: QuantType,
+    code: registry.Code,
     dtype: np.dtype[Any],
     out: NDArray[Any],
     workers: Workers,
     *,
     name: str = "",
     byte_order: str = "little",
+    scales: GivenScales | None = None,
+    first: int = 0,
 ) -> None:
     """Turn ``blocks`` (n_blocks, type_size) into ``out``, flat, n_blocks * block_size of ``dtype``.
 
     Bit-exact with ggml's to_float. float16 and bfloat16: rounded to nearest even, too large is inf.
-    name, byte_order: see ``Conversion``. Raises: UnsupportedTypeError, UsageError.
+    name, byte_order, scales, first: see ``Conversion``. Raises: UnsupportedTypeError, UsageError.
     """
-    convert = Conversion(qtype, dtype, name=name, byte_order=byte_order)
-    _check(blocks, qtype, out, convert.what)
+    convert = Conversion(code, dtype, name=name, byte_order=byte_order, scales=scales)
+    _check(blocks, code, out, convert.what)
     step, nbytes = convert.step, convert.step_bytes
     flat = np.ascontiguousarray(blocks).reshape(-1)
     n_steps = flat.nbytes // nbytes
     past_caches = out.nbytes >= LARGE
 
     def task(start: int, stop: int) -> None:
-        convert(flat[start * nbytes : stop * nbytes], out[start * step : stop * step], past_caches)
+        part = out[start * step : stop * step]
+        convert(flat[start * nbytes : stop * nbytes], part, past_caches, first + start * step)
 
     if n_steps:
         workers.ranges(task, n_steps, max(1, GRAIN // step))
     convert(flat[n_steps * nbytes :], out[n_steps * step :], False)
 
 
-def _check(blocks: Blocks, qtype: QuantType, out: NDArray[Any], what: str) -> None:
+def rows_at_once(most: int, width: int) -> int:
+    """Return how many rows of ``width`` floats to make of at most ``most``, and at least one."""
+    rows = max(1, most // max(1, width))
+    return rows - rows % LINES if rows > LINES else rows
+
+
+def dequantize_turned(
+    convert: Conversion, blocks: NDArray[np.uint8], out: NDArray[Any], workers: Workers, start: int
+) -> None:
+    """Make rows of ``out``, (columns, rows), from number ``start`` of all matrices transposed.
+
+    blocks: (matrices, rows, bytes of a row).
+    """
+    _, rows, nbytes = blocks.shape
+    width = nbytes // convert.step_bytes * convert.step
+    for number, matrix in enumerate(blocks):
+        before = number * width
+        first, last = max(start, before), min(start + len(out), before + width)
+        if first < last:
+            place, columns = (
+                out[first - start : last - start].T,
+                slice(first - before, last - before),
+            )
+            task = partial(_turn, convert, matrix, place, columns, before * rows)
+            workers.ranges(task, rows, max(1, GRAIN // width))
+
+
+def _turn(
+    convert: Conversion,
+    matrix: NDArray[np.uint8],
+    place: NDArray[Any],
+    columns: slice,
+    first: int,
+    start: int,
+    stop: int,
+) -> None:
+    """Put some columns of rows [start, stop) of a matrix to ``place``. first: its first weight."""
+    width = matrix.shape[1] // convert.step_bytes * convert.step
+    most = rows_at_once(SCATTERED // place.itemsize, width)
+    for row in range(start, stop, most):
+        made = np.empty((min(most, stop - row), width), place.dtype)
+        flat = matrix[row : row + len(made)].reshape(-1)
+        convert(flat, made.reshape(-1), False, first + row * width)
+        place[row : row + len(made)] = made[:, columns]
+
+
+def _check(blocks: Blocks, code: registry.Code, out: NDArray[Any], what: str) -> None:
     """Check what the compiled kernel trusts: types, shapes, bounds."""
-    block_size, type_size = BLOCKS[qtype]
+    block_size, type_size = block_of(code)
     if blocks.shape[1:] != (type_size,) or out.size != len(blocks) * block_size:
         raise UsageError(
             f"{what}: blocks {blocks.shape} for {out.size} weights, expected (n, {type_size}) for"
@@ -155,9 +282,9 @@ def _check(blocks: Blocks, qtype: QuantType, out: NDArray[Any], what: str) -> No
         )
 
 
-def _kernel(qtype: QuantType, dtype_name: str, what: str) -> registry.Kernel:
+def _kernel(code: registry.Code, dtype_name: str, what: str) -> registry.Kernel:
     try:
-        kernel = registry.load(qtype, dtype_name)
+        kernel = registry.load(code, dtype_name)
     except registry.SettingError as error:
         raise UsageError(f"{what} cannot be turned to float: {error}") from error
     if kernel is None:
@@ -173,13 +300,40 @@ def _kernel(qtype: QuantType, dtype_name: str, what: str) -> registry.Kernel:
 def _swapping(kernel: registry.Kernel, width: int) -> registry.Kernel:
     """Return a kernel for floats of ``width`` bytes in the other byte order."""
 
-    def run(blocks: NDArray[np.uint8], floats: NDArray[Any], past_caches: bool) -> None:
+    def run(
+        blocks: NDArray[np.uint8], floats: NDArray[Any], past_caches: bool, scales: Any = None
+    ) -> None:
         count = len(floats)
         big = blocks.view(f">u{width}")
         for first in range(0, count, PIECE):
             last = min(first + PIECE, count)
             little = big[first:last].astype(f"<u{width}").view(np.uint8)
-            kernel(little, floats[first:last], past_caches)
+            kernel(little, floats[first:last], past_caches, scales)
+
+    return run
+
+
+def _padding(kernel: registry.Kernel, columns: int, step: int, step_bytes: int) -> registry.Kernel:
+    """Return a kernel for rows of ``columns`` weights that are no whole number of steps."""
+    steps = -(-columns // step)
+
+    def run(
+        blocks: NDArray[np.uint8],
+        floats: NDArray[Any],
+        past_caches: bool,  # noqa: ARG001 - as for all kernels
+        scales: Any = None,
+    ) -> None:
+        rows = len(floats) // columns
+        codes, out = blocks.reshape(rows, -1), floats.reshape(rows, columns)
+        scales, at_once = scales.reshape(rows, -1), max(1, PIECE // columns)
+        for first in range(0, rows, at_once):
+            part = codes[first : first + at_once]
+            padded = np.zeros((len(part), steps * step_bytes), np.uint8)
+            padded[:, : part.shape[1]] = part
+            made = np.empty((len(part), steps * step), floats.dtype)
+            its = scales[first : first + at_once].reshape(-1)
+            kernel(padded.reshape(-1), made.reshape(-1), past_caches=False, scales=its)
+            out[first : first + at_once] = made[:, :columns]
 
     return run
 

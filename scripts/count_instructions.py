@@ -37,7 +37,7 @@ DRIVER = r"""
 #include <sys/ptrace.h>
 #include <sys/wait.h>
 #include <unistd.h>
-typedef int kernel(long *, void **, const void *, void *, long, long);
+typedef int kernel(long *, void **, const void *, void *, long, long, const float *);
 typedef void row(const void *, void *, long);
 static long steps(pid_t child) {
   int status;
@@ -58,6 +58,8 @@ int main(int n, char **word) {
   unsigned char *in = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
   unsigned char *out = aligned_alloc(4096, 4096 * 256 * 4);
   for (long i = 0; i < bytes; i++) in[i] = (i * 2654435761u >> 13) & 0x3b;
+  float *scales = aligned_alloc(4096, 4096 * 16 * 4);
+  for (long i = 0; i < 4096 * 16; i++) scales[i] = 1;
   void *exception = 0;
   if (word[6][0] == 's') {
     pid_t child = fork();
@@ -65,7 +67,7 @@ int main(int n, char **word) {
     ptrace(PTRACE_TRACEME, 0, 0, 0);
     raise(SIGSTOP);
   }
-  if (word[3][0] == 'k') ((kernel *)function)(&done, &exception, in, out, count, 1);
+  if (word[3][0] == 'k') ((kernel *)function)(&done, &exception, in, out, count, 1, scales);
   else ((row *)function)(in, out, count);
   if (word[6][0] == 's') raise(SIGUSR1);
   return 0;
@@ -75,7 +77,7 @@ int main(int n, char **word) {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--qtype", help="types, with commas; all unless given")
+    parser.add_argument("--qtype", help="types, with commas, those of SCALED too; all of GGUF's")
     parser.add_argument("--dtype", default="float32,float16,bfloat16")
     parser.add_argument("--ggml", help="a libggml-base.so, for the same of its functions")
     parser.add_argument("--json", action="store_true")
@@ -104,12 +106,14 @@ def counts(options: argparse.Namespace) -> dict[str, dict[str, float]]:
             (Path(folder) / label).mkdir()
             for name, dtype, library in _libraries(options, Path(folder) / label, variables):
                 way = "callgrind" if label == "avx2" else "steps"
-                sizes = registry.step(QuantType[name])
+                sizes = registry.step(code_of(name))
                 found = _count(driver, str(library), library.stem, "kernel", sizes, way)
                 rows.setdefault(name, {})[f"{label} {dtype}"] = found
         for name, row in rows.items():
-            qtype = QuantType[name]
-            if options.ggml and Ggml(options.ggml).convert(qtype) is not None:
+            qtype = code_of(name)
+            if not options.ggml or isinstance(qtype, str):
+                continue
+            if Ggml(options.ggml).convert(qtype) is not None:
                 symbol, sizes = Ggml.function_name(qtype), registry.step(qtype)
                 row["ggml"] = _count(driver, options.ggml, symbol, "row", sizes, "callgrind")
     return rows
@@ -122,10 +126,15 @@ from numaload.formats.qtypes import QuantType
 from numaload.kernels import registry
 for name in sys.argv[2].split(","):
     for dtype in sys.argv[3].split(","):
-        function, code = registry.compiled(QuantType[name], dtype)
+        what = name if name in registry.SCALED else QuantType[name]
+        function, code = registry.compiled(what, dtype)
         (Path(sys.argv[1]) / f"{function}.o").write_bytes(code)
         print(name, dtype, function)
 """
+
+
+def code_of(name: str) -> registry.Code:
+    return name if name in registry.SCALED else QuantType[name]
 
 
 def _libraries(
@@ -133,10 +142,10 @@ def _libraries(
 ) -> list[tuple[str, str, Path]]:
     """Compile all kernels with these variables, in another process: (type, dtype, library)."""
     known = [one.name for one in registry.KERNELS]
-    names = (options.qtype or ",".join(known)).upper()
+    names = options.qtype or ",".join(known)
     for name in names.split(","):
-        if name not in known:
-            raise SystemExit(f"type {name}: expected one of {', '.join(known)}")
+        if name not in (*known, *registry.SCALED):
+            raise SystemExit(f"type {name}: expected of {', '.join((*known, *registry.SCALED))}")
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, str(folder), names, options.dtype], text=True, check=True,
         stdout=subprocess.PIPE,

@@ -203,7 +203,8 @@ def _three(count: dict[str, float], way: str) -> str:
 
 def layouts() -> str:
     """Collect the diagrams above the kernels, family by family."""
-    modules = dict.fromkeys(module for module, _ in registry.KERNELS.values())
+    every = (*registry.KERNELS.values(), *registry.SCALED.values())
+    modules = dict.fromkeys(module for module, *_ in every)
     sources = {name: (ROOT / f"kernels/{name}.py").read_text(encoding="utf-8") for name in modules}
     parts = []
     for name, source in sources.items():

@@ -44,7 +44,8 @@ def compile_kernel(name: str, dtype: str, parts: Parts) -> bytes:
             "numba's JIT is off, by its configuration: with NUMBA_DISABLE_JIT=1 kernels run without"
         )
     arguments = (types.CPointer(types.uint8), types.CPointer(OUTPUTS[dtype]))
-    compiled.compile((*arguments, types.int64, types.int64))
+    scales = types.CPointer(types.float32)
+    compiled.compile((*arguments, types.int64, types.int64, scales))
     (text,) = compiled.inspect_llvm().values()
     (result,) = compiled.overloads.values()
     return _emit(text, result.fndesc.llvm_func_name, name)

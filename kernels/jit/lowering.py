@@ -249,6 +249,13 @@ def _pair(builder: Any, _sig: Any, *values: Any) -> Any:
     return _joined(builder, values, I64)
 
 
+@lowers(lanes.interleave, types.Integer, types.Integer, gives=U8)
+def _interleave(builder: Any, _sig: Any, *values: Any) -> Any:
+    both, half = _joined(builder, values, I64), LANES // 2
+    order = [i // 2 + i % 2 * half for i in range(LANES)]
+    return builder.shuffle_vector(both, both, constant(I32, order))
+
+
 @lowers(lanes.quad, *[types.Integer] * 4, gives=U8)
 def _quad(builder: Any, _sig: Any, *values: Any) -> Any:
     return _joined(builder, values, I32)

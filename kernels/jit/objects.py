@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from numaload.kernels.loops import Parts
 
 # numba's calling convention: (where the result goes, where an exception would go, the arguments):
-# (address of blocks, address of floats, n_blocks, past the caches). ctypes gives up the GIL.
+# (address of blocks, address of floats, n_blocks, past the caches, address of scales or 0). ctypes
+# gives up the GIL.
 PROTOTYPE = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.POINTER(ctypes.c_int64),
@@ -29,14 +30,15 @@ PROTOTYPE = ctypes.CFUNCTYPE(
     ctypes.c_void_p,
     ctypes.c_int64,
     ctypes.c_int64,
+    ctypes.c_void_p,
 )
 
 # A loop around any kernel that reads its blocks from a file. Between two reads by Python a thread
 # waits until others let it run again, which takes as long as converting some hundred thousand
 # weights. In LLVM's own language parts of the file can be as small as the caches that hold them.
 # (kernel, descriptor, offset, bytes, bytes of a step, bytes of its floats, bytes of a part, memory
-# for a part, floats, past the caches) -> bytes that were converted: fewer where pread(2) gave
-# nothing, or an error. ``kernel`` is of PROTOTYPE.
+# for a part, floats, past the caches, scales, scales of a step) -> bytes that were converted: fewer
+# where pread(2) gave nothing, or an error. ``kernel`` is of PROTOTYPE.
 FROM_FILE = "from_file"
 FROM_FILE_PROTOTYPE = ctypes.CFUNCTYPE(
     ctypes.c_int64,
@@ -45,12 +47,15 @@ FROM_FILE_PROTOTYPE = ctypes.CFUNCTYPE(
     *[ctypes.c_int64] * 5,
     *[ctypes.c_void_p] * 2,
     ctypes.c_int64,
+    ctypes.c_void_p,
+    ctypes.c_int64,
 )
 FROM_FILE_CODE = f"""
 declare i64 @pread(i32, ptr, i64, i64)
 
 define i64 @{FROM_FILE}(ptr %kernel, i32 %fd, i64 %offset, i64 %nbytes, i64 %step, i64 %floats_step,
-                   i64 %part, ptr %blocks, ptr %floats, i64 %past) {{
+                   i64 %part, ptr %blocks, ptr %floats, i64 %past, ptr %scales,
+                   i64 %scales_step) {{
 entry:
   %result = alloca i64
   %exception = alloca ptr
@@ -80,8 +85,10 @@ call:
   %before = udiv i64 %done, %step
   %bytes = mul i64 %before, %floats_step
   %out = getelementptr i8, ptr %floats, i64 %bytes
+  %number = mul i64 %before, %scales_step
+  %scale = getelementptr float, ptr %scales, i64 %number
   %status = call i32 %kernel(ptr %result, ptr %exception, ptr %blocks, ptr %out, i64 %steps,
-                             i64 %past)
+                             i64 %past, ptr %scale)
   %converted = add i64 %done, %want
   br label %next
 end:
@@ -136,7 +143,7 @@ def _from_file() -> tuple[_Linked, Callable[..., int]]:
 
 
 class Function(_Linked):
-    """A linked kernel: (address of blocks, address of floats, n_blocks, past the caches)."""
+    """A linked kernel: (addresses of blocks and floats, n_blocks, past the caches, scales)."""
 
     def __init__(self, code: bytes, name: str) -> None:
         super().__init__(code, name)
@@ -147,10 +154,11 @@ class Function(_Linked):
         _, call = _from_file()
         return call(self.address, fd, offset, nbytes, *how)
 
-    def __call__(self, blocks: int, floats: int, n_blocks: int, past_caches: int) -> None:
+    def __call__(
+        self, blocks: int, floats: int, n_blocks: int, past_caches: int, scales: int = 0
+    ) -> None:
         done, exception = ctypes.c_int64(), ctypes.c_void_p()
-        status = self._call(
-            ctypes.byref(done), ctypes.byref(exception), blocks, floats, n_blocks, past_caches
-        )
+        results = ctypes.byref(done), ctypes.byref(exception)
+        status = self._call(*results, blocks, floats, n_blocks, past_caches, scales)
         if status or done.value != n_blocks:
             raise RuntimeError(f"a kernel ended with {status} after {done.value} blocks")

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from numaload.backends.state_names import COMPUTED, NameMap, Share, shares_of, whole
-from numaload.dequantize import DTYPES, Conversion
+from numaload.dequantize import DTYPES
 from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, kernel_dtype
 from numaload.errors import StateDictError, UsageError, printable
 from numaload.files.reader import Progress
@@ -142,7 +142,8 @@ class _Plan:
         keys = {name: self.tensors[one] for one, names in self.tied.items() for name in names}
         shares = shares_of(weights, keys, name_map)
         self.found = {one: self._find(shares, one) for one in self.tied}
-        used = {f.tensor.name for founds in self.found.values() for f in founds}
+        tensors = [f.tensor for founds in self.found.values() for f in founds]
+        used = {name for tensor in tensors for name in (tensor.name, *tensor.scale_names)}
         self.unexpected = [n for n in weights if n not in used and not COMPUTED.fullmatch(n)]
 
     def _find(self, shares: Any, one: int) -> list[_Found]:
@@ -156,7 +157,10 @@ class _Plan:
                         f" found {share.name!r}"
                     )
             if wanted and all(share.name in self.weights for share in wanted):
-                return [_Found(share, self.weights[share.name]) for share in wanted]
+                return [
+                    _Found(share, _as_wanted(self.weights[share.name], self.tensors[one]))
+                    for share in wanted
+                ]
         self.missing.extend(self.tied[one])
         return []
 
@@ -287,13 +291,19 @@ def _squeezed(shape: Any) -> list[int]:
     return [dim for dim in shape if dim != 1]
 
 
+def _as_wanted(tensor: Tensor, parameter: Any) -> Tensor:
+    """Return the weights for floats, what is stored for modules that are quantized themselves."""
+    floats = parameter.dtype.is_floating_point and parameter.dtype.itemsize > 1
+    return tensor if floats else tensor.as_stored()
+
+
 def _check_type(tensor: Tensor, dtype: str) -> None:
     """Check the type. Raises: UnknownQuantTypeError, UnsupportedTypeError."""
     tensor.check_type()
     if tensor.has_kernel:
-        wanted = DTYPES[kernel_dtype(dtype)]
-        Conversion(tensor.qtype, wanted, name=tensor.name, byte_order=tensor.byte_order)
+        tensor.conversion(DTYPES[kernel_dtype(dtype)])
     else:
+        tensor.check_scales(dtype)
         tensor.check_native()
         torch_type(tensor.type_name)
 

@@ -10,7 +10,7 @@ from numaload.cli.output import count, note, print_json, print_table, say, size
 from numaload.errors import printable
 
 if TYPE_CHECKING:
-    from numaload.weights import Weights
+    from numaload.weights import Tensor, Weights
 
 SHOWN = 8  # elements of an array that inspect prints
 WIDTH = 100
@@ -49,16 +49,34 @@ def inspect(options: argparse.Namespace) -> int:
         for part in weights.parts:
             tensors = count(len(part.header.tensors), "tensor")
             say(f"{part.file.path}: {part.header.title}, {tensors}, {size(part.file.size)}")
-        rows = [
-            [t.name, t.type_name, "x".join(map(str, t.shape)), t.nbytes] for t in weights.values()
-        ]
-        print_table(["tensor", "type", "shape", "bytes"], rows)
+        print_table(*_tensors(weights))
         print_table(["type", "tensors", "bytes"], _by_type(weights))
         _note_unusable(weights)
         if options.metadata:
             for key, value in weights.metadata.items():
                 say(f"{key} ({weights.metadata.type_name(key)}) = {_short(value)}")
     return 0
+
+
+def _tensors(weights: Weights) -> tuple[list[str], list[list[Any]]]:
+    """Return the head and rows of the table of tensors; scales only where there are some."""
+    heads = ["tensor", "type", "shape", "bytes", "scales"]
+    rows = [
+        [t.name, _type(t), "x".join(map(str, t.shape)), t.nbytes, " ".join(_scales(t))]
+        for t in weights.values()
+    ]
+    shown = len(heads) if any(row[-1] for row in rows) else len(heads) - 1
+    return heads[:shown], [row[:shown] for row in rows]
+
+
+def _type(tensor: Tensor) -> str:
+    """Return the type, and what it is where the scales are in other tensors: U8 (MXFP4)."""
+    known = tensor.layout not in ("", tensor.type_name)
+    return f"{tensor.type_name} ({tensor.layout})" if known else tensor.type_name
+
+
+def _scales(tensor: Tensor) -> list[str]:
+    return tensor.scales.names if tensor.scales else []
 
 
 def _summary(weights: Weights) -> str:
@@ -103,24 +121,25 @@ def _file_type(weights: Weights) -> str:
 def _by_type(weights: Any) -> list[list[Any]]:
     counts, nbytes = Counter[str](), Counter[str]()
     for tensor in weights.values():
-        counts[tensor.type_name] += 1
-        nbytes[tensor.type_name] += tensor.nbytes
+        counts[_type(tensor)] += 1
+        nbytes[_type(tensor)] += tensor.nbytes
     return [[name, counts[name], nbytes[name]] for name, _ in nbytes.most_common()]
 
 
 def _note_unusable(weights: Any) -> None:
     """Name each type that cannot be used once: a model may have hundreds of such tensors."""
-    from numaload.errors import UnknownQuantTypeError
+    from numaload.errors import UnknownQuantTypeError, UnsupportedTypeError
 
     said = set()
     for tensor in weights.values():
-        if tensor.type_name in said:
+        if _type(tensor) in said:
             continue
         try:
             tensor.check_type()
-        except UnknownQuantTypeError as error:
+            tensor.check_scales("float32")
+        except (UnknownQuantTypeError, UnsupportedTypeError) as error:
             note(error)
-            said.add(tensor.type_name)
+            said.add(_type(tensor))
 
 
 def _as_dict(weights: Any, *, with_metadata: bool) -> dict[str, Any]:
@@ -137,6 +156,7 @@ def _as_dict(weights: Any, *, with_metadata: bool) -> dict[str, Any]:
             {
                 "name": t.name, "qtype": t.type_name, "dims": t.dims, "shape": t.shape,
                 "offset": t.offset, "nbytes": t.nbytes, "path": t.path,
+                "layout": t.layout, "scales": _scales(t),
             }
             for t in weights.values()
         ],

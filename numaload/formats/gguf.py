@@ -20,6 +20,7 @@ proportional to them.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from itertools import pairwise
 from math import prod
 from operator import attrgetter
@@ -35,7 +36,14 @@ from numaload.errors import (
 )
 from numaload.formats.cursor import Cursor
 from numaload.formats.metadata import BIG, MAX_DIMS, Metadata, ReadAt
-from numaload.formats.qtypes import BLOCKS, QuantType, foreign_type
+from numaload.formats.qtypes import (
+    BLOCKS,
+    PRISM_BLOCK,
+    PRISM_KEYS,
+    PRISM_Q2_0,
+    QuantType,
+    foreign_type,
+)
 from numaload.formats.unusable import instead
 
 MAGIC = b"GGUF"
@@ -120,6 +128,8 @@ def parse_header(read_at: ReadAt, size: int, path: str = "<buffer>") -> Header:
     header_end = cursor.pos
     alignment = _alignment(cursor, metadata)
     data_start = -(-header_end // alignment) * alignment
+    rotated = any(key.startswith(PRISM_KEYS) for key in metadata)
+    rows = _told_apart(rows, size - data_start, alignment, rotated=rotated)
     tensors = [_tensor_info(cursor, row, data_start, alignment) for row in rows]
     _check_overlap(cursor, tensors)
     order = cursor.order.name
@@ -211,6 +221,30 @@ def _tensor_row(cursor: Cursor) -> _Row:
         cursor.fail(TensorInfoError, message, at)
     *dims, type_id, offset = cursor.unpack(cursor.order.rows[n_dims], f"tensor {name!r}")
     return _Row(at, name, tuple(dims), type_id, offset)
+
+
+def _told_apart(rows: list[_Row], nbytes: int, alignment: int, *, rotated: bool) -> list[_Row]:
+    """Give Prism's tensors of type 42 an id of their own: their blocks are not those of Q2_0.
+
+    They are smaller, so the room that a tensor has tells, unless it is tiny: then the others do.
+    nbytes: of all weights. rotated: whether the file says that its weights are in Prism's basis.
+    """
+    block_size, type_size = BLOCKS[QuantType.Q2_0]
+    weights, theirs = PRISM_BLOCK
+    starts = sorted({row.offset for row in rows})
+    found: dict[str, bool] = {}  # whether it is Prism's; unsure ones are not in it
+    suspects = [row for row in rows if row.type_id == QuantType.Q2_0]
+    for row in suspects:
+        size = prod(row.dims)
+        after = bisect_right(starts, row.offset)
+        room = (starts[after] if after < len(starts) else nbytes) - row.offset
+        small, large = size // weights * theirs, size // block_size * type_size
+        is_small = size % weights == 0 and room in (small, -(-small // alignment) * alignment)
+        if not is_small or room < large:
+            found[row.name] = is_small
+    unsure = True in found.values()
+    names = {row.name for row in suspects if rotated or found.get(row.name, unsure)}
+    return [row._replace(type_id=PRISM_Q2_0) if row.name in names else row for row in rows]
 
 
 def _alignment(cursor: Cursor, metadata: Metadata) -> int:

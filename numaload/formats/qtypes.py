@@ -102,8 +102,11 @@ class ForeignType(NamedTuple):
 
 
 OTHER = "take a file that llama.cpp reads"
+PRISM_Q2_0, PRISM_KEYS = 142, "prism.hadamard."
+PRISM_BLOCK = (128, 34)  # weights and bytes of one
+ROTATED = "whose weights are in a basis of their own (prism.hadamard): its llama.cpp computes them"
 # The first row that has the id counts. Sources: the comments in ggml.h of llama.cpp, and ggml.h of
-# ik_llama.cpp, whose ids of its own overlap with a removed one.
+# ik_llama.cpp, whose ids of its own overlap with a removed one, and of Prism's llama.cpp.
 FOREIGN = (
     ForeignType(range(4, 6), "removed", "Q4_2 or Q4_3, removed from ggml in 2023"),
     ForeignType(
@@ -116,6 +119,17 @@ FOREIGN = (
         range(36, 37), "removed", "IQ4_NL_4_4, removed from ggml in 2024, or I2_S of ik_llama.cpp"
     ),
     ForeignType(range(37, 39), "removed", "IQ4_NL_4_8 or IQ4_NL_8_8, removed from ggml in 2024"),
+    ForeignType(range(64, 69), "TurboQuant", f"of TurboQuant; {OTHER}"),
+    ForeignType(range(100, 108), "ROCmFPX", f"of ROCmFPX; {OTHER}"),
+    ForeignType(
+        range(PRISM_Q2_0, PRISM_Q2_0 + 1),
+        "Prism",
+        f"PQ2_0 of Prism, in older files of theirs type 42, {ROTATED}; or IQ2_TN of ik_llama.cpp",
+    ),
+    ForeignType(range(143, 144), "Prism", f"PTQ1_0 of Prism, {ROTATED}; or IQ1_TN of ik_llama.cpp"),
+    ForeignType(
+        range(144, 145), "ik_llama.cpp or Prism", f"IQ4_KS of ik_llama.cpp, or of Prism; {OTHER}"
+    ),
     ForeignType(range(97, 100), "ik_llama.cpp", f"of ik_llama.cpp; {OTHER}"),
     ForeignType(range(133, 159), "ik_llama.cpp", f"of ik_llama.cpp; {OTHER}"),
     ForeignType(range(202, 400), "ik_llama.cpp", f"of ik_llama.cpp, its rows interleaved; {OTHER}"),

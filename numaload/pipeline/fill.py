@@ -15,16 +15,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from numaload.dequantize import DTYPES, LARGE, Conversion
+from numaload.dequantize import DTYPES, LARGE, SCATTERED, rows_at_once
 from numaload.errors import CancelledError, ReadError, UsageError
 from numaload.files.reader import Progress
 from numaload.files.source import SourceFile
-from numaload.formats.qtypes import BLOCKS
 from numaload.machine.stopping import CancelToken, Steps, at_work, check_process
 from numaload.machine.workers import Workers, finish
 from numaload.pipeline.ahead import Ahead, Range
@@ -37,13 +37,13 @@ QUEUED = 8  # targets whose work is handed to the threads before the first of th
 # Bytes of a part's place: whole huge pages, so that no two threads are the first to touch the same
 # one; and long enough that what threads of Python do to each other in between does not count.
 PART = 8 << 20
-SCATTERED = 512 << 10  # of a place that is not contiguous: there is a scratch of it in each thread
 
 
 class Target(NamedTuple):
     """Say where a tensor goes.
 
-    place: of any strides; its elements are the tensor's, in order. float32, float16 or ml_dtypes'
+    place: of any strides; its elements are the tensor's, in order; (.., rows, columns) where a file
+    holds them transposed. float32, float16 or ml_dtypes'
     bfloat16, or uint16 for either of those.
     dtype: "float32", "float16" or "bfloat16"; None for the bytes as they are in the file.
     first: element of the tensor, in units of the place's items, that the place begins with.
@@ -58,7 +58,7 @@ class Target(NamedTuple):
         """Return the bytes in the file of so many items of the place; whole blocks."""
         if self.dtype is None:
             return items * self.place.itemsize
-        block_size, type_size = BLOCKS[self.tensor.qtype]
+        block_size, type_size = self.tensor.block
         return items // block_size * type_size
 
     @property
@@ -101,7 +101,7 @@ def parts(place: NDArray[Any], unit: int, first: int = 0) -> Iterator[Part]:
         for index, part in enumerate(place):
             yield from parts(part, unit, first + index * each)
         return
-    count = most // each
+    count = rows_at_once(most, each)
     for index in range(0, len(place), count):
         yield Part(first + index * each, place[index : index + count])
 
@@ -127,11 +127,7 @@ def _fetch(tensor: Tensor, start: int, nbytes: int) -> NDArray[np.uint8]:
 
     Raises: ReadError, FileChangedError, ClosedError.
     """
-    if not tensor.is_file:
-        return np.frombuffer(tensor.buffer[start : start + nbytes], np.uint8)
-    buffer = scratch("blocks", nbytes)
-    tensor.read_into(buffer.data, start)
-    return buffer
+    return tensor.fetch(start, nbytes, partial(scratch, "blocks"))
 
 
 Write = Callable[[Part], None]  # puts it into its place
@@ -312,19 +308,16 @@ def writer(target: Target) -> tuple[Write, Iterable[Part]]:
         )
     if target.dtype is None:
         return _Raw(target), parts(target.place, 1, target.first)
-    writing = _Converting(target)
-    return writing, parts(target.place, writing.convert.step, target.first)
+    writing, place, scales = _Converting(target), target.place, tensor.scales
+    if scales is not None and scales.turned:
+        place = place.swapaxes(-1, -2)
+    return writing, parts(place, writing.convert.step, target.first)
 
 
 class _Converting:
     def __init__(self, target: Target) -> None:
         self.target, self.past_caches = target, target.place.nbytes >= LARGE
-        tensor, dtype = target.tensor, DTYPES[target.dtype or ""]
-        self.convert = Conversion(
-            tensor.qtype, dtype, name=tensor.name, byte_order=tensor.byte_order
-        )
-
-        convert = self.convert
+        self.convert = convert = target.tensor.conversion(DTYPES[target.dtype or ""])
         self.step = max(1, AT_ONCE // convert.step_bytes) * convert.step
 
     def __call__(self, part: Part) -> None:
@@ -346,7 +339,7 @@ class _Converting:
             blocks = _fetch(
                 target.tensor, target.bytes_of(first + start), target.bytes_of(part.size)
             )
-            self.convert(blocks, part, past_caches)
+            self.convert(blocks, part, past_caches, first + start)
 
     def _read(self, first: int, flat: NDArray[Any], *, past_caches: bool) -> int:
         """Read and convert in one compiled loop. Returns: how many elements are done."""
@@ -355,7 +348,7 @@ class _Converting:
         part = scratch("blocks", max(READ, self.convert.step_bytes))
 
         def read(file: SourceFile) -> None:
-            done[0] = self.convert.read(file.fd, offset, flat, part, past_caches)
+            done[0] = self.convert.read(file.fd, offset, flat, part, past_caches, first)
 
         tensor.read_by(read)
         return done[0]

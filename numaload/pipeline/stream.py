@@ -55,6 +55,8 @@ def stream(
     the tensor's shape; integers, bools and complex numbers keep their type. None, or "torch":
     numpy arrays or torch tensors of the type that they have in the file; uint8, (..., bytes per
     row), for blocks, and in numpy for F4 and F6. The caller owns them and may write to them.
+    Weights whose scales other tensors hold come multiplied by these, which do not come themselves
+    unless ``names`` has them; X_blocks comes as X. With None all come as they are.
     ahead: bytes, each for results that are ready or under way (one tensor always is), for reading
     ahead, and for memory kept for later tensors. Less where memory has no room for it: limits are
     looked at once, at the start.
@@ -67,6 +69,11 @@ def stream(
     if ahead < 0:
         raise UsageError(f"ahead: {ahead} bytes, expected 0 or more")
     chosen = [weights[name] for name in (weights if names is None else dict.fromkeys(names))]
+    if output.dtype is None:
+        chosen = [tensor.as_stored() for tensor in chosen]
+    elif names is None:
+        applied = {name for tensor in chosen if tensor.scales for name in tensor.scales.names}
+        chosen = [tensor for tensor in chosen if tensor.name not in applied]
     chosen.sort(key=lambda tensor: tensor.place_in_files)
     return _stream(chosen, output, ahead, progress)
 
@@ -132,9 +139,9 @@ def _room(tensors: list[Tensor], output: _Output) -> int:
     """
     room = memory.available().free
     if room < SCARCE:
-        for qtype in {tensor.qtype for tensor in tensors if _kernel(tensor, output)}:
+        for code in {tensor.code for tensor in tensors if _kernel(tensor, output)}:
             with suppress(registry.SettingError):  # which its tensors tell
-                registry.load(qtype, output.dtype or "")  # compiling takes more than a tensor
+                registry.load(code, output.dtype or "")  # compiling takes more than a tensor
         room = memory.available().free
     sizes = [0, *(_nbytes(tensor, output) for tensor in tensors)]
     least = max(map(sum, pairwise(sizes)))
@@ -151,7 +158,7 @@ def _fits(count: int, nbytes: int, more: int, most: int, ahead: int) -> bool:
 
 def _taken(result: _Result) -> tuple[str, Any]:
     """Return the result and keep no reference to it: what the caller drops is free at once."""
-    return result.tensor.name, result.value()
+    return result.tensor.weight_name, result.value()
 
 
 def _ending(promise: memory.Promise, write: Write) -> Write:
@@ -219,10 +226,14 @@ class _Result:
     def _start(self, buffers: Buffers) -> None:
         tensor, kernel = self.tensor, self.kernel
         tensor.check_type()
+        if self.output.dtype is not None:
+            tensor.check_scales(self.output.dtype)
         item, self.shape = (kernel, tensor.shape) if kernel else _as_in_file(tensor, self.output)
         self.dtype = self._find(item)
         self.flat, self.promise = buffers.take(self.nbytes, f"tensor {tensor.name!r}")
-        place: NDArray[Any] = self.flat.view(DTYPES[kernel]) if kernel else self.flat
+        place: NDArray[Any] = self.flat
+        if kernel:
+            place = self.flat.view(DTYPES[kernel]).reshape(self.shape)
         target = Target(tensor, place, kernel)
         write, cut = writer(target)
         if self.promise is not None:

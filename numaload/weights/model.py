@@ -16,6 +16,7 @@ from numaload.linux.lists import Group, format_list
 from numaload.linux.mapping import MappedMemory, map_file
 from numaload.machine.stopping import renewed
 from numaload.machine.topology import Topology, topology
+from numaload.weights.scales import Companions, config_beside
 from numaload.weights.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
         self._mappings[:] = mappings or self._mappings
         self._bases: dict[int, Any] = {}
         self._numbers: dict[tuple[int, str], Numbers] = {}
+        self._companions: Companions | None = None
         self._lock = renewed(RLock())
         self._tensors = {
             info.name: Tensor(info, self, index)
@@ -83,6 +85,13 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
     @property
     def parts(self) -> Sequence[Part]:
         return self._parts
+
+    @property
+    def companions(self) -> Companions:
+        """Return which tensors hold scales of others; looked up when it is first asked for."""
+        if self._companions is None:
+            self._companions = Companions(self._tensors, config_beside(self.paths[0]))
+        return self._companions
 
     def model(self) -> Model:
         """Return the identity under which replicas of these files are kept."""
@@ -159,12 +168,20 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
             raise ClosedError(f"the weights of {self.paths[0]} were closed")
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._tensors:
+        found = self._find(name)
+        if found is None:
             raise TensorNotFoundError(name, self._tensors)
-        return self._tensors[name]
+        return found
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+        return self._find(name) is not None
+
+    def _find(self, name: object) -> Tensor | None:
+        """Return the tensor of this name, or the one whose weights are known by it."""
+        if name in self._tensors:
+            return self._tensors[str(name)]
+        found = self._tensors.get(f"{name}_blocks") if isinstance(name, str) else None
+        return found if found is not None and found.weight_name == name else None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

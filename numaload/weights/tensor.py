@@ -12,6 +12,7 @@ from numaload.errors import UnknownQuantTypeError, UnsupportedTypeError, UsageEr
 from numaload.formats.gguf import TensorInfo
 from numaload.formats.qtypes import BLOCKS, FLOATS, QuantType
 from numaload.formats.safetensors import SafeTensorInfo
+from numaload.weights.scales import PACKED, Scales
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,30 +20,99 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from numaload.dequantize import Conversion
     from numaload.files.source import SourceFile
     from numaload.machine.workers import Workers
     from numaload.weights.model import Weights
 
 Rows = slice | range | tuple[int, int]
+SCALED_TYPES = PACKED | {QuantType.NVFP4.name}  # whose scales other tensors may hold
 
 
 class Tensor:
     """One tensor: a description, and zero-copy access to its blocks.
 
     dims are in GGUF order (fastest first), shape in numpy order; nbytes and offset are bytes.
+    Where other tensors of the model hold its scales, both are those of the weights.
     """
 
-    def __init__(self, info: TensorInfo | SafeTensorInfo, weights: Weights, part: int) -> None:
+    def __init__(
+        self,
+        info: TensorInfo | SafeTensorInfo,
+        weights: Weights,
+        part: int,
+        *,
+        stored: bool = False,
+    ) -> None:
         self._info, self._weights, self._part = info, weights, part
+        self._scales: Scales | None = None
+        self._refused = ""  # why its scales cannot be applied
+        self._looked = stored  # for scales: there are none
 
     name = property(lambda self: self._info.name)
-    dims = property(lambda self: self._info.dims)
     nbytes = property(lambda self: self._info.nbytes)
     offset = property(lambda self: self._info.offset)
 
     @property
+    def dims(self) -> tuple[int, ...]:
+        return self.shape[::-1]
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(reversed(self._info.dims))
+        stored, scales = self._info.dims[::-1], self.scales
+        if scales is None:
+            return stored
+        _, rows, columns = scales.shape
+        if scales.turned:
+            return (stored[0], columns, rows)
+        return (*stored[:-1], columns) if scales.code.startswith("e2m1") else stored
+
+    @property
+    def scales(self) -> Scales | None:
+        """Return its scales, where other tensors hold them and how they are applied is known."""
+        if not self._looked:
+            try:
+                if self._info.type_name in SCALED_TYPES:
+                    self._scales = self._weights.companions.of(self)
+            except UnsupportedTypeError as error:  # for those who want floats of it
+                self._refused = str(error.args[0])
+            self._looked = True
+        return self._scales
+
+    def check_scales(self, dtype: str) -> None:
+        """Refuse floats of numbers whose scales cannot be applied. dtype: what they shall become.
+
+        Raises: UnsupportedTypeError.
+        """
+        converts = "float" in dtype and NAMES.get(self.type_name) != dtype
+        if converts and not self.scales and self._refused:
+            raise UnsupportedTypeError(self._refused)
+
+    @property
+    def weight_name(self) -> str:
+        """Return the name of the weights: X where the file has X_blocks and X_scales."""
+        scales = self.scales
+        name: str = self.name
+        return name.removesuffix("_blocks") if scales and scales.turned else name
+
+    @property
+    def scale_names(self) -> list[str]:
+        """Return the names of tensors that floats of it need no more: scales that are applied."""
+        scales = self.scales
+        if scales is None:
+            return []
+        return [*scales.names, *self._weights.companions.activations(self)]
+
+    @property
+    def layout(self) -> str:
+        """Return what is stored, where scales belong to it: "MXFP4", "FP8 128x128"; else ""."""
+        if self.scales is not None:
+            return self.scales.title
+        return "unknown scales" if self._refused else ""
+
+    def as_stored(self) -> Tensor:
+        """Return the same tensor without scales: its numbers as they are in the file."""
+        return Tensor(self._info, self._weights, self._part, stored=True)
 
     @property
     def size(self) -> int:
@@ -78,7 +148,33 @@ class Tensor:
     @property
     def has_kernel(self) -> bool:
         """Return whether kernels turn it to float: not integers, nor float64."""
-        return self.in_blocks or self._info.qtype in FLOATS
+        return self.in_blocks or self._info.qtype in FLOATS or self.scales is not None
+
+    @property
+    def code(self) -> QuantType | str:
+        """Return which kernels turn it to float. Raises: UnknownQuantTypeError."""
+        scales = self.scales
+        return self.qtype if scales is None else scales.code
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Return (weights, bytes) of a block. Raises: UnknownQuantTypeError."""
+        from numaload.dequantize import block_of
+
+        return block_of(self.code)
+
+    def conversion(self, dtype: np.dtype[Any]) -> Conversion:
+        """Return what converts its blocks.
+
+        Raises: UnknownQuantTypeError, UnsupportedTypeError, UsageError.
+        """
+        from numaload.dequantize import Conversion
+
+        self.check_scales(dtype.name)
+        order, scales = self.byte_order, self.scales
+        if scales is not None and scales.factor is not None:
+            scales.factors()
+        return Conversion(self.code, dtype, name=self.name, byte_order=order, scales=scales)
 
     @property
     def path(self) -> str:
@@ -138,6 +234,21 @@ class Tensor:
             )
         self._weights.read_into(self._part, view, self.offset + start)
 
+    def fetch(
+        self, start: int, nbytes: int, room: Callable[[int], NDArray[np.uint8]] | None = None
+    ) -> NDArray[np.uint8]:
+        """Return bytes of it: read from the file into ``room``, or where they are in memory.
+
+        Raises: ReadError, FileChangedError, ClosedError, UsageError.
+        """
+        import numpy as np
+
+        if not self.is_file:
+            return np.frombuffer(self.buffer[start : start + nbytes], np.uint8)
+        found = room(nbytes) if room else np.empty(nbytes, np.uint8)
+        self.read_into(found.data, start)
+        return found
+
     def read_by(self, read: Callable[[SourceFile], None]) -> None:
         """Call ``read`` with the file that holds it, for reading from its descriptor.
 
@@ -153,23 +264,17 @@ class Tensor:
         """
         import numpy as np
 
-        block_size, type_size = BLOCKS[self.qtype]
-        row_bytes = self._columns // block_size * type_size
-        return np.frombuffer(self.buffer, np.uint8).reshape(self._rows, row_bytes)
+        dims, is_packed = self._info.dims, self._info.qtype is None and self.scales is not None
+        block_size, type_size = (1, 1) if is_packed else BLOCKS[self.qtype]
+        row_bytes = (dims[0] if dims else 1) // block_size * type_size
+        return np.frombuffer(self.buffer, np.uint8).reshape(prod(dims[1:]), row_bytes)
 
     @property
     def byte_shape(self) -> tuple[int, ...]:
         """Return ``shape`` in bytes in its last dim; flat where rows share bytes."""
-        row_bytes, rest = divmod(self.nbytes, max(1, self._rows))
-        return (self.nbytes,) if rest else (*self.shape[:-1], row_bytes)
-
-    @property
-    def _columns(self) -> int:
-        return self.dims[0] if self.dims else 1
-
-    @property
-    def _rows(self) -> int:
-        return prod(self.dims[1:])
+        stored = self._info.dims[::-1]
+        row_bytes, rest = divmod(self.nbytes, max(1, prod(stored[:-1])))
+        return (self.nbytes,) if rest else (*stored[:-1], row_bytes)
 
     def dequantize(
         self,
@@ -177,32 +282,51 @@ class Tensor:
         out: Any = None,
         rows: Rows | None = None,
         expert: int | None = None,
+        *,
+        scaled: bool = True,
     ) -> Any:
         """Return floats of the whole tensor, of rows, of one expert, or of rows of one expert.
 
         dtype: "float32", "float16" or "bfloat16" (an ml_dtypes array), or numpy's or torch's.
         rows: (start, stop) or a slice; of a tensor of three dims they count through all experts.
         out: any C-contiguous buffer of that item size and element count, torch tensors included.
+        scaled: multiply by scales that other tensors hold, in float32, before rounding. Without,
+        NVFP4 is what ggml makes of the blocks alone, and numbers that have no scales of their own
+        are refused.
         Returns: ``out``, or a new array: ``shape``, or (rows, columns), or ``shape[1:]``.
         Bit-exact with ggml. Raises: UnsupportedTypeError (naming the tensor, its type and why),
         UnknownQuantTypeError, UsageError, NodeMemoryError where a new array does not fit.
         """
-        from numaload.dequantize import as_output, dequantize_blocks, dtype_of, new_array
+        from numaload.dequantize import as_output, dtype_of, new_array
 
+        if not scaled:
+            return self.as_stored().dequantize(dtype, out, rows, expert)
         wanted = dtype_of(dtype)
         start, stop, shape = self._selection(rows, expert)
-        qtype = self.qtype
-        _, type_size = BLOCKS[qtype]
-        blocks = self.blocks[start:stop].reshape(-1, type_size)
+        self.check_scales(wanted.name)
+        self.code  # noqa: B018 - or an error
         what = f"tensor {self.name!r}"
         with new_array(shape, wanted, what) if out is None else nullcontext(out) as result:
             flat = as_output(result, wanted, prod(shape))
             if flat.size:
-                dequantize_blocks(
-                    blocks, qtype, wanted, flat, self._weights.workers(),
-                    name=self.name, byte_order=self.byte_order,
-                )  # fmt: skip
+                self._dequantize(wanted, flat, start, stop)
         return result
+
+    def _dequantize(self, dtype: np.dtype[Any], flat: NDArray[Any], start: int, stop: int) -> None:
+        """Make rows [start, stop), counted through all experts."""
+        from numaload.dequantize import dequantize_blocks, dequantize_turned
+
+        scales, workers = self.scales, self._weights.workers()
+        if scales is None or not scales.turned:
+            columns = self.shape[-1] if self.shape else 1
+            dequantize_blocks(
+                self.blocks[start:stop].reshape(-1, self.block[1]), self.code, dtype, flat, workers,
+                name=self.name, byte_order=self.byte_order, scales=scales, first=start * columns,
+            )  # fmt: skip
+            return
+        matrices = self.blocks.reshape(*scales.shape[:2], -1)
+        out = flat.reshape(-1, scales.shape.rows)
+        dequantize_turned(self.conversion(dtype), matrices, out, workers, start)
 
     def torch(self, dtype: Any = None, device: Any = "cpu") -> Any:
         """Return the weights as a torch tensor, zero-copy where nothing is to be converted.
@@ -221,6 +345,7 @@ class Tensor:
 
         name = dtype_name(dtype)
         wanted = torch_memory.torch_dtype(name, self.name)
+        self.check_scales(name)
         if not self._has_kernel_to(name):
             return torch_memory.converted(self._own_order(), device, wanted, self.name)
         made = kernel_dtype(name)
@@ -232,6 +357,8 @@ class Tensor:
 
     def _has_kernel_to(self, dtype: str) -> bool:
         """Return whether a kernel makes ``dtype`` directly: float32 between may hold less."""
+        if self.scales is not None:
+            return NAMES.get(self.type_name) != dtype  # else they are wanted as they are
         return self.in_blocks or (self.has_kernel and dtype in KERNEL_DTYPES)
 
     def _own_order(self) -> Any:
@@ -272,7 +399,8 @@ class Tensor:
 
     def _selection(self, rows: Rows | None, expert: int | None) -> tuple[int, int, tuple[int, ...]]:
         """Return the first row, the row after the last, and the shape of the result."""
-        first, count, shape = 0, self._rows, self.shape
+        shape = self.shape
+        first, count, columns = 0, prod(shape[:-1]), shape[-1] if shape else 1
         if expert is not None:
             if len(shape) != 3:
                 raise UsageError(
@@ -284,7 +412,7 @@ class Tensor:
         if rows is None:
             return first, first + count, shape
         start, stop = _row_range(rows, count, self.name)
-        return first + start, first + stop, (stop - start, self._columns)
+        return first + start, first + stop, (stop - start, columns)
 
     def __repr__(self) -> str:
         return printable(f"<Tensor {self.name} {self.type_name} {self.shape}>")

@@ -84,8 +84,13 @@ FOREIGN = {
     32: "a Q4_0 repacked for ARM",
     36: "IQ4_NL_4_4, removed from ggml in 2024, or I2_S of ik_llama.cpp",
     38: "IQ4_NL_4_8 or IQ4_NL_8_8, removed from ggml in 2024",
+    66: "of TurboQuant",
     98: "of ik_llama.cpp",
+    101: "of ROCmFPX",
     137: "of ik_llama.cpp",
+    142: "PQ2_0 of Prism",
+    143: "PTQ1_0 of Prism",
+    144: "IQ4_KS of ik_llama.cpp, or of Prism",
     230: "of ik_llama.cpp, its rows interleaved",
     1000: "unknown to this numaload",
 }

@@ -12,6 +12,8 @@ import pytest
 from commands import Numaload
 from numaload.demo import write_model
 from pages import blocks, fences, run
+from scaled_models import mxfp4
+from scaled_models import write as write_quantized
 
 torch = pytest.importorskip("torch")
 library: Any = pytest.importorskip("safetensors.torch")
@@ -27,6 +29,7 @@ TORCH = {
 SAFETENSORS = {
     "dict(weights.metadata)": "4 tensors in 2 files {'format': 'pt'}",
     "safe_open": "",
+    "quantized.safetensors": "mlp.experts.down_proj_blocks U8 MXFP4 (2, 96, 64)",
     "numaload.attach": "layers.1.norm 0 torch.Size([64])",
 }
 SAYS = {"torch.md": TORCH, "safetensors.md": SAFETENSORS}
@@ -46,6 +49,8 @@ def folder(tmp_path: Path) -> Path:
         where |= dict.fromkeys(part, name)
     index = tmp_path / "checkpoint/model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    quantized = mxfp4("mlp.experts.down_proj", 2, 64, 3)
+    write_quantized(tmp_path / "quantized.safetensors", quantized.parts)
     library.save_file({"a": torch.randn(3, 5), "b": torch.randn(7)}, tmp_path / "model.safetensors")
     return tmp_path
 

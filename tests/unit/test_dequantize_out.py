@@ -235,6 +235,7 @@ def test_infinite_scales_warn_of_nothing() -> None:
 def test_widening_float32_needs_no_other_package() -> None:
     program = (
         "import sys, numpy as np; from numaload.dequantize import *\n"
+        "from numaload import QuantType\n"
         "from numaload.machine.workers import Workers\n"
         "import os; w = Workers(os.sched_getaffinity(0), 1); out = np.empty(1, 'float16')\n"
         "dequantize_blocks(np.zeros((1, 4), 'u1'), QuantType.F32, out.dtype, out, w)\n"
@@ -249,9 +250,9 @@ def test_memory_across_lines_of_the_caches_is_written_through_them(offset: int) 
     convert = Conversion(QuantType.F16, BF16)
     asked = []
 
-    def run(blocks: Any, bits: Any, past_caches: bool) -> None:
+    def run(blocks: Any, floats: Any, past_caches: bool, scales: Any = None) -> None:
         asked.append(past_caches)
-        bits[:] = 7
+        floats[:] = 7
 
     convert._run = run
     memory = np.zeros(4096, np.uint8)

@@ -17,7 +17,7 @@ import gguf_builder as gb
 import numaload
 from headers import Source, parse
 from numaload.backends.gguf_reader import GGUFReader
-from numaload.errors import MetadataError, MetadataKeyError
+from numaload.errors import MetadataError, MetadataKeyError, TruncatedError
 from numaload.files.source import SourceFile
 from numaload.formats import qtypes
 from numaload.formats.cursor import FIRST_READ
@@ -146,7 +146,11 @@ def test_unusual_dims(dims: tuple[int, ...], nbytes: int) -> None:
 FOREIGN = {
     "removed": [4, 5, 31, 32, 33, 36, 37, 38],
     "ik_llama.cpp": [97, 99, 133, 158, 202, 399],
-    "unknown": [43, 96, 100, 132, 159, 201, 400, 2**32 - 1],
+    "TurboQuant": [64, 68],
+    "ROCmFPX": [100, 107],
+    "Prism": [142, 143],
+    "ik_llama.cpp or Prism": [144],
+    "unknown": [43, 63, 69, 96, 108, 132, 159, 201, 400, 2**32 - 1],
 }
 
 
@@ -164,6 +168,45 @@ def test_an_unknown_type_spoils_one_tensor_only(family: str, type_id: int) -> No
 def test_every_id_up_to_42_is_a_type_or_was_removed() -> None:
     assert {*map(int, QuantType), *FOREIGN["removed"]} == set(range(43))
     assert not [row for row in qtypes.FOREIGN for i in row.ids if i in BLOCKS]
+
+
+OURS, THEIRS = (64, 18), (128, 34)  # weights and bytes of a block of type 42, Prism's of old
+
+
+def of_type_42(
+    dims: list[tuple[int, int]], block: tuple[int, int], *entries: bytes, padded: bool = True
+) -> bytes:
+    """A file of tensors of type 42 whose blocks are so large."""
+    rows, offset, nbytes = [], 0, 0
+    for i, size in enumerate(dims):
+        rows.append(gb.tensor(f"t{i}", size, 42, offset))
+        nbytes = size[0] * size[1] // block[0] * block[1]
+        offset += -(-nbytes // 32) * 32
+    end = offset if padded else offset - (-nbytes % 32)
+    return gb.build(list(entries), rows, bytes(end))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dims", [[(2048, 3)], [(128, 1), (4096, 2), (128, 2)]])
+def test_type_42_of_prism_is_named(dims: list[tuple[int, int]], padded: bool) -> None:
+    """Their blocks are larger and fewer; of tiny tensors the others tell."""
+    theirs = parse(of_type_42(dims, THEIRS, padded=padded)).tensors
+    assert {t.type_name for t in theirs} == {"Prism:142"}
+    assert all(t.qtype is None and t.nbytes == 0 and "PQ2_0 of Prism" in t.problem for t in theirs)
+    ours = parse(of_type_42(dims, OURS, padded=padded)).tensors
+    assert {t.qtype for t in ours} == {QuantType.Q2_0}
+
+
+def test_rotated_weights_of_type_42_are_refused_whatever_their_blocks() -> None:
+    rotated = gb.u32("prism.hadamard.block_size", 128)
+    tensors = parse(of_type_42([(2048, 3)], OURS, rotated)).tensors
+    assert {t.type_name for t in tensors} == {"Prism:142"}
+
+
+def test_type_42_that_is_cut_short_is_truncated() -> None:
+    raw = of_type_42([(2048, 3)], OURS)
+    with pytest.raises(TruncatedError):
+        parse(raw[:-200])
 
 
 @pytest.mark.parametrize("kind", ["short-strings", "long-strings", "nested", "numbers"])

@@ -14,7 +14,7 @@ import pytest
 
 from numaload.formats.qtypes import BLOCKS
 from numaload.kernels import grids, registry
-from numaload.kernels.lanes import CHUNK
+from numaload.kernels.lanes import CHUNK, LANES
 from numaload.kernels.loops import STEP
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -24,7 +24,8 @@ SOURCES = {
     for path in sorted(KERNELS.rglob("*.py"))
 }
 TREES = {name: ast.parse(text, name) for name, text in SOURCES.items()}
-FAMILIES = sorted({module for module, _ in registry.KERNELS.values()})
+NAMED = {*registry.KERNELS.values(), *(one[:2] for one in registry.SCALED.values())}
+FAMILIES = sorted({module for module, _ in NAMED})
 WORDS = {"lanes", "grids"}
 LOWERING = {"jit.lowering", "jit.halves"}
 JIT = {"jit.__init__", "jit.cache", "jit.compile", "jit.objects", "jit.target", *LOWERING}
@@ -186,7 +187,8 @@ def test_only_compile_runs_numba(name: str) -> None:
 
 def test_registry_names_every_decode_function_once() -> None:
     written = [(family, function.name) for family, function in DECODERS]
-    assert sorted(registry.KERNELS.values()) == sorted(written)
+    assert sorted(NAMED) == sorted(written)
+    assert len(set(registry.KERNELS.values())) == len(registry.KERNELS)
 
 
 def test_functions_have_the_names_of_their_types() -> None:
@@ -240,6 +242,9 @@ def test_blocks_fit_the_loop() -> None:
         assert weights % STEP == 0, qtype.name
         assert CHUNK % weights == 0, qtype.name
         assert nbytes * BLOCKS[qtype][0] == weights * BLOCKS[qtype][1], qtype.name
+    for code, scaled in registry.SCALED.items():
+        assert scaled.weights % STEP == 0 == CHUNK % scaled.weights, code
+        assert scaled.group % LANES == 0 == scaled.weights % scaled.group, code
 
 
 # data ------------------------------------------------------------------------------------------

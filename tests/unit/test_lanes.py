@@ -36,6 +36,7 @@ from numaload.kernels.lanes import (
     fence,
     floats,
     i64,
+    interleave,
     join,
     lane,
     load,
@@ -132,7 +133,7 @@ def numbers(src: Array, at: int, w: Array, to: int) -> None:
 def of_constant_arrays(src: Array, at: int, w: Array, to: int) -> None:
     i = u8(src, at) & 31
     put(w, to, floats(pair(u8(BYTES, i), u16(BYTES, i))))
-    put(w, to + 16, floats(pair(u32(BYTES, i), i64(BYTES, i))))
+    put(w, to + 16, floats(interleave(u32(BYTES, i), i64(BYTES, i))))
     put(w, to + 32, floats(load(BYTES, i)))
     put(w, to + 48, floats(load(SIGNED, i)))
     put(w, to + 64, floats(load(WORDS, i)))

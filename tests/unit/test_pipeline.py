@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 import numaload
 from commands import evict
+from numaload.dequantize import SCATTERED
 from numaload.linux.mapping import MappedMemory, map_private
 from numaload.pipeline.ahead import resident
 from numaload.pipeline.buffers import Buffers
-from numaload.pipeline.fill import PART, SCATTERED, parts
+from numaload.pipeline.fill import PART, parts
 
 MIB = 1 << 20
 

@@ -143,7 +143,7 @@ class GGUFLoader(FolderLoader):
         UnsupportedTypeError for types that are no floats.
         """
         _, tensor = self._find(name)
-        shape, qtype = tensor.shape[1:], tensor.qtype
+        shape, code = tensor.shape[1:], tensor.code
         blocks = _expert(tensor, data, expert_id, elements_per_expert)
         wanted = torch_memory.torch_dtype(_dtype_name(target_dtype), name)
         made = kernel_dtype(dtype_name(wanted))
@@ -152,8 +152,9 @@ class GGUFLoader(FolderLoader):
             out = torch_memory.empty(shape, kind)
             flat = as_output(out, dtype_of(made), prod(shape))
             dequantize_blocks(
-                blocks, qtype, dtype_of(made), flat, tensor.workers(),
+                blocks, code, dtype_of(made), flat, tensor.workers(),
                 name=tensor.name, byte_order=tensor.byte_order,
+                scales=tensor.scales, first=expert_id * elements_per_expert,
             )  # fmt: skip
         return out.to(device, wanted)
 

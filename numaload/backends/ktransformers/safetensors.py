@@ -184,7 +184,7 @@ class SafeTensorLoader(FolderLoader):
         file = self.tensor_file_map[key]
         if file not in self.file_handle_map:
             raise ModelNotFoundError(f"{file} was closed", path=self.folder)
-        return self.file_handle_map[file][key]
+        return self.file_handle_map[file][key].as_stored()
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

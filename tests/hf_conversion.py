@@ -1,13 +1,14 @@
 """Models of transformers written to GGUF files as llama.cpp's conversion writes them.
 
-Plain numpy and gguf-py's writer, an architecture at a time, after conversion/*.py of llama.cpp. Only
-what these small models need.
+Plain numpy and gguf-py's writer, after conversion/*.py of llama.cpp. Only what these small models
+need.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,48 @@ import gguf
 import numpy as np
 
 from hf_tiny import TINY
+from numaload.formats.qtypes import QuantType
+from numaload.samples import random_blocks
 
 Q = gguf.GGMLQuantizationType
 NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3", "qwen35", "qwen35moe")
 
 
-def write(path: Path, architecture: str, model: Any, qtype: Any = Q.F32) -> None:
-    """qtype: of the matrices."""
+def write(
+    path: Path,
+    architecture: str,
+    model: Any,
+    qtypes: tuple[Any, ...] = (),
+    more: Mapping[str, Any] | None = None,
+    without: tuple[str, ...] = (),
+) -> None:
+    """qtypes: of the matrices, in turn; of those that gguf-py cannot make: random blocks.
+
+    more: {tensor or metadata key: array or number}. without: keys of metadata, and tensors.
+    """
     writer = gguf.GGUFWriter(str(path), architecture)
     _metadata(writer, architecture, model.config)
-    for name, array in _tensors(architecture, model):
-        if array.ndim > 1 and qtype != Q.F32 and array.shape[-1] % 32 == 0 and "_norm" not in name:
-            writer.add_tensor(name, gguf.quants.quantize(array, qtype), raw_dtype=qtype)
+    for key in without:
+        writer.kv_data[0].pop(f"{architecture}.{key}", None)
+    tensors = {name: array for name, array in _tensors(architecture, model) if name not in without}
+    for key, value in (more or {}).items():
+        if isinstance(value, np.ndarray):
+            tensors[key] = value
         else:
-            writer.add_tensor(name, array)
+            writer.kv_data[0].pop(key, None)
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    types, rng = cycle(qtypes or (Q.F32,)), np.random.default_rng(0)
+    for name, array in tensors.items():
+        qtype = next(types) if array.ndim > 1 and "norm" not in name else Q.F32
+        if array.shape[-1] % gguf.GGML_QUANT_SIZES[qtype][0]:
+            qtype = Q.F32
+        try:
+            blocks = gguf.quants.quantize(array, qtype)
+        except NotImplementedError:
+            rows = array.size // array.shape[-1]
+            blocks = random_blocks(QuantType(qtype), rows, array.shape[-1], rng)
+            blocks = blocks.reshape(*array.shape[:-1], -1)
+        writer.add_tensor(name, blocks, raw_dtype=qtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -55,7 +84,7 @@ def make(case: str) -> tuple[str, Any]:
     return architecture, model
 
 
-def _metadata(w: Any, architecture: str, c: Any) -> None:
+def _metadata(w: Any, architecture: str, c: Any) -> None:  # noqa: C901 - a row after another
     w.add_block_count(c.num_hidden_layers)
     w.add_context_length(c.max_position_embeddings)
     w.add_embedding_length(c.hidden_size)
@@ -93,7 +122,7 @@ def _metadata(w: Any, architecture: str, c: Any) -> None:
     _more_metadata(w, architecture, c, rope)
 
 
-def _more_metadata(w: Any, architecture: str, c: Any, rope: Any) -> None:
+def _more_metadata(w: Any, architecture: str, c: Any, rope: Any) -> None:  # noqa: C901, PLR0912
     if architecture == "gemma2":
         w.add_attn_logit_softcapping(c.attn_logit_softcapping)
         w.add_final_logit_softcapping(c.final_logit_softcapping)
@@ -210,7 +239,8 @@ def _tile(a: Any, c: Any, size: int) -> Any:
 
 
 def _linear(c: Any, key: str, a: Any) -> tuple[str, Any]:
-    part, size = key.split(".linear_attn.")[1].split(".")[0], c.linear_value_head_dim
+    part = key.partition(".linear_attn.")[2].partition(".")[0]
+    size = c.linear_value_head_dim
     before = 2 * c.linear_key_head_dim * c.linear_num_key_heads
     if part == "conv1d":
         a = a.squeeze(1)

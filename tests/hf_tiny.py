@@ -33,14 +33,14 @@ LINEAR = {
         "mrope_section": [3, 3, 2], "mrope_interleaved": True,
     },
 }  # fmt: skip
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def theta(value: float = 20000.0, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": value} | more}
 
 
-def _of(name: str, *parts: dict[str, Any], **more: Any) -> Callable[[], Any]:
+def _of(name: str, *parts: dict[str, Any], **more: Any) -> Callable[..., Any]:
     fields = dict(BASE)
     for part in (*parts, more):
         fields |= part
@@ -62,7 +62,7 @@ GEMMA3_ROPE = {
     }
 }
 # {case: (architecture, configuration)}
-TINY: dict[str, tuple[str, Callable[[], Any]]] = {
+TINY: dict[str, tuple[str, Callable[..., Any]]] = {
     "llama": ("llama", _of("LlamaConfig", theta())),
     "llama-3.2": ("llama", _of("LlamaConfig", LLAMA3, TIED)),
     "llama-biased": ("llama", _of("LlamaConfig", HEAD, attention_bias=True, mlp_bias=True)),
@@ -74,40 +74,65 @@ TINY: dict[str, tuple[str, Callable[[], Any]]] = {
     "qwen3moe": ("qwen3moe", _of("Qwen3MoeConfig", HEAD, MOE, norm_topk_prob=True)),
     "qwen3.5": ("qwen35", _of("Qwen3_5TextConfig", HEAD, LINEAR)),
     "qwen3.5-moe": (
-        "qwen35moe", _of("Qwen3_5MoeTextConfig", HEAD, LINEAR, MOE, shared_expert_intermediate_size=64)
+        "qwen35moe",
+        _of("Qwen3_5MoeTextConfig", HEAD, LINEAR, MOE, shared_expert_intermediate_size=64),
     ),
     "deepseek-v2-lite": ("deepseek2", _of("DeepseekV2Config", ROUTED, MLA, q_lora_rank=None)),
     "deepseek-v3": (
         "deepseek2",
         _of(
-            "DeepseekV3Config", ROUTED, MLA, theta(**YARN, mscale=1.0, mscale_all_dim=1.0),
-            q_lora_rank=32, n_group=2, topk_group=1,
+            "DeepseekV3Config",
+            ROUTED,
+            MLA,
+            theta(**YARN, mscale=1.0, mscale_all_dim=1.0),
+            q_lora_rank=32,
+            n_group=2,
+            topk_group=1,
         ),
     ),
     "gemma": ("gemma", _of("GemmaConfig", HEAD, TIED)),
-    "gemma-2": ("gemma2", _of("Gemma2Config", HEAD, TIED, query_pre_attn_scalar=32, sliding_window=4)),
+    "gemma-2": (
+        "gemma2",
+        _of("Gemma2Config", HEAD, TIED, query_pre_attn_scalar=32, sliding_window=4),
+    ),
     "gemma-3": (
         "gemma3",
         _of(
-            "Gemma3TextConfig", HEAD, TIED, GEMMA3_ROPE, query_pre_attn_scalar=32, sliding_window=4,
+            "Gemma3TextConfig",
+            HEAD,
+            TIED,
+            GEMMA3_ROPE,
+            query_pre_attn_scalar=32,
+            sliding_window=4,
             num_hidden_layers=7,
         ),
     ),
-    "glm-4": ("glm4", _of("Glm4Config", HEAD, theta(partial_rotary_factor=0.5), attention_bias=True)),
+    "glm-4": (
+        "glm4",
+        _of("Glm4Config", HEAD, theta(partial_rotary_factor=0.5), attention_bias=True),
+    ),
     "glm-4.5": (
         "glm4moe",
         _of(
-            "Glm4MoeConfig", HEAD, ROUTED, theta(partial_rotary_factor=0.5), use_qk_norm=True,
+            "Glm4MoeConfig",
+            HEAD,
+            ROUTED,
+            theta(partial_rotary_factor=0.5),
+            use_qk_norm=True,
             attention_bias=True,
         ),
     ),
     "gpt-oss": (
         "gpt-oss",
         _of(
-            "GptOssConfig", HEAD, theta(150000.0, **YARN, beta_fast=32.0, beta_slow=1.0, truncate=False),
-            num_local_experts=4, num_experts_per_tok=2, sliding_window=4,
+            "GptOssConfig",
+            HEAD,
+            theta(150000.0, **YARN, beta_fast=32.0, beta_slow=1.0, truncate=False),
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=4,
         ),
     ),
     "phi-3": ("phi3", _of("Phi3Config", theta(), sliding_window=5)),
     "phi-4-mini": ("phi3", _of("Phi3Config", LONG, TIED, original_max_position_embeddings=64)),
-}  # fmt: skip
+}

@@ -152,7 +152,8 @@ class _Model:
 
     def rope(self, *, partial: bool = False, **more: Any) -> dict[str, Any]:
         """Return rope_parameters. partial: also of a part of each head. more: their own fields."""
-        rope = {"rope_type": "default", "rope_theta": self.real("rope.freq_base", 10000.0)}
+        theta = self.real("rope.freq_base", 10000.0)
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
         dims = self.number("rope.dimension_count", self.head_dim)
         if partial:
             rope["partial_rotary_factor"] = dims / self.head_dim
@@ -172,7 +173,7 @@ class _Model:
             self.expect("rope.scaling.yarn_ext_factor", 1.0)
         self.expect("rope.scaling.type", "none", "linear", "yarn", more.get("rope_type"))
         if "rope_freqs.weight" in self.weights:
-            rope |= self._llama3(rope["rope_theta"], dims)
+            rope |= self._llama3(theta, dims)
         return rope | more
 
     def _llama3(self, theta: float, dims: int) -> dict[str, Any]:
@@ -190,7 +191,8 @@ class _Model:
             smooth = min(max(smooth, 0.0), 1.0)
             expected.append(1 / ((1 - smooth) / factor + smooth))
         near = len(found) == len(expected) and all(
-            math.isclose(one, other, rel_tol=1e-4) for one, other in zip(found, expected, strict=True)
+            math.isclose(one, other, rel_tol=1e-4)
+            for one, other in zip(found, expected, strict=True)
         )
         if not near:
             self.refuse("rope", "factors in rope_freqs.weight as Llama 3's", found[:4])
@@ -306,7 +308,7 @@ def _gemma3(model: _Model) -> Made:
 
 
 def _query_scalar(model: _Model, largest: int) -> int:
-    """Return what queries are scaled by, which is in no file: llama.cpp knows the largest models."""
+    """Return what queries are scaled by, in no file: llama.cpp knows the largest models."""
     return model.hidden // model.heads if model.layers == largest else model.head_dim
 
 
@@ -397,7 +399,7 @@ def _deepseek2(model: _Model) -> Made:
             "topk_group": model.number("expert_group_used_count"),
         }
     model.expect("expert_gating_func", SOFTMAX)
-    model.expect("expert_weights_norm", False)  # noqa: FBT003 - the others are numbers
+    model.expect("expert_weights_norm", False)
     model.expect("expert_group_count", 1)
     model.expect("expert_group_used_count", 1)
     return "DeepseekV2Config", fields | {"topk_method": "greedy"}

@@ -1,10 +1,10 @@
 """Which tensors of a GGUF file a parameter of a transformers model is made of, and how.
 
 gguf-py's name maps translate the names. What llama.cpp's conversion changes beyond names is undone
-here: by the place of each share, a view of the parameter in the order of the tensor's elements (rows
-of attention heads permuted for rotary embeddings, experts stacked, kv_b_proj in two tensors, heads
-of linear attention tiled), or by an operation on values (norms stored as weight + 1). Source:
-conversion/*.py of llama.cpp, one class for each architecture.
+here. Mostly by the place of each share, a view of the parameter in the order of the tensor's
+elements: rows of attention heads permuted for rotary embeddings, experts stacked, kv_b_proj in two
+tensors, heads of linear attention tiled. Or by changing values: norms stored as weight + 1.
+Source: conversion/*.py of llama.cpp, one class for each architecture.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from numaload.dequantize import DTYPES, Conversion
 from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, kernel_dtype
-from numaload.errors import StateDictError, UsageError, printable
+from numaload.errors import StateDictError, UsageError, listed, printable
 from numaload.files.reader import Progress
 from numaload.machine import memory
 from numaload.pipeline import Target, fill
@@ -209,7 +209,7 @@ def _check_places(module: Any, loads: list[_Held]) -> None:
     names = [one.name for one in fixed if not all(isinstance(p.table, dict) for p in one.places)]
     if names:
         raise StateDictError(
-            f"{type(module).__name__}: {_quoted(names)} cannot be replaced in a scripted module."
+            f"{type(module).__name__}: {listed(names)} cannot be replaced in a scripted module."
             " Nothing was loaded: load before it is scripted, or without dtype= and device="
         )
 
@@ -224,16 +224,12 @@ def _check_meta(module: Any, held: dict[int, _Held]) -> None:
     ]
     if left:
         raise StateDictError(
-            f"{type(module).__name__}: {_quoted(left)} would be left on the meta device: the file"
+            f"{type(module).__name__}: {listed(left)} would be left on the meta device: the file"
             " does not hold them. Nothing was loaded: make the module in memory, or with only its"
             " parameters on meta, as accelerate.init_empty_weights() does; models of transformers"
             " are loaded by their own from_pretrained, see numaload's docs/transformers.md",
             missing=left,
         )
-
-
-def _quoted(names: list[str]) -> str:
-    return ", ".join(f'"{printable(name)}"' for name in names)
 
 
 def _check_type(tensor: Tensor, dtype: str) -> None:

@@ -17,7 +17,7 @@ import transformers
 from numaload.backends.gguf_config import config_of
 from numaload.backends.gguf_layouts import Names, Share
 from numaload.dtypes import dtype_name
-from numaload.errors import StateDictError, UsageError, printable
+from numaload.errors import StateDictError, UsageError, listed, printable
 from numaload.files.reader import Progress
 from numaload.machine import memory
 from numaload.pipeline import Target, fill
@@ -105,12 +105,14 @@ class _Plan:
             self.tensors[key] = tensor
         self.used: set[str] = set()
         missing = [keys[0] for keys in tied.values() if not self._find(keys)]
+        if not any(key.endswith("lm_head.weight") for key in self.tensors):
+            self.used.add("output.weight")  # of a class that the caller named, without a head
         unused = [n for n in weights if n not in self.used and not self.names.needless(n)]
         errors = list(filter(None, map(self._mismatch, self.shares)))
         if unused:
-            errors.insert(0, f"of no parameter: {_listed(unused)}")
+            errors.insert(0, f"of no parameter: {listed(unused)}")
         if missing:
-            errors.insert(0, f"made of no tensor: {_listed(missing)}")
+            errors.insert(0, f"made of no tensor: {listed(missing)}")
         if errors:
             lines = "".join(f"\n\t{error}" for error in errors)
             raise StateDictError(
@@ -178,7 +180,3 @@ def _target(tensor: Tensor, share: Share, parameter: Any) -> Target:
 
 def _squeezed(shape: Any) -> list[int]:
     return [dim for dim in shape if dim != 1]
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(printable, names[:5])) + f" and {len(names) - 5} more" * (len(names) > 5)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gguf_builder as gb
-import hf_models
+import random_model
 import numaload as api
 from commands import Numaload
 from numaload.errors import (
@@ -36,10 +36,10 @@ def like(expected: Mapping[str, Any], **options: Any) -> Any:
     return module_of({key: array.shape for key, array in expected.items()}, **options)
 
 
-def quantized(path: Path) -> hf_models.Made:
+def quantized(path: Path) -> random_model.Made:
     """A file with the module's own names, of many types."""
-    made, out = hf_models.Made(path), hf_models.Writer(path, "test")
-    for number in range(2 * len(hf_models.TYPES)):
+    made, out = random_model.Made(path), random_model.Writer(path, "test")
+    for number in range(2 * len(random_model.TYPES)):
         shape = (48, 256) if number % 4 else (256,)
         made.expected[f"part.{number}.weight"] = out.add(f"part.{number}.weight", shape)
     out.close()

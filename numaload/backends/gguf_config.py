@@ -9,8 +9,8 @@ of llama.cpp, load_arch_hparams.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -23,13 +23,15 @@ MOST = 1 << 31
 SILENT = {
     "vocab_size", "feed_forward_length", "expert_feed_forward_length", "expert_count",
     "expert_shared_feed_forward_length", "rope.scaling.finetuned", "pooling_type",
-    "tensor_data_layout", "interleave_moe_layer_step", "full_attention_interval",
+    "tensor_data_layout", "full_attention_interval", "attention.head_count_kv",
 }  # fmt: skip
-TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id",
-          "padding_token_id": "pad_token_id"}  # fmt: skip
-SOFTMAX, SIGMOID = 1, 2  # llama.cpp's numbers of what weighs experts
-# What Llama 3.1 to 3.3 have beside a factor: low_freq_factor, high_freq_factor, original context.
-LLAMA3 = (1.0, 4.0, 8192)
+SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3  # llama.cpp's numbers of what weighs experts
+# What Llama 3.1 to 3.3 have beside a factor.
+LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def config_of(weights: Weights) -> Any:
@@ -37,18 +39,22 @@ def config_of(weights: Weights) -> Any:
     import transformers
 
     model = _Model(weights)
-    if model.architecture not in ARCHITECTURES:
+    row = ROWS.get(model.kind())
+    if row is None:
         raise UsageError(
             f"{weights.paths[0]}: what {model.architecture} computes by is not known here from its"
             " file alone: give config=, of the original model"
         )
-    name, fields = ARCHITECTURES[model.architecture](model)
+    for key, values in row.expected.items():
+        model.expect(key, *values)
+    fields = {name: read(model) for name, read in (COMMON | row.fields).items()}
     model.check_unread()
     try:
-        return getattr(transformers, name)(**model.common() | fields)
+        return getattr(transformers, row.config)(**fields)
     except Exception as error:  # each class has checks of its own
         raise UsageError(
-            f"{weights.paths[0]}: transformers' {name} refuses its numbers: {printable(error)}"
+            f"{weights.paths[0]}: transformers' {row.config} refuses its numbers:"
+            f" {printable(error)}"
         ) from error
 
 
@@ -59,12 +65,21 @@ class _Model:
         self.weights, self.architecture = weights, check_architecture(weights)
         self.read: set[str] = set()
         self.blocks = self.number("block_count", most=MOST_LAYERS)
-        self.layers = self.blocks - self.number("nextn_predict_layers", 0)
+        self.layers = self.blocks - self.number("nextn_predict_layers", 0, self.blocks - 1)
         self.hidden = self.width("token_embd.weight")
         self.heads = self.number("attention.head_count")
         self.head_dim = self.number("attention.key_length", self.hidden // self.heads)
+        self.rotated = self.number("rope.dimension_count", self.head_dim)
         self.context = self.number("context_length")
         self.expect("embedding_length", self.hidden)
+
+    def kind(self) -> str:
+        """Return the name of the architecture's row: two have several."""
+        if self.architecture == "llama" and self.has("ffn_down_exps.weight"):
+            return "mixtral"
+        if self.architecture == "deepseek2" and self.value("expert_gating_func") == SIGMOID:
+            return "deepseek3"
+        return self.architecture
 
     def value(self, key: str, default: Any = None) -> Any:
         self.read.add(key)
@@ -96,6 +111,10 @@ class _Model:
         if found is not None and found not in values:
             self.refuse(key, " or ".join(map(repr, values)), found)
 
+    def same(self, key: str, value: Any) -> Any:
+        self.expect(key, value)
+        return value
+
     def has(self, name: str) -> bool:
         return any(f"blk.{block}.{name}" in self.weights for block in range(self.layers))
 
@@ -107,97 +126,103 @@ class _Model:
             raise UsageError(f"{self.weights.paths[0]}: there is no tensor {name!r}")
         return int(tensor.shape[axis])
 
-    def common(self) -> dict[str, Any]:
-        """Return the fields that all configurations have."""
-        found = self.weights.metadata.get
-        tokens = {ours: found(f"tokenizer.ggml.{key}") for key, ours in TOKENS.items()}
-        return {
-            "num_hidden_layers": self.layers,
-            "hidden_size": self.hidden,
-            "num_attention_heads": self.heads,
-            "max_position_embeddings": self.context,
-            "vocab_size": self.width("token_embd.weight", 0),
-            "tie_word_embeddings": "output.weight" not in self.weights,
-            **tokens,
-        }
-
-    def attention(self) -> dict[str, Any]:
-        """Return the fields of attention with grouped heads."""
-        self.expect("attention.value_length", self.head_dim)
-        return {
-            "num_key_value_heads": self.number("attention.head_count_kv", self.heads),
-            "head_dim": self.head_dim,
-            "rms_norm_eps": self.eps(),
-        }
-
-    def eps(self) -> float:
-        return self.real("attention.layer_norm_rms_epsilon")
-
-    def dense(self, *, partial: bool = False) -> dict[str, Any]:
-        """Return the fields of attention and a feed-forward network in all blocks."""
-        return self.attention() | {
-            "intermediate_size": self.width("ffn_down.weight"),
-            "rope_parameters": self.rope(partial=partial),
-        }
-
-    def experts(self) -> dict[str, Any]:
-        """Return the fields of networks of experts, as most configurations call them."""
-        return {
-            "num_experts": self.width("ffn_down_exps.weight", 0),
-            "num_experts_per_tok": self.number("expert_used_count"),
-            "moe_intermediate_size": self.width("ffn_down_exps.weight"),
-            "intermediate_size": self.number("feed_forward_length", 0)  # of no block
-            or self.width("ffn_down_exps.weight"),
-        }
-
-    def rope(self, *, partial: bool = False, **more: Any) -> dict[str, Any]:
-        """Return rope_parameters. partial: also of a part of each head. more: their own fields."""
+    def rope(self, rotated: int, **more: Any) -> dict[str, Any]:
+        """Return rope_parameters. rotated: dims of each head. more: what is not in files."""
+        if self.rotated != rotated:
+            self.refuse("rope.dimension_count", str(rotated), self.rotated)
         theta = self.real("rope.freq_base", 10000.0)
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-        dims = self.number("rope.dimension_count", self.head_dim)
-        if partial:
-            rope["partial_rotary_factor"] = dims / self.head_dim
-        elif dims != self.head_dim:
-            self.refuse("rope.dimension_count", str(self.head_dim), dims)
         kind = self.value("rope.scaling.type", "none")
         if kind in ("linear", "yarn"):
             rope |= {"rope_type": kind, "factor": self.real("rope.scaling.factor")}
         if kind == "yarn":
-            rope["original_max_position_embeddings"] = self.number(
-                "rope.scaling.original_context_length", self.context
-            )
-            for key in ("yarn_beta_fast", "yarn_beta_slow", "yarn_attn_factor"):
-                if self.value(f"rope.scaling.{key}") is not None:
-                    field = key.replace("yarn_attn", "yarn_attention").removeprefix("yarn_")
-                    rope[field] = self.real(f"rope.scaling.{key}")
+            key = "rope.scaling.original_context_length"
+            rope["original_max_position_embeddings"] = self.number(key, self.context)
+            for name in ("beta_fast", "beta_slow", "attn_factor"):
+                key = f"rope.scaling.yarn_{name}"
+                if self.value(key) is not None:
+                    rope[name.replace("attn_", "attention_")] = self.real(key)
             self.expect("rope.scaling.yarn_ext_factor", 1.0)
         self.expect("rope.scaling.type", "none", "linear", "yarn", more.get("rope_type"))
         if "rope_freqs.weight" in self.weights:
-            rope |= self._llama3(theta, dims)
+            rope |= self._llama3(theta)
         return rope | more
 
-    def _llama3(self, theta: float, dims: int) -> dict[str, Any]:
+    def partial_rope(self, **more: Any) -> dict[str, Any]:
+        """Return the same where a part of each head may be rotated."""
+        part = self.rotated / self.head_dim
+        return self.rope(self.rotated, partial_rotary_factor=part, **more)
+
+    def _llama3(self, theta: float) -> dict[str, Any]:
         """Return the parameters that give the file's factors: it has these alone.
 
         Source: LlamaModel.generate_extra_tensors of llama.cpp's conversion/llama.py.
         """
-        found = self.weights["rope_freqs.weight"].dequantize().reshape(-1).tolist()
-        low, high, context = LLAMA3
-        factor = max(found, default=1.0)
-        expected = []
-        for index in range(0, dims, 2):
-            length = 2 * math.pi * theta ** (index / dims)
-            smooth = (context / length - low) / (high - low)
-            smooth = min(max(smooth, 0.0), 1.0)
-            expected.append(1 / ((1 - smooth) / factor + smooth))
-        near = len(found) == len(expected) and all(
-            math.isclose(one, other, rel_tol=1e-4)
-            for one, other in zip(found, expected, strict=True)
+        found = self.weights["rope_freqs.weight"].dequantize().reshape(-1)
+        low, high, context = LLAMA3.values()
+        factor, dims = float(found.max(initial=1.0)), self.rotated
+        lengths = 2 * math.pi * theta ** (np.arange(0, dims, 2) / dims)
+        smooth = np.clip((context / lengths - low) / (high - low), 0, 1)
+        expected = 1 / ((1 - smooth) / factor + smooth)
+        if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
+            self.refuse("rope", "factors in rope_freqs.weight as Llama 3's", found[:4].tolist())
+        return {"rope_type": "llama3", "factor": factor, **LLAMA3}
+
+    def long_rope(self) -> dict[str, Any]:
+        """Return the parameters of phi3, whose factors of long contexts are tensors."""
+        original = self.number("rope.scaling.original_context_length", self.context)
+        if "rope_factors_long.weight" not in self.weights:
+            return self.partial_rope()
+        factors = {
+            f"{kind}_factor": self.weights[f"rope_factors_{kind}.weight"].dequantize().tolist()
+            for kind in ("long", "short")
+        }
+        return self.partial_rope(
+            **factors,
+            rope_type="longrope",
+            original_max_position_embeddings=original,
+            factor=self.context / original,
+            attention_factor=self.real("rope.scaling.attn_factor", 1.0),
         )
-        if not near:
-            self.refuse("rope", "factors in rope_freqs.weight as Llama 3's", found[:4])
-        names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        return {"rope_type": "llama3", "factor": factor, **dict(zip(names, LLAMA3, strict=True))}
+
+    def mrope(self) -> dict[str, Any]:
+        """Return the parameters of qwen35, with dims for each axis, padded to four."""
+        sections = list(self.value("rope.dimension_sections", ()))[:4]
+        axes = [section for section in sections if section]
+        return self.partial_rope(mrope_section=axes, mrope_interleaved=True)
+
+    def mla_rope(self) -> dict[str, Any]:
+        """Return the parameters of deepseek2; mscale is in no file: llama.cpp takes it as equal."""
+        rope = self.rope(self.rotated)
+        if rope["rope_type"] == "yarn":
+            scale = round(self.real("rope.scaling.yarn_log_multiplier") / 0.1, 6)
+            rope |= {"mscale": scale, "mscale_all_dim": scale}
+        return rope
+
+    def gemma3_rope(self) -> dict[str, Any]:
+        local = self.real("rope.freq_base_swa", 10000.0)
+        return {
+            "full_attention": self.rope(self.head_dim),
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        }
+
+    def mla_length(self, which: str) -> int:
+        """Return the length of "key" or "value", under the name of old files or of new ones."""
+        length = self.number(f"attention.{which}_length", self.head_dim)
+        return self.number(f"attention.{which}_length_mla", length)
+
+    def query_scalar(self, largest: int) -> int:
+        """Return what queries are scaled by, in no file: llama.cpp knows the largest models."""
+        return self.hidden // self.heads if self.layers == largest else self.head_dim
+
+    def layer_types(self) -> list[str]:
+        linear = [f"blk.{block}.ssm_a" in self.weights for block in range(self.layers)]
+        return ["linear_attention" if one else "full_attention" for one in linear]
+
+    def dense_width(self) -> int:
+        """Return the width of dense blocks; where there are none, what the file says of it."""
+        width = 0 if self.has("ffn_down.weight") else self.number("feed_forward_length", 0)
+        return width or self.width("ffn_down.weight")
 
     def check_unread(self) -> None:
         """Check that no key was passed over. Raises: UsageError."""
@@ -208,206 +233,169 @@ class _Model:
                 self.refuse(name, "no such key", self.weights.metadata[key])
 
 
-Made = tuple[str, dict[str, Any]]
+Fields = Mapping[str, Callable[[_Model], Any]]
 
 
-def _llama(model: _Model) -> Made:
-    if not model.has("ffn_down_exps.weight"):
-        biases = {
-            "attention_bias": model.has("attn_q.bias"),
-            "mlp_bias": model.has("ffn_down.bias"),
-        }
-        return "LlamaConfig", model.dense() | biases
-    experts = model.experts()
-    return "MixtralConfig", model.attention() | {
-        "num_local_experts": experts["num_experts"],
-        "num_experts_per_tok": experts["num_experts_per_tok"],
-        "intermediate_size": experts["moe_intermediate_size"],
-        "rope_parameters": model.rope(),
-    }
+class Row(NamedTuple):
+    """A class of configurations, its fields, and keys with the only values that are known."""
+
+    config: str
+    fields: Fields
+    expected: Mapping[str, tuple[Any, ...]] = {}
 
 
-def _qwen2(model: _Model) -> Made:
-    return "Qwen2Config", model.dense()
-
-
-def _qwen3(model: _Model) -> Made:
-    return "Qwen3Config", model.dense() | {"attention_bias": model.has("attn_q.bias")}
-
-
-def _qwen2moe(model: _Model) -> Made:
-    return "Qwen2MoeConfig", _qwen_experts(model, normed=False) | {
-        "shared_expert_intermediate_size": model.width("ffn_down_shexp.weight"),
-    }
-
-
-def _qwen3moe(model: _Model) -> Made:
-    biased = {"attention_bias": model.has("attn_q.bias")}
-    return "Qwen3MoeConfig", _qwen_experts(model, normed=True) | biased
-
-
-def _qwen_experts(model: _Model, *, normed: bool) -> dict[str, Any]:
-    model.expect("expert_gating_func", SOFTMAX)
-    model.expect("expert_weights_scale", 1.0)
-    model.expect("expert_weights_norm", normed)
-    more = {"rope_parameters": model.rope(), "norm_topk_prob": normed}
-    return model.attention() | model.experts() | more
-
-
-def _qwen35(model: _Model) -> Made:
-    values = model.number("ssm.time_step_rank")
-    sections = list(model.value("rope.dimension_sections", ()))[:4]
-    mrope = {"mrope_section": [one for one in sections if one], "mrope_interleaved": True}
-    fields = model.attention() | {
-        "rope_parameters": model.rope(partial=True, **mrope),
-        "linear_conv_kernel_dim": model.number("ssm.conv_kernel"),
-        "linear_key_head_dim": model.number("ssm.state_size"),
-        "linear_num_key_heads": model.number("ssm.group_count"),
-        "linear_num_value_heads": values,
-        "linear_value_head_dim": model.number("ssm.inner_size") // values,
-        "layer_types": [
-            f"{'linear' if f'blk.{block}.ssm_a' in model.weights else 'full'}_attention"
-            for block in range(model.layers)
-        ],
-    }
-    if model.architecture == "qwen35":
-        return "Qwen3_5TextConfig", fields | {"intermediate_size": model.width("ffn_down.weight")}
-    experts = model.experts() | {
-        "shared_expert_intermediate_size": model.width("ffn_down_shexp.weight")
-    }
-    model.expect("expert_gating_func", SOFTMAX)
-    return "Qwen3_5MoeTextConfig", fields | experts
-
-
-def _gemma(model: _Model) -> Made:
-    return "GemmaConfig", model.dense()
-
-
-def _gemma2(model: _Model) -> Made:
-    return "Gemma2Config", model.dense() | {
-        "query_pre_attn_scalar": _query_scalar(model, 46),
-        "sliding_window": model.number("attention.sliding_window", 4096),
-        "attn_logit_softcapping": model.real("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": model.real("final_logit_softcapping", 30.0),
-    }
-
-
-def _gemma3(model: _Model) -> Made:
-    window, full = model.number("attention.sliding_window", 0), model.rope()
-    local = {"rope_type": "default", "rope_theta": model.real("rope.freq_base_swa", 10000.0)}
-    model.expect("attention.sliding_window_pattern", 6)
-    fields: dict[str, Any] = {
-        "query_pre_attn_scalar": _query_scalar(model, 62),
-        "rope_parameters": {"full_attention": full, "sliding_attention": local},
-        "final_logit_softcapping": model.value("final_logit_softcapping"),
-        "sliding_window": window or None,
-    }
-    if not window:
-        fields["layer_types"] = ["full_attention"] * model.layers
-    return "Gemma3TextConfig", model.dense() | fields
-
-
-def _query_scalar(model: _Model, largest: int) -> int:
-    """Return what queries are scaled by, in no file: llama.cpp knows the largest models."""
-    return model.hidden // model.heads if model.layers == largest else model.head_dim
-
-
-def _phi3(model: _Model) -> Made:
-    original = model.number("rope.scaling.original_context_length", model.context)
-    scaling: dict[str, Any] = {}
-    if "rope_factors_long.weight" in model.weights:
-        for kind in ("long", "short"):
-            factors = model.weights[f"rope_factors_{kind}.weight"].dequantize()
-            scaling[f"{kind}_factor"] = factors.reshape(-1).tolist()
-        scaling |= {"rope_type": "longrope", "original_max_position_embeddings": original}
-        scaling["factor"] = model.context / original
-        scaling["attention_factor"] = model.real("rope.scaling.attn_factor", 1.0)
-    return "Phi3Config", model.dense(partial=True) | {
-        "rope_parameters": model.rope(partial=True, **scaling),
-        "original_max_position_embeddings": original,
-        "sliding_window": model.number("attention.sliding_window", 0) or None,
-    }
-
-
-def _gpt_oss(model: _Model) -> Made:
-    experts = model.experts()
-    model.expect("expert_gating_func", SOFTMAX, 3)
-    return "GptOssConfig", model.attention() | {
-        "num_local_experts": experts["num_experts"],
-        "num_experts_per_tok": experts["num_experts_per_tok"],
-        "intermediate_size": experts["moe_intermediate_size"],
-        "sliding_window": model.number("attention.sliding_window"),
-        "rope_parameters": model.rope(truncate=False),
-    }
-
-
-def _glm4(model: _Model) -> Made:
-    return "Glm4Config", model.dense(partial=True) | {"attention_bias": model.has("attn_q.bias")}
-
-
-def _glm4moe(model: _Model) -> Made:
-    model.expect("expert_gating_func", SIGMOID)
-    return "Glm4MoeConfig", model.attention() | _routed(model) | {
-        "attention_bias": model.has("attn_q.bias"),
-        "use_qk_norm": model.has("attn_q_norm.weight"),
-        "rope_parameters": model.rope(partial=True),
-        "norm_topk_prob": bool(model.value("expert_weights_norm", default=True)),
-        "n_group": model.number("expert_group_count", 1),
-        "topk_group": model.number("expert_group_used_count", 1),
-    }
-
-
-def _routed(model: _Model) -> dict[str, Any]:
-    """Return the fields of experts of which some are shared, after some dense blocks."""
-    experts, shared = model.experts(), model.number("expert_shared_count", 0)
-    dense = model.number("leading_dense_block_count", 0)
-    if dense:
-        experts["intermediate_size"] = model.width("ffn_down.weight")
-    return experts | {
-        "n_routed_experts": experts.pop("num_experts"),
-        "n_shared_experts": shared,
-        "first_k_dense_replace": dense,
-        "routed_scaling_factor": model.real("expert_weights_scale", 1.0),
-    }
-
-
-def _deepseek2(model: _Model) -> Made:
-    lora, rope = model.number("attention.kv_lora_rank"), model.number("rope.dimension_count")
-    keys = model.number("attention.key_length_mla", model.head_dim)
-    values = model.number("attention.value_length", model.head_dim)
-    model.value("attention.head_count_kv")  # llama.cpp's way of computing, of no model
-    model.head_dim = rope
-    parameters = model.rope()
-    if parameters["rope_type"] == "yarn":
-        scale = model.real("rope.scaling.yarn_log_multiplier") / 0.1
-        parameters |= {"mscale": scale, "mscale_all_dim": scale}
-    fields = _routed(model) | {
-        "rms_norm_eps": model.eps(),
-        "num_key_value_heads": model.heads,
-        "q_lora_rank": model.number("attention.q_lora_rank", 0) or None,
-        "kv_lora_rank": lora,
-        "qk_rope_head_dim": rope,
-        "qk_nope_head_dim": keys - rope,
-        "v_head_dim": model.number("attention.value_length_mla", values),
-        "rope_parameters": parameters,
-    }
-    normed = bool(model.value("expert_weights_norm", default=False))
-    if model.number("expert_gating_func", SOFTMAX) == SIGMOID:
-        return "DeepseekV3Config", fields | {
-            "norm_topk_prob": normed,
-            "n_group": model.number("expert_group_count"),
-            "topk_group": model.number("expert_group_used_count"),
-        }
-    model.expect("expert_gating_func", SOFTMAX)
-    model.expect("expert_weights_norm", False)
-    model.expect("expert_group_count", 1)
-    model.expect("expert_group_used_count", 1)
-    return "DeepseekV2Config", fields | {"topk_method": "greedy"}
-
-
-ARCHITECTURES: dict[str, Callable[[_Model], Made]] = {
-    "llama": _llama, "qwen2": _qwen2, "qwen2moe": _qwen2moe, "qwen3": _qwen3,
-    "qwen3moe": _qwen3moe, "qwen35": _qwen35, "qwen35moe": _qwen35, "deepseek2": _deepseek2,
-    "gemma": _gemma, "gemma2": _gemma2, "gemma3": _gemma3, "glm4": _glm4, "glm4moe": _glm4moe,
-    "gpt-oss": _gpt_oss, "phi3": _phi3,
+COMMON: dict[str, Callable[[_Model], Any]] = {
+    "num_hidden_layers": lambda m: m.layers,
+    "hidden_size": lambda m: m.hidden,
+    "num_attention_heads": lambda m: m.heads,
+    "max_position_embeddings": lambda m: m.context,
+    "rms_norm_eps": lambda m: m.real("attention.layer_norm_rms_epsilon"),
+    "vocab_size": lambda m: m.width("token_embd.weight", 0),
+    "tie_word_embeddings": lambda m: "output.weight" not in m.weights,
+    "bos_token_id": lambda m: m.weights.metadata.get("tokenizer.ggml.bos_token_id"),
+    "eos_token_id": lambda m: m.weights.metadata.get("tokenizer.ggml.eos_token_id"),
+    "pad_token_id": lambda m: m.weights.metadata.get("tokenizer.ggml.padding_token_id"),
+}
+ATTENTION: Fields = {
+    "num_key_value_heads": lambda m: m.number("attention.head_count_kv", m.heads),
+    "head_dim": lambda m: m.same("attention.value_length", m.head_dim),
+    "rope_parameters": lambda m: m.rope(m.head_dim),
+}
+DENSE: Fields = {**ATTENTION, "intermediate_size": lambda m: m.width("ffn_down.weight")}
+BIASED: Fields = {"attention_bias": lambda m: m.has("attn_q.bias")}
+PARTIAL: Fields = {"rope_parameters": lambda m: m.partial_rope()}
+EXPERTS: Fields = {
+    "num_experts": lambda m: m.width("ffn_down_exps.weight", 0),
+    "num_experts_per_tok": lambda m: m.number("expert_used_count"),
+    "moe_intermediate_size": lambda m: m.width("ffn_down_exps.weight"),
+    "intermediate_size": lambda m: m.dense_width(),
+}
+SHARED: Fields = {
+    "shared_expert_intermediate_size": lambda m: m.width("ffn_down_shexp.weight"),
+}
+LOCAL_EXPERTS: Fields = {
+    "num_local_experts": EXPERTS["num_experts"],
+    "num_experts_per_tok": EXPERTS["num_experts_per_tok"],
+    "intermediate_size": EXPERTS["moe_intermediate_size"],
+}
+ROUTED: Fields = {
+    **{name: read for name, read in EXPERTS.items() if name != "num_experts"},
+    "n_routed_experts": EXPERTS["num_experts"],
+    "n_shared_experts": lambda m: m.number("expert_shared_count", 0),
+    "first_k_dense_replace": lambda m: m.number("leading_dense_block_count", 0),
+    "routed_scaling_factor": lambda m: m.real("expert_weights_scale", 1.0),
+}
+MLA: Fields = {
+    **ROUTED,
+    "num_key_value_heads": lambda m: m.heads,  # llama.cpp's computing needs one
+    "q_lora_rank": lambda m: m.number("attention.q_lora_rank", 0) or None,
+    "kv_lora_rank": lambda m: m.number("attention.kv_lora_rank"),
+    "qk_rope_head_dim": lambda m: m.rotated,
+    "qk_nope_head_dim": lambda m: m.mla_length("key") - m.rotated,
+    "v_head_dim": lambda m: m.mla_length("value"),
+    "rope_parameters": lambda m: m.mla_rope(),
+}
+LINEAR: Fields = {
+    **ATTENTION,
+    "rope_parameters": lambda m: m.mrope(),
+    "layer_types": lambda m: m.layer_types(),
+    "linear_conv_kernel_dim": lambda m: m.number("ssm.conv_kernel"),
+    "linear_key_head_dim": lambda m: m.number("ssm.state_size"),
+    "linear_num_key_heads": lambda m: m.number("ssm.group_count"),
+    "linear_num_value_heads": lambda m: m.number("ssm.time_step_rank"),
+    "linear_value_head_dim": lambda m: m.number("ssm.inner_size") // m.number("ssm.time_step_rank"),
+}
+QWEN_EXPERTS: dict[str, Any] = {"expert_gating_func": (SOFTMAX,), "expert_weights_scale": (1.0,)}
+ROWS = {
+    "llama": Row("LlamaConfig", {**DENSE, **BIASED, "mlp_bias": lambda m: m.has("ffn_down.bias")}),
+    "mixtral": Row(
+        "MixtralConfig", {**ATTENTION, **LOCAL_EXPERTS}, {"expert_gating_func": (SOFTMAX,)}
+    ),
+    "qwen2": Row("Qwen2Config", DENSE),
+    "qwen2moe": Row(
+        "Qwen2MoeConfig",
+        {**ATTENTION, **EXPERTS, **SHARED, "norm_topk_prob": lambda _: False},
+        {**QWEN_EXPERTS, "expert_weights_norm": (False,)},
+    ),
+    "qwen3": Row("Qwen3Config", {**DENSE, **BIASED}),
+    "qwen3moe": Row(
+        "Qwen3MoeConfig",
+        {**ATTENTION, **EXPERTS, **BIASED, "norm_topk_prob": lambda _: True},
+        {**QWEN_EXPERTS, "expert_weights_norm": (True,)},
+    ),
+    "qwen35": Row(
+        "Qwen3_5TextConfig", {**LINEAR, "intermediate_size": DENSE["intermediate_size"]}
+    ),
+    "qwen35moe": Row("Qwen3_5MoeTextConfig", {**LINEAR, **EXPERTS, **SHARED}, QWEN_EXPERTS),
+    "deepseek2": Row(
+        "DeepseekV2Config",
+        {**MLA, "topk_method": lambda _: "greedy"},
+        {
+            "expert_gating_func": (SOFTMAX,), "expert_weights_norm": (False,),
+            "expert_group_count": (1,), "expert_group_used_count": (1,),
+        },  # fmt: skip
+    ),
+    "deepseek3": Row(
+        "DeepseekV3Config",
+        {
+            **MLA,
+            "norm_topk_prob": lambda m: bool(m.value("expert_weights_norm", default=False)),
+            "n_group": lambda m: m.number("expert_group_count"),
+            "topk_group": lambda m: m.number("expert_group_used_count"),
+        },
+    ),
+    "gemma": Row("GemmaConfig", DENSE),
+    "gemma2": Row(
+        "Gemma2Config",
+        {
+            **DENSE,
+            "query_pre_attn_scalar": lambda m: m.query_scalar(46),
+            "sliding_window": lambda m: m.number("attention.sliding_window", 4096),
+            "attn_logit_softcapping": lambda m: m.real("attn_logit_softcapping", 50.0),
+            "final_logit_softcapping": lambda m: m.real("final_logit_softcapping", 30.0),
+        },
+    ),
+    "gemma3": Row(
+        "Gemma3TextConfig",
+        {
+            **DENSE,
+            "query_pre_attn_scalar": lambda m: m.query_scalar(62),
+            "rope_parameters": lambda m: m.gemma3_rope(),
+            "sliding_window": lambda m: m.number("attention.sliding_window"),
+            "final_logit_softcapping": lambda m: m.value("final_logit_softcapping"),
+        },
+        {"attention.sliding_window_pattern": (6,)},
+    ),
+    "glm4": Row("Glm4Config", {**DENSE, **BIASED, **PARTIAL}),
+    "glm4moe": Row(
+        "Glm4MoeConfig",
+        {
+            **ATTENTION, **ROUTED, **BIASED, **PARTIAL,
+            "use_qk_norm": lambda m: m.has("attn_q_norm.weight"),
+            "norm_topk_prob": lambda m: bool(m.value("expert_weights_norm", default=True)),
+            "n_group": lambda m: m.number("expert_group_count", 1),
+            "topk_group": lambda m: m.number("expert_group_used_count", 1),
+        },
+        {"expert_gating_func": (SIGMOID,)},
+    ),
+    "gpt-oss": Row(
+        "GptOssConfig",
+        {
+            **ATTENTION, **LOCAL_EXPERTS,
+            "sliding_window": lambda m: m.number("attention.sliding_window"),
+            "rope_parameters": lambda m: m.rope(m.head_dim, truncate=False),
+        },
+        {"expert_gating_func": (SOFTMAX, SOFTMAX_OF_CHOSEN)},
+    ),
+    "phi3": Row(
+        "Phi3Config",
+        {
+            **DENSE,
+            "rope_parameters": lambda m: m.long_rope(),
+            "original_max_position_embeddings": lambda m: m.number(
+                "rope.scaling.original_context_length", m.context
+            ),
+            "sliding_window": lambda m: m.number("attention.sliding_window", 0) or None,
+        },
+    ),
 }  # fmt: skip

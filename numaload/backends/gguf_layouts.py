@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from numaload.errors import UsageError
+from numaload.formats.gguf import Header
 from numaload.weights import Weights
 
 View = Callable[[Any], Any]
@@ -73,7 +74,12 @@ HALVES = {"gate_up": ("gate", "up"), "down": ("down",)}
 
 def check_architecture(weights: Weights) -> str:
     """Return the architecture. Raises: UsageError for one whose layout is not known here."""
-    architecture = str(weights.metadata.get("general.architecture", "none"))
+    architecture = str(weights.metadata.get("general.architecture"))
+    if not isinstance(weights.parts[0].header, Header):
+        raise UsageError(
+            f"{weights.paths[0]}: no GGUF file: transformers' own from_pretrained loads it, fastest"
+            " from the page cache: numaload.prewarm(path)"
+        )
     if architecture not in LAYOUTS:
         raise UsageError(
             f"{weights.paths[0]}: architecture {architecture!r}: how llama.cpp lays out its tensors"

@@ -57,8 +57,12 @@ def _load(
     config = config_of(weights) if config is None else config
     kind = _class_of(config)
     wanted = _dtype(dtype, config)
-    with torch.device("meta"):
-        empty_model = kind(deepcopy(config))
+    try:
+        with torch.device("meta"):
+            empty_model = kind(deepcopy(config))
+    except Exception as error:  # each class has its own
+        text = f"{kind.__name__} cannot be made of its configuration: {printable(error)}"
+        raise UsageError(f"{weights.paths[0]}: {text}") from error
     plan = _Plan(empty_model, weights, config)
     state = plan.filled(wanted, progress)
     asked = options.pop("output_loading_info", False)

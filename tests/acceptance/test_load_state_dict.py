@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import gguf_builder as gb
-import random_model
 import numaload as api
+import random_model
 from commands import Numaload
 from numaload.errors import (
     CancelledError,

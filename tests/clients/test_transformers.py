@@ -346,3 +346,19 @@ def test_configurations_without_a_language_model(tmp_path: Path) -> None:
     hc.write(tmp_path / "m.gguf", architecture, model)
     with pytest.raises(UsageError, match="no language model for ViTConfig"):
         from_pretrained(tmp_path / "m.gguf", config=transformers.ViTConfig())
+
+
+def test_safetensors_are_transformers_own(tmp_path: Path) -> None:
+    _, model = hc.make("llama")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"no GGUF file.*numaload\.prewarm"):
+        from_pretrained(tmp_path)
+
+
+def test_sizes_that_no_memory_could_hold(tmp_path: Path) -> None:
+    architecture, model = hc.make("llama")
+    much = {"llama.attention.head_count": 1 << 30, "llama.attention.key_length": 1 << 30}
+    much |= {"llama.attention.value_length": 1 << 30, "llama.rope.dimension_count": 1 << 30}
+    hc.write(tmp_path / "m.gguf", architecture, model, more=much)
+    with pytest.raises((UsageError, StateDictError), match=r"LlamaForCausalLM|LlamaConfig"):
+        from_pretrained(tmp_path / "m.gguf")

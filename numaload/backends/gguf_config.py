@@ -41,13 +41,10 @@ def config_of(weights: Weights) -> Any:
     model = _Model(weights)
     row = ROWS.get(model.kind())
     if row is None:
-        raise UsageError(
-            f"{weights.paths[0]}: what {model.architecture} computes by is not known here from its"
-            " file alone: give config=, of the original model"
-        )
+        model.refuse("*", "config=, since a file of it does not say all", None)
     for key, values in row.expected.items():
         model.expect(key, *values)
-    fields = {name: read(model) for name, read in (COMMON | row.fields).items()}
+    fields = {name: model.field(spec) for name, spec in (COMMON | row.fields).items()}
     model.check_unread()
     try:
         return getattr(transformers, row.config)(**fields)
@@ -91,6 +88,23 @@ class _Model:
             f" {'nothing' if found is None else repr(found)}: give config=, of the original model"
         )
 
+    def field(self, spec: Spec) -> Any:
+        if callable(spec):
+            return spec(self)
+        if isinstance(spec, str):
+            return self.width(spec[1:]) if spec.startswith(".") else self.number(spec)
+        key, default = spec
+        if isinstance(default, bool):
+            return bool(self.value(key, default))
+        return self.real(key, default) if isinstance(default, float) else self.number(key, default)
+
+    def token(self, which: str) -> Any:
+        return self.weights.metadata.get(f"tokenizer.ggml.{which}_token_id")
+
+    def original(self) -> int:
+        """Return the context that scaled rotary embeddings were trained with."""
+        return self.number("rope.scaling.original_context_length", self.context)
+
     def number(self, key: str, default: int | None = None, most: int = MOST) -> int:
         value = self.value(key, default)
         least = 0 if default == 0 else 1
@@ -100,20 +114,17 @@ class _Model:
 
     def real(self, key: str, default: float | None = None) -> float:
         value = self.value(key, default)
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            self.refuse(key, "a finite number", value)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            self.refuse(key, "a positive number", value)
         short = np.float32(value)  # "3e-05" became 2.99999992e-05 when it was written as one
         return float(str(short)) if short == value else float(value)
 
-    def expect(self, key: str, *values: Any) -> None:
-        """Check a key, where it is there, for what alone is known to be computed."""
-        found = self.value(key)
-        if found is not None and found not in values:
+    def expect(self, key: str, *values: Any) -> Any:
+        """Check a key, where it is there, for what alone is known to be computed; return that."""
+        found = self.value(key, values[0])
+        if found not in values:
             self.refuse(key, " or ".join(map(repr, values)), found)
-
-    def same(self, key: str, value: Any) -> Any:
-        self.expect(key, value)
-        return value
+        return found
 
     def has(self, name: str) -> bool:
         return any(f"blk.{block}.{name}" in self.weights for block in range(self.layers))
@@ -126,32 +137,28 @@ class _Model:
             raise UsageError(f"{self.weights.paths[0]}: there is no tensor {name!r}")
         return int(tensor.shape[axis])
 
-    def rope(self, rotated: int, **more: Any) -> dict[str, Any]:
-        """Return rope_parameters. rotated: dims of each head. more: what is not in files."""
-        if self.rotated != rotated:
-            self.refuse("rope.dimension_count", str(rotated), self.rotated)
+    def rope(self, rotated: int | None = None, **more: Any) -> dict[str, Any]:
+        """Return rope_parameters. rotated: dims of each head; None: any. more: their own fields."""
         theta = self.real("rope.freq_base", 10000.0)
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-        kind = self.value("rope.scaling.type", "none")
+        if rotated is None:
+            rope["partial_rotary_factor"] = self.rotated / self.head_dim
+        else:
+            self.expect("rope.dimension_count", rotated)
+        kinds = ("none", "linear", "yarn", more.get("rope_type"))
+        kind = self.expect("rope.scaling.type", *kinds)
         if kind in ("linear", "yarn"):
             rope |= {"rope_type": kind, "factor": self.real("rope.scaling.factor")}
         if kind == "yarn":
-            key = "rope.scaling.original_context_length"
-            rope["original_max_position_embeddings"] = self.number(key, self.context)
+            rope["original_max_position_embeddings"] = self.original()
             for name in ("beta_fast", "beta_slow", "attn_factor"):
                 key = f"rope.scaling.yarn_{name}"
                 if self.value(key) is not None:
                     rope[name.replace("attn_", "attention_")] = self.real(key)
             self.expect("rope.scaling.yarn_ext_factor", 1.0)
-        self.expect("rope.scaling.type", "none", "linear", "yarn", more.get("rope_type"))
         if "rope_freqs.weight" in self.weights:
             rope |= self._llama3(theta)
         return rope | more
-
-    def partial_rope(self, **more: Any) -> dict[str, Any]:
-        """Return the same where a part of each head may be rotated."""
-        part = self.rotated / self.head_dim
-        return self.rope(self.rotated, partial_rotary_factor=part, **more)
 
     def _llama3(self, theta: float) -> dict[str, Any]:
         """Return the parameters that give the file's factors: it has these alone.
@@ -160,36 +167,26 @@ class _Model:
         """
         found = self.weights["rope_freqs.weight"].dequantize().reshape(-1)
         low, high, context = LLAMA3.values()
-        factor, dims = float(found.max(initial=1.0)), self.rotated
-        lengths = 2 * math.pi * theta ** (np.arange(0, dims, 2) / dims)
+        factor = float(found.max(initial=1.0))
+        lengths = 2 * math.pi * theta ** (np.arange(found.size) / max(found.size, 1))
         smooth = np.clip((context / lengths - low) / (high - low), 0, 1)
         expected = 1 / ((1 - smooth) / factor + smooth)
-        if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
+        if 2 * found.size != self.rotated or not np.allclose(found, expected, rtol=1e-4):
             self.refuse("rope", "factors in rope_freqs.weight as Llama 3's", found[:4].tolist())
         return {"rope_type": "llama3", "factor": factor, **LLAMA3}
 
     def long_rope(self) -> dict[str, Any]:
         """Return the parameters of phi3, whose factors of long contexts are tensors."""
-        original = self.number("rope.scaling.original_context_length", self.context)
-        if "rope_factors_long.weight" not in self.weights:
-            return self.partial_rope()
+        names = {f"{kind}_factor": f"rope_factors_{kind}.weight" for kind in ("long", "short")}
         factors = {
-            f"{kind}_factor": self.weights[f"rope_factors_{kind}.weight"].dequantize().tolist()
-            for kind in ("long", "short")
+            k: self.weights[n].dequantize().tolist() for k, n in names.items() if n in self.weights
         }
-        return self.partial_rope(
-            **factors,
-            rope_type="longrope",
-            original_max_position_embeddings=original,
-            factor=self.context / original,
-            attention_factor=self.real("rope.scaling.attn_factor", 1.0),
-        )
-
-    def mrope(self) -> dict[str, Any]:
-        """Return the parameters of qwen35, with dims for each axis, padded to four."""
-        sections = list(self.value("rope.dimension_sections", ()))[:4]
-        axes = [section for section in sections if section]
-        return self.partial_rope(mrope_section=axes, mrope_interleaved=True)
+        if not factors:
+            return self.rope()
+        more: dict[str, Any] = {"original_max_position_embeddings": self.original()}
+        more |= {"rope_type": "longrope", "factor": self.context / self.original()}
+        more["attention_factor"] = self.real("rope.scaling.attn_factor", 1.0)
+        return self.rope(**more, **factors)
 
     def mla_rope(self) -> dict[str, Any]:
         """Return the parameters of deepseek2; mscale is in no file: llama.cpp takes it as equal."""
@@ -198,13 +195,6 @@ class _Model:
             scale = round(self.real("rope.scaling.yarn_log_multiplier") / 0.1, 6)
             rope |= {"mscale": scale, "mscale_all_dim": scale}
         return rope
-
-    def gemma3_rope(self) -> dict[str, Any]:
-        local = self.real("rope.freq_base_swa", 10000.0)
-        return {
-            "full_attention": self.rope(self.head_dim),
-            "sliding_attention": {"rope_type": "default", "rope_theta": local},
-        }
 
     def mla_length(self, which: str) -> int:
         """Return the length of "key" or "value", under the name of old files or of new ones."""
@@ -215,14 +205,11 @@ class _Model:
         """Return what queries are scaled by, in no file: llama.cpp knows the largest models."""
         return self.hidden // self.heads if self.layers == largest else self.head_dim
 
-    def layer_types(self) -> list[str]:
-        linear = [f"blk.{block}.ssm_a" in self.weights for block in range(self.layers)]
-        return ["linear_attention" if one else "full_attention" for one in linear]
-
     def dense_width(self) -> int:
         """Return the width of dense blocks; where there are none, what the file says of it."""
-        width = 0 if self.has("ffn_down.weight") else self.number("feed_forward_length", 0)
-        return width or self.width("ffn_down.weight")
+        if self.has("ffn_down.weight"):
+            return self.width("ffn_down.weight")
+        return self.number("feed_forward_length", self.width("ffn_down_exps.weight"))
 
     def check_unread(self) -> None:
         """Check that no key was passed over. Raises: UsageError."""
@@ -233,169 +220,128 @@ class _Model:
                 self.refuse(name, "no such key", self.weights.metadata[key])
 
 
-Fields = Mapping[str, Callable[[_Model], Any]]
+# What a field is read from: a key; a key and a default; ".name", a tensor's width; a function.
+Spec = str | tuple[str, float] | Callable[[_Model], Any]
 
 
 class Row(NamedTuple):
     """A class of configurations, its fields, and keys with the only values that are known."""
 
     config: str
-    fields: Fields
+    fields: dict[str, Spec]
     expected: Mapping[str, tuple[Any, ...]] = {}
 
 
-COMMON: dict[str, Callable[[_Model], Any]] = {
-    "num_hidden_layers": lambda m: m.layers,
-    "hidden_size": lambda m: m.hidden,
-    "num_attention_heads": lambda m: m.heads,
-    "max_position_embeddings": lambda m: m.context,
+COMMON: dict[str, Spec] = {
+    "num_hidden_layers": lambda m: m.layers, "hidden_size": lambda m: m.hidden,
+    "num_attention_heads": lambda m: m.heads, "max_position_embeddings": lambda m: m.context,
     "rms_norm_eps": lambda m: m.real("attention.layer_norm_rms_epsilon"),
     "vocab_size": lambda m: m.width("token_embd.weight", 0),
     "tie_word_embeddings": lambda m: "output.weight" not in m.weights,
-    "bos_token_id": lambda m: m.weights.metadata.get("tokenizer.ggml.bos_token_id"),
-    "eos_token_id": lambda m: m.weights.metadata.get("tokenizer.ggml.eos_token_id"),
-    "pad_token_id": lambda m: m.weights.metadata.get("tokenizer.ggml.padding_token_id"),
-}
-ATTENTION: Fields = {
+    "bos_token_id": lambda m: m.token("bos"), "eos_token_id": lambda m: m.token("eos"),
+    "pad_token_id": lambda m: m.token("padding"),
+}  # fmt: skip
+ATTENTION: dict[str, Spec] = {
     "num_key_value_heads": lambda m: m.number("attention.head_count_kv", m.heads),
-    "head_dim": lambda m: m.same("attention.value_length", m.head_dim),
+    "head_dim": lambda m: m.expect("attention.value_length", m.head_dim),
     "rope_parameters": lambda m: m.rope(m.head_dim),
 }
-DENSE: Fields = {**ATTENTION, "intermediate_size": lambda m: m.width("ffn_down.weight")}
-BIASED: Fields = {"attention_bias": lambda m: m.has("attn_q.bias")}
-PARTIAL: Fields = {"rope_parameters": lambda m: m.partial_rope()}
-EXPERTS: Fields = {
-    "num_experts": lambda m: m.width("ffn_down_exps.weight", 0),
-    "num_experts_per_tok": lambda m: m.number("expert_used_count"),
-    "moe_intermediate_size": lambda m: m.width("ffn_down_exps.weight"),
-    "intermediate_size": lambda m: m.dense_width(),
-}
-SHARED: Fields = {
-    "shared_expert_intermediate_size": lambda m: m.width("ffn_down_shexp.weight"),
-}
-LOCAL_EXPERTS: Fields = {
-    "num_local_experts": EXPERTS["num_experts"],
-    "num_experts_per_tok": EXPERTS["num_experts_per_tok"],
-    "intermediate_size": EXPERTS["moe_intermediate_size"],
-}
-ROUTED: Fields = {
-    **{name: read for name, read in EXPERTS.items() if name != "num_experts"},
-    "n_routed_experts": EXPERTS["num_experts"],
-    "n_shared_experts": lambda m: m.number("expert_shared_count", 0),
-    "first_k_dense_replace": lambda m: m.number("leading_dense_block_count", 0),
-    "routed_scaling_factor": lambda m: m.real("expert_weights_scale", 1.0),
-}
-MLA: Fields = {
-    **ROUTED,
+DENSE: dict[str, Spec] = ATTENTION | {"intermediate_size": ".ffn_down.weight"}
+BIASED: dict[str, Spec] = {"attention_bias": lambda m: m.has("attn_q.bias")}
+PARTIAL: dict[str, Spec] = {"rope_parameters": _Model.rope}
+USED, WIDTH = "expert_used_count", ".ffn_down_exps.weight"
+COUNT: Spec = lambda m: m.width(WIDTH[1:], 0)  # noqa: E731 - as the others of the table
+EXPERTS: dict[str, Spec] = {
+    "num_experts": COUNT, "num_experts_per_tok": USED, "moe_intermediate_size": WIDTH,
+    "intermediate_size": _Model.dense_width,
+}  # fmt: skip
+LOCAL_EXPERTS: dict[str, Spec] = {
+    "num_local_experts": COUNT, "num_experts_per_tok": USED, "intermediate_size": WIDTH,
+}  # fmt: skip
+SHARED: dict[str, Spec] = {"shared_expert_intermediate_size": ".ffn_down_shexp.weight"}
+ROUTED: dict[str, Spec] = {
+    "n_routed_experts": COUNT, "num_experts_per_tok": USED, "moe_intermediate_size": WIDTH,
+    "intermediate_size": _Model.dense_width, "n_shared_experts": ("expert_shared_count", 0),
+    "first_k_dense_replace": ("leading_dense_block_count", 0),
+    "routed_scaling_factor": ("expert_weights_scale", 1.0),
+}  # fmt: skip
+MLA: dict[str, Spec] = ROUTED | {
     "num_key_value_heads": lambda m: m.heads,  # llama.cpp's computing needs one
     "q_lora_rank": lambda m: m.number("attention.q_lora_rank", 0) or None,
-    "kv_lora_rank": lambda m: m.number("attention.kv_lora_rank"),
-    "qk_rope_head_dim": lambda m: m.rotated,
+    "kv_lora_rank": "attention.kv_lora_rank", "qk_rope_head_dim": lambda m: m.rotated,
     "qk_nope_head_dim": lambda m: m.mla_length("key") - m.rotated,
-    "v_head_dim": lambda m: m.mla_length("value"),
-    "rope_parameters": lambda m: m.mla_rope(),
-}
-LINEAR: Fields = {
-    **ATTENTION,
-    "rope_parameters": lambda m: m.mrope(),
-    "layer_types": lambda m: m.layer_types(),
-    "linear_conv_kernel_dim": lambda m: m.number("ssm.conv_kernel"),
-    "linear_key_head_dim": lambda m: m.number("ssm.state_size"),
-    "linear_num_key_heads": lambda m: m.number("ssm.group_count"),
-    "linear_num_value_heads": lambda m: m.number("ssm.time_step_rank"),
-    "linear_value_head_dim": lambda m: m.number("ssm.inner_size") // m.number("ssm.time_step_rank"),
-}
-QWEN_EXPERTS: dict[str, Any] = {"expert_gating_func": (SOFTMAX,), "expert_weights_scale": (1.0,)}
-ROWS = {
-    "llama": Row("LlamaConfig", {**DENSE, **BIASED, "mlp_bias": lambda m: m.has("ffn_down.bias")}),
-    "mixtral": Row(
-        "MixtralConfig", {**ATTENTION, **LOCAL_EXPERTS}, {"expert_gating_func": (SOFTMAX,)}
+    "v_head_dim": lambda m: m.mla_length("value"), "rope_parameters": _Model.mla_rope,
+}  # fmt: skip
+LINEAR: dict[str, Spec] = ATTENTION | {
+    "rope_parameters": lambda m: m.rope(
+        mrope_section=[s for s in list(m.value("rope.dimension_sections", ()))[:4] if s],
+        mrope_interleaved=True,
     ),
+    "layer_types": lambda m: [
+        ("full", "linear")[f"blk.{i}.ssm_a" in m.weights] + "_attention" for i in range(m.layers)
+    ],
+    "linear_conv_kernel_dim": "ssm.conv_kernel", "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count", "linear_num_value_heads": "ssm.time_step_rank",
+    "linear_value_head_dim": lambda m: m.number("ssm.inner_size") // m.number("ssm.time_step_rank"),
+}  # fmt: skip
+SOFT: dict[str, tuple[Any, ...]] = {
+    "expert_gating_func": (SOFTMAX,),
+    "expert_weights_scale": (1.0,),
+}
+DEFAULT = {"rope_type": "default"}
+NORMED = ("expert_weights_norm", True)
+ROWS = {
+    "llama": Row("LlamaConfig", DENSE | BIASED | {"mlp_bias": lambda m: m.has("ffn_down.bias")}),
+    "mixtral": Row("MixtralConfig", ATTENTION | LOCAL_EXPERTS, SOFT),
     "qwen2": Row("Qwen2Config", DENSE),
     "qwen2moe": Row(
-        "Qwen2MoeConfig",
-        {**ATTENTION, **EXPERTS, **SHARED, "norm_topk_prob": lambda _: False},
-        {**QWEN_EXPERTS, "expert_weights_norm": (False,)},
+        "Qwen2MoeConfig", ATTENTION | EXPERTS | SHARED | {"norm_topk_prob": lambda _: False},
+        SOFT | {"expert_weights_norm": (False,)},
     ),
-    "qwen3": Row("Qwen3Config", {**DENSE, **BIASED}),
+    "qwen3": Row("Qwen3Config", DENSE | BIASED),
     "qwen3moe": Row(
-        "Qwen3MoeConfig",
-        {**ATTENTION, **EXPERTS, **BIASED, "norm_topk_prob": lambda _: True},
-        {**QWEN_EXPERTS, "expert_weights_norm": (True,)},
+        "Qwen3MoeConfig", ATTENTION | EXPERTS | BIASED | {"norm_topk_prob": lambda _: True},
+        SOFT | {"expert_weights_norm": (True,)},
     ),
-    "qwen35": Row(
-        "Qwen3_5TextConfig", {**LINEAR, "intermediate_size": DENSE["intermediate_size"]}
-    ),
-    "qwen35moe": Row("Qwen3_5MoeTextConfig", {**LINEAR, **EXPERTS, **SHARED}, QWEN_EXPERTS),
+    "qwen35": Row("Qwen3_5TextConfig", LINEAR | {"intermediate_size": ".ffn_down.weight"}),
+    "qwen35moe": Row("Qwen3_5MoeTextConfig", LINEAR | EXPERTS | SHARED, SOFT),
     "deepseek2": Row(
-        "DeepseekV2Config",
-        {**MLA, "topk_method": lambda _: "greedy"},
-        {
-            "expert_gating_func": (SOFTMAX,), "expert_weights_norm": (False,),
-            "expert_group_count": (1,), "expert_group_used_count": (1,),
-        },  # fmt: skip
+        "DeepseekV2Config", MLA | {"topk_method": lambda _: "greedy"},
+        {"expert_gating_func": (SOFTMAX,), "expert_weights_norm": (False,)}
+        | {"expert_group_count": (1,), "expert_group_used_count": (1,)},
     ),
     "deepseek3": Row(
         "DeepseekV3Config",
-        {
-            **MLA,
-            "norm_topk_prob": lambda m: bool(m.value("expert_weights_norm", default=False)),
-            "n_group": lambda m: m.number("expert_group_count"),
-            "topk_group": lambda m: m.number("expert_group_used_count"),
-        },
+        MLA | {"norm_topk_prob": ("expert_weights_norm", False), "n_group": "expert_group_count"}
+        | {"topk_group": "expert_group_used_count"},
     ),
     "gemma": Row("GemmaConfig", DENSE),
-    "gemma2": Row(
-        "Gemma2Config",
-        {
-            **DENSE,
-            "query_pre_attn_scalar": lambda m: m.query_scalar(46),
-            "sliding_window": lambda m: m.number("attention.sliding_window", 4096),
-            "attn_logit_softcapping": lambda m: m.real("attn_logit_softcapping", 50.0),
-            "final_logit_softcapping": lambda m: m.real("final_logit_softcapping", 30.0),
+    "gemma2": Row("Gemma2Config", DENSE | {
+        "query_pre_attn_scalar": lambda m: m.query_scalar(46),
+        "sliding_window": ("attention.sliding_window", 4096),
+        "attn_logit_softcapping": ("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": ("final_logit_softcapping", 30.0),
+    }),
+    "gemma3": Row("Gemma3TextConfig", DENSE | {
+        "query_pre_attn_scalar": lambda m: m.query_scalar(62),
+        "rope_parameters": lambda m: {
+            "full_attention": m.rope(m.head_dim),
+            "sliding_attention": {"rope_theta": m.real("rope.freq_base_swa", 10000.0)} | DEFAULT,
         },
-    ),
-    "gemma3": Row(
-        "Gemma3TextConfig",
-        {
-            **DENSE,
-            "query_pre_attn_scalar": lambda m: m.query_scalar(62),
-            "rope_parameters": lambda m: m.gemma3_rope(),
-            "sliding_window": lambda m: m.number("attention.sliding_window"),
-            "final_logit_softcapping": lambda m: m.value("final_logit_softcapping"),
-        },
-        {"attention.sliding_window_pattern": (6,)},
-    ),
-    "glm4": Row("Glm4Config", {**DENSE, **BIASED, **PARTIAL}),
-    "glm4moe": Row(
-        "Glm4MoeConfig",
-        {
-            **ATTENTION, **ROUTED, **BIASED, **PARTIAL,
-            "use_qk_norm": lambda m: m.has("attn_q_norm.weight"),
-            "norm_topk_prob": lambda m: bool(m.value("expert_weights_norm", default=True)),
-            "n_group": lambda m: m.number("expert_group_count", 1),
-            "topk_group": lambda m: m.number("expert_group_used_count", 1),
-        },
-        {"expert_gating_func": (SIGMOID,)},
-    ),
-    "gpt-oss": Row(
-        "GptOssConfig",
-        {
-            **ATTENTION, **LOCAL_EXPERTS,
-            "sliding_window": lambda m: m.number("attention.sliding_window"),
-            "rope_parameters": lambda m: m.rope(m.head_dim, truncate=False),
-        },
-        {"expert_gating_func": (SOFTMAX, SOFTMAX_OF_CHOSEN)},
-    ),
-    "phi3": Row(
-        "Phi3Config",
-        {
-            **DENSE,
-            "rope_parameters": lambda m: m.long_rope(),
-            "original_max_position_embeddings": lambda m: m.number(
-                "rope.scaling.original_context_length", m.context
-            ),
-            "sliding_window": lambda m: m.number("attention.sliding_window", 0) or None,
-        },
-    ),
+        "sliding_window": "attention.sliding_window",
+        "final_logit_softcapping": lambda m: m.value("final_logit_softcapping"),
+    }, {"attention.sliding_window_pattern": (6,)}),
+    "glm4": Row("Glm4Config", DENSE | BIASED | PARTIAL),
+    "glm4moe": Row("Glm4MoeConfig", ATTENTION | ROUTED | BIASED | PARTIAL | {
+        "use_qk_norm": lambda m: m.has("attn_q_norm.weight"), "norm_topk_prob": NORMED,
+        "n_group": ("expert_group_count", 1), "topk_group": ("expert_group_used_count", 1),
+    }, {"expert_gating_func": (SIGMOID,)}),
+    "gpt-oss": Row("GptOssConfig", ATTENTION | LOCAL_EXPERTS | {
+        "sliding_window": "attention.sliding_window",
+        "rope_parameters": lambda m: m.rope(m.head_dim, truncate=False),
+    }, {"expert_gating_func": (SOFTMAX, SOFTMAX_OF_CHOSEN)}),
+    "phi3": Row("Phi3Config", DENSE | {
+        "rope_parameters": _Model.long_rope, "original_max_position_embeddings": _Model.original,
+        "sliding_window": lambda m: m.number("attention.sliding_window", 0) or None,
+    }),
 }  # fmt: skip

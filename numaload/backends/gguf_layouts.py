@@ -30,9 +30,9 @@ class Share(NamedTuple):
     """
 
     name: str
-    view: View
+    view: View = lambda parameter: parameter
     first: int | None = None
-    undo: Callable[[Any], Any] | None = None
+    undo: View | None = None
 
 
 class Layout(NamedTuple):
@@ -45,24 +45,14 @@ class Layout(NamedTuple):
 
 
 NORMS = r"(.*_norm)\.weight"
+LINEAR = Layout(norms=r"((?!.*ssm_norm).*_norm)\.weight", tiled=True)
 LAYOUTS = {
-    "llama": Layout(permuted=True),
-    "llama4": Layout(experts="transposed"),
-    "qwen2": Layout(),
-    "qwen2moe": Layout(),
-    "qwen3": Layout(),
-    "qwen3moe": Layout(),
-    "qwen35": Layout(norms=r"((?!.*ssm_norm).*_norm)\.weight", tiled=True),
-    "qwen35moe": Layout(norms=r"((?!.*ssm_norm).*_norm)\.weight", tiled=True),
-    "deepseek2": Layout(),
-    "gemma": Layout(norms=NORMS),
-    "gemma2": Layout(norms=NORMS),
-    "gemma3": Layout(norms=NORMS),
-    "glm4": Layout(),
-    "glm4moe": Layout(),
-    "gpt-oss": Layout(experts="interleaved"),
-    "phi3": Layout(),
-}
+    "llama": Layout(permuted=True), "llama4": Layout(experts="transposed"), "qwen2": Layout(),
+    "qwen2moe": Layout(), "qwen3": Layout(), "qwen3moe": Layout(), "qwen35": LINEAR,
+    "qwen35moe": LINEAR, "deepseek2": Layout(), "gemma": Layout(norms=NORMS),
+    "gemma2": Layout(norms=NORMS), "gemma3": Layout(norms=NORMS), "glm4": Layout(),
+    "glm4moe": Layout(), "gpt-oss": Layout(experts="interleaved"), "phi3": Layout(),
+}  # fmt: skip
 # Tensors that no module has: it computes them from its configuration.
 COMPUTED = re.compile(r"(blk\.\d+\.)?rope_(freqs|factors_long|factors_short)\.weight")
 # gguf-py's maps have hundreds of names for each. Source: LLAMA_MAX_LAYERS of llama.cpp.
@@ -112,13 +102,13 @@ class Names:
         if self.layout.tiled and ".linear_attn." in key:
             return list(self._linear(key, name))
         if self.layout.norms and re.fullmatch(self.layout.norms, name):
-            return [Share(name, whole, undo=_minus_one)]
+            return [Share(name, undo=lambda values: values.sub_(1))]
         kind = name.split(".")[-2:-1]
         if self.layout.permuted and kind in (["attn_q"], ["attn_k"]):
             keys = self.config.num_key_value_heads
             heads = keys if kind == ["attn_k"] else self.config.num_attention_heads
             return [Share(name, partial(_unpermuted, heads))]
-        return [Share(name, whole)] if name else []
+        return [Share(name)] if name else []
 
     def needless(self, name: str) -> bool:
         """Return whether no model has this tensor: transformers has no multi-token prediction."""
@@ -142,7 +132,7 @@ class Names:
         suffix = ".bias" if bias else ".weight"
         fused = down.replace("ffn_down_exps", "ffn_gate_up_exps") + suffix
         if which == "gate_up" and fused in self.weights and self.layout.experts == "stacked":
-            yield Share(fused, whole)
+            yield Share(fused)
             return
         halves = HALVES[which]
         for half, part in enumerate(halves):
@@ -171,16 +161,18 @@ class Names:
         if part in ("in_proj_qkv", "conv1d"):  # queries and keys before the values
             rows = 2 * config.linear_key_head_dim * keys
             columns = config.hidden_size if part == "in_proj_qkv" else config.linear_conv_kernel_dim
-            yield Share(name, lambda whole: whole[:rows], 0)
-            yield Share(name, lambda whole: _tiled(keys, each, size, whole[rows:]), rows * columns)
+            yield Share(name, lambda parameter: parameter[:rows], 0)
+            yield Share(
+                name, lambda parameter: _tiled(keys, each, size, parameter[rows:]), rows * columns
+            )
         elif part == "out_proj":
-            yield Share(name, lambda whole: _tiled(keys, each, size, whole, 1))
+            yield Share(name, partial(_tiled, keys, each, size, dim=1))
         elif part in ("in_proj_z", "in_proj_a", "in_proj_b", "dt_bias", "A_log"):
             rows = size if part == "in_proj_z" else 1
-            undo = _log_of_minus if part == "A_log" else None
+            undo = (lambda values: values.neg_().log_()) if part == "A_log" else None
             yield Share(name, partial(_tiled, keys, each, rows), undo=undo)
         elif name:
-            yield Share(name, whole)
+            yield Share(name)
 
 
 @lru_cache(maxsize=8)
@@ -190,19 +182,6 @@ def tensor_names(architecture: str, blocks: int) -> Any:
 
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
     return get_tensor_name_map(arch, blocks)
-
-
-def whole(parameter: Any) -> Any:
-    """View all of it."""
-    return parameter
-
-
-def _minus_one(values: Any) -> None:
-    values.sub_(1)
-
-
-def _log_of_minus(values: Any) -> None:
-    values.neg_().log_()
 
 
 def _unpermuted(heads: int, parameter: Any) -> Any:

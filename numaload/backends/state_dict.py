@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from numaload.dequantize import DTYPES, Conversion
 from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, kernel_dtype
@@ -16,8 +16,8 @@ from numaload.torch_memory import (
     array_of,
     checked_device,
     empty,
+    float_dtype,
     import_torch,
-    torch_dtype,
     torch_type,
 )
 from numaload.weights import Tensor, Weights
@@ -26,28 +26,19 @@ NameMap = Mapping[str, str] | Callable[[str], str | None]
 EXTRA_STATE = "_extra_state"  # torch's name for what a module keeps that is no parameter
 
 
-class _Place(NamedTuple):
-    """Where a part of the module holds a tensor: ``table`` is its _parameters or _buffers."""
-
-    key: str
-    table: Any
-    leaf: str
-
-
 @dataclass
 class _Held:
-    """A parameter or buffer of the module, and all places that it has: tied ones have several."""
+    """A parameter or buffer of the module, and all places that it has: tied ones have several.
+
+    places: its key, and the _parameters or _buffers of a part that has it under the last name.
+    """
 
     old: Any  # torch's
-    places: list[_Place]
+    places: list[tuple[str, Any, str]]
     source: Any = None  # what is to go there: a Tensor, or torch's
     dtype: Any = None
     device: Any = None
     new: Any = None
-
-    @property
-    def name(self) -> str:
-        return self.places[0].key
 
     @property
     def in_place(self) -> bool:
@@ -103,7 +94,7 @@ def load_state_dict(
     result = _record(module, weights, _names(module, weights, name_map), held, strict=strict)
     loads = [one for one in held.values() if one.source is not None]
     for one in loads:
-        one.dtype, one.device = _wanted_dtype(one, dtype), _wanted_device(one.old, device)
+        one.dtype, one.device = _wanted(one, dtype, device)
     _check_places(module, loads)
     _check_meta(module, held)
     for one in loads:
@@ -125,7 +116,7 @@ def _held(module: Any) -> dict[int, _Held]:
         for table in (part._parameters, part._buffers):  # noqa: SLF001
             for leaf, tensor in table.items():
                 if tensor is not None:
-                    place = _Place(f"{path}.{leaf}" if path else leaf, table, leaf)
+                    place = (f"{path}.{leaf}" if path else leaf, table, leaf)
                     found.setdefault(id(tensor), _Held(tensor, [])).places.append(place)
     return found
 
@@ -134,16 +125,11 @@ def _names(module: Any, weights: Weights, name_map: NameMap | None) -> dict[str,
     """Return {key of the module: name of the tensor} for what the file has."""
     if name_map is None:
         return {name: name for name in weights}
-    if callable(name_map):
-        ask: Callable[[str], str | None] = name_map
-    elif hasattr(name_map, "get"):
-        given = name_map
-        ask = lambda key: given.get(key, key)  # noqa: E731
-    else:
+    if not callable(name_map) and not hasattr(name_map, "get"):
         raise UsageError(f"name_map: expected a dict or a function, found {name_map!r}")
     found: dict[str, str] = {}
     for key in module.state_dict(keep_vars=True):
-        name = ask(key)
+        name = name_map(key) if callable(name_map) else name_map.get(key, key)
         if not isinstance(name, str | None):
             raise UsageError(
                 f"name_map: expected a tensor's name or None for {key!r}, found {name!r}"
@@ -169,7 +155,7 @@ def _record(
         nonlocal seen
         seen = keys
         keys.unexpected_keys.extend(name for name in weights if name in unused)
-        filled = {p.key for one in recording.copies for p in held[one].places}
+        filled = {key for one in recording.copies for key, *_ in held[one].places}
         keys.missing_keys[:] = [key for key in keys.missing_keys if key not in filled]
 
     hooks = module._load_state_dict_post_hooks  # noqa: SLF001 - scripted ones register none
@@ -188,25 +174,18 @@ def _record(
     return result
 
 
-def _wanted_dtype(one: _Held, dtype: Any) -> Any:
-    if dtype is None or not one.old.dtype.is_floating_point:
-        return one.old.dtype
-    wanted = torch_dtype(dtype_name(dtype), one.name)
-    if not wanted.is_floating_point:
-        raise UsageError(f"dtype {dtype}: expected a floating-point dtype")
-    return wanted
-
-
-def _wanted_device(tensor: Any, device: Any) -> Any:
-    if device is not None:
-        return device
-    return import_torch().device("cpu") if tensor.device.type == "meta" else tensor.device
+def _wanted(one: _Held, dtype: Any, device: Any) -> tuple[Any, Any]:
+    """Return the dtype and the device that a tensor is to have."""
+    device = device or ("cpu" if one.old.device.type == "meta" else one.old.device)
+    device = import_torch().device(device)
+    stays = dtype is None or not one.old.dtype.is_floating_point
+    return one.old.dtype if stays else float_dtype(dtype), device
 
 
 def _check_places(module: Any, loads: list[_Held]) -> None:
     """Check that new tensors can be put into the module. Raises: StateDictError."""
-    fixed = (one for one in loads if not one.same)  # the tables of torch.jit refuse other dtypes
-    names = [one.name for one in fixed if not all(isinstance(p.table, dict) for p in one.places)]
+    places = [place for one in loads if not one.same for place in one.places]
+    names = [key for key, table, _ in places if not isinstance(table, dict)]  # torch.jit's refuse
     if names:
         raise StateDictError(
             f"{type(module).__name__}: {listed(names)} cannot be replaced in a scripted module."
@@ -216,12 +195,8 @@ def _check_places(module: Any, loads: list[_Held]) -> None:
 
 def _check_meta(module: Any, held: dict[int, _Held]) -> None:
     """Check the meta device. Raises: StateDictError for what would stay on it."""
-    left = [
-        place.key
-        for one in held.values()
-        if one.old.device.type == "meta" and one.source is None
-        for place in one.places
-    ]
+    bare = [one for one in held.values() if one.old.device.type == "meta" and one.source is None]
+    left = [key for one in bare for key, *_ in one.places]
     if left:
         raise StateDictError(
             f"{type(module).__name__}: {listed(left)} would be left on the meta device: the file"
@@ -313,5 +288,5 @@ def _assign(one: _Held) -> None:
     if isinstance(one.old, torch.nn.Parameter):
         new = torch.nn.Parameter(new, requires_grad=one.old.requires_grad)
         new.__dict__.update(one.old.__dict__)
-    for place in one.places:
-        place.table[place.leaf] = new  # setattr refuses some
+    for _, table, leaf in one.places:
+        table[leaf] = new  # setattr refuses some

@@ -7,6 +7,7 @@ transformers does with weights, buffers, devices and adapters is its own.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from copy import deepcopy
 from math import prod
 from typing import Any
@@ -21,7 +22,7 @@ from numaload.errors import StateDictError, UsageError, listed, printable
 from numaload.files.reader import Progress
 from numaload.machine import memory
 from numaload.pipeline import Target, fill
-from numaload.torch_memory import array_of, empty, torch_dtype
+from numaload.torch_memory import array_of, empty, float_dtype
 from numaload.weights import Tensor, Weights, open_weights
 
 
@@ -45,55 +46,37 @@ def from_pretrained(
     for parameters and tensors that do not fit each other; what ``numaload.open`` raises;
     NodeMemoryError, UnsupportedTypeError, ReadError, FileChangedError, CancelledError.
     """
-    if isinstance(model, Weights):
-        return _load(model, config, dtype, progress, options)
-    with open_weights(model) as weights:
-        return _load(weights, config, dtype, progress, options)
-
-
-def _load(
-    weights: Weights, config: Any, dtype: Any, progress: Progress | None, options: dict[str, Any]
-) -> Any:
-    config = config_of(weights) if config is None else config
-    kind = _class_of(config)
-    wanted = _dtype(dtype, config)
-    try:
-        with torch.device("meta"):
-            empty_model = kind(deepcopy(config))
-    except Exception as error:  # each class has its own
-        text = f"{kind.__name__} cannot be made of its configuration: {printable(error)}"
-        raise UsageError(f"{weights.paths[0]}: {text}") from error
-    plan = _Plan(empty_model, weights, config)
-    state = plan.filled(wanted, progress)
+    with nullcontext(model) if isinstance(model, Weights) else open_weights(model) as weights:
+        config = config_of(weights) if config is None else config
+        if dtype is None or dtype == "auto":
+            dtype = config.dtype or torch.get_default_dtype()
+        kind, dtype = _class_of(config), float_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                plan = _Plan(kind(deepcopy(config)), weights, config)
+        except (StateDictError, UsageError):
+            raise
+        except Exception as error:  # each class has its own
+            text = f"{kind.__name__} cannot be made of its configuration: {printable(error)}"
+            raise UsageError(f"{weights.paths[0]}: {text}") from error
+        state, path = plan.filled(dtype, progress), weights.paths[0]
     asked = options.pop("output_loading_info", False)
-    loaded, info = kind.from_pretrained(
-        None, config=config, state_dict=state, dtype=wanted, output_loading_info=True, **options
-    )
+    options |= {"config": config, "state_dict": state, "dtype": dtype, "output_loading_info": True}
+    loaded, info = kind.from_pretrained(None, **options)
     lost = {name: found for name, found in info.items() if found}
     if lost:
-        raise StateDictError(f"{weights.paths[0]}: transformers says of its weights: {lost}")
-    loaded.name_or_path = loaded.config.name_or_path = weights.paths[0]
+        raise StateDictError(f"{path}: transformers says of its weights: {lost}")
+    loaded.name_or_path = loaded.config.name_or_path = path
     return (loaded, info) if asked else loaded
 
 
 def _class_of(config: Any) -> Any:
     """Return the class that the configuration names, or transformers has for it."""
-    named = [getattr(transformers, name, None) for name in config.architectures or ()]
-    found = next(filter(None, named), None)
-    if found is None:
-        found = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    found = getattr(transformers, (config.architectures or [""])[0], known)
     if found is None:
         raise UsageError(f"config: transformers has no language model for {type(config).__name__}")
     return found
-
-
-def _dtype(dtype: Any, config: Any) -> Any:
-    if dtype is None or dtype == "auto":
-        return config.dtype or torch.get_default_dtype()
-    wanted = torch_dtype(dtype_name(dtype), "dtype")
-    if not wanted.is_floating_point:
-        raise UsageError(f"dtype {dtype}: expected a floating-point dtype")
-    return wanted
 
 
 class _Plan:
@@ -112,11 +95,9 @@ class _Plan:
         if not any(key.endswith("lm_head.weight") for key in self.tensors):
             self.used.add("output.weight")  # of a class that the caller named, without a head
         unused = [n for n in weights if n not in self.used and not self.names.needless(n)]
-        errors = list(filter(None, map(self._mismatch, self.shares)))
-        if unused:
-            errors.insert(0, f"of no parameter: {listed(unused)}")
-        if missing:
-            errors.insert(0, f"made of no tensor: {listed(missing)}")
+        kinds = {"made of no tensor": missing, "of no parameter": unused}
+        errors = [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]
+        errors += filter(None, map(self._mismatch, self.shares))
         if errors:
             lines = "".join(f"\n\t{error}" for error in errors)
             raise StateDictError(

@@ -295,7 +295,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str]] = {
     "no number of blocks": ("llama", {}, ("block_count",), "block_count: .* found nothing"),
     "too many blocks": ("llama", {"llama.block_count": 50_000}, (), "1 to 512, found 50000"),
     "a number that is none": (
-        "llama", {"llama.attention.layer_norm_rms_epsilon": float("nan")}, (), "a finite number"
+        "llama", {"llama.attention.layer_norm_rms_epsilon": float("nan")}, (), "a positive number"
     ),
     "what transformers refuses": (
         "llama", {"llama.attention.head_count": 3}, (), "LlamaConfig refuses its numbers"

@@ -53,6 +53,8 @@ LAYOUTS = {
     "gemma2": Layout(norms=NORMS), "gemma3": Layout(norms=NORMS), "glm4": Layout(),
     "glm4moe": Layout(), "gpt-oss": Layout(experts="interleaved"), "phi3": Layout(),
 }  # fmt: skip
+# What adapters need to know: of attention and dense networks no more is changed than this.
+PERMUTED = {name: layout.permuted for name, layout in LAYOUTS.items()}
 # Tensors that no module has: it computes them from its configuration.
 COMPUTED = re.compile(r"(blk\.\d+\.)?rope_(freqs|factors_long|factors_short)\.weight")
 # gguf-py's maps have hundreds of names for each. Source: LLAMA_MAX_LAYERS of llama.cpp.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from numaload.backends.gguf_layouts import LAYOUTS, MOST_LAYERS
+from numaload.backends.gguf_layouts import MOST_LAYERS, PERMUTED
 from numaload.errors import AdapterError, UsageError
 
 NameMap = Mapping[str, str] | Callable[[str], str | None]
@@ -118,7 +118,7 @@ class Modules:
         """Choose a candidate without a model to look at. Raises: UsageError where several fit."""
         if self.kind == GGUF:
             dense = [name for name in candidates if DENSE.fullmatch(name)]
-            if not dense or self.architecture not in LAYOUTS:
+            if not dense or self.architecture not in PERMUTED:
                 raise UsageError(
                     f"{module!r} of {self.architecture}: which module it belongs to depends on"
                     " the model; give model=, or name_map="
@@ -158,8 +158,7 @@ def _transformers_names(architecture: str, layers: int) -> dict[str, list[str]]:
 def heads_of(module: str, architecture: str, heads: tuple[int, int] | None) -> int:
     """Return how many heads of B have rows that llama.cpp permuted; 0: none. Raises: UsageError."""
     which = {"attn_q": 0, "attn_k": 1}.get(module.rpartition(".")[2])
-    layout = LAYOUTS.get(architecture)
-    if which is None or layout is None or not layout.permuted:
+    if which is None or not PERMUTED.get(architecture):
         return 0
     if heads is None:
         raise UsageError(

@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 # What each block prints, by a word that only it has.
 SAYS = {
     "import from_pretrained": "LlamaForCausalLM torch.Size([1, 3, 80])",
-    "gguf_reader.install()": "llama 80",
+    "gguf_reader.install()": "llama 81",
     "prewarm_async": "LlamaForCausalLM torch.bfloat16",
 }
 TOKENS = ["<unk>", "<s>", "</s>", *(chr(33 + number) for number in range(76)), "ab"]

@@ -295,6 +295,12 @@ class ClosedError(NumaloadError, RuntimeError): ...
 LINES = 5  # of an error that has one for each parameter
 
 
+def listed(names: list[str]) -> str:
+    """Quote names for an error, the first of many."""
+    more = f" and {len(names) - LINES} more" if len(names) > LINES else ""
+    return ", ".join(f'"{printable(name)}"' for name in names[:LINES]) + more
+
+
 class StateDictError(NumaloadError, RuntimeError):
     """As torch's load_state_dict has it: ``missing`` module keys, ``unexpected`` tensors."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numaload.dtypes import ITEMS, NAMES, item_shape
+from numaload.dtypes import ITEMS, NAMES, dtype_name, item_shape
 from numaload.errors import UnsupportedTypeError, UsageError, printable, warn_once
 from numaload.linux.mapping import map_private
 from numaload.linux.syscalls import HUGE, memory_at
@@ -47,6 +47,14 @@ def torch_dtype(name: str, what: str) -> Any:
     if not isinstance(found, torch.dtype):
         raise UnsupportedTypeError(f"{what}: torch {torch.__version__} has no dtype {name!r}")
     return found
+
+
+def float_dtype(dtype: Any) -> Any:
+    """Return torch's floating-point dtype. Raises: UsageError for others, UnsupportedTypeError."""
+    wanted = torch_dtype(dtype_name(dtype), "dtype")
+    if not wanted.is_floating_point:
+        raise UsageError(f"dtype {dtype}: expected a floating-point dtype")
+    return wanted
 
 
 @lru_cache(maxsize=64)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
+
+import numaload as api
 
 
 def module_of(
@@ -26,3 +31,28 @@ def module_of(
         else:
             part.register_parameter(leaf, torch.nn.Parameter(zeros, zeros.is_floating_point()))
     return top
+
+
+def check(module: Any, expected: Mapping[str, Any], dtype: Any) -> None:
+    found = module.state_dict()
+    assert found.keys() == expected.keys()
+    for key, array in expected.items():
+        wanted = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+        assert found[key].dtype == dtype, key
+        assert torch.equal(found[key], wanted), key
+
+
+def tensors_file(path: Path, **arrays: Any) -> Any:
+    """A GGUF file of float32, float16 and integer tensors, opened."""
+    writer = gguf.GGUFWriter(str(path), "test")
+    for name, array in arrays.items():
+        writer.add_tensor(name.replace("__", "."), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return api.open(path)
+
+
+def values(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

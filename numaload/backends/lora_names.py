@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from numaload.backends.state_names import MOST_LAYERS, PERMUTED
+from numaload.backends.gguf_layouts import MOST_LAYERS, PERMUTED
 from numaload.errors import AdapterError, UsageError
 
 NameMap = Mapping[str, str] | Callable[[str], str | None]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from math import prod
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from numaload.backends.state_names import COMPUTED, NameMap, Share, shares_of, whole
 from numaload.dequantize import DTYPES
 from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, kernel_dtype
-from numaload.errors import StateDictError, UsageError, printable
+from numaload.errors import StateDictError, UsageError, listed, printable
 from numaload.files.reader import Progress
 from numaload.machine import memory
 from numaload.pipeline import Target, fill
@@ -19,56 +16,49 @@ from numaload.torch_memory import (
     array_of,
     checked_device,
     empty,
+    float_dtype,
     import_torch,
-    new,
-    torch_dtype,
     torch_type,
-    unfit,
 )
 from numaload.weights import Tensor, Weights
 
-
-class _Found(NamedTuple):
-    """Hold a share whose tensor is in the file."""
-
-    share: Share
-    tensor: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape if self.share.expert is None else self.tensor.shape[1:]
-
-
-class _Place(NamedTuple):
-    """Where a part of the module holds a tensor: ``table`` is its _parameters or _buffers."""
-
-    part: Any  # a torch module
-    table: dict[str, Any]
-    leaf: str
+NameMap = Mapping[str, str] | Callable[[str], str | None]
+EXTRA_STATE = "_extra_state"  # torch's name for what a module keeps that is no parameter
 
 
 @dataclass
-class _Parameter:
-    """A parameter or persistent buffer, under all names that it has: tied ones have several."""
+class _Held:
+    """A parameter or buffer of the module, and all places that it has: tied ones have several.
 
-    names: list[str]
+    places: its key, and the _parameters or _buffers of a part that has it under the last name.
+    """
+
     old: Any  # torch's
-    dtype: Any
-    device: Any
-    found: list[_Found] = field(default_factory=list)
+    places: list[tuple[str, Any, str]]
+    source: Any = None  # what is to go there: a Tensor, or torch's
+    dtype: Any = None
+    device: Any = None
     new: Any = None
 
     @property
     def in_place(self) -> bool:
         """Return whether it can be filled in the memory that it has."""
-        old = self.old
-        return self.same and old.device.type == "cpu" and old.is_contiguous()
+        return self.same and self.old.device.type == "cpu" and self.old.is_contiguous()
 
     @property
     def same(self) -> bool:
         """Return whether the module keeps its own tensor: dtype and device stay."""
         old = self.old
         return (old.dtype, old.device) == (self.dtype, self.device) and old.device.type != "meta"
+
+    @property
+    def direct(self) -> bool:
+        """Return whether kernels or reading make exactly what is wanted, without torch."""
+        if not isinstance(self.source, Tensor) or self.device.type != "cpu":
+            return False
+        name = dtype_name(self.dtype)
+        made = (self.source.has_kernel and name in KERNEL_DTYPES) or _as_it_is(self.source, name)
+        return made and (self.in_place or not self.same)
 
 
 def load_state_dict(
@@ -83,218 +73,159 @@ def load_state_dict(
 ) -> Any:
     """Fill a torch module from a GGUF or safetensors model; return what torch's own returns.
 
-    name_map: {module key: tensor name} or a function from one to the other. By default the names
-    of the file where it has the module's, or those of transformers' models of the architectures
-    llama, qwen2, qwen2moe, qwen3, qwen3moe and deepseek2, experts and attention heads rearranged.
-    dtype: of floating-point parameters and buffers; by default what they have. Those that
-    transformers keeps in float32 stay in it.
+    It is torch's own ``load_state_dict`` that decides what goes where, with the module's hooks and
+    its words for errors; numaload reads and converts, all tensors in the order of the files.
+    name_map: {module key: tensor name} or a function from one to the other, for files that have
+    other names than the module.
+    dtype: of floating-point parameters and buffers; by default what they have.
     device: by default where they are, and the CPU for those on the meta device, which get new
-    memory, in huge pages. Parameters whose dtype and device stay are filled in place; all tensors
-    of a file are read in its order, and nothing is held twice.
-    strict, missing and unexpected keys, sizes: as in ``torch.nn.Module.load_state_dict``; of tied
-    parameters one name is enough. progress(bytes of the files done, in all): False cancels.
-    Nothing is left on the meta device: buffers that no file holds are computed by transformers'
-    models, in parts that hold no parameters; where that cannot be it is a StateDictError.
-    Raises: StateDictError (a RuntimeError), NodeMemoryError, UsageError, UnsupportedTypeError,
-    UnknownQuantTypeError before anything is touched; ReadError, FileChangedError, CancelledError:
-    then parameters that are filled in place may be partly new, and no others have changed.
+    memory, in huge pages. Parameters whose dtype and device stay are filled in place; nothing is
+    held twice.
+    strict, missing and unexpected keys, sizes: torch's; but of tied parameters one name is enough.
+    progress(bytes of the files done, in all): False cancels.
+    Raises: StateDictError (a RuntimeError), also for what would stay on the meta device;
+    NodeMemoryError, UsageError, UnsupportedTypeError, UnknownQuantTypeError: all before anything is
+    touched; ReadError, FileChangedError, CancelledError: then parameters that are filled in place
+    may be partly new, and no others have changed.
     """
     torch = import_torch()
     device = None if device is None else checked_device(device)
-    plan = _Plan(module, weights, name_map)
-    plan.check(strict=strict)
-    parameters = [one for one in plan.parameters(dtype, device) if one.found]
-    plan.check_places(parameters)
-    for parameter in parameters:
-        for found in parameter.found:
-            _check_type(found.tensor, dtype_name(parameter.dtype))
-    _check_room(parameters)
+    held = _held(module)
+    result = _record(module, weights, _names(module, weights, name_map), held, strict=strict)
+    loads = [one for one in held.values() if one.source is not None]
+    for one in loads:
+        one.dtype, one.device = _wanted(one, dtype, device)
+    _check_places(module, loads)
+    _check_meta(module, held)
+    for one in loads:
+        if isinstance(one.source, Tensor):
+            _check_type(one.source, dtype_name(one.dtype))
+    _check_room(loads)
     with torch.no_grad():
-        computed = _computed_buffers(plan, device)
-        plan.check_meta(computed)
-        _Filling(parameters, progress).run()
-        for parameter in parameters:
-            if not parameter.same:
-                _assign(plan.places[id(parameter.old)], parameter)
-        for one, values in computed.items():
-            for place in plan.places[one]:
-                place.table[place.leaf] = values
-    return torch.nn.modules.module._IncompatibleKeys(plan.missing, plan.unexpected)  # noqa: SLF001
+        _Filling(loads, progress).run()
+        for one in loads:
+            if not one.same:
+                _assign(one)
+    return result
 
 
-class _Plan:
-    """Decide which tensors go where, before anything is touched."""
+def _held(module: Any) -> dict[int, _Held]:
+    """Map the id of each parameter and buffer to where the module holds it."""
+    found: dict[int, _Held] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        for table in (part._parameters, part._buffers):  # noqa: SLF001
+            for leaf, tensor in table.items():
+                if tensor is not None:
+                    place = (f"{path}.{leaf}" if path else leaf, table, leaf)
+                    found.setdefault(id(tensor), _Held(tensor, [])).places.append(place)
+    return found
 
-    def __init__(self, module: Any, weights: Weights, name_map: NameMap | None) -> None:
-        self.module, self.weights = module, weights
-        self.tied: dict[int, list[str]] = {}  # by id
-        self.tensors: dict[int, Any] = {}
-        self.missing: list[str] = []
-        if not (name_map is None or callable(name_map) or hasattr(name_map, "get")):
-            raise UsageError(f"name_map: expected a dict or a function, found {name_map!r}")
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if hasattr(tensor, "data_ptr"):
-                self.tied.setdefault(id(tensor), []).append(name)
-                self.tensors[id(tensor)] = tensor
-            else:  # the extra state of a module, which is no tensor
-                self.missing.append(name)
-        self.places = _places(module)
-        keys = {name: self.tensors[one] for one, names in self.tied.items() for name in names}
-        shares = shares_of(weights, keys, name_map)
-        self.found = {one: self._find(shares, one) for one in self.tied}
-        tensors = [f.tensor for founds in self.found.values() for f in founds]
-        used = {name for tensor in tensors for name in (tensor.name, *tensor.scale_names)}
-        self.unexpected = [n for n in weights if n not in used and not COMPUTED.fullmatch(n)]
 
-    def _find(self, shares: Any, one: int) -> list[_Found]:
-        """Return the shares of the first tied name whose tensors are all in the file."""
-        for name in self.tied[one]:
-            wanted = shares(name, self.tensors[one])
-            for share in wanted:
-                if not isinstance(share.name, str):
-                    raise UsageError(
-                        f"name_map: expected a tensor's name or None for {name!r},"
-                        f" found {share.name!r}"
-                    )
-            if wanted and all(share.name in self.weights for share in wanted):
-                return [
-                    _Found(share, _as_wanted(self.weights[share.name], self.tensors[one]))
-                    for share in wanted
-                ]
-        self.missing.extend(self.tied[one])
-        return []
-
-    def check(self, *, strict: bool) -> None:
-        """Check keys. Raises: StateDictError, in the words of torch."""
-        errors = list(self._mismatches())
-        if strict and self.unexpected:
-            errors.insert(0, f"Unexpected key(s) in state_dict: {_quoted(self.unexpected)}. ")
-        if strict and self.missing:
-            errors.insert(0, f"Missing key(s) in state_dict: {_quoted(self.missing)}. ")
-        if errors:
-            kind, path = type(self.module).__name__, printable(self.weights.paths[0])
-            lines = "".join(f"\n\t{error}" for error in errors)
-            raise StateDictError(
-                f"Error(s) in loading state_dict for {kind} from {path}:{lines}",
-                missing=self.missing,
-                unexpected=self.unexpected,
+def _names(module: Any, weights: Weights, name_map: NameMap | None) -> dict[str, str]:
+    """Return {key of the module: name of the tensor} for what the file has."""
+    if name_map is None:
+        return {name: name for name in weights}
+    if not callable(name_map) and not hasattr(name_map, "get"):
+        raise UsageError(f"name_map: expected a dict or a function, found {name_map!r}")
+    found: dict[str, str] = {}
+    for key in module.state_dict(keep_vars=True):
+        name = name_map(key) if callable(name_map) else name_map.get(key, key)
+        if not isinstance(name, str | None):
+            raise UsageError(
+                f"name_map: expected a tensor's name or None for {key!r}, found {name!r}"
             )
-
-    def check_places(self, parameters: list[_Parameter]) -> None:
-        """Check places. Raises: StateDictError for new values that the module would not have."""
-        lost = [one for one in parameters if id(one.old) not in self.places]
-        again = self.module.state_dict(keep_vars=True) if lost else {}
-        names = [
-            one.names[0]
-            for one in lost  # a copy is at another address each time
-            if not one.same or again[one.names[0]].data_ptr() != one.old.data_ptr()
-        ]
-        if names:
-            raise StateDictError(
-                f"{type(self.module).__name__} from {printable(self.weights.paths[0])}:"
-                f" {_quoted(names)} of state_dict() cannot be put into the module: no part of it"
-                " has them as parameters or buffers that can be replaced. Nothing was loaded: load"
-                " into the module before it is wrapped or scripted, without dtype= and device="
-            )
-
-    def check_meta(self, computed: Mapping[int, Any]) -> None:
-        """Check the meta device. Raises: StateDictError for what would still be on it."""
-        module = self.module
-        named = [(name, self.tensors[one]) for one, names in self.tied.items() for name in names]
-        for every in (module.named_parameters, module.named_buffers):
-            # state_dict() need not show all of them.
-            hidden = every(remove_duplicate=False)
-            named += [(name, tensor) for name, tensor in hidden if id(tensor) not in self.tied]
-        left = [
-            name
-            for name, tensor in named
-            if tensor.device.type == "meta"
-            and not self.found.get(id(tensor))
-            and id(tensor) not in computed
-        ]
-        if left:
-            raise StateDictError(
-                f"{type(self.module).__name__} from {self.weights.paths[0]}: {_quoted(left)} would"
-                " be left on the meta device: the file does not hold them, and nothing computes"
-                " them without touching parameters. Nothing was loaded: make the module in memory,"
-                " or with only its parameters on meta, as accelerate.init_empty_weights()"
-                " does; or have transformers' from_pretrained load it",
-                missing=left,
-            )
-
-    def _mismatches(self) -> Iterator[str]:
-        for one, founds in self.found.items():
-            problem = unfit(self.tensors[one]) if founds else ""
-            if problem:
-                yield printable(f"{self.tied[one][0]} cannot be filled: {problem}.")
-                continue
-            for found in founds:
-                problem = _mismatch(found, self.tensors[one])
-                if problem:
-                    yield printable(f"size mismatch for {self.tied[one][0]}: {problem}.")
-
-    def parameters(self, dtype: Any, device: Any) -> list[_Parameter]:
-        return [
-            _Parameter(
-                names,
-                self.tensors[one],
-                self._dtype(names[0], self.tensors[one], dtype),
-                _device(self.tensors[one], device),
-                self.found[one],
-            )
-            for one, names in self.tied.items()
-        ]
-
-    def _dtype(self, name: str, tensor: Any, dtype: Any) -> Any:
-        if dtype is None or not tensor.dtype.is_floating_point:
-            return tensor.dtype
-        wanted = torch_dtype(dtype_name(dtype), name)
-        if not wanted.is_floating_point:
-            raise UsageError(f"dtype {dtype}: expected a floating-point dtype")
-        kept = getattr(self.module, "_keep_in_fp32_modules_strict", None) or ()
-        if any(re.search(rf"(^|\.){re.escape(one)}(\.|$)", name) for one in kept):
-            return torch_dtype("float32", name)
-        return wanted
+        if name is not None and name in weights:
+            found[key] = name
+    return found
 
 
-def _quoted(names: list[str]) -> str:
-    return ", ".join(f'"{printable(name)}"' for name in names)
+def _sources(
+    module: Any, weights: Weights, names: dict[str, str]
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Return {key of the module: tensor}, and the names of scales that are applied to these.
+
+    Modules that are quantized themselves, and have scales of their own, get what is stored.
+    """
+    wanted = module.state_dict(keep_vars=True)
+    found: dict[str, Tensor] = {}
+    for given, name in names.items():
+        tensor = weights[name]
+        key = tensor.weight_name if given not in wanted else given
+        dtype = getattr(wanted.get(key), "dtype", None)
+        floats = dtype is not None and dtype.is_floating_point and dtype.itemsize > 1
+        found[key if key in wanted else given] = tensor if floats else tensor.as_stored()
+    applied = {name for tensor in found.values() for name in tensor.scale_names}
+    kept = {k: tensor for k, tensor in found.items() if k in wanted or tensor.name not in applied}
+    return kept, applied
 
 
-def _device(tensor: Any, device: Any) -> Any:
-    if device is not None:
-        return device
-    return import_torch().device("cpu") if tensor.device.type == "meta" else tensor.device
+def _record(
+    module: Any, weights: Weights, names: dict[str, str], held: dict[int, _Held], *, strict: bool
+) -> Any:
+    """Have torch's own load: note in ``held`` what goes where. Raises: StateDictError."""
+    from numaload.backends.torch_copies import Recording, StandIn, stand_in
 
+    sources, applied = _sources(module, weights, names)
+    unused = weights.keys() - {tensor.name for tensor in sources.values()} - applied
+    state = {key: stand_in(tensor) for key, tensor in sources.items()}
+    state |= {key: one.values() for key, one in state.items() if key.endswith(EXTRA_STATE)}
+    recording = Recording(one.old for one in held.values())
+    seen: Any = None
 
-def _mismatch(found: _Found, parameter: Any) -> str:
-    """Say why the tensor does not fit, or "". Dims of 1 make no difference: GGUF drops some."""
-    expert, shape = found.share.expert, found.tensor.shape
-    if expert is not None and (len(shape) != 3 or expert >= shape[0]):
-        return f"expert {expert} is not in a tensor of shape {shape}"
+    def adjust(_: Any, keys: Any) -> None:
+        nonlocal seen
+        seen = keys
+        keys.unexpected_keys.extend(name for name in weights if name in unused)
+        filled = {key for one in recording.copies for key, *_ in held[one].places}
+        keys.missing_keys[:] = [key for key in keys.missing_keys if key not in filled]
+
+    hooks = module._load_state_dict_post_hooks  # noqa: SLF001 - scripted ones register none
+    hooks[adjust] = adjust
     try:
-        place = found.share.view(parameter)
-    except (RuntimeError, IndexError) as error:  # of torch: the sizes do not divide so
-        return f"{tuple(parameter.shape)} cannot be made of a tensor of shape {shape}: {error}"
-    rearranged = found.share.view is not whole and place.numel() == prod(found.shape)
-    if _squeezed(place.shape) == _squeezed(found.shape) or (
-        rearranged and place.shape[-1:] == found.shape[-1:]
-    ):
-        return ""
-    return (
-        f"copying a param with shape {list(found.shape)} from checkpoint, the shape in current"
-        f" model is {list(parameter.shape)}"
-    )
+        with recording:
+            result = module.load_state_dict(state, strict=strict)
+    except RuntimeError as error:
+        missing, unexpected = seen or ((), ())
+        text = str(error.args[0]).replace(":", f" from {printable(weights.paths[0])}:", 1)
+        raise StateDictError(text, missing=missing, unexpected=unexpected) from error
+    finally:
+        del hooks[adjust]
+    for one, source in recording.copies.items():
+        held[one].source = source.tensor if isinstance(source, StandIn) else source
+    return result
 
 
-def _squeezed(shape: Any) -> list[int]:
-    return [dim for dim in shape if dim != 1]
+def _wanted(one: _Held, dtype: Any, device: Any) -> tuple[Any, Any]:
+    """Return the dtype and the device that a tensor is to have."""
+    device = device or ("cpu" if one.old.device.type == "meta" else one.old.device)
+    device = import_torch().device(device)
+    stays = dtype is None or not one.old.dtype.is_floating_point
+    return one.old.dtype if stays else float_dtype(dtype), device
 
 
-def _as_wanted(tensor: Tensor, parameter: Any) -> Tensor:
-    """Return the weights for floats, what is stored for modules that are quantized themselves."""
-    floats = parameter.dtype.is_floating_point and parameter.dtype.itemsize > 1
-    return tensor if floats else tensor.as_stored()
+def _check_places(module: Any, loads: list[_Held]) -> None:
+    """Check that new tensors can be put into the module. Raises: StateDictError."""
+    places = [place for one in loads if not one.same for place in one.places]
+    names = [key for key, table, _ in places if not isinstance(table, dict)]  # torch.jit's refuse
+    if names:
+        raise StateDictError(
+            f"{type(module).__name__}: {listed(names)} cannot be replaced in a scripted module."
+            " Nothing was loaded: load before it is scripted, or without dtype= and device="
+        )
+
+
+def _check_meta(module: Any, held: dict[int, _Held]) -> None:
+    """Check the meta device. Raises: StateDictError for what would stay on it."""
+    bare = [one for one in held.values() if one.old.device.type == "meta" and one.source is None]
+    left = [key for one in bare for key, *_ in one.places]
+    if left:
+        raise StateDictError(
+            f"{type(module).__name__}: {listed(left)} would be left on the meta device: the file"
+            " does not hold them. Nothing was loaded: make the module in memory, or with only its"
+            " parameters on meta, as accelerate.init_empty_weights() does; models of transformers"
+            " are loaded by their own from_pretrained, see numaload's docs/transformers.md",
+            missing=left,
+        )
 
 
 def _check_type(tensor: Tensor, dtype: str) -> None:
@@ -308,9 +239,9 @@ def _check_type(tensor: Tensor, dtype: str) -> None:
         torch_type(tensor.type_name)
 
 
-def _check_room(parameters: list[_Parameter]) -> None:
+def _check_room(loads: list[_Held]) -> None:
     """Check that memory has room: else Linux kills a process later. Raises: NodeMemoryError."""
-    new = [one for one in parameters if not one.in_place and one.device.type == "cpu"]
+    new = [one for one in loads if not one.in_place and one.device.type == "cpu"]
     nbytes = sum(one.old.numel() * one.dtype.itemsize for one in new)
     if nbytes:
         memory.require(nbytes, "the new parameters", "nothing was loaded: free memory")
@@ -321,69 +252,43 @@ class _Filling:
     into place; then, one by one, what torch converts or moves to another device.
     """
 
-    def __init__(self, parameters: list[_Parameter], progress: Progress | None) -> None:
-        self.parameters, self.progress = parameters, progress
-        shares = [found for one in parameters for found in one.found]
-        self.total, self.before = sum(map(_nbytes, shares)), 0
+    def __init__(self, loads: list[_Held], progress: Progress | None) -> None:
+        self.loads, self.progress, self.done = loads, progress, 0
+        self.total = sum(_nbytes(one) for one in loads)
 
     def run(self) -> None:
-        targets: list[Target] = []
-        staged: list[_Parameter] = []
-        for one in self.parameters:
-            if one.device.type == "cpu" and (one.in_place or not one.same) and _direct(one):
-                one.new = one.old if one.in_place else empty(one.old.shape, one.dtype)
-                targets.extend(_targets(one))
-            else:
-                staged.append(one)
-        self._fill(sorted(targets, key=lambda target: target.order))
-        for one in staged:
-            self._stage(one)
+        direct = [one for one in self.loads if one.direct]
+        for one in direct:
+            one.new = one.old if one.in_place else empty(one.old.shape, one.dtype)
+        targets = sorted(map(_target, direct), key=lambda target: target.order)
+        fill(targets, progress=self._report())
+        self.done = sum(target.nbytes for target in targets)
+        for one in self.loads:
+            if not one.direct:
+                self._stage(one)
+                self.done += _nbytes(one)
 
-    def _stage(self, one: _Parameter) -> None:
-        torch = import_torch()
-        one.new = one.old
+    def _report(self) -> Progress | None:
+        before, total, progress = self.done, self.total, self.progress
+        return progress and (lambda done, _: progress(before + done, total))
+
+    def _stage(self, one: _Held) -> None:
+        """Have torch copy the values, from memory that only they take."""
+        from numaload.backends.torch_copies import stand_in
+
+        torch, values = import_torch(), one.source
+        if isinstance(values, Tensor):
+            values = stand_in(values).values(dtype_name(one.dtype), self._report())
         if not one.same:
-            one.new = torch.empty(one.old.shape, dtype=one.dtype, device=one.device)
-        for found in one.found:
-            place = found.share.view(one.new)
-            made = self._made(found, dtype_name(one.dtype))
-            # Only within inference_mode may its tensors be written to; without, it turns grad on.
-            with torch.inference_mode(one.new.is_inference()), torch.no_grad():
-                place.copy_(made.reshape(place.shape))
-
-    def _made(self, found: _Found, wanted: str) -> Any:
-        """Make a CPU tensor of the share, by kernels where they can, else as in the file."""
-        tensor = found.tensor
-        if tensor.has_kernel:
-            made = new(found.shape, torch_dtype(kernel_dtype(wanted), tensor.name), tensor.name)
+            one.new = values.to(one.device, one.dtype, copy=values is one.source)
         else:
-            tensor.check_native()
-            made = new(found.shape, torch_type(tensor.type_name), tensor.name)
-        self._fill([_target(found, made)])
-        return made
-
-    def _fill(self, targets: list[Target]) -> None:
-        before, total, progress = self.before, self.total, self.progress
-
-        def report(done: int, _: int) -> Any:
-            return progress(before + done, total) if progress else None
-
-        fill(targets, progress=report if progress else None)
-        self.before += sum(target.nbytes for target in targets)
+            # Only within inference_mode may its tensors be written to; without, it turns grad on.
+            with torch.inference_mode(one.old.is_inference()), torch.no_grad():
+                one.old.copy_(values)
 
 
-def _nbytes(found: _Found) -> int:
-    experts = 1 if found.share.expert is None else found.tensor.shape[0]
-    return int(found.tensor.nbytes // experts)
-
-
-def _direct(one: _Parameter) -> bool:
-    """Return whether kernels or reading make exactly what is wanted, without torch."""
-    name = dtype_name(one.dtype)
-    return all(
-        (found.tensor.has_kernel and name in KERNEL_DTYPES) or _as_it_is(found.tensor, name)
-        for found in one.found
-    )
+def _nbytes(one: _Held) -> int:
+    return one.source.nbytes if isinstance(one.source, Tensor) else 0
 
 
 def _as_it_is(tensor: Tensor, dtype: str) -> bool:
@@ -391,98 +296,18 @@ def _as_it_is(tensor: Tensor, dtype: str) -> bool:
     return plain and NAMES.get(tensor.type_name) == dtype and dtype != "float4_e2m1fn_x2"
 
 
-def _targets(one: _Parameter) -> Iterator[Target]:
-    for found in one.found:
-        yield _target(found, found.share.view(one.new))
+def _target(one: _Held) -> Target:
+    name = dtype_name(one.dtype)
+    raw = _as_it_is(one.source, name) or not one.source.has_kernel
+    return Target(one.source, array_of(one.new), None if raw else name)
 
 
-def _target(found: _Found, place: Any) -> Target:
-    tensor, name = found.tensor, dtype_name(place.dtype)
-    raw = _as_it_is(tensor, name) or not tensor.has_kernel
-    first = 0 if found.share.expert is None else found.share.expert * _size(found)
-    return Target(tensor, array_of(place), None if raw else name, first)
-
-
-def _size(found: _Found) -> int:
-    return int(found.tensor.size // found.tensor.shape[0])
-
-
-def _assign(places: list[_Place], parameter: _Parameter) -> None:
+def _assign(one: _Held) -> None:
     """Put the new tensor wherever the module holds the old one."""
     torch = import_torch()
-    old, new = parameter.old, parameter.new
-    if isinstance(old, torch.nn.Parameter):
-        new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
-        new.__dict__.update(old.__dict__)
-    for place in places:
-        place.table[place.leaf] = new  # setattr refuses some
-
-
-def _places(module: Any) -> dict[int, list[_Place]]:
-    """Map the id of every tensor to where it is held: keys of state_dict() need be no paths."""
-    found: dict[int, list[_Place]] = {}
-    for _, part in module.named_modules():
-        for table in (part._parameters, part._buffers):  # noqa: SLF001
-            if isinstance(table, dict):  # those of torch.jit refuse other dtypes
-                held = [(leaf, tensor) for leaf, tensor in table.items() if tensor is not None]
-                for leaf, tensor in held:
-                    found.setdefault(id(tensor), []).append(_Place(part, table, leaf))
-    return found
-
-
-def _unfilled(plan: _Plan) -> Iterator[tuple[int, _Place]]:
-    """Yield each buffer on the meta device that state_dict() does not have, by its id."""
-    for one, places in plan.places.items():
-        for place in places:
-            unsaved = place.leaf in place.part._non_persistent_buffers_set  # noqa: SLF001
-            on_meta = place.table[place.leaf].device.type == "meta"
-            if unsaved and on_meta and one not in plan.tied:
-                yield one, place
-
-
-def _computed_buffers(plan: _Plan, device: Any) -> dict[int, Any]:
-    """Compute the buffers that ``_unfilled`` yields: {id: values}; the module stays as it is.
-
-    Models of transformers can compute theirs again (rotary embeddings). They do it by initializing
-    the part, with whatever is in it: so only where nothing of that comes from a file.
-    """
-    found: dict[int, Any] = {}
-    parts: dict[Any, list[tuple[int, str]]] = {}
-    for one, place in _unfilled(plan):
-        parts.setdefault(place.part, []).append((one, place.leaf))
-    for part, leaves in parts.items():
-        if not hasattr(plan.module, "_init_weights") or part.state_dict():
-            continue
-        if next(part.parameters(), None) is not None:  # that state_dict() does not show
-            continue
-        once, again = (
-            _computed(plan.module, part, leaves, device or "cpu", fill_with) for fill_with in (0, 1)
-        )
-        for one, leaf in leaves:
-            if once[leaf].equal(again[leaf]):  # and not what it was filled with before
-                found.setdefault(one, once[leaf])
-    return found
-
-
-def _computed(
-    module: Any, part: Any, leaves: list[tuple[int, str]], device: Any, fill_with: int
-) -> dict[str, Any]:
-    """Return the part's buffers after it was initialized with copies of the other ones."""
-    torch = import_torch()
-    before = [(one._buffers, dict(one._buffers)) for one in part.modules()]  # noqa: SLF001
-    made: dict[int, Any] = {}
-    try:
-        for buffers, old in before:
-            for leaf, tensor in old.items():
-                buffers[leaf] = None if tensor is None else tensor.clone()
-        for one, leaf in leaves:
-            old_one = before[0][1][leaf]
-            if one not in made:
-                made[one] = torch.full(old_one.shape, fill_with, dtype=old_one.dtype, device=device)
-            part._buffers[leaf] = made[one]  # noqa: SLF001
-        module._init_weights(part)  # noqa: SLF001 - where transformers computes them
-        return dict(part._buffers)  # noqa: SLF001
-    finally:
-        for buffers, old in before:
-            buffers.clear()
-            buffers.update(old)
+    new = one.new
+    if isinstance(one.old, torch.nn.Parameter):
+        new = torch.nn.Parameter(new, requires_grad=one.old.requires_grad)
+        new.__dict__.update(one.old.__dict__)
+    for _, table, leaf in one.places:
+        table[leaf] = new  # setattr refuses some

@@ -24,6 +24,7 @@ BACKENDS = {
     "kt_kernel": import_module("numaload.backends.kt_kernel").__all__,
     "ktransformers": import_module("numaload.backends.ktransformers").__all__,
     "lora": ["open_adapter", "Adapter"],
+    "transformers": ["from_pretrained"],
 }
 # Classes that users are given by calls of public names.
 MEMBERS = [

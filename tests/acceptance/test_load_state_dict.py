@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 
 import gguf_builder as gb
-import hf_models
 import numaload as api
+import random_model
 from commands import Numaload
 from numaload.errors import (
     CancelledError,
@@ -28,7 +27,7 @@ from numaload.pipeline.fill import QUEUED
 
 torch = pytest.importorskip("torch")
 
-from torch_modules import module_of  # noqa: E402 - needs torch
+from torch_modules import check, module_of, tensors_file, values  # noqa: E402 - needs torch
 
 DTYPES = ["float32", "float16", "bfloat16"]
 
@@ -37,61 +36,20 @@ def like(expected: Mapping[str, Any], **options: Any) -> Any:
     return module_of({key: array.shape for key, array in expected.items()}, **options)
 
 
-def check(module: Any, expected: Mapping[str, Any], dtype: Any) -> None:
-    found = module.state_dict()
-    assert found.keys() == expected.keys()
-    for key, array in expected.items():
-        wanted = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
-        assert found[key].dtype == dtype, key
-        assert torch.equal(found[key], wanted), key
-
-
-def tensors_file(path: Path, **arrays: Any) -> Any:
-    """A GGUF file of float32, float16 and integer tensors, opened."""
-    writer = gguf.GGUFWriter(str(path), "test")
-    for name, array in arrays.items():
-        writer.add_tensor(name.replace("__", "."), array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return api.open(path)
-
-
-def values(*shape: int, seed: int = 0) -> Any:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-CASES = {
-    "llama": ("llama", {}),
-    "mixtral": ("llama", {"experts": True}),
-    "qwen2": ("qwen2", {}),
-    "qwen2moe": ("qwen2moe", {}),
-    "qwen2moe-expert-by-expert": ("qwen2moe", {"fused": False}),
-    "qwen3": ("qwen3", {}),
-    "qwen3moe": ("qwen3moe", {}),
-    "deepseek2": ("deepseek2", {}),
-    "deepseek2-old-kv_b": ("deepseek2", {"old_kv_b": True}),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_architectures(tmp_path: Path, case: str, device: str) -> None:
-    """gguf-py's names and llama.cpp's layouts become those of transformers' modules."""
-    architecture, options = CASES[case]
-    made = hf_models.write(tmp_path / "m.gguf", architecture, **options)
-    module = like(made.expected, device=device)
-    with api.open(made.path) as weights:
-        result = api.load_state_dict(module, weights)
-    assert str(result) == "<All keys matched successfully>"
-    check(module, made.expected, torch.float32)
+def quantized(path: Path) -> random_model.Made:
+    """A file with the module's own names, of many types."""
+    made, out = random_model.Made(path), random_model.Writer(path, "test")
+    for number in range(2 * len(random_model.TYPES)):
+        shape = (48, 256) if number % 4 else (256,)
+        made.expected[f"part.{number}.weight"] = out.add(f"part.{number}.weight", shape)
+    out.close()
+    return made
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("given", ["in place", "by name", "torch's"])
 def test_dtypes(tmp_path: Path, dtype: str, given: str) -> None:
-    made = hf_models.write(tmp_path / "m.gguf", "llama")
+    made = quantized(tmp_path / "m.gguf")
     wanted = getattr(torch, dtype)
     module = like(made.expected, dtype=wanted if given == "in place" else torch.float64)
     argument = {"in place": None, "by name": dtype, "torch's": wanted}[given]
@@ -101,7 +59,7 @@ def test_dtypes(tmp_path: Path, dtype: str, given: str) -> None:
 
 
 def test_from_a_replica_and_a_copy(tmp_path: Path, store: Path) -> None:
-    made = hf_models.write(tmp_path / "m.gguf", "llama")
+    made = quantized(tmp_path / "m.gguf")
     with api.mirror(made.path, shared=True) as mirror:
         module = like(made.expected, device="meta")
         api.load_state_dict(module, mirror.view(mirror.nodes[0]), dtype="bfloat16")
@@ -132,16 +90,27 @@ def test_same_parameters_in_place_new_ones_elsewhere(tmp_path: Path) -> None:
     assert module.a[3, 4].item() == pytest.approx(weights["a"].dequantize()[3, 4] + 1, abs=2e-3)
 
 
+class Tied(torch.nn.Module):  # type: ignore[misc, name-defined]
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(6, 4)
+        self.head = torch.nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embed.weight
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_tied_parameters_stay_tied_and_need_one_name(tmp_path: Path, device: str) -> None:
-    made = hf_models.write(tmp_path / "m.gguf", "qwen2", tied=True)
-    module = like(made.expected, device=device)
-    module.lm_head.weight = module.model.embed_tokens.weight
-    with api.open(made.path) as weights:
-        result = api.load_state_dict(module, weights)
-    assert result.missing_keys == []
-    assert module.lm_head.weight is module.model.embed_tokens.weight
-    check(module, made.expected, torch.float32)
+@pytest.mark.parametrize("names", [("embed",), ("head",), ("embed", "head")])
+def test_tied_parameters_stay_tied_and_need_one_name(
+    tmp_path: Path, names: tuple[str, ...], device: str
+) -> None:
+    """Some files hold both, as Qwen3-0.6B's does."""
+    arrays = {f"{name}__weight": values(6, 4) for name in names}
+    weights = tensors_file(tmp_path / "m.gguf", **arrays)
+    with torch.device(device):
+        module = Tied()
+    assert str(api.load_state_dict(module, weights)) == "<All keys matched successfully>"
+    assert module.head.weight is module.embed.weight
+    assert torch.equal(module.head.weight.detach(), torch.from_numpy(values(6, 4)))
 
 
 def both_say(module: Callable[[], Any], weights: Any, **options: Any) -> tuple[str, str]:
@@ -194,14 +163,6 @@ def test_a_transposed_shape_is_no_match(tmp_path: Path) -> None:
         api.load_state_dict(module_of({"a": (4, 2, 8)}), weights)
 
 
-def test_attention_heads_that_do_not_divide(tmp_path: Path) -> None:
-    made = hf_models.write(tmp_path / "m.gguf", "llama")
-    shapes = {key: array.shape for key, array in made.expected.items()}
-    shapes["model.layers.0.self_attn.q_proj.weight"] = (6, hf_models.HIDDEN)
-    with api.open(made.path) as weights, pytest.raises(StateDictError, match="cannot be made of"):
-        api.load_state_dict(module_of(shapes), weights)
-
-
 @pytest.mark.parametrize("kind", ["dict", "function"])
 def test_name_map(tmp_path: Path, kind: str) -> None:
     weights = tensors_file(tmp_path / "m.gguf", a=values(4, 8), b=values(2))
@@ -211,25 +172,6 @@ def test_name_map(tmp_path: Path, kind: str) -> None:
     result = api.load_state_dict(module, weights, name_map=name_map, strict=False)
     assert (result.missing_keys, result.unexpected_keys) == (["third"], [])
     assert torch.equal(module.first, weights["a"].torch("float32"))
-
-
-def test_an_architecture_whose_layout_is_not_known(tmp_path: Path) -> None:
-    """Loading it as if it were like others would give wrong weights and no error."""
-    path = tmp_path / "m.gguf"
-    (path,) = map(Path, gb.write_good(path, {"t": (QuantType.F32, values(1, 4).view(np.uint8))}))
-    raw = path.read_bytes().replace(b"llama", b"gemma")
-    path.write_bytes(raw)
-    with api.open(path) as weights, pytest.raises(UsageError, match=r"'gemma'.*name_map"):
-        api.load_state_dict(module_of({"model.norm.weight": (4,)}), weights)
-
-
-def test_metadata_that_is_missing_or_odd(tmp_path: Path) -> None:
-    writer = hf_models.Writer(tmp_path / "m.gguf", "llama")
-    writer.add("output_norm.weight", (8,))
-    writer.close()
-    module = module_of({"model.norm.weight": (8,)})
-    with api.open(tmp_path / "m.gguf") as weights, pytest.raises(UsageError, match="block_count"):
-        api.load_state_dict(module, weights)
 
 
 def test_other_types_are_converted_as_torch_does(tmp_path: Path) -> None:
@@ -259,7 +201,7 @@ def test_types_that_cannot_be_converted_are_refused_first(tmp_path: Path, type_i
 
 
 def test_float64_parameters(tmp_path: Path) -> None:
-    made = hf_models.write(tmp_path / "m.gguf", "qwen3")
+    made = quantized(tmp_path / "m.gguf")
     module = like(made.expected, dtype=torch.float64)
     with api.open(made.path) as weights:
         api.load_state_dict(module, weights)
@@ -277,19 +219,15 @@ def test_parameters_that_are_not_contiguous(tmp_path: Path) -> None:
 
 
 def test_safetensors(tmp_path: Path) -> None:
-    """Its own names; experts one by one in the file, fused in the module."""
     from safetensors.torch import save_file
 
-    made = hf_models.write(tmp_path / "m.gguf", "qwen3moe", fused=False)
+    made = quantized(tmp_path / "m.gguf")
     arrays = {k: torch.from_numpy(a.copy()).to(torch.bfloat16) for k, a in made.expected.items()}
     save_file(arrays, str(tmp_path / "model.safetensors"))
-    fused = hf_models.write(tmp_path / "m2.gguf", "qwen3moe").expected
-    for expected in (made.expected, fused):
-        module = like(expected, device="meta")
-        with api.open(tmp_path / "model.safetensors") as weights:
-            api.load_state_dict(module, weights, dtype=torch.bfloat16)
-        check(module, expected, torch.bfloat16)
-        assert module.model.norm.weight.dtype == torch.bfloat16
+    module = like(made.expected, device="meta")
+    with api.open(tmp_path / "model.safetensors") as weights:
+        api.load_state_dict(module, weights, dtype=torch.bfloat16)
+    check(module, made.expected, torch.bfloat16)
 
 
 def test_a_big_endian_file(tmp_path: Path) -> None:
@@ -349,7 +287,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_on_a_gpu(tmp_path: Path) -> None:
-    made = hf_models.write(tmp_path / "m.gguf", "qwen3moe")
+    made = quantized(tmp_path / "m.gguf")
     module = like(made.expected, device="meta")
     with api.open(made.path) as weights:
         api.load_state_dict(module, weights, dtype=torch.bfloat16, device="cuda")
@@ -357,294 +295,12 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     check(module.cpu(), made.expected, torch.bfloat16)
 
 
-class Angles(torch.nn.Module):  # type: ignore[misc, name-defined]
-    """Computed from nothing but itself, as rotary embeddings are."""
-
-    def __init__(self, unknown: str = "") -> None:
-        super().__init__()
-        self.register_buffer("angles", torch.arange(3.0), persistent=False)
-        if unknown:
-            dtype = getattr(torch, unknown)
-            self.register_buffer("unknown", torch.ones(2, dtype=dtype), persistent=False)
-
-
-class Embeddings(torch.nn.Module):  # type: ignore[misc, name-defined]
-    """Positions beside parameters: its own, or those of a part of it."""
-
-    def __init__(self, *, own: bool) -> None:
-        super().__init__()
-        self.register_buffer("positions", torch.arange(4), persistent=False)
-        if own:
-            self.weight = torch.nn.Parameter(torch.zeros(4, 8))
-        else:
-            self.tokens = torch.nn.Embedding(4, 8)
-
-
-class Model(torch.nn.Module):  # type: ignore[misc, name-defined]
-    """It initializes its parts as models of transformers do."""
-
-    def __init__(self, **parts: Any) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, part())
-
-    def _init_weights(self, part: Any) -> None:
-        for parameter in part.parameters():
-            parameter.normal_()
-        if isinstance(part, Angles):
-            part.angles.copy_(torch.arange(3.0))
-        if isinstance(part, Embeddings):
-            part.positions.copy_(torch.arange(4))
-
-
-def on(device: str, **parts: Any) -> Any:
-    with torch.device(device):
-        return Model(**parts)
-
-
-def test_buffers_that_parts_of_their_own_have_are_computed(tmp_path: Path) -> None:
-    weights = tensors_file(tmp_path / "m.gguf", a__weight=values(4, 8))
-    module = on("meta", a=lambda: torch.nn.Embedding(4, 8), rotary=Angles)
-    api.load_state_dict(module, weights)
-    assert torch.equal(module.a.weight, weights["a.weight"].torch("float32"))
-    assert module.rotary.angles.tolist() == [0, 1, 2]
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
-    "beside parameters": (
-        {"x": lambda: Embeddings(own=True)}, '"x.positions"', {"x__weight": (4, 8)}
-    ),
-    "above parameters": (
-        {"x": lambda: Embeddings(own=False)}, '"x.positions"', {"x__tokens__weight": (4, 8)}
-    ),
-    "not computed": ({"x": lambda: Angles("float32")}, '"x.unknown"', {}),
-    "not computed, integers": ({"x": lambda: Angles("int64")}, '"x.unknown"', {}),
-    "not computed, bools": ({"x": lambda: Angles("bool")}, '"x.unknown"', {}),
-    "missing parameters": ({"x": lambda: torch.nn.Embedding(4, 8)}, '"x.weight"', {}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_would_be_left_on_meta_is_refused(tmp_path: Path, case: str) -> None:
-    """Before anything is touched: whoever goes on would compute with nothing, or with noise."""
-    parts, named, more = REFUSED[case]
-    arrays = {name: values(*shape) for name, shape in more.items()}
-    weights = tensors_file(tmp_path / "m.gguf", a__weight=values(4, 8), **arrays)
-    parts = {"a": lambda: torch.nn.Embedding(4, 8)} | parts
-    module = on("meta", **parts)
-    with pytest.raises(StateDictError, match=f"{named} would be left on the meta device") as caught:
-        api.load_state_dict(module, weights, strict=False)
-    assert caught.value.missing == [named.strip('"')]
-    assert {one.device.type for one in (*module.parameters(), *module.buffers())} == {"meta"}
-    module = on("cpu", **parts)
-    api.load_state_dict(module, weights, strict=False)
-    for name, tensor in weights.items():
-        assert torch.equal(module.get_parameter(name), tensor.torch("float32"))
-
-
-def test_buffers_that_nobody_can_compute_are_refused(tmp_path: Path) -> None:
-    weights = tensors_file(tmp_path / "m.gguf", a=values(4, 8))
-    module = module_of({"a": (4, 8)}, device="meta")
-    module.register_buffer("angles", torch.zeros(3, device="meta"), persistent=False)
-    with pytest.raises(StateDictError, match='"angles" would be left on the meta device'):
-        api.load_state_dict(module, weights)
-    assert module.a.device.type == "meta"
-
-
-def holding(tensor: Any, *, buffer: bool = False) -> Any:
-    """A module with ``b.weight``, 2 zeros, and this tensor as ``a.weight``."""
-    module = module_of({"b.weight": (2,)})
-    module.a = torch.nn.Module()
-    if buffer:
-        module.a.register_buffer("weight", tensor)
-    else:
-        module.a.weight = torch.nn.Parameter(tensor, requires_grad=False)
-    return module
-
-
-def two_tensors(path: Path) -> Any:
-    """Of the parameters of ``holding``. b.weight is first in the file, and so is filled first."""
-    return tensors_file(path, b__weight=values(2), a__weight=values(4, 8))
-
-
-def wrapped(device: str) -> Any:
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-    module = module_of({"b.weight": (2,)}, device=device)
-    module.a = checkpoint_wrapper(torch.nn.Linear(8, 4, bias=False, device=device))
-    return module
-
-
-def renamed(device: str) -> Any:
-    module = module_of({"b.weight": (2,), "c.weight": (4, 8)}, device=device)
-
-    def rename(_: Any, state: Any, *__: Any) -> None:
-        state["a.weight"] = state.pop("c.weight")
-
-    module._register_state_dict_hook(rename)
-    return module
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("made", [wrapped, renamed])
-def test_keys_that_are_no_paths_of_attributes(tmp_path: Path, made: Any, device: str) -> None:
-    weights, module = two_tensors(tmp_path / "m.gguf"), made(device)
-    api.load_state_dict(module, weights, dtype="bfloat16")
-    check(module, {k: t.dequantize() for k, t in weights.items()}, torch.bfloat16)
-    assert {one.dtype for one in module.parameters()} == {torch.bfloat16}
-    assert not list(module.buffers())
-
-
-def scripted() -> tuple[Any, dict[str, Any]]:
-    module = torch.nn.Sequential(torch.nn.Linear(8, 4, bias=False))
-    return torch.jit.script(module), {"dtype": "bfloat16", "name_map": {"0.weight": "a.weight"}}
-
-
-def copied() -> tuple[Any, dict[str, Any]]:
-    module = module_of({"a.weight": (4, 8)})
-
-    def copy(_: Any, state: Any, *__: Any) -> None:
-        state["a.weight"] = state["a.weight"].detach().clone()
-
-    module._register_state_dict_hook(copy)
-    return module, {}
-
-
-@pytest.mark.parametrize("made", [scripted, copied])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_cannot_be_put_into_the_module_is_refused(tmp_path: Path, made: Any) -> None:
-    weights = tensors_file(tmp_path / "m.gguf", a__weight=values(4, 8))
-    module, options = made()
-    (before,) = [one.clone() for one in module.parameters()]
-    with pytest.raises(StateDictError, match=r'weight" of state_dict\(\) cannot be put'):
-        api.load_state_dict(module, weights, **options)
-    assert torch.equal(next(module.parameters()), before)
-
-
-class Hidden(torch.nn.Module):  # type: ignore[misc, name-defined]
-    """Of what it holds state_dict() shows nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(2))
-        self.register_buffer("kept", torch.zeros(2))
-
-    def _save_to_state_dict(self, *_: Any) -> None: ...
-
-
-class Twice(torch.nn.Module):  # type: ignore[misc, name-defined]
-    """One buffer under two names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("one", torch.zeros(3), persistent=False)
-        self.register_buffer("two", self.one, persistent=False)
-
-
-@pytest.mark.parametrize("kind", [Hidden, Twice])
-def test_what_state_dict_does_not_show_is_not_left_on_meta(tmp_path: Path, kind: Any) -> None:
-    weights = tensors_file(tmp_path / "m.gguf", a__weight=values(4, 8))
-    module = on("meta", a=lambda: torch.nn.Embedding(4, 8), x=kind)
-    with pytest.raises(StateDictError, match="left on the meta device") as caught:
-        api.load_state_dict(module, weights)
-    names = ["weight", "kept"] if kind is Hidden else ["one", "two"]
-    assert caught.value.missing == [f"x.{name}" for name in names]
-    assert {one.device.type for one in (*module.parameters(), *module.buffers())} == {"meta"}
-
-
-def test_a_computed_buffer_stays_tied(tmp_path: Path) -> None:
-    weights = tensors_file(tmp_path / "m.gguf", a__weight=values(4, 8))
-    module = on("meta", a=lambda: torch.nn.Embedding(4, 8), x=Angles)
-    module.x.register_buffer("again", module.x.angles, persistent=False)
-    api.load_state_dict(module, weights)
-    assert module.x.again is module.x.angles
-    assert module.x.angles.tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("unknown", ["", "float32"], ids=["loaded", "refused"])
-def test_computing_buffers_changes_no_others(tmp_path: Path, unknown: str) -> None:
-    class Counting(Model):
-        def _init_weights(self, part: Any) -> None:
-            super()._init_weights(part)
-            if isinstance(part, Angles):
-                part.count.add_(1)
-
-    weights = tensors_file(tmp_path / "m.gguf", a__weight=values(4, 8))
-    with torch.device("meta"):
-        module = Counting(a=lambda: torch.nn.Embedding(4, 8), x=lambda: Angles(unknown))
-    count = torch.zeros(1)
-    module.x.register_buffer("count", count, persistent=False)
-    if unknown:
-        with pytest.raises(StateDictError, match=r"x\.unknown"):
-            api.load_state_dict(module, weights)
-    else:
-        api.load_state_dict(module, weights)
-        assert module.x.angles.tolist() == [0, 1, 2]
-    assert module.x.count is count
-    assert not count.any()
-
-
-def emptied(nbytes: int) -> Any:
-    tensor = torch.zeros(4, 8)
-    tensor.untyped_storage().resize_(nbytes)
-    return tensor
-
-
-def fake() -> Any:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        return torch.zeros(4, 8)
-
-
-UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
-    "no storage": (lambda: emptied(0), "storage is empty"),
-    "half a storage": (lambda: emptied(64), "smaller than it"),
-    "uninitialized": (lambda: torch.nn.LazyLinear(4).weight, "not initialized"),
-    "sparse": (lambda: torch.zeros(4, 8).to_sparse(), "no plain dense"),
-    "expanded": (lambda: torch.zeros(1, 8).expand(4, 8), "overlap"),
-    "overlapping": (lambda: torch.zeros(99).as_strided((4, 8), (1, 1)), "overlap"),
-    "negated": (lambda: torch._neg_view(torch.zeros(4, 8)), "negated or conjugated"),
-    "conjugated": (lambda: torch.zeros(4, 8, dtype=torch.complex64).conj(), "or conjugated"),
-    "fake": (fake, "for tracing"),
-    "functional": (lambda: torch._to_functional_tensor(torch.zeros(4, 8)), "for tracing"),
-}
-
-
-@pytest.mark.parametrize("case", UNFIT)
-def test_tensors_that_cannot_be_filled_are_refused_first(tmp_path: Path, case: str) -> None:
-    made, said = UNFIT[case]
-    weights, module = two_tensors(tmp_path / "m.gguf"), holding(made(), buffer=True)
-    with pytest.raises(StateDictError, match=rf"a\.weight cannot be filled: .*{said}"):
-        api.load_state_dict(module, weights)
-    assert not module.b.weight.any()
-
-
-def test_no_array_of_a_tensor_without_memory() -> None:
-    from numaload.torch_memory import array_of
-
-    with pytest.raises(UsageError, match="no memory"):
-        array_of(emptied(0))
-
-
-@pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("within", [True, False])
-def test_inference_mode(tmp_path: Path, *, inside: bool, within: bool) -> None:
-    """Of the tensors and of the caller; not contiguous: these are filled by torch."""
-    weights = two_tensors(tmp_path / "m.gguf")
-    with torch.inference_mode(inside):
-        module = holding(torch.zeros(8, 4).t())
-    module.a.weight.requires_grad_(requires_grad=not inside)
-    with torch.inference_mode(within):
-        api.load_state_dict(module, weights)
-    check(module, {k: t.dequantize() for k, t in weights.items()}, torch.float32)
-
-
 @pytest.mark.parametrize("device", ["meta", "\x1b[1mjunk", 1.5, "cuda"])
 def test_devices_that_cannot_be(tmp_path: Path, device: Any) -> None:
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    weights, module = two_tensors(tmp_path / "m.gguf"), holding(torch.zeros(4, 8))
+    weights = tensors_file(tmp_path / "m.gguf", a__weight=values(4, 8))
+    module = module_of({"a.weight": (4, 8)})
     with pytest.raises(UsageError, match="device") as caught:
         api.load_state_dict(module, weights, device=device)
     assert "\x1b" not in caught.value.args[0]
@@ -653,7 +309,8 @@ def test_devices_that_cannot_be(tmp_path: Path, device: Any) -> None:
 
 @pytest.mark.parametrize("answer", [3, b"a.weight", ("a.weight",), "list"])
 def test_name_maps_that_name_nothing(tmp_path: Path, answer: Any) -> None:
-    weights, module = two_tensors(tmp_path / "m.gguf"), holding(torch.zeros(4, 8))
+    weights = tensors_file(tmp_path / "m.gguf", a__weight=values(4, 8))
+    module = module_of({"a.weight": (4, 8)})
     name_map: Any = ["a.weight"] if answer == "list" else lambda _: answer
     with pytest.raises(UsageError, match="name_map"):
         api.load_state_dict(module, weights, name_map, strict=False)

@@ -24,6 +24,7 @@ TORCH = {
     "mirror.pinned": "0 torch.Size([1024, 576])",
     "norm().item()": "blk.0.attn_q.weight (1024, 1024)",
     "layer0.pt": "",
+    "name_map": "[] ",
     "mirror.local(), ": "blk.0.attn_q.weight bfloat16 2097152",
 }
 SAFETENSORS = {

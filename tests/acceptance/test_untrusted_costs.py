@@ -171,21 +171,6 @@ def test_lists_have_no_more_ids_than_there_can_be(tmp_path: Path) -> None:
     assert calls(refused) < 50_000
 
 
-def test_blocks_that_metadata_announces_are_not_named(tmp_path: Path) -> None:
-    torch_modules = pytest.importorskip("torch_modules", exc_type=ImportError)
-    path, module = tmp_path / "m.gguf", torch_modules.module_of({"model.norm.weight": (32,)})
-    entries = [gb.entry("general.architecture", gb.STRING, gb.string("qwen2"))]
-    rows = [gb.tensor("output_norm.weight")]
-    path.write_bytes(gb.build([*entries, gb.u32("qwen2.block_count", 50_000)], rows, bytes(128)))
-
-    def refused() -> None:
-        with api.open(path) as weights, pytest.raises(UsageError, match="1 to 512, found 50000"):
-            api.load_state_dict(module, weights)
-
-    refused()  # which imports what it needs
-    assert peak(refused) < SPARE
-
-
 def test_layers_that_an_adapter_names_are_not_counted_up_to(tmp_path: Path) -> None:
     ends = (".weight.lora_a", ".weight.lora_b")
     path = lf.write_gguf(tmp_path / "m.gguf", lf.halves(["blk.49999.attn_q"], ends))

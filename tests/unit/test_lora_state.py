@@ -223,9 +223,9 @@ def test_a_model_that_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_architectures_that_need_the_model(tmp_path: Path) -> None:
-    path = lf.write_gguf(tmp_path / "x.gguf", lf.halves(["blk.0.attn_q"], lf.GGUF_ENDS), "gemma3")
+    path = lf.write_gguf(tmp_path / "x.gguf", lf.halves(["blk.0.attn_q"], lf.GGUF_ENDS), "olmo2")
     with open_adapter(path) as adapter:
-        with pytest.raises(UsageError, match=r"'blk\.0\.attn_q' of gemma3: .* give model="):
+        with pytest.raises(UsageError, match=r"'blk\.0\.attn_q' of olmo2: .* give model="):
             adapter.lora_config()
         known = Named(["model.layers.0.self_attn.q_proj"])
         assert adapter.lora_config(known)["target_modules"] == known.names

@@ -1,6 +1,6 @@
-"""``load_state_dict`` beside transformers' own GGUF loading: the same file to the same bfloat16.
+"""``from_pretrained`` beside transformers' own GGUF loading: the same file to the same bfloat16.
 
-    .venv-clients/bin/python scripts/bench_load_state_dict.py [--rounds N] [--size BYTES]
+    .venv-clients/bin/python scripts/bench_from_pretrained.py [--rounds N] [--size BYTES]
 
 A llama of mixed K-quants is written once; both load it in turns in one process. Before each turn as
 much memory as either needs is touched and freed: hosts of virtual machines take idle memory back,
@@ -91,15 +91,10 @@ class Loaders:
 
     def numaload(self) -> Any:
         import torch
-        from transformers import AutoModelForCausalLM
 
-        import numaload
+        from numaload.backends.transformers import from_pretrained
 
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
-        with numaload.open(self.path) as weights:
-            numaload.load_state_dict(model, weights)
-        return model
+        return from_pretrained(self.path, config=self.config, dtype=torch.bfloat16)
 
     def transformers(self) -> Any:
         import torch

@@ -35,10 +35,10 @@ MEMBERS = [
 ]  # fmt: skip
 # What only other modules of numaload call: public between them, no face for users.
 INTERNAL = {
-    "Weights": {"parts", "model", "workers", "torch_bytes", "torch_numbers", "read_into", "read_by",
+    "Weights": {"parts", "model", "workers", "read_into", "read_by",
                 "in_files"},
     "Tensor": {"check_type", "check_native", "is_file", "file", "place_in_files", "workers",
-               "read_into", "read_by", "byte_shape"},
+               "read_into", "read_by", "byte_shape", "memory"},
     "Metadata": {"keys", "values", "items", "get"},
     "PrewarmHolder": {"of"},
     "PrewarmReport": {"from_dict"},

@@ -101,8 +101,8 @@ def convert(folder: Path, architecture: str, out_type: str = "f32") -> Path:
     config = base_model(architecture).config
     config.architectures = [MODELS[architecture][0]]
     config.save_pretrained(base)
-    words = [sys.executable, f"{CONVERTER}/convert_lora_to_gguf.py", "--base", base,
-             "--outfile", path, "--outtype", out_type, folder]  # fmt: skip
+    words = [sys.executable, f"{CONVERTER}/convert_lora_to_gguf.py", "--base", str(base),
+             "--outfile", str(path), "--outtype", out_type, str(folder)]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     return path

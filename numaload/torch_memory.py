@@ -9,12 +9,10 @@ from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from numaload.dtypes import ITEMS, NAMES, dtype_name, item_shape
+from numaload.dtypes import NAMES, dtype_name
 from numaload.errors import UnsupportedTypeError, UsageError, printable, warn_once
 from numaload.linux.mapping import map_private
-from numaload.linux.syscalls import HUGE, memory_at
+from numaload.linux.syscalls import HUGE
 from numaload.machine import memory
 
 if TYPE_CHECKING:
@@ -65,56 +63,10 @@ def torch_type(type_name: str) -> Any:
     return torch_dtype(NAMES[type_name], type_name)
 
 
-def whole(buffer: memoryview) -> Any:
-    """Return a mapping as one uint8 tensor, for users: they are told that it is read-only."""
-    if buffer.readonly:
-        warn_once("torch-read-only", READ_ONLY)
-    return over(buffer)
-
-
-def over(buffer: memoryview) -> Any:
-    """Return the same for those who only take the address."""
-    torch = import_torch()
-    # By its address: of read-only arrays torch warns, once, of no tensor and with no way out.
-    memory: Any = memory_at(np.frombuffer(buffer, np.uint8).ctypes.data, buffer.nbytes)
-    memory.owner = buffer
-    return torch.from_numpy(np.frombuffer(memory, np.uint8))
-
-
-class Numbers:
-    """Bytes, a uint8 tensor that is aligned, as numbers of one type, to cut tensors from.
-
-    Models have hundreds of thousands of these: a call of torch more is worth counting.
-    Raises: UnsupportedTypeError.
-    """
-
-    def __init__(self, base: Any, type_name: str) -> None:
-        self.base, self.type_name = base, type_name
-        self.dtype, self.each = torch_type(type_name), ITEMS.get(type_name, 1)
-        self.size: int = self.dtype.itemsize
-        self.flat = base[: len(base) // self.size * self.size].view(self.dtype)
-
-    def cut(self, start: int, nbytes: int, dims: tuple[int, ...], what: str = "") -> Any:
-        """Return a tensor over ``nbytes`` from byte ``start``, zero-copy. dims: fastest first.
-
-        Where they are not aligned to the type, which torch does not expect, they are copied.
-        """
-        if self.each > 1:
-            dims = item_shape(self.type_name, dims[::-1], what)[::-1]
-        if start % self.size or not nbytes:
-            copied = self.base[start : start + nbytes].clone()
-            return copied.view(self.dtype).view(dims[::-1])
-        strides, step = [], 1
-        for dim in dims:
-            strides.append(step)
-            step *= dim
-        strides.reverse()
-        return self.flat.as_strided(dims[::-1], strides, start // self.size)
-
-
-def view(base: Any, start: int, nbytes: int, type_name: str, shape: tuple[int, ...]) -> Any:
-    """Return a tensor of ``shape`` over bytes of ``base``, see ``Numbers``."""
-    return Numbers(base, type_name).cut(start, nbytes, shape[::-1])
+def mapped(buffer: memoryview, dtype: Any, shape: Sequence[int]) -> Any:
+    """Return a tensor over mapped memory, for users: they are told that it is read-only."""
+    warn_once("torch-read-only", READ_ONLY)
+    return of_bytes(buffer, dtype, shape)
 
 
 def converted(tensor: Any, device: Any, dtype: Any, what: str, *, copy: bool = True) -> Any:
@@ -133,12 +85,20 @@ def converted(tensor: Any, device: Any, dtype: Any, what: str, *, copy: bool = T
         ) from error
 
 
-def of_bytes(flat: NDArray[np.uint8], dtype: Any, shape: Sequence[int]) -> Any:
-    """Return a tensor over an array of bytes. Of nothing torch makes no view."""
+def of_bytes(buffer: Any, dtype: Any, shape: Sequence[int]) -> Any:
+    """Return a tensor over all bytes of a buffer, zero-copy, which keeps the buffer alive.
+
+    Its storage is these bytes and no others: that is what torch.save, pickle and deepcopy take.
+    buffer: claims to be writable, since torch warns of others. Where it is not aligned to the
+    type, which torch does not expect, it is copied.
+    """
     torch = import_torch()
-    if not flat.size:
-        return torch.empty(tuple(shape), dtype=dtype)
-    return torch.from_numpy(flat).view(dtype).reshape(tuple(shape))
+    if not buffer.nbytes:  # of nothing torch makes no view
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    found = torch.frombuffer(buffer, dtype=dtype)
+    if found.data_ptr() % dtype.itemsize:
+        found = torch.frombuffer(buffer, dtype=torch.uint8).clone().view(dtype)
+    return found.view(shape)
 
 
 def require(nbytes: int, what: str) -> None:
@@ -166,9 +126,8 @@ def empty(shape: Sequence[int], dtype: Any) -> Any:
     torch = import_torch()
     nbytes = prod(shape) * dtype.itemsize
     if nbytes < HUGE:
-        return torch.empty(tuple(shape), dtype=dtype)
-    flat = np.frombuffer(map_private(nbytes).view(write=True), np.uint8)
-    return of_bytes(flat, dtype, shape)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    return of_bytes(map_private(nbytes).view(write=True), dtype, shape)
 
 
 def array_of(tensor: Any) -> NDArray[Any]:

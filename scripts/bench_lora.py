@@ -1,10 +1,11 @@
-"""How long it takes to load a LoRA adapter: numaload beside PEFT's own loading.
+"""How long it takes to load a LoRA adapter: peft and diffusers alone, after prewarm, and from GGUF.
 
     python scripts/bench_lora.py [--rank N] [--layers N] [--rounds N]
 
-All in this run, in turns, on the same file; medians of the rounds, least and most. What is loaded
-is read once within the measured time: PEFT maps the file, and touching it is part of loading. The
-model's own weights are memory that nobody writes or reads. transformers and peft are needed.
+All in this run, in turns, on the same bytes as safetensors and as GGUF; medians of the rounds,
+least and most, in milliseconds, cold (dropped from the page cache by POSIX_FADV_DONTNEED) and warm.
+What was loaded is read once within the measured time, since peft maps the file. The models
+themselves are memory that nobody reads. transformers, peft, diffusers and gguf are needed.
 """
 
 from __future__ import annotations
@@ -12,155 +13,191 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import diffusers
+import gguf
 import peft
 import torch
 import transformers
+from safetensors.torch import save_file
 
+import numaload
 from numaload.backends.lora import open_adapter
 
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
 CHEAP = {"low_cpu_mem_usage": True}
+NOTHING = [torch.zeros(1)]
+# A way loads, and returns the tensors and what undoes it.
+Way = Callable[[], tuple[Iterable[Any], Callable[[], Any]]]
 
 
-def base_model(layers: int) -> Any:
+def empty(kind: Any, config: Any) -> Any:
+    with torch.device("meta"):
+        return kind(config).to_empty(device="cpu")
+
+
+def llama(layers: int) -> Any:
     config = transformers.LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, vocab_size=32000,
         num_attention_heads=16, num_key_value_heads=8, dtype=torch.bfloat16,
     )  # fmt: skip
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
-    return model.to_empty(device="cpu")
+    return empty(transformers.LlamaForCausalLM, config)
 
 
-def write(folder: str, base: Any, rank: int) -> None:
-    config = peft.LoraConfig(r=rank, target_modules=LINEAR, task_type="CAUSAL_LM")
+def write(folder: str, base: Any, rank: int) -> tuple[str, str]:
+    """Write random halves for all linear layers, in both formats; return both paths."""
+    paths = os.path.join(folder, "adapter_model.safetensors"), os.path.join(folder, "a.gguf")
+    config = peft.LoraConfig(r=rank, target_modules=[m.split(".")[1] for m in NAMES])
     model = peft.get_peft_model(base, config)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder)  # its tensors are replaced below
+    made, writer = {}, gguf.GGUFWriter(paths[1], "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    for name, half in peft.get_peft_model_state_dict(model).items():
+        layer, module, which = re.findall(r"layers\.(\d+)\.(.+)\.lora_(.)", name)[0]
+        made[name] = torch.randn(half.shape)
+        key = f"blk.{layer}.{NAMES[module]}.weight.lora_{which.lower()}"
+        writer.add_tensor(key, made[name].numpy())
+    save_file(made, paths[0])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     model.unload()
+    return paths
 
 
-def read(tensors: Any) -> float:
-    return sum(float(tensor.sum()) for tensor in tensors)
+def pipeline(folder: str, rank: int) -> tuple[Any, str]:
+    """Return a pipeline around Stable Diffusion's UNet, and an adapter of its attention."""
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(cross_attention_dim=768)
+    unet = unet.to(torch.bfloat16).to_empty(device="cpu")
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=None,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    made = {}
+    for name, module in unet.named_modules():
+        if re.search(r"attn\d\.to_(q|k|v|out\.0)$", name):
+            made[f"unet.{name}.lora_A.weight"] = torch.randn(rank, module.in_features)
+            made[f"unet.{name}.lora_B.weight"] = torch.randn(module.out_features, rank)
+    path = os.path.join(folder, "lora.safetensors")
+    save_file(made, path)
+    return pipe, path
 
 
-def lora_of(model: Any) -> Any:
-    return (p for name, p in model.named_parameters() if "lora_" in name)
+def lora_of(model: Any) -> list[Any]:
+    return [p for name, p in model.named_parameters() if "lora_" in name]
 
 
-class Contest:
-    """Both ways to the same, on one adapter."""
+def ways_of_peft(base: Any, folder: str, path: str) -> dict[str, Way]:
+    def tensors() -> Any:
+        return peft.load_peft_weights(folder, device="cpu").values(), NOTHING.copy
 
-    def __init__(self, base: Any, folder: str) -> None:
-        self.base, self.folder = base, folder
+    def from_gguf() -> Any:
+        with open_adapter(path) as adapter:
+            return adapter.state_dict(model=base).values(), NOTHING.copy
 
-    def peft_tensors(self) -> float:
-        return read(peft.load_peft_weights(self.folder, device="cpu").values())
+    def model() -> Any:
+        made = peft.PeftModel.from_pretrained(base, folder, **CHEAP)
+        return lora_of(made), made.unload
 
-    def our_tensors(self, *, copy: bool) -> float:
-        with open_adapter(self.folder) as adapter:
-            return read(adapter.state_dict(copy=copy).values())
+    def model_from_gguf() -> Any:
+        with open_adapter(path) as adapter:
+            config = peft.LoraConfig(**adapter.lora_config(base))
+            made = peft.get_peft_model(base, config, **CHEAP)
+            peft.set_peft_model_state_dict(made, adapter.state_dict(model=base), **CHEAP)
+        return lora_of(made), made.unload
 
-    def peft_half(self) -> float:
-        found = peft.load_peft_weights(self.folder, device="cpu")
-        return read([tensor.to(torch.bfloat16) for tensor in found.values()])
-
-    def our_half(self) -> float:
-        with open_adapter(self.folder) as adapter:
-            return read(adapter.state_dict(torch.bfloat16).values())
-
-    def peft_model(self, **options: Any) -> float:
-        model = peft.PeftModel.from_pretrained(self.base, self.folder, **options)
-        return self._done(model)
-
-    def our_model(self, *, copy: bool, **options: Any) -> float:
-        with open_adapter(self.folder) as adapter:
-            config = peft.LoraConfig(**adapter.lora_config())
-            model = peft.get_peft_model(self.base, config, **options)
-            peft.set_peft_model_state_dict(model, adapter.state_dict(copy=copy), **options)
-        return self._done(model)
-
-    def _done(self, model: Any) -> float:
-        total = read(lora_of(model))
-        model.unload()
-        return total
+    return {
+        "tensors: peft": tensors,
+        "tensors: prewarm, peft": after_prewarm(folder, tensors),
+        "tensors: GGUF, numaload": from_gguf,
+        "model: peft": model,
+        "model: prewarm, peft": after_prewarm(folder, model),
+        "model: GGUF, numaload and peft": model_from_gguf,
+    }
 
 
-def seconds(work: Callable[[], float]) -> tuple[float, float]:
+def ways_of_diffusers(pipe: Any, path: str) -> dict[str, Way]:
+    def pipeline() -> Any:
+        pipe.load_lora_weights(path)
+        return lora_of(pipe.unet), pipe.unload_lora_weights
+
+    return {
+        "pipeline: diffusers": pipeline,
+        "pipeline: prewarm, diffusers": after_prewarm(path, pipeline),
+    }
+
+
+def after_prewarm(path: str, way: Way) -> Way:
+    def both() -> Any:
+        numaload.prewarm(path)
+        return way()
+
+    return both
+
+
+def evict(paths: Iterable[str]) -> None:
+    """Out of the page cache."""
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def milliseconds(way: Way) -> float:
     gc.collect()
     start = time.perf_counter()
-    total = work()
-    return time.perf_counter() - start, total
+    tensors, undo = way()
+    for tensor in tensors:
+        tensor.sum()
+    took = time.perf_counter() - start
+    undo()
+    return took * 1e3
 
 
-def nothing() -> None:
-    """Before a measurement."""
-
-
-def evict(path: str) -> None:
-    """Out of the page cache."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def measure(
-    name: str,
-    theirs: Callable[[], float],
-    ours: Callable[[], float],
-    rounds: int,
-    before: Callable[[], None] = nothing,
-) -> None:
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(rounds + 1):  # the first is for imports and the page cache
-        totals = []
-        for one, work in zip(times, (theirs, ours), strict=True):
-            before()
-            took, total = seconds(work)
-            totals.append(total)
-            if turn:
-                one.append(took * 1e3)
-        if totals[0] != totals[1]:
-            raise SystemExit(f"{name}: not the same values: {totals}")
-    shown = [f"{statistics.median(t):7.1f} ms [{min(t):.1f}, {max(t):.1f}]" for t in times]
-    ratio = statistics.median(times[0]) / statistics.median(times[1])
-    print(f"{name:34} PEFT {shown[0]:30} numaload {shown[1]:30} {ratio:5.2f} times as fast")
+def measure(ways: dict[str, Way], paths: list[str], rounds: int) -> None:
+    for state in ("cold", "warm"):
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(rounds + 1):  # the first is for imports
+            for name, way in ways.items():
+                if state == "cold":
+                    evict(paths)
+                took = milliseconds(way)
+                if turn:
+                    times[name].append(took)
+        for name, found in times.items():
+            spread = f"[{min(found):.0f}, {max(found):.0f}]"
+            print(f"{state} {name:32} {statistics.median(found):7.1f} ms {spread}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time of loading a LoRA adapter, beside PEFT.")
+    parser = argparse.ArgumentParser(description="Time of loading a LoRA adapter.")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    base = base_model(options.layers)
+    warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        write(folder, base, options.rank)
-        path = os.path.join(folder, "adapter_model.safetensors")
-        size = os.path.getsize(path)
-        print(f"{size >> 20} MiB, rank {options.rank}, {options.layers} layers")
-        contest, rounds = Contest(base, folder), options.rounds
-        for copy in (False, True):
-            how = "copied" if copy else "mapped"
-            ours = partial(contest.our_tensors, copy=copy)
-            measure(f"tensors, {how}", contest.peft_tensors, ours, rounds)
-        ours = partial(contest.our_tensors, copy=True)
-        measure("tensors, copied, cold", contest.peft_tensors, ours, rounds, partial(evict, path))
-        measure("tensors as bfloat16", contest.peft_half, contest.our_half, rounds)
-        measure("model", contest.peft_model, partial(contest.our_model, copy=False), rounds)
-        for copy in (False, True):
-            name = f"model, low_cpu_mem_usage, {'copied' if copy else 'mapped'}"
-            theirs = partial(contest.peft_model, **CHEAP)
-            measure(name, theirs, partial(contest.our_model, copy=copy, **CHEAP), rounds)
+        base = llama(options.layers)
+        paths = write(folder, base, options.rank)
+        print(f"llama, {options.layers} layers: {os.path.getsize(paths[0]) >> 20} MiB")
+        measure(ways_of_peft(base, folder, paths[1]), list(paths), options.rounds)
+        pipe, path = pipeline(folder, options.rank)
+        print(f"UNet of Stable Diffusion: {os.path.getsize(path) >> 20} MiB")
+        measure(ways_of_diffusers(pipe, path), [path], options.rounds)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import safetensors_builder as sb
 
-Arrays = Mapping[str, NDArray[np.float32]]
+Arrays = Mapping[str, NDArray[Any]]
 MODULES = [f"model.layers.{i}.self_attn.{m}" for i in (0, 1) for m in ("q_proj", "v_proj")]
 TENSORS = [f"blk.{i}.{m}" for i in (0, 1) for m in ("attn_q", "attn_v")]
 RANK, ALPHA, WIDTH, ROWS = 4, 6.0, 16, 24
@@ -21,6 +21,8 @@ CONFIG: dict[str, Any] = {
     "peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj", "v_proj"],
     "base_model_name_or_path": "org/base", "use_rslora": False, "task_type": "CAUSAL_LM",
 }  # fmt: skip
+PREFIX = "base_model.model."
+PEFT_ENDS, GGUF_ENDS = (".lora_A.weight", ".lora_B.weight"), (".weight.lora_a", ".weight.lora_b")
 
 
 def halves(
@@ -38,77 +40,45 @@ def halves(
     return found
 
 
-def write_safetensors(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) -> Path:
+def write_safetensors(path: Path, arrays: Arrays) -> Path:
     rows: dict[str, sb.Row] = {name: ("F32", array.shape) for name, array in arrays.items()}
-    head = {} if metadata is None else {"__metadata__": metadata}
     data = b"".join(array.tobytes() for array in arrays.values())
-    path.write_bytes(sb.build(head | sb.table(rows), data))
+    path.write_bytes(sb.build(sb.table(rows), data))
     return path
 
 
 def write_peft(folder: Path, arrays: Arrays | None = None, **config: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    names = [f"base_model.model.{module}" for module in MODULES]
-    ends = (".lora_A.weight", ".lora_B.weight")
-    write_safetensors(folder / "adapter_model.safetensors", arrays or halves(names, ends))
+    names = [PREFIX + module for module in MODULES]
+    found = arrays or halves(names, PEFT_ENDS)
+    write_safetensors(folder / "adapter_model.safetensors", found)
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG | config))
     return folder
 
 
 def write_gguf(
     path: Path,
-    arrays: Arrays,
+    arrays: Arrays | None = None,
     architecture: str = "qwen2",
     alpha: float | None = ALPHA,
-    **said: str,
+    types: Mapping[str, gguf.GGMLQuantizationType] | None = None,
+    **said: Any,
 ) -> Path:
-    """As convert_lora_to_gguf.py of llama.cpp does."""
+    """As convert_lora_to_gguf.py of llama.cpp does. said: metadata, __ for dots."""
     writer = gguf.GGUFWriter(str(path), architecture)
     for key, value in ({"general.type": "adapter", "adapter.type": "lora"} | said).items():
-        writer.add_string(key.replace("__", "."), value)
+        name = key.replace("__", ".")
+        if isinstance(value, str):
+            writer.add_string(name, value)
+        else:
+            kind, each = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
+            writer.add_key_value(name, value, kind, each)
     if alpha is not None:
         writer.add_float32("adapter.lora.alpha", alpha)
-    for name, array in arrays.items():
-        writer.add_tensor(name, array)
+    for name, array in (arrays or halves(TENSORS, GGUF_ENDS)).items():
+        writer.add_tensor(name, array, raw_dtype=(types or {}).get(name))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-PEFT_ENDS, KOHYA_ENDS = (
-    (".lora_A.weight", ".lora_B.weight"),
-    (".lora_down.weight", ".lora_up.weight"),
-)
-GGUF_ENDS = (".weight.lora_a", ".weight.lora_b")
-KOHYA = ["lora_unet_down_blocks_0_attn_to_q", "lora_te1_text_model_layers_0_q_proj"]
-DIFFUSERS = ["unet.down.attn1.to_q", "unet.down.attn1.to_out.0"]
-
-
-def peft_folder(folder: Path) -> Path:
-    return write_peft(folder / "adapter")
-
-
-def peft_file(folder: Path) -> Path:
-    return write_peft(folder / "adapter") / "adapter_model.safetensors"
-
-
-def bare(folder: Path) -> Path:
-    return write_safetensors(folder / "x.safetensors", halves(MODULES, PEFT_ENDS))
-
-
-def kohya(folder: Path) -> Path:
-    alphas = {name + ".alpha": np.array(ALPHA, np.float32) for name in KOHYA}
-    arrays = halves(KOHYA, KOHYA_ENDS) | alphas
-    return write_safetensors(folder / "x.safetensors", arrays, {"ss_network_dim": "4"})
-
-
-def diffusers(folder: Path) -> Path:
-    arrays = halves(DIFFUSERS, (".lora.down.weight", ".lora.up.weight"))
-    return write_safetensors(folder / "x.safetensors", arrays)
-
-
-def gguf_file(folder: Path) -> Path:
-    arrays = halves(TENSORS, GGUF_ENDS)
-    return write_gguf(folder / "x.gguf", arrays, general__base_model__0__name="Base")

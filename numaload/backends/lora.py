@@ -1,96 +1,159 @@
-"""LoRA adapters: what they are, and their tensors in parallel, as PEFT names them.
+"""GGUF LoRA adapters, as llama.cpp's convert_lora_to_gguf.py writes them, put into PEFT.
 
 ::
 
-    with open_adapter("adapter") as adapter:  # a PEFT folder, a safetensors file, a GGUF file
-        config = LoraConfig(**adapter.lora_config())
-        state = adapter.state_dict()  # for peft.set_peft_model_state_dict
+    with open_adapter("adapter.gguf") as adapter:
+        config = LoraConfig(**adapter.lora_config(model))
+        state = adapter.state_dict(model=model)  # for peft.set_peft_model_state_dict
+
+Safetensors adapters are loaded by peft and diffusers themselves: docs/lora.md.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
+from math import isfinite
+from typing import Any, NamedTuple
 
-from numaload.backends import lora_config as configs
-from numaload.backends import lora_names as names
-from numaload.backends.lora_config import Said
-from numaload.backends.lora_fill import Load, load_all
-from numaload.backends.lora_names import GGUF, PEFT, PREFIX, Modules, NameMap
-from numaload.backends.lora_pairs import Pair, Pairs, some
-from numaload.dtypes import dtype_name
+from numaload.backends.gguf_layouts import MOST_LAYERS, PERMUTED
+from numaload.dtypes import NAMES, dtype_name, kernel_dtype
 from numaload.errors import (
     AdapterError,
     NotCopyable,
     UnsupportedTypeError,
     UsageError,
     printable,
-    warn_once,
 )
 from numaload.files.reader import Progress
-from numaload.files.source import absolute
 from numaload.formats import gguf
-from numaload.torch_memory import torch_dtype
-from numaload.weights import Weights, open_weights
+from numaload.machine import memory
+from numaload.pipeline import Target, fill
+from numaload.torch_memory import array_of, empty, torch_dtype
+from numaload.weights import Tensor, Weights, open_weights
 
-WEIGHTS = "adapter_model.safetensors"
+NameMap = Mapping[str, str] | Callable[[str], str | None]
+View = Callable[[Any], Any]
+
+PREFIX = "base_model.model."  # of every name in PEFT's files
+HALF = re.compile(r"(?s)(?P<module>.+?)(\.weight)?\.lora_(?P<which>[ab])")
+EMBEDDING = "token_embd"
+MOST_TOKENS = 4096  # of the sequence that activates an aLoRA
+# What llama.cpp's conversion of the architectures in PERMUTED only renames, attention heads aside.
+RENAMED = re.compile(
+    r"token_embd|output|blk\.(?P<layer>\d{1,6})\.(attn_(q|k|v|output|q_a|q_b|kv_a_mqa)"
+    r"|ffn_(gate|up|down)(_shexp)?)"
+)
+ELSEWHERE = (
+    "this is safetensors: peft (PeftModel.from_pretrained(model, FOLDER)) and diffusers"
+    " (pipe.load_lora_weights(PATH)) load such adapters, after numaload.prewarm faster;"
+    " only GGUF adapters are translated here"
+)
 
 
-class Adapter(NotCopyable):
-    """A LoRA adapter that was opened; close it, or leave its ``with``, when it is loaded.
+class Pair(NamedTuple):
+    """Both tensors of one module: ``scaling * B @ A`` is added to its weight.
 
-    kind: "peft", "kohya", "diffusers" or "gguf". pairs: {module as in the file: Pair}.
-    others: names of tensors that are halves of no pair (saved modules, magnitudes, norms).
-    config: all of adapter_config.json, if there is one. base_model: a name or path, or None.
+    a: (rank, columns), of the token embedding (rows, rank), b: (rows, rank); of stacked experts
+    with one dim more before these. alpha is None where the file has none, or 0.
     """
 
-    def __init__(self, weights: Weights, said: Said) -> None:
-        self.weights, self.config, self.base_model = weights, said.config, said.base_model
-        self._said, self.path = said, weights.paths[0]
-        self.kind, self.pairs, self.others = Pairs(weights, said).found()
-        ranks = Counter(pair.rank for pair in self.pairs.values())
-        alphas = Counter(pair.alpha for pair in self.pairs.values())
-        self.rank = said.rank or ranks.most_common(1)[0][0]
-        self.alpha = said.alpha if said.alpha is not None else alphas.most_common(1)[0][0]
+    a: Tensor
+    b: Tensor
+    rank: int
+    alpha: float | None
 
     @property
     def scaling(self) -> float:
-        """Return the factor of B @ A, for all pairs that have no factor of their own."""
-        return configs.scaling(self.alpha, self.rank, rslora=self._said.rslora)
+        """Return the factor of B @ A. Source: llama-adapter.h of llama.cpp, get_scale."""
+        return self.alpha / self.rank if self.alpha else 1.0
 
-    @property
-    def target_modules(self) -> list[str]:
-        """Return the configured modules, else the last words of the modules that have a pair."""
-        return sorted(self._said.target_modules or {m.rpartition(".")[2] for m in self.pairs})
 
-    @property
-    def architecture(self) -> str:
-        """Return the model's architecture as a GGUF file names it."""
-        return str(self.weights.metadata.get("general.architecture", ""))
+class Adapter(NotCopyable):
+    """A GGUF adapter that was opened; close it, or leave its ``with``, when it is loaded.
+
+    pairs: {module as in the file, "blk.0.attn_q": Pair}. rank: that of most pairs. alpha: None
+    where nothing is scaled. base_model: a name, or None.
+    Raises: AdapterError for what is no LoRA adapter, and for tensors that are halves of no pair.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights, self.path = weights, weights.paths[0]
+        if not isinstance(weights.parts[0].header, gguf.Header):
+            raise AdapterError(ELSEWHERE, path=self.path)
+        for key, expected in (("general.type", "adapter"), ("adapter.type", "lora")):
+            found = weights.metadata.get(key)
+            if found != expected:
+                what = "nothing" if found is None else repr(found)
+                raise AdapterError(f"{key}: expected {expected!r}, found {what}", path=self.path)
+        alpha = weights.metadata.get("adapter.lora.alpha", 0.0)
+        if type(alpha) not in (int, float) or not isfinite(alpha):
+            message = f"adapter.lora.alpha is {alpha!r}, expected a number"
+            raise AdapterError(message, path=self.path)
+        base = weights.metadata.get("general.base_model.0.name")
+        self.alpha: float | None = alpha or None
+        self.base_model = base if isinstance(base, str) else None
+        self.architecture = str(weights.metadata.get("general.architecture", ""))
+        self.pairs = dict(self._found())
+        self.rank = Counter(pair.rank for pair in self.pairs.values()).most_common(1)[0][0]
+
+    def _found(self) -> Iterator[tuple[str, Pair]]:
+        halves: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.weights.items():
+            match = HALF.fullmatch(name)
+            if match is None:
+                message = f"tensor {name!r} is no half of a LoRA pair: nothing here applies it"
+                raise AdapterError(message, path=self.path)
+            if halves.setdefault(match["module"], {}).setdefault(match["which"], tensor) != tensor:
+                message = f"{match['module']!r} has two tensors for {match['which']}"
+                raise AdapterError(message, path=self.path)
+        if not halves:
+            raise AdapterError("no LoRA adapter: it has no tensors", path=self.path)
+        for module, half in halves.items():
+            if len(half) < 2:
+                (tensor,) = half.values()
+                raise AdapterError(f"{tensor.name!r} has no other half", path=self.path)
+            yield module, self._pair(module, half["a"], half["b"])
+
+    def _pair(self, module: str, a: Tensor, b: Tensor) -> Pair:
+        rank = a.shape[-1:] if module == EMBEDDING else a.shape[-2:-1]
+        if len(a.shape) != len(b.shape) or rank != b.shape[-1:] or not rank[0]:
+            message = f"{a.name!r} of shape {a.shape} and {b.name!r} of {b.shape} share no rank"
+            raise AdapterError(message, path=self.path)
+        return Pair(a, b, rank[0], self.alpha)
 
     def lora_config(self, model: Any = None, name_map: NameMap | None = None) -> dict[str, Any]:
-        """Return the arguments for ``peft.LoraConfig``. model, name_map: as in ``state_dict``."""
-        passed = {key: self.config[key] for key in configs.PASSED if key in self.config}
-        fixed = {"r": self.rank, "lora_alpha": self.alpha or self.rank, "inference_mode": True}
-        if self.config:
-            patterns = {
-                key: self.config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")
-            }
-            return passed | fixed | patterns
+        """Return the arguments for ``peft.LoraConfig``. model, name_map, errors: see state_dict."""
         modules = self._modules(model, name_map)
-        pairs = {modules[name]: pair for name, pair in self.pairs.items()}
-        return fixed | {
-            "target_modules": list(pairs),
-            "rank_pattern": {m: p.rank for m, p in pairs.items() if p.rank != self.rank},
-            "alpha_pattern": {m: p.alpha or p.rank for m, p in pairs.items() if self._differs(p)},
-            "base_model_name_or_path": self.base_model,
+        # PEFT looks for the first pattern that matches the end of a module's name, or all of it.
+        ranks = {
+            f"^{re.escape(modules[module])}": pair.rank
+            for module, pair in self.pairs.items()
+            if pair.rank != self.rank
         }
+        found = {
+            "r": self.rank,
+            "lora_alpha": self.alpha or self.rank,
+            "target_modules": list(modules.values()),
+            "rank_pattern": ranks,
+            "alpha_pattern": {} if self.alpha else dict(ranks),
+            "base_model_name_or_path": self.base_model,
+            "inference_mode": True,
+        }
+        return found | self._activation()
 
-    def _differs(self, pair: Pair) -> bool:
-        return (pair.alpha or pair.rank) != (self.alpha or self.rank)
+    def _activation(self) -> dict[str, Any]:
+        """Return what makes it an aLoRA, which counts only after a sequence of tokens."""
+        key = "adapter.alora.invocation_tokens"
+        tokens = self.weights.metadata.get(key)
+        if tokens is None:
+            return {}
+        if not hasattr(tokens, "tolist") or not 0 < len(tokens) <= MOST_TOKENS:
+            raise AdapterError(f"{key}: expected 1 to {MOST_TOKENS} numbers", path=self.path)
+        return {"alora_invocation_tokens": tokens.tolist(), "task_type": "CAUSAL_LM"}
 
     def state_dict(
         self,
@@ -99,65 +162,104 @@ class Adapter(NotCopyable):
         model: Any = None,
         name_map: NameMap | None = None,
         heads: tuple[int, int] | None = None,
-        copy: bool = True,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
         """Load all tensors in parallel into memory of their own; return them by PEFT's names.
 
         dtype: torch's, or a name; None keeps the file's, and makes float32 of quantized blocks.
-        model: the torch module that the adapter is for, wrapped by PEFT or not. kohya's names, and
-        those of most GGUF architectures, tell the module only together with it. name_map does
-        without: {module of the file: module of the model}, or a function.
-        heads: attention heads of queries and of keys, where llama.cpp permuted their rows; by
-        default what the model's config says.
-        copy False: what is wanted as it is in the file is mapped from there, not loaded: read-only,
-        and writing to it ends the process.
+        model: the torch module that the adapter is for, wrapped by PEFT or not: names are
+        translated to those that it has. name_map does without: {module of the file: module of the
+        model}, or a function. Architectures that are not known here need it: their tensors are
+        taken to be only renamed, but for what heads says.
+        heads: attention heads of queries and of keys whose rows llama.cpp permuted; by default
+        what the model's config says where it does so.
         progress(bytes of the file done, in all): returning False cancels.
-        Raises: UsageError where one of these is needed, AdapterError, UnsupportedTypeError,
+        Raises: UsageError where one of these is needed or does not fit, UnsupportedTypeError,
         NodeMemoryError before anything is read; ReadError, FileChangedError, CancelledError.
         """
         wanted = None if dtype is None else torch_dtype(dtype_name(dtype), self.path)
-        modules = self._modules(model, name_map)
-        loads = list(self._loads(modules, heads or _heads(model)))
-        if len({load.name for load in loads}) != len(loads):
-            twice = Counter(load.name for load in loads).most_common(1)[0][0]
-            raise AdapterError(f"two tensors would both become {twice!r}", path=self.path)
-        return load_all(self.weights, loads, wanted, progress, copy=copy)
+        parts = list(self._parts(self._modules(model, name_map), heads, model))
+        nbytes = sum(tensor.size * _made(tensor, dtype)[1].itemsize for _, tensor, _ in parts)
+        way_out = "nothing was loaded: free memory, or a smaller dtype"
+        memory.require(nbytes, f"{self.path}: its tensors", way_out)
+        result, targets = {}, []
+        for name, tensor, view in parts:
+            kernel, kind = _made(tensor, dtype)
+            shape = tensor.shape[::-1] if view is _transposed else tensor.shape
+            result[name] = empty(shape, kind)
+            targets.append(Target(tensor, array_of(view(result[name])), kernel))
+        fill(sorted(targets, key=lambda target: target.order), progress=progress)
+        return result if wanted is None else {name: one.to(wanted) for name, one in result.items()}
+
+    def _parts(
+        self, modules: Mapping[str, str], heads: tuple[int, int] | None, model: Any
+    ) -> Iterator[tuple[str, Tensor, View]]:
+        """Yield PEFT's name, the tensor, and a view of the result in the tensor's order."""
+        for module, pair in self.pairs.items():
+            name, embedding = f"{PREFIX}{modules[module]}.lora_", module == EMBEDDING
+            a, b = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
+            yield name + a, pair.a, _transposed if embedding else _same
+            permuted = self._permuted(module, heads, model)
+            yield name + b, pair.b, partial(_rows_of_heads, permuted) if permuted else _same
+
+    def _permuted(self, module: str, heads: tuple[int, int] | None, model: Any) -> int:
+        """Return how many heads of B have rows that llama.cpp permuted; 0: none."""
+        which = {"attn_q": 0, "attn_k": 1}.get(module.rpartition(".")[2])
+        permuted = PERMUTED.get(self.architecture)
+        if which is None or permuted is False:
+            return 0
+        heads = heads or (_heads_of(model) if permuted else None)
+        if heads is None:
+            may = "permutes" if permuted else "may permute"
+            raise UsageError(
+                f"{module!r} of {self.architecture}: llama.cpp {may} the rows of attention heads,"
+                " and the adapter does not say how many there are; give model=, or heads=(queries,"
+                " keys), (0, 0) where none are permuted"
+            )
+        return heads[which]
 
     def _modules(self, model: Any, name_map: NameMap | None) -> dict[str, str]:
-        modules = Modules(self.kind, self.architecture, model, name_map)
-        layers = names.layers_of(self.pairs)
-        found = {module: modules.translate(module, layers) for module in self.pairs}
-        if len(set(found.values())) != len(found):
-            twice = Counter(found.values()).most_common(1)[0][0]
-            raise UsageError(f"{self.path}: two modules of the adapter would both become {twice!r}")
-        return found
-
-    def _loads(self, modules: Mapping[str, str], heads: tuple[int, int] | None) -> Iterator[Load]:
-        for module, pair in self.pairs.items():
-            if self.kind == GGUF and max(len(pair.a.shape), len(pair.b.shape)) > 2:
+        """Return {module of the file: module of the model}."""
+        for pair in self.pairs.values():
+            if len(pair.a.shape) != 2:
                 raise UnsupportedTypeError(
-                    f"{pair.a.name!r}: experts of GGUF adapters are not translated to PEFT's names;"
+                    f"{pair.a.name!r}: PEFT has no names for adapters of stacked experts;"
                     " pairs has them as they are"
                 )
-            a, b = ("embedding_A", "embedding_B") if pair.embedding else ("A.weight", "B.weight")
-            name = f"{PREFIX}{modules[module]}.lora_"
-            turned = pair.embedding and self.kind == GGUF
-            shape, view = (pair.a.shape[::-1], _transposed) if turned else (None, None)
-            yield Load(name + a, pair.a, shape, view)
-            permuted = self.kind == GGUF and names.heads_of(module, self.architecture, heads)
-            yield Load(
-                name + b, pair.b, None, partial(_rows_of_heads, permuted) if permuted else None
+        if name_map is None:
+            found = dict(self._translated(model))
+        else:
+            get = name_map if callable(name_map) else name_map.get
+            found = {module: get(module) or "" for module in self.pairs}
+            if "" in found.values():
+                absent = next(module for module, name in found.items() if not name)
+                raise UsageError(f"name_map gives no module for {absent!r} of the adapter")
+        name, count = Counter(found.values()).most_common(1)[0]
+        if count > 1:
+            raise UsageError(f"{self.path}: two modules of the adapter would both become {name!r}")
+        return found
+
+    def _translated(self, model: Any) -> Iterator[tuple[str, str]]:
+        matches = {module: RENAMED.fullmatch(module) for module in self.pairs}
+        unknown = next((module for module, match in matches.items() if match is None), None)
+        if self.architecture not in PERMUTED or unknown:
+            raise UsageError(
+                f"{unknown or next(iter(matches))!r} of {self.architecture}: what llama.cpp's"
+                " conversion does to it is not known here; if it is only renamed, give name_map="
             )
-        if self.kind == PEFT:
-            for name in self.others:
-                yield Load(PREFIX + name.removeprefix(PREFIX), self.weights[name])
-        elif self.others:
-            warn_once(
-                f"lora-others-{self.path}",
-                f"{self.path}: {len(self.others)} tensors belong to no LoRA pair and are left out:"
-                f" {some(self.others)}",
-            )
+        if model is None:
+            raise UsageError(f"{self.path}: names depend on the model; give model=, or name_map=")
+        layers = 1 + max(int(match["layer"] or 0) for match in matches.values() if match)
+        known, names = _module_names(model), _names(self.architecture, layers)
+        for module in self.pairs:
+            tried = names.get(module, [])
+            fitting = [name for name in tried if name in known]
+            if len(fitting) != 1:
+                raise UsageError(
+                    f"{module!r} of the adapter: of {', '.join(tried[:4])} ... the model should"
+                    f" have one, and has {len(fitting)}; give name_map="
+                )
+            yield module, fitting[0]
 
     def close(self) -> None:
         self.weights.close()
@@ -169,33 +271,36 @@ class Adapter(NotCopyable):
         self.close()
 
     def __repr__(self) -> str:
-        return printable(
-            f"<Adapter {self.path}: {self.kind}, {len(self.pairs)} modules, rank {self.rank},"
-            f" alpha {self.alpha}>"
-        )
+        about = f"{len(self.pairs)} modules, rank {self.rank}, alpha {self.alpha}"
+        return printable(f"<Adapter {self.path}: {about}>")
 
 
 def open_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """Open a LoRA adapter: headers and configuration only.
+    """Open a GGUF LoRA adapter: its header only.
 
-    path: a PEFT folder, its weights or other safetensors files of LoRA pairs, or a GGUF adapter.
-    Raises: AdapterError for what is no adapter or cannot be one; what ``numaload.open`` does.
+    Raises: AdapterError for what is no such adapter; what ``numaload.open`` does.
     """
-    given = absolute(os.fsdecode(path))
-    inside = os.path.join(given, WEIGHTS)
-    weights = open_weights(inside if os.path.exists(inside) else given)
+    weights = open_weights(path)
     try:
-        return Adapter(weights, _said(weights, given))
+        return Adapter(weights)
     except BaseException:
         weights.close()
         raise
 
 
-def _said(weights: Weights, given: str) -> Said:
-    if isinstance(weights.parts[0].header, gguf.Header):
-        return configs.from_metadata(weights.metadata, weights.paths[0])
-    beside = configs.config_beside(given)
-    return Said() if beside is None else configs.from_file(beside)
+def _made(tensor: Tensor, dtype: Any) -> tuple[str | None, Any]:
+    """Return what a kernel makes of it, None where nothing is to be done, and torch's dtype."""
+    tensor.check_type()
+    if not tensor.has_kernel:
+        raise UnsupportedTypeError(f"tensor {tensor.name!r}: {tensor.type_name} is no float here")
+    own = "float32" if tensor.in_blocks else NAMES[tensor.type_name]
+    made = own if dtype is None else kernel_dtype(dtype_name(dtype))
+    raw = made == own and not tensor.in_blocks and tensor.byte_order == "little"
+    return None if raw else made, torch_dtype(made, tensor.name)
+
+
+def _same(result: Any) -> Any:
+    return result
 
 
 def _transposed(result: Any) -> Any:
@@ -205,14 +310,35 @@ def _transposed(result: Any) -> Any:
 def _rows_of_heads(heads: int, result: Any) -> Any:
     """View the rows of heads, (half, 2) in llama.cpp, as transformers has them: (2, half)."""
     rows, rank = result.shape
-    if rows % (2 * heads):
+    if heads < 1 or rows % (2 * heads):
         raise UsageError(f"{rows} rows do not divide into {heads} attention heads of two halves")
     return result.view(heads, 2, -1, rank).swapaxes(1, 2)
 
 
-def _heads(model: Any) -> tuple[int, int] | None:
+def _heads_of(model: Any) -> tuple[int, int] | None:
     config = getattr(model, "config", None)
     queries = getattr(config, "num_attention_heads", None)
     if not isinstance(queries, int):
         return None
     return queries, getattr(config, "num_key_value_heads", None) or queries
+
+
+def _module_names(model: Any) -> set[str]:
+    """Return the names of a model's modules, without what PEFT adds when it wraps a model."""
+    names = (name for name, _ in model.named_modules())
+    return {name.removeprefix(PREFIX).removesuffix(".base_layer") for name in names}
+
+
+@lru_cache(maxsize=8)
+def _names(architecture: str, layers: int) -> dict[str, list[str]]:
+    """Return {module of a GGUF file: modules in gguf-py's map for it}."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    if layers > MOST_LAYERS:
+        raise AdapterError(f"found layer {layers - 1}: at most {MOST_LAYERS} layers are read")
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    found: dict[str, list[str]] = {}
+    for module, (_, tensor) in get_tensor_name_map(arch, layers).mapping.items():
+        if module != tensor:
+            found.setdefault(tensor, []).append(module)
+    return found

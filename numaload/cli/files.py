@@ -1,4 +1,4 @@
-"""``numaload inspect``: what a model is, in a line, and its tensors."""
+"""``numaload inspect``: what a model or an adapter is, in a line, and its tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from numaload.cli.adapters import describe
 from numaload.cli.output import count, note, print_json, print_table, say, size
 from numaload.errors import printable
 
@@ -28,7 +29,9 @@ FILE_TYPES = {
 
 
 def add_verbs(verbs: Any) -> None:
-    parser = verbs.add_parser("inspect", help="tensors, types, split files and bytes of a model")
+    parser = verbs.add_parser(
+        "inspect", help="tensors, types, split files and bytes of a model; whose an adapter is"
+    )
     parser.add_argument(
         "file",
         metavar="FILE",
@@ -45,7 +48,8 @@ def inspect(options: argparse.Namespace) -> int:
         if options.json:
             print_json(_as_dict(weights, with_metadata=options.metadata))
             return 0
-        say(_summary(weights))
+        adapter = describe(weights)
+        say(adapter.line() if adapter else _summary(weights))
         for part in weights.parts:
             tensors = count(len(part.header.tensors), "tensor")
             say(f"{part.file.path}: {part.header.title}, {tensors}, {size(part.file.size)}")
@@ -161,6 +165,8 @@ def _as_dict(weights: Any, *, with_metadata: bool) -> dict[str, Any]:
             for t in weights.values()
         ],
     }  # fmt: skip
+    if adapter := describe(weights):
+        data["adapter"] = adapter._asdict()
     if with_metadata:
         data["metadata"] = dict(weights.metadata)
     return data

@@ -24,11 +24,17 @@ class MappedMemory(NotCopyable):
     """``length`` bytes at ``address``, which is 2 MiB-aligned and has unmapped neighbours."""
 
     def __init__(self, address: int, length: int, reserved: tuple[int, int]) -> None:
-        self.address, self.length, self.closed = address, length, False
-        self._memory = syscalls.memory_at(address, length) if length else None
-        if self._memory is not None:
+        self.address, self.length = address, length
+        self._view: memoryview | None = memoryview(b"")
+        if length:
+            memory = syscalls.memory_at(address, length)
             # The finalizer hangs on what views refer to, not on this object.
-            weakref.finalize(self._memory, syscalls.munmap, *reserved).atexit = False
+            weakref.finalize(memory, syscalls.munmap, *reserved).atexit = False
+            self._view = memoryview(memory).cast("B")
+
+    @property
+    def closed(self) -> bool:
+        return self._view is None
 
     @property
     def range(self) -> tuple[int, int]:
@@ -38,18 +44,16 @@ class MappedMemory(NotCopyable):
         self, offset: int = 0, nbytes: int | None = None, *, write: bool = False
     ) -> memoryview:
         """Return the bytes as a flat buffer that keeps the range alive, read-only unless asked."""
-        if self.closed:
+        if self._view is None:
             raise ClosedError("this memory was closed")
         stop = self.length if nbytes is None else offset + nbytes
         if not 0 <= offset <= stop <= self.length:  # a slice would silently be shorter
             raise UsageError(f"bytes {offset} to {stop} of a mapping of {self.length}")
-        if self._memory is None:
-            return memoryview(b"")
-        flat = memoryview(self._memory).cast("B")[offset:stop]
-        return flat if write else flat.toreadonly()
+        found = self._view[offset:stop]
+        return found if write else found.toreadonly()
 
     def close(self) -> None:
-        self._memory, self.closed = None, True
+        self._view = None
 
     def __enter__(self) -> MappedMemory:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from numaload.errors import ClosedError, NotCopyable, TensorNotFoundError, printable
 from numaload.files.known import Model
@@ -21,7 +21,6 @@ from numaload.weights.tensor import Tensor
 
 if TYPE_CHECKING:
     from numaload.machine.workers import Workers
-    from numaload.torch_memory import Numbers
 
 
 AnyHeader = gguf.Header | safetensors.Header
@@ -52,8 +51,6 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
         self.in_files = mappings is None  # rather than in memory that was filled from them
         self._mappings: list[MappedMemory | None] = [None] * len(parts)
         self._mappings[:] = mappings or self._mappings
-        self._bases: dict[int, Any] = {}
-        self._numbers: dict[tuple[int, str], Numbers] = {}
         self._companions: Companions | None = None
         self._lock = renewed(RLock())
         self._tensors = {
@@ -121,28 +118,6 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
         """Return all bytes of one file of this view, header included, read-only, zero-copy."""
         return self._mapping(part).view()
 
-    def torch_bytes(self, part: int) -> Any:
-        """Return all bytes of one file as a read-only torch tensor (uint8), zero-copy."""
-        with self._lock:
-            mapping = self._mapping(part)
-            base = self._bases.get(part)
-            if base is None:
-                from numaload.torch_memory import whole
-
-                base = self._bases[part] = whole(mapping.view())
-            return base
-
-    def torch_numbers(self, part: int, type_name: str) -> Numbers:
-        """Return the same as numbers of one type, at any place. Raises: UnsupportedTypeError."""
-        found = self._numbers.get((part, type_name))  # of closed weights there are none
-        if found is None:
-            from numaload.torch_memory import Numbers
-
-            with self._lock:
-                found = Numbers(self.torch_bytes(part), type_name)
-                self._numbers[part, type_name] = found
-        return found
-
     def read_into(self, part: int, view: memoryview, offset: int) -> None:
         """Fill ``view`` from ``offset`` of a file.
 
@@ -192,8 +167,6 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            self._bases.clear()
-            self._numbers.clear()
             for mapping in self._mappings:
                 if mapping is not None:
                     mapping.close()

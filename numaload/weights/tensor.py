@@ -7,7 +7,7 @@ from math import prod
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, kernel_dtype
+from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, item_shape, kernel_dtype
 from numaload.errors import UnknownQuantTypeError, UnsupportedTypeError, UsageError, printable
 from numaload.formats.gguf import TensorInfo
 from numaload.formats.qtypes import BLOCKS, FLOATS, QuantType
@@ -200,8 +200,13 @@ class Tensor:
     @property
     def buffer(self) -> memoryview:
         """Return the blocks as flat read-only bytes, zero-copy."""
+        return self.memory().toreadonly()
+
+    def memory(self) -> memoryview:
+        """Return the same bytes, said to be writable, for torch: it warns of others."""
         self.check_type()
-        return self._weights._mapping(self._part).view(self.offset, self.nbytes)  # noqa: SLF001
+        info = self._info
+        return self._weights._mapping(self._part).view(info.offset, info.nbytes, write=True)  # noqa: SLF001
 
     @property
     def is_file(self) -> bool:
@@ -375,19 +380,19 @@ class Tensor:
         return of_bytes(numbers.view(np.uint8), dtype, self.shape)
 
     def _raw_tensor(self) -> Any:
-        info, weights = self._info, self._weights
-        type_name, dims = info.type_name, info.dims
-        if type_name not in NAMES:
-            self.check_type()
-            if not self.in_blocks:
-                message = f"tensor {info.name!r}: torch has no type for {type_name}"
-                raise UnsupportedTypeError(f"{message}; buffer has the bytes")
-            type_name, dims = "U8", self.byte_shape[::-1]
-        elif weights.parts[self._part].header.byte_order == "big":
+        # Models have hundreds of thousands of tensors: a call more is worth counting.
+        from numaload import torch_memory
+
+        memory, type_name = self.memory(), self._info.type_name
+        if type_name in NAMES:
             self.check_native()
-        return weights.torch_numbers(self._part, type_name).cut(
-            info.offset, info.nbytes, dims, info.name
-        )
+            shape = item_shape(type_name, self._info.dims[::-1], self.name)
+        elif self.in_blocks:
+            type_name, shape = "U8", self.byte_shape
+        else:
+            message = f"tensor {self.name!r}: torch has no type for {type_name}"
+            raise UnsupportedTypeError(f"{message}; buffer has the bytes")
+        return torch_memory.mapped(memory, torch_memory.torch_type(type_name), shape)
 
     def check_native(self) -> None:
         """Refuse numbers of a big-endian file. Raises: UnsupportedTypeError."""

@@ -36,11 +36,10 @@ MEMBERS = [
 ]  # fmt: skip
 # What only other modules of numaload call: public between them, no face for users.
 INTERNAL = {
-    "Weights": {"parts", "model", "workers", "torch_bytes", "torch_numbers", "read_into", "read_by",
-                "in_files", "companions"},
+    "Weights": {"parts", "model", "workers", "read_into", "read_by", "in_files", "companions"},
     "Tensor": {"check_type", "check_native", "is_file", "file", "place_in_files", "workers",
-               "read_into", "read_by", "byte_shape", "block", "code", "conversion", "fetch",
-               "scales", "check_scales", "scale_names", "weight_name"},
+               "read_into", "read_by", "byte_shape", "memory", "block", "code", "conversion",
+               "fetch", "scales", "check_scales", "scale_names", "weight_name"},
     "Metadata": {"keys", "values", "items", "get"},
     "PrewarmHolder": {"of"},
     "PrewarmReport": {"from_dict"},

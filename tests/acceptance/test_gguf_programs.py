@@ -154,6 +154,23 @@ def test_install_is_everywhere_and_goes_back() -> None:
         del sys.modules["a_program"]
 
 
+def test_install_replaces_only_the_class_s_own_name_in_modules() -> None:
+    """As docs/gguf-py.md says; what is made afterwards is numaload's."""
+    module = ModuleType("somebody_s")
+    sys.modules[module.__name__] = module
+    code = "from gguf import GGUFReader as Reader\nclass Own(Reader): pass\n"
+    try:
+        exec(code, vars(module))  # noqa: S102
+        with gguf_reader.install():
+            assert not issubclass(module.Own, Ours)
+            assert module.Reader is not Ours
+            exec(code, vars(module))  # noqa: S102
+            assert issubclass(module.Own, Ours)
+            assert module.Reader is Ours
+    finally:
+        del sys.modules[module.__name__]
+
+
 @pytest.fixture
 def installed() -> Iterator[None]:
     with gguf_reader.install():

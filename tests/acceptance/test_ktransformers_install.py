@@ -51,13 +51,26 @@ def load_weights(loader, key):
 OPTIMIZE = """
 from ktransformers.util.custom_loader import GGUFLoader, ModelLoaderFactory
 
-def optimize_and_load_gguf(path):
-    loader = ModelLoaderFactory.create_loader(path)
+def optimize_and_load_gguf(module, rule_file, gguf_path, model_config, default_device="cuda:0"):
+    loader = ModelLoaderFactory.create_loader(gguf_path)
     loader.tensor_device_map["blk.0"] = {"generate_device": "cpu"}
     return loader
 """
+CHAT = """
+import sys
+from ktransformers.optimize.optimize import optimize_and_load_gguf
+
+def local_chat(model_path, gguf_path):
+    loader = optimize_and_load_gguf(None, "rules.yaml", gguf_path, None)
+    print(type(loader).__module__, loader.get_mmap_tensor("blk.0.ffn_up_exps.weight").size)
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    local_chat(**dict(zip((word[2:] for word in words[::2]), words[1::2])))
+"""
 MODULES = {
     "0.3.2": {
+        "local_chat.py": CHAT,
         "util/custom_gguf.py": "def translate_name_to_gguf(name):\n    return name\n",
         "util/custom_loader.py": NEW, "operators/experts.py": OPERATORS,
         "optimize/optimize.py": OPTIMIZE,
@@ -76,10 +89,10 @@ def write_stand_in(folder: Path, version: str) -> Path:
     return folder / "python"
 
 
-def run(code: str, python_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(python_path)} | variables
+def run(code: str, python_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(python_path)}
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, text=True, capture_output=True,
+        [sys.executable, "-c", code, *words], env=environment, text=True, capture_output=True,
         timeout=LIMIT_S, check=False,
     )  # fmt: skip
 
@@ -100,7 +113,7 @@ installed = ours.install()
 print(*installed.places)
 from ktransformers.optimize.optimize import optimize_and_load_gguf  # after
 
-loader = optimize_and_load_gguf(MODEL)
+loader = optimize_and_load_gguf(None, "", MODEL, None)
 assert type(loader) is ours.GGUFLoader is experts.GGUFLoader
 gate, up, down = experts.load_weights(loader, "blk.0")
 assert gate[0].size == 2 * 256 * 144 and gate[1] == 12
@@ -145,7 +158,7 @@ from numaload.backends import ktransformers as ours
 from ktransformers.optimize.optimize import optimize_and_load_gguf
 
 with numaload.mirror({str(model)!r}, shared=True) as mirror, ours.install(replica=mirror):
-    loader = optimize_and_load_gguf({str(tmp_path)!r})
+    loader = optimize_and_load_gguf(None, "", {str(tmp_path)!r}, None)
     name = "blk.0.ffn_up_exps.weight"
     assert loader.get_mmap_tensor(name).ctypes.data == mirror.local()[name].address
 assert ours.GGUFLoader.replica is ours.SafeTensorLoader.replica is None
@@ -178,9 +191,13 @@ def blocks_of_page() -> list[str]:
 def test_the_page_runs_as_it_stands(own_store: None, tmp_path: Path, number: int) -> None:
     model = moe(tmp_path)
     code = blocks_of_page()[number].replace("/models/deepseek", str(model.parent))
-    done = run(code.replace("model.gguf", model.name), write_stand_in(tmp_path, "0.3.2"))
+    words = ("--model_path", "org/base", "--gguf_path", str(model.parent))
+    done = run(code, write_stand_in(tmp_path, "0.3.2"), *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+    if "local_chat" in code:
+        size = 2 * 256 * 144
+        assert f"numaload.backends.ktransformers.gguf {size}\n" in done.stdout
 
 
 @pytest.fixture

@@ -184,6 +184,13 @@ def test_blocks_to_any_other_dtype(weights: api.Weights) -> None:
         assert same_bits(tensor.torch(dtype), tensor.torch("float32").to(wanted))
 
 
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_the_default_device_is_not_asked(weights: api.Weights, dtype: str | None) -> None:
+    """Whoever makes modules on meta has weights on the CPU all the same."""
+    with torch.device("meta"):
+        assert weights["F32"].torch(dtype).device.type == "cpu"
+
+
 @pytest.mark.parametrize("dtype", [None, "float32", "float64"])
 def test_devices(weights: api.Weights, dtype: str | None) -> None:
     for name in ("F32", "I32", "Q4_K.weight"):

@@ -22,6 +22,7 @@ import safetensors_builder as sb
 from numaload import errors
 from numaload.backends.kt_kernel import Loader
 from numaload.backends.lora import open_adapter
+from numaload.cli.adapters import describe
 from numaload.errors import AdapterError, MetadataError, SplitError, TensorNotFoundError, UsageError
 from numaload.linux.lists import MAX_ID
 
@@ -174,43 +175,36 @@ def test_lists_have_no_more_ids_than_there_can_be(tmp_path: Path) -> None:
 def test_layers_that_an_adapter_names_are_not_counted_up_to(tmp_path: Path) -> None:
     ends = (".weight.lora_a", ".weight.lora_b")
     path = lf.write_gguf(tmp_path / "m.gguf", lf.halves(["blk.49999.attn_q"], ends))
+    torch_modules = pytest.importorskip("torch_modules", exc_type=ImportError)
+    module = torch_modules.module_of({"model.norm.weight": (32,)})
 
     def refused() -> None:
         with open_adapter(path) as adapter, pytest.raises(AdapterError, match="layer 49999"):
-            adapter.lora_config()
+            adapter.lora_config(module)
 
     refused()
     assert peak(refused) < SPARE
 
 
-CONFIGS: dict[str, tuple[str, str]] = {
-    "digits": (f'{{"peft_type": "LORA", "r": {DIGITS}}}', "5000 digits"),
-    "large-number": (f'{{"peft_type": "LORA", "lora_alpha": 1{"0" * 400}}}', "401 digits"),
-    "large-float": ('{"peft_type": "LORA", "lora_alpha": 1e999}', "beyond all floats"),
-    "nan": ('{"peft_type": "LORA", "lora_alpha": NaN}', "NaN"),
-    "deep": ("[" * 200_000, "recursion"),
-    "twice": ('{"peft_type": "LORA", "r": 1, "r": 2}', "twice"),
-    "no-object": ("[]", "expected an object"),
-    "patterns": (
-        json.dumps(lf.CONFIG | {"rank_pattern": {f"m{i}": 1 for i in range(300_000)}}),
-        "300000 patterns for 4 modules",
-    ),
+CONFIGS = {
+    "digits": f'{{"peft_type": "LORA", "r": {DIGITS}}}',
+    "deep": "[" * 200_000,
+    "names": json.dumps(lf.CONFIG | {"rank_pattern": {f"m{i}": 1 for i in range(50_000)}}),
 }
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_an_adapter_s_configuration_is_refused_in_proportion_to_its_size(
+def test_an_adapter_s_configuration_costs_in_proportion_to_its_size(
     tmp_path: Path, kind: str
 ) -> None:
-    text, why = CONFIGS[kind]
     path = lf.write_peft(tmp_path / "a")
-    (path / "adapter_config.json").write_text(text)
+    (path / "adapter_config.json").write_text(CONFIGS[kind])
 
-    def refused() -> None:
-        with pytest.raises(AdapterError, match=why):
-            open_adapter(path)
+    def described() -> None:
+        with api.open(path) as weights:
+            assert describe(weights)
 
-    assert peak(refused) < TIMES * len(text) + SPARE
+    assert peak(described) < TIMES * len(CONFIGS[kind]) + SPARE
 
 
 @pytest.mark.parametrize(

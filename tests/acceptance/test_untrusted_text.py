@@ -194,11 +194,6 @@ def splits(folder: Path, *second: bytes) -> Any:
     return api.open(folder / f"{EVIL}-00001-of-00002.gguf")
 
 
-def a_config(folder: Path) -> Any:
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": TEXT * 10**5}))
-    return open_adapter(folder / f"{EVIL}.safetensors")
-
-
 def a_long_path(folder: Path) -> Any:
     deep = folder
     for _ in range(5):
@@ -227,7 +222,6 @@ RAISED: dict[str, Callable[[Path], Any]] = {
     "layers": lambda folder: api.prewarm(folder / f"{EVIL}.gguf", layers="0," * 10**6 + EVIL),
     "attach": lambda folder: api.attach(folder / f"{EVIL}.gguf"),
     "adapter": lambda folder: open_adapter(folder / f"{EVIL}.safetensors"),
-    "adapter-config": a_config,
     "kt-kernel": lambda folder: Loader([api.open(folder / f"{EVIL}.gguf")])
     .get_ggml_type(EVIL),
 }  # fmt: skip

@@ -1,190 +1,297 @@
-"""LoRA adapters: recognized, put together to pairs, named as PEFT names them; or refused."""
+"""GGUF LoRA adapters: put together to pairs, named and laid out as PEFT has them; or refused."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import gguf_builder as gb
 import lora_files as lf
 from numaload import errors
-from numaload.backends.lora import open_adapter
-from numaload.backends.lora_names import half_of
-from numaload.errors import AdapterError
+from numaload.backends.lora import Adapter, open_adapter
+from numaload.errors import AdapterError, UnsupportedTypeError, UsageError
 
-WRITERS: dict[str, tuple[Callable[[Path], Path], str, float | None, str | None, list[str]]] = {
-    "peft": (lf.peft_folder, "peft", lf.ALPHA, "org/base", lf.MODULES),
-    "peft-file": (lf.peft_file, "peft", lf.ALPHA, "org/base", lf.MODULES),
-    "bare": (lf.bare, "peft", None, None, lf.MODULES),
-    "kohya": (lf.kohya, "kohya", lf.ALPHA, None, lf.KOHYA),
-    "diffusers": (lf.diffusers, "diffusers", None, None, lf.DIFFUSERS),
-    "gguf": (lf.gguf_file, "gguf", lf.ALPHA, "Base", lf.TENSORS),
-}
+HEADS = (6, 2)
+Q8 = gguf.GGMLQuantizationType.Q8_0
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_an_adapter_is_recognized(tmp_path: Path, kind: str) -> None:
-    write, expected, alpha, base, modules = WRITERS[kind]
-    with open_adapter(write(tmp_path)) as adapter:
-        assert (adapter.kind, adapter.rank, adapter.alpha) == (expected, lf.RANK, alpha)
-        assert adapter.scaling == (1.5 if alpha else 1.0)
-        assert adapter.base_model == base
-        assert list(adapter.pairs) == modules
-        assert adapter.others == []
+class Named:
+    """What is asked of a torch module: names, and the configuration of transformers."""
+
+    def __init__(self, names: list[str], heads: tuple[int, int] | None = None) -> None:
+        self.names = names
+        if heads:
+            self.config = type("Config", (), {"num_attention_heads": heads[0],
+                                              "num_key_value_heads": heads[1]})  # fmt: skip
+
+    def named_modules(self) -> list[tuple[str, None]]:
+        return [(name, None) for name in self.names]
+
+
+MODEL = Named(lf.MODULES, HEADS)
+
+
+def loaded(adapter: Adapter, *args: Any, **options: Any) -> dict[str, NDArray[Any]]:
+    pytest.importorskip("torch")
+    return {n: t.float().numpy() for n, t in adapter.state_dict(*args, **options).items()}
+
+
+def assert_equal(found: dict[str, NDArray[Any]], expected: lf.Arrays) -> None:
+    assert list(found) == list(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_what_an_adapter_says(tmp_path: Path) -> None:
+    path = lf.write_gguf(tmp_path / "x.gguf", general__base_model__0__name="Base")
+    with open_adapter(path) as adapter:
+        assert (adapter.architecture, adapter.base_model) == ("qwen2", "Base")
+        assert (adapter.rank, adapter.alpha) == (lf.RANK, lf.ALPHA)
+        assert list(adapter.pairs) == lf.TENSORS
         for pair in adapter.pairs.values():
-            assert pair.a.shape == (lf.RANK, lf.WIDTH)
-            assert pair.b.shape == (lf.ROWS, lf.RANK)
-            assert (pair.rank, pair.alpha, pair.scaling) == (lf.RANK, alpha, adapter.scaling)
-        assert expected in repr(adapter)
+            assert (pair.a.shape, pair.b.shape) == ((lf.RANK, lf.WIDTH), (lf.ROWS, lf.RANK))
+            assert (pair.rank, pair.alpha, pair.scaling) == (lf.RANK, lf.ALPHA, 1.5)
+        assert "4 modules, rank 4, alpha 6.0" in repr(adapter)
 
 
-def test_target_modules(tmp_path: Path) -> None:
-    with open_adapter(lf.peft_folder(tmp_path)) as adapter:
-        assert adapter.target_modules == ["q_proj", "v_proj"]
-    with open_adapter(lf.gguf_file(tmp_path)) as adapter:
-        assert adapter.target_modules == ["attn_q", "attn_v"]
-    with open_adapter(lf.write_peft(tmp_path / "b", target_modules=r".*\.(q|v)_proj")) as adapter:
-        assert adapter.target_modules == [r".*\.(q|v)_proj"]
+def test_tensors_and_configuration_are_named_as_the_model_is(tmp_path: Path) -> None:
+    expected = lf.halves([lf.PREFIX + module for module in lf.MODULES], lf.PEFT_ENDS)
+    with open_adapter(lf.write_gguf(tmp_path / "x.gguf")) as adapter:
+        assert_equal(loaded(adapter, model=MODEL), expected)
+        config = adapter.lora_config(MODEL)
+        wrapped = Named([f"{lf.PREFIX}{name}.base_layer" for name in lf.MODULES])
+        assert adapter.lora_config(wrapped) == config
+    assert config == {
+        "r": lf.RANK, "lora_alpha": lf.ALPHA, "target_modules": lf.MODULES, "rank_pattern": {},
+        "alpha_pattern": {}, "base_model_name_or_path": None, "inference_mode": True,
+    }  # fmt: skip
 
 
-NAMES = {
-    "base_model.model.a.b.lora_A.weight": ("peft", "a.b", "a"),
-    "base_model.model.a.b.lora_B.default.weight": ("peft", "a.b", "b"),
-    "base_model.model.e.lora_embedding_B": ("peft", "e", "b"),
-    "unet.a.lora_A.weight": ("peft", "unet.a", "a"),
-    "lora_unet_a_b.lora_up.weight": ("kohya", "lora_unet_a_b", "b"),
-    "diffusion_model.a.lora_down.weight": ("kohya", "diffusion_model.a", "a"),
-    "unet.a.lora.up.weight": ("diffusers", "unet.a", "b"),
-    "unet.a.to_k.lora_linear_layer.down.weight": ("diffusers", "unet.a.to_k", "a"),
-    "unet.a.attn1.processor.to_q_lora.down.weight": ("diffusers", "unet.a.attn1.to_q", "a"),
-    "unet.a.attn1.processor.to_out_lora.up.weight": ("diffusers", "unet.a.attn1.to_out.0", "b"),
-    "blk.3.ffn_up.weight.lora_a": ("gguf", "blk.3.ffn_up", "a"),
-}
+@pytest.mark.parametrize("alpha", [0.0, None, 6.0])
+def test_scales_are_those_of_llama_cpp(tmp_path: Path, alpha: float | None) -> None:
+    """Alpha by each pair's own rank; without alpha 1."""
+    arrays = lf.halves(lf.TENSORS[:3], lf.GGUF_ENDS) | lf.halves(lf.TENSORS[3:], lf.GGUF_ENDS, 8)
+    with open_adapter(lf.write_gguf(tmp_path / "x.gguf", arrays, alpha=alpha)) as adapter:
+        config, pairs = adapter.lora_config(MODEL), adapter.pairs.values()
+    for module, pair in zip(lf.MODULES, pairs, strict=True):
+        key = "^" + module.replace(".", r"\.")
+        rank = config["rank_pattern"].get(key, config["r"])
+        assert rank == pair.rank
+        scale = config["alpha_pattern"].get(key, config["lora_alpha"]) / rank
+        assert scale == pair.scaling == (alpha / rank if alpha else 1.0)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_names(name: str) -> None:
-    half = half_of(name)
-    assert half is not None
-    assert (half.kind, half.module, half.which) == NAMES[name]
-    assert half_of(name + "x") is None
+def test_what_activates_an_alora_is_handed_on(tmp_path: Path) -> None:
+    path = lf.write_gguf(tmp_path / "x.gguf", adapter__alora__invocation_tokens=[7, 8, 9])
+    with open_adapter(path) as adapter:
+        config = adapter.lora_config(MODEL)
+    assert config["alora_invocation_tokens"] == [7, 8, 9]
+    assert config["task_type"] == "CAUSAL_LM"
+    for said in ([1] * 5000, "text"):
+        path = lf.write_gguf(tmp_path / "y.gguf", adapter__alora__invocation_tokens=said)
+        with open_adapter(path) as adapter, pytest.raises(AdapterError, match="expected 1 to 4096"):
+            adapter.lora_config(MODEL)
 
 
-def test_rslora_and_ranks_that_differ(tmp_path: Path) -> None:
-    arrays = lf.halves(lf.MODULES[:2], lf.PEFT_ENDS) | lf.halves(
-        lf.MODULES[2:], lf.PEFT_ENDS, rank=8
-    )
-    patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 8, "layers.1.self_attn.v_proj": 8},
-                "alpha_pattern": {"q_proj": 16}}  # fmt: skip
-    folder = lf.write_peft(tmp_path / "a", arrays, use_rslora=True, **patterns)
-    with open_adapter(folder) as adapter:
-        assert [pair.rank for pair in adapter.pairs.values()] == [4, 4, 8, 8]
-        scalings = [pair.scaling for pair in adapter.pairs.values()]
-        assert scalings == pytest.approx([16 / 2, 6 / 2, 16 / 8**0.5, 6 / 8**0.5])
-        assert adapter.lora_config()["rank_pattern"] == patterns["rank_pattern"]
-        assert adapter.lora_config()["use_rslora"] is True
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_dtypes(tmp_path: Path, dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    wanted = getattr(torch, dtype)
+    with open_adapter(lf.write_gguf(tmp_path / "x.gguf")) as adapter:
+        by_name, found = (adapter.state_dict(one, model=MODEL) for one in (dtype, wanted))
+        for name, tensor in adapter.state_dict(model=MODEL).items():
+            assert tensor.dtype == torch.float32
+            assert found[name].dtype == by_name[name].dtype == wanted
+            assert torch.equal(found[name], tensor.to(wanted))
+            assert torch.equal(by_name[name], found[name])
 
 
-def test_alphas_and_ranks_of_kohya_differ_by_module(tmp_path: Path) -> None:
-    arrays: dict[str, NDArray[np.float32]] = {}
-    for number, name in enumerate(["a.x", "a.y", "a.z"]):
-        arrays |= lf.halves([name], lf.KOHYA_ENDS, rank=8 if number == 2 else 4)
-        arrays[name + ".alpha"] = np.float32(2 + 2 * (number == 1)).reshape(1)
-    with open_adapter(lf.write_safetensors(tmp_path / "k.safetensors", arrays)) as adapter:
-        config = adapter.lora_config()
-    assert (config["r"], config["lora_alpha"]) == (4, 2.0)
-    assert config["rank_pattern"] == {"a.z": 8}
-    assert config["alpha_pattern"] == {"a.y": 4.0}
-    assert config["target_modules"] == ["a.x", "a.y", "a.z"]
+def test_types_in_the_file(tmp_path: Path) -> None:
+    """As convert_lora_to_gguf.py --outtype q8_0: rows of A are whole blocks, those of B are not."""
+    torch = pytest.importorskip("torch")
+    a, b = lf.halves(["blk.0.attn_v"], lf.GGUF_ENDS, shape=(64, 8)).values()
+    names, blocks = ["blk.0.attn_v" + end for end in lf.GGUF_ENDS], gguf.quants.quantize(a, Q8)
+    arrays = dict(zip(names, (blocks, b.astype(np.float16)), strict=True))
+    path = lf.write_gguf(tmp_path / "q.gguf", arrays, types={names[0]: Q8})
+    with open_adapter(path) as adapter:
+        first, second = adapter.state_dict(model=MODEL).values()
+    assert (first.dtype, second.dtype) == (torch.float32, torch.float16)
+    np.testing.assert_array_equal(first.numpy(), gguf.quants.dequantize(blocks, Q8))
+    np.testing.assert_array_equal(second.numpy(), arrays[names[1]])
+    numbers = {name: array.astype(np.int32) for name, array in zip(names, (a, b), strict=True)}
+    with (
+        open_adapter(lf.write_gguf(tmp_path / "i.gguf", numbers)) as adapter,
+        pytest.raises(UnsupportedTypeError, match="I32 is no float"),
+    ):
+        adapter.state_dict(model=MODEL)
 
 
-def test_a_config_that_peft_gets_has_no_unknown_fields(tmp_path: Path) -> None:
-    folder = lf.write_peft(tmp_path / "a", auto_mapping=None, revision="x", peft_version="9.9")
-    with open_adapter(folder) as adapter:
-        assert set(adapter.lora_config()) == {
-            "r", "lora_alpha", "inference_mode", "target_modules", "base_model_name_or_path",
-            "use_rslora", "task_type", "rank_pattern", "alpha_pattern",
-        }  # fmt: skip
+def by_hand(path: Path, a: tuple[int, ...], b: tuple[int, ...], data: bytes = b"") -> Path:
+    """An adapter of blk.0.attn_q, its halves float32 of these dims; without data a sparse file."""
+    said = {"general.architecture": "qwen2", "general.type": "adapter", "adapter.type": "lora"}
+    entries = [gb.entry(key, gb.STRING, gb.string(value)) for key, value in said.items()]
+    rows = [gb.tensor("blk.0.attn_q.weight.lora_a", a),
+            gb.tensor("blk.0.attn_q.weight.lora_b", b, offset=4 * prod(a))]  # fmt: skip
+    path.write_bytes(gb.build(entries, rows, data))
+    if not data:
+        os.truncate(path, path.stat().st_size + 4 * (prod(a) + prod(b)))
+    return path
+
+
+def test_a_big_endian_adapter(tmp_path: Path) -> None:
+    expected = lf.halves([lf.PREFIX + lf.MODULES[0]], lf.PEFT_ENDS)
+    a, b = expected.values()
+    data = a.astype(">f4").tobytes() + b.astype(">f4").tobytes()
+    with gb.big_endian():
+        path = by_hand(tmp_path / "m.gguf", a.shape[::-1], b.shape[::-1], data)
+    with open_adapter(path) as adapter:
+        assert_equal(loaded(adapter, model=MODEL), expected)
+
+
+def test_tensors_outlive_the_adapter_and_can_be_written_to(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    with open_adapter(lf.write_gguf(tmp_path / "x.gguf")) as adapter:
+        state = adapter.state_dict(model=MODEL)
+    for tensor in state.values():
+        tensor.add_(1)
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    with pytest.raises(errors.ClosedError):
+        adapter.state_dict(model=MODEL)
+
+
+def permuted(b: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Written as LlamaModel.permute of llama.cpp describes it: halves of a head interleaved."""
+    rows = b.shape[0] // heads
+    order = [h * rows + half * (rows // 2) + i
+             for h in range(heads) for i in range(rows // 2) for half in (0, 1)]  # fmt: skip
+    return b[order]
+
+
+def write_permuted(path: Path, architecture: str) -> tuple[Path, dict[str, NDArray[np.float32]]]:
+    """A GGUF adapter of an attention whose rows llama.cpp permutes, and what it shall become."""
+    modules = [f"{lf.PREFIX}model.layers.1.self_attn.{which}_proj" for which in "qkv"]
+    expected = lf.halves(modules, lf.PEFT_ENDS)
+    tensors = [f"blk.1.attn_{which}" for which in "qkv"]
+    names = (t + e for t in tensors for e in lf.GGUF_ENDS)
+    arrays = dict(zip(names, expected.values(), strict=True))
+    for tensor, heads in zip(tensors, HEADS, strict=False):
+        arrays[tensor + lf.GGUF_ENDS[1]] = permuted(arrays[tensor + lf.GGUF_ENDS[1]], heads)
+    return lf.write_gguf(path, arrays, architecture), expected
+
+
+QKV = {f"blk.1.attn_{which}": f"model.layers.1.self_attn.{which}_proj" for which in "qkv"}
+
+
+def test_rows_of_heads_are_put_back(tmp_path: Path) -> None:
+    path, expected = write_permuted(tmp_path / "x.gguf", "llama")
+    with open_adapter(path) as adapter:
+        assert_equal(loaded(adapter, model=Named(list(QKV.values()), HEADS)), expected)
+        assert_equal(loaded(adapter, heads=HEADS, name_map=QKV), expected)
+        with pytest.raises(UsageError, match=r"llama\.cpp permutes .* give model=, or heads="):
+            adapter.state_dict(name_map=QKV)
+        with pytest.raises(UsageError, match="24 rows do not divide into 5 attention heads"):
+            adapter.state_dict(heads=(5, 5), name_map=QKV)
+
+
+def test_whether_rows_are_permuted_must_be_said_where_it_is_not_known(tmp_path: Path) -> None:
+    path, expected = write_permuted(tmp_path / "x.gguf", "granite")
+    with open_adapter(path) as adapter:
+        with pytest.raises(UsageError, match=r"may permute .* \(0, 0\) where none are"):
+            adapter.state_dict(model=Named([], HEADS), name_map=QKV)
+        assert_equal(loaded(adapter, heads=HEADS, name_map=QKV), expected)
+        as_it_is = loaded(adapter, heads=(0, 0), name_map=QKV)
+        assert not np.array_equal(as_it_is[list(expected)[1]], list(expected.values())[1])
+
+
+def test_embeddings(tmp_path: Path) -> None:
+    """llama.cpp keeps A of the token embedding transposed."""
+    a, b = np.ones((4, 9), np.float32), np.arange(32, dtype=np.float32).reshape(8, 4)
+    a[2, 3] = 7
+    ends, name = (".lora_embedding_A", ".lora_embedding_B"), "model.embed_tokens"
+    expected = {lf.PREFIX + name + end: x for end, x in zip(ends, (a, b), strict=True)}
+    arrays = {"token_embd.weight.lora_a": np.ascontiguousarray(a.T), "token_embd.weight.lora_b": b}
+    with open_adapter(lf.write_gguf(tmp_path / "x.gguf", arrays)) as adapter:
+        assert adapter.rank == 4
+        assert_equal(loaded(adapter, model=Named([name])), expected)
+
+
+@pytest.mark.parametrize("by", ["dict", "function"])
+def test_a_name_map_is_all_that_counts(tmp_path: Path, by: str) -> None:
+    table = {tensor: f"h.{i}" for i, tensor in enumerate(lf.TENSORS)}
+    with open_adapter(lf.write_gguf(tmp_path / "x.gguf", architecture="nobody's")) as adapter:
+        config = adapter.lora_config(name_map=table if by == "dict" else table.get)
+        assert config["target_modules"] == list(table.values())
+        with pytest.raises(UsageError, match=r"no module for 'blk\.0\.attn_q'"):
+            adapter.lora_config(name_map={})
+        with pytest.raises(UsageError, match="two modules of the adapter would both become 'c'"):
+            adapter.state_dict(name_map=lambda _: "c")
+
+
+UNTRANSLATED: dict[str, tuple[str, str, Any, str]] = {
+    "no-model": ("qwen2", "blk.0.attn_q", None, "give model=, or name_map="),
+    "other-model": ("qwen2", "blk.0.attn_q", Named(["other"]), r"q_proj, .* and has 0"),
+    "two-fit": ("qwen2", "output", Named(["lm_head", "embed_out"]), "should have one, and has 2"),
+    "architecture": ("nobody's", "blk.0.attn_q", MODEL, "'blk.0.attn_q' of nobody's: .* not known"),
+    "tensor": ("llama", "blk.0.ssm_in", MODEL, "'blk.0.ssm_in' of llama: .* not known"),
+    "no-layer": ("llama", f"blk.{'9' * 300}.attn_q", MODEL, "not known here"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNTRANSLATED)
+def test_modules_that_cannot_be_named(tmp_path: Path, kind: str) -> None:
+    architecture, module, model, words = UNTRANSLATED[kind]
+    path = lf.write_gguf(tmp_path / "x.gguf", lf.halves([module], lf.GGUF_ENDS), architecture)
+    with open_adapter(path) as adapter:
+        with pytest.raises(UsageError, match=words):
+            adapter.lora_config(model)
+        with pytest.raises(UsageError, match=words):
+            adapter.state_dict(model=model)
+
+
+def test_stacked_experts_are_refused_and_stay_pairs(tmp_path: Path) -> None:
+    name = "blk.0.ffn_up_exps.weight"
+    arrays = {f"{name}.lora_a": np.ones((3, 4, 8), np.float32),
+              f"{name}.lora_b": np.ones((3, 6, 4), np.float32)}  # fmt: skip
+    with open_adapter(lf.write_gguf(tmp_path / "x.gguf", arrays, "qwen3moe")) as adapter:
+        assert adapter.pairs["blk.0.ffn_up_exps"].rank == 4
+        with pytest.raises(UnsupportedTypeError, match="no names for adapters of stacked experts"):
+            adapter.lora_config(name_map=lambda module: module)
 
 
 def changed(**arrays: NDArray[np.float32] | None) -> dict[str, NDArray[np.float32]]:
     """The halves of one module, some replaced or left out."""
-    found: dict[str, Any] = lf.halves(["m"], lf.PEFT_ENDS)
-    found |= {f"m.lora_{end}.weight": array for end, array in arrays.items()}
+    found: dict[str, Any] = lf.halves(["m"], lf.GGUF_ENDS)
+    found |= {f"m.weight.lora_{end}": array for end, array in arrays.items()}
     return {name: array for name, array in found.items() if array is not None}
 
 
 ZEROS = np.zeros((3, 3), np.float32)
-ONE = {"m.lora_down.weight": ZEROS, "m.lora_up.weight": ZEROS}
 UNFIT: dict[str, tuple[lf.Arrays, str]] = {
-    "no-pairs": ({"model.norm.weight": ZEROS}, "none of its 1 tensors is half of a pair: model"),
-    "no-tensors": ({}, "none of its 0 tensors"),
-    "no-b": (changed(B=None), "'m.lora_A.weight' has no other half"),
-    "no-a": (changed(A=None), "'m.lora_B.weight' has no other half"),
-    "no-rank": (changed(A=ZEROS), r"shape \(3, 3\) and .* of \(24, 4\) share no rank"),
-    "one-dim": (changed(A=np.zeros(4, np.float32)), "share no rank"),
-    "no-dims": (changed(B=np.zeros((), np.float32)), "share no rank"),
-    "rank-0": (
-        changed(A=np.zeros((0, 3), np.float32), B=np.zeros((3, 0), np.float32)), "share no rank"
-    ),
-    "twice": (changed() | {"base_model.model.m.lora_A.weight": ZEROS}, "'m' has two tensors for A"),
-    "lycoris": (ONE | {"n.hada_w1_a": ZEROS}, "'n.hada_w1_a' is of another decomposition"),
-    "alphas": (ONE | {"m.alpha": ZEROS}, r"'m.alpha': expected one float, found F32 \(3, 3\)"),
-    "alpha-nan": (ONE | {"m.alpha": np.array(np.nan, np.float32)}, "'m.alpha' is nan"),
-}  # fmt: skip
+    "no-pairs": ({"blk.0.attn_norm.weight": ZEROS[0]}, "attn_norm.weight' is no half of a LoRA"),
+    "more": (changed() | {"n.weight": ZEROS}, "'n.weight' is no half of a LoRA pair"),
+    "no-b": (changed(b=None), "'m.weight.lora_a' has no other half"),
+    "no-a": (changed(a=None), "'m.weight.lora_b' has no other half"),
+    "no-rank": (changed(a=ZEROS), r"shape \(3, 3\) and .* of \(24, 4\) share no rank"),
+    "one-dim": (changed(a=np.zeros(4, np.float32)), "share no rank"),
+    "experts": (changed(a=np.zeros((2, 4, 3), np.float32)), "share no rank"),
+    "twice": (changed() | {"m.lora_a": ZEROS}, "'m' has two tensors for a"),
+}
 
 
 @pytest.mark.parametrize("kind", UNFIT)
 def test_tensors_that_are_no_adapter(tmp_path: Path, kind: str) -> None:
     arrays, words = UNFIT[kind]
-    path = lf.write_safetensors(tmp_path / "x.safetensors", arrays)
+    path = lf.write_gguf(tmp_path / "x.gguf", arrays)
     with pytest.raises(AdapterError, match=words) as caught:
         open_adapter(path)
     assert caught.value.path == str(path)
-
-
-CONFIGS: dict[str, tuple[str, str]] = {
-    "empty": ("", "expected JSON"),
-    "list": ("[]", "expected an object, found a list"),
-    "nesting": ("[" * 100_000, "expected JSON"),
-    "digits": ('{"r": ' + "9" * 5000 + "}", "expected JSON|r is"),
-    "twice": ('{"r": 1, "r": 2}', "a name appears twice"),
-    "no-kind": ("{}", "peft_type is None, expected 'LORA'"),
-    "other-kind": (json.dumps({"peft_type": "IA3"}), "peft_type is 'IA3'"),
-    "rank-0": (json.dumps(lf.CONFIG | {"r": 0}), "r is 0, expected 1 to"),
-    "rank-float": (json.dumps(lf.CONFIG | {"r": 4.0}), "r: expected int, found float"),
-    "rank-bool": (json.dumps(lf.CONFIG | {"r": True}), "r: expected int, found bool"),
-    "rank-other": (json.dumps(lf.CONFIG | {"r": 8}), "has rank 4, but the configuration says 8"),
-    "alpha-text": (json.dumps(lf.CONFIG | {"lora_alpha": "x"}), "lora_alpha: expected a number"),
-    "alpha-nan": (json.dumps(lf.CONFIG | {"lora_alpha": float("nan")}), "NaN is no number"),
-    "rslora": (json.dumps(lf.CONFIG | {"use_rslora": "no"}), "use_rslora: expected bool"),
-    "targets": (json.dumps(lf.CONFIG | {"target_modules": [1]}), "target_modules: expected names"),
-    "pattern": (json.dumps(lf.CONFIG | {"rank_pattern": {"a": "b"}}), "rank_pattern: expected"),
-    "pattern-list": (json.dumps(lf.CONFIG | {"alpha_pattern": ["a"]}), "alpha_pattern: expected"),
-}
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_configurations_that_cannot_be(tmp_path: Path, kind: str) -> None:
-    text, words = CONFIGS[kind]
-    folder = lf.write_peft(tmp_path / "a")
-    (folder / "adapter_config.json").write_text(text)
-    with pytest.raises(AdapterError, match=words) as caught:
-        open_adapter(folder)
-    assert len(str(caught.value)) < 500
-
-
-def test_a_configuration_that_is_too_large(tmp_path: Path) -> None:
-    folder = lf.write_peft(tmp_path / "a")
-    os.truncate(folder / "adapter_config.json", 1 << 40)
-    with pytest.raises(errors.ReadError, match="expected at most"):
-        open_adapter(folder)
 
 
 SAID: dict[str, tuple[dict[str, Any], str]] = {
@@ -198,7 +305,7 @@ SAID: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("kind", SAID)
 def test_gguf_files_that_are_no_adapter(tmp_path: Path, kind: str) -> None:
     said, words = SAID[kind]
-    path = lf.write_gguf(tmp_path / "x.gguf", lf.halves(lf.TENSORS, lf.GGUF_ENDS), **said)
+    path = lf.write_gguf(tmp_path / "x.gguf", **said)
     with pytest.raises(AdapterError, match=words):
         open_adapter(path)
 
@@ -208,16 +315,27 @@ def test_a_gguf_model_is_no_adapter(model: str) -> None:
         open_adapter(model)
 
 
-def test_pickled_weights_say_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "adapter_model.bin").touch()
-    with pytest.raises(errors.ReadError, match="convert them to safetensors"):
-        open_adapter(tmp_path)
+@pytest.mark.parametrize("given", [".", "adapter_model.safetensors"])
+def test_safetensors_adapters_are_loaded_by_others(tmp_path: Path, given: str) -> None:
+    folder = lf.write_peft(tmp_path / "a")
+    with pytest.raises(AdapterError, match=r"PeftModel\.from_pretrained.*load_lora_weights"):
+        open_adapter(folder / given)
 
 
-@pytest.mark.parametrize("alpha", [0.0, None])
-def test_without_alpha_nothing_is_scaled(tmp_path: Path, alpha: float | None) -> None:
-    """As in llama.cpp."""
-    arrays = lf.halves(lf.TENSORS, lf.GGUF_ENDS)
-    with open_adapter(lf.write_gguf(tmp_path / "x.gguf", arrays, alpha=alpha)) as adapter:
-        assert (adapter.alpha, adapter.scaling) == (None, 1.0)
-        assert adapter.lora_config()["lora_alpha"] == lf.RANK
+def test_progress_and_cancelling(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    seen: list[tuple[int, int]] = []
+    with open_adapter(lf.write_gguf(tmp_path / "x.gguf")) as adapter:
+        adapter.state_dict(model=MODEL, progress=lambda *done: seen.append(done))
+        assert seen[-1][0] == seen[-1][1] == 4 * (lf.WIDTH + lf.ROWS) * lf.RANK * len(lf.MODULES)
+        with pytest.raises(errors.CancelledError):
+            adapter.state_dict(model=MODEL, progress=lambda *_: False)
+
+
+def test_more_than_the_memory_is_refused_with_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    path = by_hand(tmp_path / "x.gguf", (1 << 36, 4), (4, 8))
+    with open_adapter(path) as adapter, pytest.raises(errors.NodeMemoryError) as caught:
+        adapter.state_dict(model=MODEL)
+    assert caught.value.needed > 16 << 36
+    assert "nothing was loaded" in str(caught.value)

@@ -256,7 +256,7 @@ class Handle(NotCopyable):
         self._key(node)
         if not self._given:
             self._memory_before = own_memory()
-        buffer, address = tensor.buffer, tensor.address
+        buffer, address = tensor.memory(), tensor.address
         self._buffers.append(buffer)
         self._given.setdefault(node, {})[address] = tensor
         self._node_of_workers()

@@ -130,12 +130,13 @@ class Loader:
         alone. Raises: TensorNotFoundError, UnknownQuantTypeError, ClosedError.
         """
         tensor = self._find(name)
-        data = torch_memory.over(self.blocks_of(tensor))
+        blocks = self.blocks_of(tensor)
+        data = torch_memory.of_bytes(blocks, torch_memory.torch_type("U8"), (tensor.nbytes,))
         return data, self.tensor_info[tensor.name]["dtype"]
 
     def blocks_of(self, tensor: Tensor) -> memoryview:
         """Return the memory that is handed out for a tensor."""
-        return tensor.buffer
+        return tensor.memory()
 
     def get_model_config(self, layer_idx: int = 0) -> dict[str, int | None]:
         """Return sizes of the experts, by the metadata, else the layer's gate tensor, else None."""

@@ -123,10 +123,9 @@ class GGUFLoader(FolderLoader):
 
     def get_undequanted_tensor_and_ggml_type(self, name: str) -> tuple[Any, int]:
         """Return the blocks as a flat uint8 torch tensor, zero-copy, and the type's id."""
-        weights, tensor = self._find(name)
-        tensor.check_type()
-        part, offset = tensor.place_in_files
-        return weights.torch_bytes(part)[offset : offset + tensor.nbytes], self.get_ggml_type(name)
+        _, tensor = self._find(name)
+        flat = torch_memory.mapped(tensor.memory(), torch_memory.torch_type("U8"), (tensor.nbytes,))
+        return flat, self.get_ggml_type(name)
 
     def load_expert_tensor(
         self,

@@ -17,7 +17,7 @@ import numpy as np
 from numaload import torch_memory
 from numaload.backends.ktransformers.folder import FolderLoader, Replica
 from numaload.backends.ktransformers.names import translate_name_to_gguf
-from numaload.dtypes import NAMES, numpy_dtype
+from numaload.dtypes import NAMES, item_shape, numpy_dtype
 from numaload.errors import (
     ModelNotFoundError,
     TensorInfoError,
@@ -208,7 +208,11 @@ def _copied(tensors: Sequence[Tensor], count: tuple[int, ...]) -> Any:
         copy = partial(_copy, row, source)
         tensor.workers().ranges(copy, source.size, GRAIN)
     shape = (*count, *first.shape)
-    return torch_memory.view(out, 0, out.numel(), first.type_name, shape)
+    return torch_memory.of_bytes(
+        rows.reshape(-1),
+        torch_memory.torch_type(first.type_name),
+        item_shape(first.type_name, shape, first.name),
+    )
 
 
 def _copy(out: NDArray[np.uint8], source: NDArray[np.uint8], start: int, stop: int) -> None:

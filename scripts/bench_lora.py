@@ -2,10 +2,11 @@
 
     python scripts/bench_lora.py [--rank N] [--layers N] [--rounds N]
 
-All in this run, in turns, on the same bytes as safetensors and as GGUF; medians of the rounds,
-least and most, in milliseconds, cold (dropped from the page cache by POSIX_FADV_DONTNEED) and warm.
-What was loaded is read once within the measured time, since peft maps the file. The models
-themselves are memory that nobody reads. transformers, peft, diffusers and gguf are needed.
+All in this run, in turns, on the same bytes as safetensors and as GGUF; medians of the rounds, least
+and most, in milliseconds, and the median of each round's ratio to the first way. Cold is dropped
+from the page cache by POSIX_FADV_DONTNEED. What was loaded is read once within the measured time,
+since peft maps the file. The models themselves are memory that nobody reads. transformers, peft,
+diffusers and gguf are needed.
 """
 
 from __future__ import annotations
@@ -180,7 +181,10 @@ def measure(ways: dict[str, Way], paths: list[str], rounds: int) -> None:
                     times[name].append(took)
         for name, found in times.items():
             spread = f"[{min(found):.0f}, {max(found):.0f}]"
-            print(f"{state} {name:32} {statistics.median(found):7.1f} ms {spread}", flush=True)
+            alone = times[next(one for one in ways if one.split(":")[0] == name.split(":")[0])]
+            ratio = statistics.median(a / b for a, b in zip(found, alone, strict=True))
+            median = f"{statistics.median(found):7.1f} ms {spread:14}"
+            print(f"{state} {name:32} {median} {ratio:.2f} of alone", flush=True)
 
 
 def main() -> None:

@@ -128,8 +128,15 @@ def parse_header(read_at: ReadAt, size: int, path: str = "<buffer>") -> Header:
     header_end = cursor.pos
     alignment = _alignment(cursor, metadata)
     data_start = -(-header_end // alignment) * alignment
-    rotated = any(key.startswith(PRISM_KEYS) for key in metadata)
-    rows = _told_apart(rows, size - data_start, alignment, rotated=rotated)
+    if suspects := [row for row in rows if row.type_id == QuantType.Q2_0]:
+        rotated = any(key.startswith(PRISM_KEYS) for key in metadata)
+        prisms = _prisms(suspects, rows, size - data_start, alignment)
+        rows = [
+            row._replace(type_id=PRISM_Q2_0)
+            if row.type_id == QuantType.Q2_0 and (rotated or row.name in prisms)
+            else row
+            for row in rows
+        ]
     tensors = [_tensor_info(cursor, row, data_start, alignment) for row in rows]
     _check_overlap(cursor, tensors)
     order = cursor.order.name
@@ -223,17 +230,16 @@ def _tensor_row(cursor: Cursor) -> _Row:
     return _Row(at, name, tuple(dims), type_id, offset)
 
 
-def _told_apart(rows: list[_Row], nbytes: int, alignment: int, *, rotated: bool) -> list[_Row]:
-    """Give Prism's tensors of type 42 an id of their own: their blocks are not those of Q2_0.
+def _prisms(suspects: list[_Row], rows: list[_Row], nbytes: int, alignment: int) -> set[str]:
+    """Return the names of Prism's tensors of type 42, whose blocks are not those of Q2_0.
 
     They are smaller, so the room that a tensor has tells, unless it is tiny: then the others do.
-    nbytes: of all weights. rotated: whether the file says that its weights are in Prism's basis.
+    nbytes: of all weights.
     """
     block_size, type_size = BLOCKS[QuantType.Q2_0]
     weights, theirs = PRISM_BLOCK
     starts = sorted({row.offset for row in rows})
     found: dict[str, bool] = {}  # whether it is Prism's; unsure ones are not in it
-    suspects = [row for row in rows if row.type_id == QuantType.Q2_0]
     for row in suspects:
         size = prod(row.dims)
         after = bisect_right(starts, row.offset)
@@ -243,8 +249,7 @@ def _told_apart(rows: list[_Row], nbytes: int, alignment: int, *, rotated: bool)
         if not is_small or room < large:
             found[row.name] = is_small
     unsure = True in found.values()
-    names = {row.name for row in suspects if rotated or found.get(row.name, unsure)}
-    return [row._replace(type_id=PRISM_Q2_0) if row.name in names else row for row in rows]
+    return {row.name for row in suspects if found.get(row.name, unsure)}
 
 
 def _alignment(cursor: Cursor, metadata: Metadata) -> int:

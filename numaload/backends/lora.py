@@ -19,7 +19,7 @@ from functools import lru_cache, partial
 from math import isfinite
 from typing import Any, NamedTuple
 
-from numaload.backends.gguf_layouts import MOST_LAYERS, PERMUTED
+from numaload.backends.gguf_layouts import MOST_LAYERS, PERMUTED, tensor_names
 from numaload.dtypes import NAMES, dtype_name, kernel_dtype
 from numaload.errors import (
     AdapterError,
@@ -332,13 +332,10 @@ def _module_names(model: Any) -> set[str]:
 @lru_cache(maxsize=8)
 def _names(architecture: str, layers: int) -> dict[str, list[str]]:
     """Return {module of a GGUF file: modules in gguf-py's map for it}."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
     if layers > MOST_LAYERS:
         raise AdapterError(f"found layer {layers - 1}: at most {MOST_LAYERS} layers are read")
-    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
     found: dict[str, list[str]] = {}
-    for module, (_, tensor) in get_tensor_name_map(arch, layers).mapping.items():
+    for module, (_, tensor) in tensor_names(architecture, layers).mapping.items():
         if module != tensor:
             found.setdefault(tensor, []).append(module)
     return found

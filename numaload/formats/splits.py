@@ -51,8 +51,10 @@ class SplitName(NamedTuple):
         """Return the form and the range of the files' numbers: those that are there show both."""
         plain = self._replace(digits=1)
         either = self.digits > 1 and self.sibling(self.number) == plain.sibling(self.number)
-        form = plain if either and any(is_there(plain.sibling(n)) for n in range(10)) else self
-        from_0 = is_there(form.sibling(0))
+        # What a dead disk does not tell is no reason to look for other names than usual.
+        exists = os.path.exists
+        form = plain if either and any(exists(plain.sibling(n)) for n in range(10)) else self
+        from_0 = exists(form.sibling(0))
         last = self.total - (from_0 and not is_there(form.sibling(self.total)))
         return form, range(not from_0, last + 1)
 

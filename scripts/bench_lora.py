@@ -3,10 +3,10 @@
     python scripts/bench_lora.py [--rank N] [--layers N] [--rounds N]
 
 All in this run, in turns, on the same bytes as safetensors and as GGUF; medians of the rounds,
-least and most, in milliseconds, and the median of each round's ratio to the first way. Cold is
-dropped from the page cache by POSIX_FADV_DONTNEED. What was loaded is read once within the measured
-time, since peft maps the file. The models themselves are memory that nobody reads. transformers,
-peft, diffusers and gguf are needed.
+least and most, in milliseconds, and the median of each ratio to the first way. Cold is dropped
+from the page cache by POSIX_FADV_DONTNEED. What was loaded is read once within the measured time,
+since peft maps the file. The models themselves are memory that nobody reads. transformers, peft,
+diffusers and gguf are needed.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def test_refusals_have_names(run: Checks, models: dict[str, str]) -> None:
     found = run("refusals", models["plain-5"])
     assert re.match(r"UsageError: .*is in place: close\(\) it first", found["twice"])
     assert re.match(r"UsageError: no replica on node 5", found["node"])
-    assert found["both"].startswith("UsageError: nodes and mirrors")
+    assert found["both"].startswith("UsageError: give nodes or mirrors")
     assert found["absent"].startswith("FileNotFoundError")
     assert "no .gguf files" in found["folder"]
     assert found["tensor"].startswith("TensorNotFoundError")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.extending import types
 
@@ -23,6 +24,9 @@ from numaload.kernels.jit.lowering import (
 )
 from numaload.kernels.jit.target import target
 from numaload.kernels.lanes import LANES
+
+# Whoever compiles what names an instruction needs it: numba as well, before us.
+llvm.initialize_native_asmparser()
 
 
 def _c(value: int) -> ir.Constant:

@@ -9,7 +9,9 @@ import os
 import resource
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from itertools import count
 from typing import NamedTuple
 
 from numaload.errors import NodeMemoryError, NotCopyable, check_limits
@@ -177,8 +179,10 @@ def _process_limits() -> Iterator[Limit]:
 
 
 _trusted, _looked = SMALL, 0.0  # bytes that may be allocated without a look, and when it was
-_promised: dict[int, int] = {}  # {thread: bytes that it has a promise of}
-_lock = renewed(threading.RLock())  # also of these; a signal handler may allocate inside
+_promised: dict[int, tuple[int, int]] = {}  # {number of a promise: (thread, bytes left)}
+_ended: deque[tuple[int, int | None]] = deque()  # (number of a promise, bytes touched, None: all)
+_numbers = count()
+_lock = renewed(threading.RLock())  # of all these; a signal handler may allocate inside
 os.register_at_fork(after_in_child=_promised.clear)
 
 
@@ -188,20 +192,20 @@ class Promise(NotCopyable):
     The kernel counts what is touched: what is promised meanwhile may be counted twice.
     """
 
-    __slots__ = ("_left", "_thread")
+    __slots__ = ("_number",)
 
     def __init__(self, nbytes: int) -> None:
-        self._left, self._thread = nbytes, threading.get_ident()
-        _promised[self._thread] = _promised.get(self._thread, 0) + nbytes
+        number = next(_numbers)
+        _promised[number] = (threading.get_ident(), nbytes)
+        self._number = number
 
     def end(self, nbytes: int | None = None) -> None:
-        """Take back ``nbytes``, which are touched now; None: all that are left."""
-        with _lock:
-            done = self._left if nbytes is None else min(nbytes, self._left)
-            self._left -= done
-            left = _promised.pop(self._thread, 0) - done
-            if left > 0:
-                _promised[self._thread] = left
+        """Take back ``nbytes``, which are touched now; None: all that are left.
+
+        No lock is taken: one who holds it may wait for this thread, as a finalizer does that
+        closes a stream.
+        """
+        _ended.append((self._number, nbytes))
 
     def __enter__(self) -> Promise:
         return self
@@ -211,8 +215,19 @@ class Promise(NotCopyable):
 
     def __del__(self) -> None:
         """Leave nothing behind where Ctrl-C came before it was entered."""
-        if getattr(self, "_left", 0):  # none where it was not made
+        if hasattr(self, "_number"):
             self.end()
+
+
+def promised() -> list[tuple[int, int]]:
+    """Return (thread, bytes) of the promises that are left."""
+    with _lock:
+        while _ended:
+            number, touched = _ended.popleft()
+            thread, left = _promised.pop(number, (0, 0))
+            if touched is not None and touched < left:
+                _promised[number] = (thread, left - touched)
+        return list(_promised.values())
 
 
 def require(
@@ -239,8 +254,9 @@ def promise(
             if _is_trusted(nbytes, node):
                 return Promise(nbytes)
             shared, *own = _limits(node)
-            promised, mine = sum(_promised.values()), _promised.get(threading.get_ident(), 0)
-            name, free = tightest([shared._replace(free=shared.free - promised), *own])
+            left, me = promised(), threading.get_ident()
+            total, mine = sum(n for _, n in left), sum(n for thread, n in left if thread == me)
+            name, free = tightest([shared._replace(free=shared.free - total), *own])
             if nbytes + least <= free:
                 _trust(free - nbytes - least)
                 return Promise(nbytes)

@@ -148,7 +148,7 @@ try:
     list(numaload.stream(weights, "float32", progress=fail))
 except KeyError as error:
     kept = error
-print(json.dumps(sum(memory._promised.values())))
+print(json.dumps(sum(n for _, n in memory.promised())))
 """
 
 

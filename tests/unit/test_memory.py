@@ -271,12 +271,23 @@ def test_what_is_promised_and_not_touched_is_not_free(gib: None) -> None:
         first.end(GIB // 4)  # a piece was touched
         require(GIB // 2, "another", "take less")
     require(GIB - LEAST_FREE, "another", "take less")
-    assert not memory._promised
+    assert not memory.promised()
 
 
 def test_a_promise_that_nobody_has_any_more_ends(gib: None) -> None:
     promise(GIB // 2, "a tensor", "take less")
-    assert not memory._promised
+    assert not memory.promised()
+
+
+def test_ending_a_promise_waits_for_nobody(gib: None) -> None:
+    """A finalizer may run inside of a look, and wait for the thread that ends a promise."""
+    first = promise(GIB // 2, "a tensor", "take less")
+    with memory._lock:
+        thread = threading.Thread(target=first.end)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+    assert not memory.promised()
 
 
 def test_what_another_thread_fills_is_waited_for(gib: None) -> None:

@@ -148,10 +148,13 @@ class NetworkPath(NamedTuple):
             )
             return function(*arguments)
         begin = time.monotonic()
-        while not task.ended.acquire(timeout=TICK_S):
-            self._check(time.monotonic() - begin, offset)
-        answer: T = task.result()
-        return answer
+        try:
+            while not task.ended.acquire(timeout=TICK_S):
+                self._check(time.monotonic() - begin, offset)
+            answer: T = task.result()
+            return answer
+        finally:
+            del task  # an error's traceback would keep what is answered later, such as a file
 
     def read(self, source: Descriptor, view: memoryview, offset: int) -> int:
         """Fill the beginning of ``view``; return how many bytes that are, 0 at the file's end."""

@@ -269,10 +269,10 @@ def test_names_are_waited_for_too(path: str, server: Server) -> None:
 def test_a_name_that_nobody_tells_is_as_it_was_given(
     path: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "NAME_S", 0.1)
     monkeypatch.setattr(files, "real", lambda name: os.stat(name) and "/elsewhere")
     assert real_path(path) == "/elsewhere"
     server.falls_silent()
+    monkeypatch.setattr(files, "NAME_S", 0.1)
     assert real_path(path) == path
 
 
@@ -285,7 +285,6 @@ def test_what_is_no_time(seconds: float) -> None:
 def test_waiting_is_said_once(path: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     said_so: set[str] = set()
     monkeypatch.setattr("numaload.errors._said", said_so)
-    monkeypatch.setattr(network, "SAY_S", 0.2)
 
     def go_on() -> None:
         wait_for(lambda: bool(said_so), "it to be said")
@@ -293,6 +292,7 @@ def test_waiting_is_said_once(path: str, server: Server, monkeypatch: pytest.Mon
 
     with SourceFile(path) as file:
         server.falls_silent()
+        monkeypatch.setattr(network, "SAY_S", 0.2)
         goes_on = threading.Thread(target=go_on)
         goes_on.start()
         with pytest.warns(NumaloadWarning, match="waiting for server:/models") as said:

@@ -290,6 +290,7 @@ def test_metadata_of_kt_kernel_s_loader_is_printed_escaped(
 
 
 def test_braces_in_names_stand_for_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     layer = "model.{0}{x}%s"
     names = [f"{layer}.experts.{i}.{p}_proj.weight" for i in (0, 1) for p in ("up", "gate", "down")]
     path = tmp_path / "m.safetensors"

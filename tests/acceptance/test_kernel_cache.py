@@ -47,7 +47,8 @@ Change = Callable[[Path], object]
 def python(program: str, *words: str, cwd: Path = ROOT, **variables: object) -> str:
     """Run a program; what it prints."""
     done = subprocess.run(
-        [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=300,
+        # Without bytecode: of a source that was changed twice within a second Python takes the old.
+        [sys.executable, "-B", "-c", program, *words], capture_output=True, text=True, timeout=300,
         env=os.environ | {name: str(value) for name, value in variables.items()},
         check=False, cwd=cwd,
     )  # fmt: skip

@@ -140,6 +140,18 @@ class Tensor:
         if not self._info.known:
             self.qtype  # noqa: B018
 
+    def check_alone(self) -> None:
+        """Refuse blocks to programs that take these alone, where a factor belongs to them.
+
+        Raises: UnsupportedTypeError.
+        """
+        if self.in_blocks and self.scales is not None:
+            raise UnsupportedTypeError(
+                f"tensor {self.name!r}: {self.type_name} whose factor is in"
+                f" {', '.join(self.scales.names)}: a program that takes the blocks alone would"
+                " compute with other numbers; dequantize() applies it"
+            )
+
     @property
     def in_blocks(self) -> bool:
         """Return whether it is quantized: its items are blocks, not numbers."""

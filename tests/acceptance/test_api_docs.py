@@ -38,8 +38,8 @@ MEMBERS = [
 INTERNAL = {
     "Weights": {"parts", "model", "workers", "read_into", "read_by", "in_files", "companions"},
     "Tensor": {"check_type", "check_native", "is_file", "file", "place_in_files", "workers",
-               "read_into", "read_by", "byte_shape", "memory", "block", "code", "conversion",
-               "fetch", "scales", "check_scales", "scale_names", "weight_name"},
+               "read_into", "read_by", "byte_shape", "memory", "block", "check_alone", "code",
+               "conversion", "fetch", "scales", "check_scales", "scale_names", "weight_name"},
     "Metadata": {"keys", "values", "items", "get"},
     "PrewarmHolder": {"of"},
     "PrewarmReport": {"from_dict"},

@@ -15,6 +15,7 @@ import numaload as api
 import scaled_models as sm
 from commands import Numaload
 from numaload import errors
+from numaload.backends import kt_kernel, ktransformers
 from numaload.formats.qtypes import QuantType
 
 torch = pytest.importorskip("torch")
@@ -47,6 +48,20 @@ def gguf_parts() -> dict[str, tuple[QuantType, Any]]:
 def of_gguf(tmp_path: Path) -> Iterator[api.Weights]:
     with api.open(gb.write_good(tmp_path / "m.gguf", gguf_parts())[0]) as opened:
         yield opened
+
+
+def test_programs_that_take_blocks_alone_are_refused_them(
+    of_gguf: api.Weights, tmp_path: Path
+) -> None:
+    alone, scaled = "blk.0.plain.weight", "blk.0.ffn_up.weight"
+    loaders: list[Any] = [kt_kernel.Loader([of_gguf]), ktransformers.GGUFLoader(str(tmp_path))]
+    for loader in loaders:
+        data, _ = loader.get_undequanted_tensor_and_ggml_type(alone)
+        assert data.numel() == of_gguf[alone].nbytes
+        with pytest.raises(errors.UnsupportedTypeError, match=r"factor is in blk.0.ffn_up.scale"):
+            loader.get_undequanted_tensor_and_ggml_type(scaled)
+    with pytest.raises(errors.UnsupportedTypeError, match=r"blk.0.ffn_up_exps.scale"):
+        kt_kernel.tp(of_gguf, 0, 1)
 
 
 def blocks_alone(name: str) -> sm.Floats:

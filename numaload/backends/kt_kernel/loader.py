@@ -127,9 +127,11 @@ class Loader:
         """Return the blocks as a flat uint8 torch tensor, zero-copy, read-only, and their type.
 
         A Handle's loader keeps the memory until its release, since kt-kernel keeps the address
-        alone. Raises: TensorNotFoundError, UnknownQuantTypeError, ClosedError.
+        alone. Raises: TensorNotFoundError, UnknownQuantTypeError, ClosedError, UnsupportedTypeError
+        for blocks whose factor is in another tensor.
         """
         tensor = self._find(name)
+        tensor.check_alone()
         blocks = self.blocks_of(tensor)
         data = torch_memory.of_bytes(blocks, torch_memory.torch_type("U8"), (tensor.nbytes,))
         return data, self.tensor_info[tensor.name]["dtype"]

@@ -32,7 +32,8 @@ EXPERTS = re.compile(r"(?:^|\.)ffn_(gate|up|down)_exps\.weight$")
 def tp(weights: Weights, part: int, parts: int) -> dict[str, ExpertPart]:
     """Return one tensor-parallel part of every expert tensor, by name, divided as kt-kernel does.
 
-    Zero-copy and strided; ``place`` makes parts contiguous in a node's memory. Raises: UsageError.
+    Zero-copy and strided; ``place`` makes parts contiguous in a node's memory. Raises: UsageError,
+    UnsupportedTypeError for blocks whose factor is in another tensor.
     """
     if parts < 1 or not 0 <= part < parts:
         raise UsageError(f"part {part} of {parts}: expected 0 <= part < parts")
@@ -79,6 +80,7 @@ def _copy(copies: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]], start: int,
 def _expert_part(tensor: Tensor, part: int, parts: int, *, columns: bool) -> ExpertPart:
     if len(tensor.dims) != 3:
         raise UsageError(f"{tensor.name}: expected experts with three dims, found {tensor.shape}")
+    tensor.check_alone()
     inner = tensor.shape[2 if columns else 1]
     return ExpertPart(tensor, part_of(inner, part, parts, tensor.name), columns)
 

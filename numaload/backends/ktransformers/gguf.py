@@ -122,8 +122,12 @@ class GGUFLoader(FolderLoader):
         return image[tensor.offset : tensor.offset + tensor.nbytes]
 
     def get_undequanted_tensor_and_ggml_type(self, name: str) -> tuple[Any, int]:
-        """Return the blocks as a flat uint8 torch tensor, zero-copy, and the type's id."""
+        """Return the blocks as a flat uint8 torch tensor, zero-copy, and the type's id.
+
+        Raises: UnsupportedTypeError for blocks whose factor is in another tensor.
+        """
         _, tensor = self._find(name)
+        tensor.check_alone()
         flat = torch_memory.mapped(tensor.memory(), torch_memory.torch_type("U8"), (tensor.nbytes,))
         return flat, self.get_ggml_type(name)
 

@@ -103,16 +103,20 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
         return pool(self._machine, self.nodes)
 
     def _mapping(self, part: int) -> MappedMemory:
-        with self._lock:  # a mapping that another one replaced would take its addresses with it
-            mapping = self._mappings[part]
-            if self._closed or (mapping is not None and mapping.closed):
-                raise ClosedError(f"the weights of {self.paths[0]} were closed")
-            if mapping is None:
-                file = self._parts[part].file
-                file.check_unchanged()
-                mapping = file.ask(map_file, file.fd, file.size)
-                self._mappings[part] = mapping
-            return mapping
+        mapping = self._mappings[part]
+        if mapping is None:
+            with self._lock:  # one that another one replaced would take its addresses with it
+                mapping = self._mappings[part]
+                if mapping is None and not self._closed:
+                    file = self._parts[part].file
+                    file.check_unchanged()
+                    mapping = file.ask(map_file, file.fd, file.size)
+                    self._mappings[part] = mapping
+        # Without the lock, which threads that stream a replica would wait for: who holds it may run
+        # a finalizer that waits for them.
+        if self._closed or mapping is None or mapping.closed:
+            raise ClosedError(f"the weights of {self.paths[0]} were closed")
+        return mapping
 
     def image(self, part: int = 0) -> memoryview:
         """Return all bytes of one file of this view, header included, read-only, zero-copy."""

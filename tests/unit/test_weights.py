@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import gguf_builder as gb
+from numaload.demo import write_model
 from numaload.errors import (
     ClosedError,
     FileChangedError,
@@ -301,3 +302,11 @@ def test_paths_as_bytes_and_path_objects(folder: Path) -> None:
     path: Any = os.fsencode(folder / "matrix.gguf")
     with open_weights(path) as weights:
         assert weights.paths == [str(folder / "matrix.gguf")]
+
+
+def test_memory_that_is_there_is_had_without_waiting(tmp_path: Path) -> None:
+    """Whoever holds the lock may run a finalizer that waits for a thread which reads."""
+    with open_weights(write_model(str(tmp_path / "m.gguf"), 1 << 20)[0], copy=True) as weights:
+        tensor = next(iter(weights.values()))
+        with weights._lock, ThreadPoolExecutor(1) as threads:
+            assert threads.submit(lambda: tensor.buffer.nbytes).result(30) == tensor.nbytes

@@ -79,23 +79,12 @@ class Image(NamedTuple):
         return MetadataError(message, path=self.path, offset=offset)
 
 
-class _Body:
-    """The parts of a value, and which of them are data, both counted from its first part."""
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def span(self, index: int) -> Span:
-        raise NotImplementedError
-
-    def data(self) -> Sequence[int]:
-        raise NotImplementedError
-
-    def values(self, wanted: slice) -> list[Any] | None:
-        """Return Python values, faster than by parts; None where there is no such way."""
+# What follows are the bodies of values: their parts, counted from the first; ``data(first)``: which
+# parts of the field are values, where the body begins with part ``first`` of it; ``values``: Python
+# values, faster than by parts, or None where there is no such way.
 
 
-class _Numbers(_Body):
+class _Numbers:
     """Numbers one after another: a part each."""
 
     def __init__(self, image: Image, offset: int, type_id: int, count: int) -> None:
@@ -109,15 +98,15 @@ class _Numbers(_Body):
         offset, dtype, _ = self._every
         return Span(offset + index * dtype.itemsize, dtype, 1)
 
-    def data(self) -> Sequence[int]:
-        return range(len(self))
+    def data(self, first: int) -> Sequence[int]:
+        return range(first, first + len(self))
 
     def values(self, wanted: slice) -> list[Any] | None:
         found: list[Any] = self._image.view(self._every)[wanted].tolist()
         return found
 
 
-class _Strings(_Body):
+class _Strings:
     """Texts one after another: two parts each, length and bytes."""
 
     def __init__(self, image: Image, offset: int, count: int, nbytes: int | None) -> None:
@@ -148,8 +137,8 @@ class _Strings(_Body):
             return Span(start, self._image.dtype(U64), 1)
         return Span(start + 8, BYTES, self.starts[number + 1] - start - 8)
 
-    def data(self) -> Sequence[int]:
-        return range(1, len(self), 2)
+    def data(self, first: int) -> Sequence[int]:
+        return range(first + 1, first + len(self), 2)
 
     def values(self, wanted: slice) -> list[Any] | None:
         starts, first = self.starts, self._offset
@@ -160,7 +149,7 @@ class _Strings(_Body):
         ]
 
 
-class _Nested(_Body):
+class _Nested:
     """Arrays in an array: the parts of all of them in a row, as gguf-py has it."""
 
     def __init__(self, image: Image, offset: int, count: int) -> None:
@@ -188,7 +177,7 @@ class _Nested(_Body):
                 at = self._add(at, spans, data, depth + 1)
             return at
         body = body_of(self._image, type_id, at, count)
-        data += [len(spans) + index for index in body.data()]
+        data += body.data(len(spans))
         spans += map(body.span, range(len(body)))
         return body.starts[-1] if isinstance(body, _Strings) else at + count * SMALLEST[type_id]
 
@@ -198,13 +187,19 @@ class _Nested(_Body):
     def span(self, index: int) -> Span:
         return self._flat[0][index]
 
-    def data(self) -> Sequence[int]:
-        return self._flat[1]
+    def data(self, first: int) -> Sequence[int]:
+        return [first + index for index in self._flat[1]]
+
+    def values(self, _: slice) -> None:
+        return None
+
+
+Body = _Numbers | _Strings | _Nested
 
 
 def body_of(
     image: Image, type_id: int, offset: int, count: int = 1, nbytes: int | None = None
-) -> _Body:
+) -> Body:
     """Make the body of ``count`` values that begin at ``offset``. nbytes: of all, where known."""
     if type_id == STRING:
         return _Strings(image, offset, count, nbytes)
@@ -231,7 +226,7 @@ def array_types(image: Image, offset: int) -> list[GGUFValueType]:
 class Parts(Sequence[Any]):
     """The parts of a field: a list that makes its elements when they are asked for."""
 
-    def __init__(self, image: Image, head: Sequence[Span], body: _Body | None = None) -> None:
+    def __init__(self, image: Image, head: Sequence[Span], body: Body | None = None) -> None:
         self._image, self._head, self.body = image, head, body
 
     def __len__(self) -> int:
@@ -251,33 +246,8 @@ class Parts(Sequence[Any]):
         return self._image.view(self.body.span(index - first))
 
 
-class Indexes(Sequence[int]):
-    """The indexes of an array's values among its parts: a list as well."""
-
-    def __init__(self, first: int, body: _Body) -> None:
-        self._first, self._body = first, body
-
-    def __len__(self) -> int:
-        return len(self._body.data())
-
-    def __getitem__(self, index: Any) -> Any:
-        found = self._body.data()[index]
-        return found + self._first if isinstance(found, int) else [i + self._first for i in found]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self[:])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return repr(list(self))
-
-
 class Field(ReaderField):  # type: ignore[misc] # gguf-py's types are not looked at
-    """gguf-py's ReaderField; ``parts`` and, of arrays, ``data`` are made when asked for."""
+    """gguf-py's ReaderField; ``parts`` are made when asked for, ``data`` of arrays is a range."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle the parts alone, not the whole file's memory."""

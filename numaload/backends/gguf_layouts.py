@@ -109,7 +109,7 @@ class Names:
         if self.layout.permuted and kind in (["attn_q"], ["attn_k"]):
             keys = self.config.num_key_value_heads
             heads = keys if kind == ["attn_k"] else self.config.num_attention_heads
-            return [Share(name, partial(_unpermuted, heads))]
+            return [Share(name, partial(rows_of_heads, heads))]
         return [Share(name)] if name else []
 
     def needless(self, name: str) -> bool:
@@ -186,7 +186,7 @@ def tensor_names(architecture: str, blocks: int) -> Any:
     return get_tensor_name_map(arch, blocks)
 
 
-def _unpermuted(heads: int, parameter: Any) -> Any:
+def rows_of_heads(heads: int, parameter: Any) -> Any:
     """View rows of heads, (2, half), as llama.cpp's LlamaModel.permute orders them: (half, 2)."""
     rows = parameter.shape[0] // heads // 2
     return parameter.view(heads, 2, rows, *parameter.shape[1:]).swapaxes(1, 2)

@@ -33,7 +33,6 @@ from numaload.backends.gguf_fields import (
     U64,
     Field,
     Image,
-    Indexes,
     Parts,
     Span,
     array_head_spans,
@@ -43,18 +42,16 @@ from numaload.backends.gguf_fields import (
 from numaload.errors import (
     FileChangedError,
     MetadataError,
-    ModelNotFoundError,
     NotCopyable,
     ReadError,
     UnknownQuantTypeError,
     UsageError,
     reason,
 )
-from numaload.files.source import SourceFile, absolute
+from numaload.files.source import SourceFile
 from numaload.formats.gguf import Header, TensorInfo, parse_header
 from numaload.formats.metadata import BIG, LITTLE, SMALLEST, TYPE_NAMES, MetadataArray
 from numaload.formats.qtypes import BLOCKS, QuantType
-from numaload.formats.unusable import absence
 from numaload.weights.opening import read_header
 
 if TYPE_CHECKING:
@@ -81,12 +78,9 @@ class GGUFReader(NotCopyable, THEIRS):  # type: ignore[misc] # an instance of th
         """
         if mode not in MODES:
             raise UsageError(f"mode {mode!r}: expected one of {', '.join(MODES)}")
-        name = absolute(os.fsdecode(path))
-        if not os.path.exists(name):
-            raise ModelNotFoundError(f"no such file{absence(name)}", path=name)
-        with SourceFile(name) as file:
+        with SourceFile(os.fsdecode(path)) as file:
             header = read_header(file, parse_header)
-            self._take(header, _mapped(file, mode), name)
+            self._take(header, _mapped(file, mode), file.path)
 
     @classmethod
     def over(cls, weights: Weights, part: int = 0) -> GGUFReader:
@@ -201,19 +195,15 @@ def _field(image: Image, at: int, key: str, value: Any, type_name: str) -> tuple
         head += array_head_spans(image, start)
         types, start = array_types(image, start), start + ARRAY_HEAD
         body = body_of(image, value.type_id, start, len(value), value.nbytes)
-        data: Any = Indexes(len(head), body)
-        nbytes = value.nbytes
+        data, nbytes = body.data(len(head)), value.nbytes
     else:
         type_id = TYPE_IDS[type_name]
-        nbytes = _nbytes(value) if type_name == "string" else SMALLEST[type_id]
+        text = 8 + len(value.encode("utf-8", "surrogateescape")) if type_name == "string" else 0
+        nbytes = text or SMALLEST[type_id]
         body = body_of(image, type_id, start, nbytes=nbytes)
         types = [GGUFValueType(type_id)]
-        data = [len(head) + index for index in body.data()]
+        data = [*body.data(len(head))]
     return Field(at, key, Parts(image, head, body), data, types), start + nbytes
-
-
-def _nbytes(text: str) -> int:
-    return 8 + len(text.encode("utf-8", "surrogateescape"))
 
 
 def _tensor_field(image: Image, at: int, info: TensorInfo) -> tuple[Field, int]:

@@ -19,7 +19,8 @@ from functools import lru_cache, partial
 from math import isfinite
 from typing import Any, NamedTuple
 
-from numaload.backends.gguf_layouts import MOST_LAYERS, PERMUTED, tensor_names
+from numaload.backends.gguf_layouts import MOST_LAYERS, PERMUTED, rows_of_heads, tensor_names
+from numaload.dequantize import DTYPES
 from numaload.dtypes import NAMES, dtype_name, kernel_dtype
 from numaload.errors import (
     AdapterError,
@@ -179,15 +180,15 @@ class Adapter(NotCopyable):
         """
         wanted = None if dtype is None else torch_dtype(dtype_name(dtype), self.path)
         parts = list(self._parts(self._modules(model, name_map), heads, model))
-        nbytes = sum(tensor.size * _made(tensor, dtype)[1].itemsize for _, tensor, _ in parts)
+        nbytes = sum(tensor.size * DTYPES[_made(tensor, dtype)].itemsize for _, tensor, _ in parts)
         way_out = "nothing was loaded: free memory, or a smaller dtype"
         memory.require(nbytes, f"{self.path}: its tensors", way_out)
         result, targets = {}, []
         for name, tensor, view in parts:
-            kernel, kind = _made(tensor, dtype)
+            kind = _made(tensor, dtype)
             shape = tensor.shape[::-1] if view is _transposed else tensor.shape
-            result[name] = empty(shape, kind)
-            targets.append(Target(tensor, array_of(view(result[name])), kernel))
+            result[name] = empty(shape, torch_dtype(kind, name))
+            targets.append(Target(tensor, array_of(view(result[name])), kind))
         fill(sorted(targets, key=lambda target: target.order), progress=progress)
         return result if wanted is None else {name: one.to(wanted) for name, one in result.items()}
 
@@ -288,15 +289,13 @@ def open_adapter(path: str | os.PathLike[str]) -> Adapter:
         raise
 
 
-def _made(tensor: Tensor, dtype: Any) -> tuple[str | None, Any]:
-    """Return what a kernel makes of it, None where nothing is to be done, and torch's dtype."""
+def _made(tensor: Tensor, dtype: Any) -> str:
+    """Return the dtype that is made of it first."""
     tensor.check_type()
     if not tensor.has_kernel:
         raise UnsupportedTypeError(f"tensor {tensor.name!r}: {tensor.type_name} is no float here")
-    own = "float32" if tensor.in_blocks else NAMES[tensor.type_name]
-    made = own if dtype is None else kernel_dtype(dtype_name(dtype))
-    raw = made == own and not tensor.in_blocks and tensor.byte_order == "little"
-    return None if raw else made, torch_dtype(made, tensor.name)
+    own = NAMES.get(tensor.type_name, "float32")  # of blocks
+    return own if dtype is None else kernel_dtype(dtype_name(dtype))
 
 
 def _same(result: Any) -> Any:
@@ -308,11 +307,10 @@ def _transposed(result: Any) -> Any:
 
 
 def _rows_of_heads(heads: int, result: Any) -> Any:
-    """View the rows of heads, (half, 2) in llama.cpp, as transformers has them: (2, half)."""
-    rows, rank = result.shape
+    rows = result.shape[0]
     if heads < 1 or rows % (2 * heads):
         raise UsageError(f"{rows} rows do not divide into {heads} attention heads of two halves")
-    return result.view(heads, 2, -1, rank).swapaxes(1, 2)
+    return rows_of_heads(heads, result)
 
 
 def _heads_of(model: Any) -> tuple[int, int] | None:

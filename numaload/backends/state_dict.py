@@ -56,8 +56,9 @@ class _Held:
         """Return whether kernels or reading make exactly what is wanted, without torch."""
         if not isinstance(self.source, Tensor) or self.device.type != "cpu":
             return False
-        name = dtype_name(self.dtype)
-        made = (self.source.has_kernel and name in KERNEL_DTYPES) or _as_it_is(self.source, name)
+        name, tensor = dtype_name(self.dtype), self.source
+        as_it_is = NAMES.get(tensor.type_name) == name and tensor.byte_order == "little"
+        made = as_it_is or (tensor.has_kernel and name in KERNEL_DTYPES)
         return made and (self.in_place or not self.same)
 
 
@@ -291,15 +292,9 @@ def _nbytes(one: _Held) -> int:
     return one.source.nbytes if isinstance(one.source, Tensor) else 0
 
 
-def _as_it_is(tensor: Tensor, dtype: str) -> bool:
-    plain = not tensor.in_blocks and tensor.byte_order == "little"
-    return plain and NAMES.get(tensor.type_name) == dtype and dtype != "float4_e2m1fn_x2"
-
-
 def _target(one: _Held) -> Target:
     name = dtype_name(one.dtype)
-    raw = _as_it_is(one.source, name) or not one.source.has_kernel
-    return Target(one.source, array_of(one.new), None if raw else name)
+    return Target(one.source, array_of(one.new), name if name in KERNEL_DTYPES else None)
 
 
 def _assign(one: _Held) -> None:

@@ -17,6 +17,7 @@ except ImportError:  # a Python with its own set of hashes
 from numaload.errors import (
     CancelledError,
     FileChangedError,
+    ModelNotFoundError,
     NotCopyable,
     ReadError,
     StalledError,
@@ -154,8 +155,10 @@ class SourceFile(NotCopyable):
         except (OSError, ValueError) as error:
             # ValueError: a NUL in it.
             why = reason(error) if isinstance(error, OSError) else str(error)
-            gone = isinstance(error, FileNotFoundError) and self.asked is None
-            raise ReadError(f"{why}{absence(path) if gone else ''}", path=path) from error
+            if not isinstance(error, FileNotFoundError):
+                raise ReadError(why, path=path) from error
+            hint = absence(path) if self.asked is None else ""
+            raise ModelNotFoundError(f"{why}{hint}", path=path) from error
         if not stat.S_ISREG(status.st_mode):
             self.close()
             kind = KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")

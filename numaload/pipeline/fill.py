@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numaload.dequantize import DTYPES, LARGE, SCATTERED, rows_at_once
+from numaload.dtypes import NAMES
 from numaload.errors import CancelledError, ReadError, UsageError
 from numaload.files.reader import Progress
 from numaload.files.source import SourceFile
@@ -60,6 +61,13 @@ class Target(NamedTuple):
             return items * self.place.itemsize
         block_size, type_size = self.tensor.block
         return items // block_size * type_size
+
+    @property
+    def is_copy(self) -> bool:
+        """Return whether the place gets the very bytes that the file has."""
+        tensor = self.tensor
+        same = NAMES.get(tensor.type_name) == self.dtype and tensor.byte_order == "little"
+        return self.dtype is None or same
 
     @property
     def start(self) -> int:
@@ -306,7 +314,7 @@ def writer(target: Target) -> tuple[Write, Iterable[Part]]:
             f"tensor {tensor.name!r} has {tensor.nbytes} bytes: a place of {target.place.size}"
             f" items wants bytes {target.start} to {target.start + target.nbytes}"
         )
-    if target.dtype is None:
+    if target.is_copy:
         return _Raw(target), parts(target.place, 1, target.first)
     writing, place, scales = _Converting(target), target.place, tensor.scales
     if scales is not None and scales.turned:

@@ -43,11 +43,12 @@ class Tensor:
         part: int,
         *,
         stored: bool = False,
+        scales: Scales | None = None,
     ) -> None:
         self._info, self._weights, self._part = info, weights, part
-        self._scales: Scales | None = None
+        self._scales = scales
         self._refused = ""  # why its scales cannot be applied
-        self._looked = stored  # for scales: there are none
+        self._looked = stored  # for scales: there are these, or none
 
     name = property(lambda self: self._info.name)
     nbytes = property(lambda self: self._info.nbytes)
@@ -113,6 +114,10 @@ class Tensor:
     def as_stored(self) -> Tensor:
         """Return the same tensor without scales: its numbers as they are in the file."""
         return Tensor(self._info, self._weights, self._part, stored=True)
+
+    def scaled_by(self, scales: Scales) -> Tensor:
+        """Return the same tensor with these scales, which may be of another model's files."""
+        return Tensor(self._info, self._weights, self._part, stored=True, scales=scales)
 
     @property
     def size(self) -> int:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from numaload import torch_memory
 from numaload.errors import MetadataError, TensorNotFoundError, printable
 from numaload.formats.metadata import CODES, TYPE_NAMES, Metadata, MetadataArray
 from numaload.weights import Tensor, Weights
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 # Words of Hugging Face's names, and GGUF's. Order counts: a line sees what earlier ones made.
 RENAMED = """
@@ -108,8 +108,6 @@ class Loader:
 
     @property
     def file_data_map(self) -> dict[str, NDArray[Any]]:
-        import numpy as np
-
         return {
             path: np.frombuffer(model.image(part), np.uint8)
             for model in self._models
@@ -175,8 +173,6 @@ class Loader:
 
 
 def _info(tensor: Tensor) -> dict[str, Any]:
-    import numpy as np
-
     return {
         "shape": [np.uint64(size) for size in tensor.shape],
         "dtype": _dtype(tensor),
@@ -189,15 +185,12 @@ def _dtype(tensor: Tensor) -> Any:
     """Return gguf's enum, which has a name; the bare id where this gguf does not know the type."""
     import gguf
 
-    known = gguf.GGMLQuantizationType.__members__
     type_id = getattr(tensor._info, "type_id", None)  # noqa: SLF001
-    return known.get(tensor.type_name, type_id)
+    return gguf.GGMLQuantizationType.__members__.get(tensor.type_name, type_id)
 
 
 def _metadata(model: Weights) -> Iterator[tuple[str, Any]]:
     """List the metadata of all files as gguf-py's reader does: the header's counts first."""
-    import numpy as np
-
     for part in model.parts:
         header = part.header
         yield "GGUF.version", np.array([header.version], np.uint32)
@@ -209,8 +202,6 @@ def _metadata(model: Weights) -> Iterator[tuple[str, Any]]:
 
 def _first(metadata: Metadata, key: str) -> Any:
     """Return text as str, a number as an array of one, an array as its first element."""
-    import numpy as np
-
     value, type_name = metadata[key], metadata.type_name(key)
     if isinstance(value, MetadataArray):
         if not len(value):

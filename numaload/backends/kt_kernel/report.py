@@ -98,8 +98,7 @@ def _pages(pages: Mapping[int, int]) -> str:
 
 def pages_by_node(ranges: Iterable[Range]) -> dict[int, int]:
     """Count pages of (address, bytes) by node, or -1, with move_pages; of a sample if many."""
-    whole = [(a // PAGE * PAGE, a % PAGE + nbytes) for a, nbytes in ranges if nbytes]
-    return sample(whole)
+    return sample([(a // PAGE * PAGE, a % PAGE + nbytes) for a, nbytes in ranges if nbytes])
 
 
 def own_memory() -> dict[int, int] | None:

@@ -73,20 +73,13 @@ def install(replica: Replica = None) -> Replaced:
 
 def _import() -> Any:
     """Import the module that has the loaders. Raises: BackendError."""
-    found = next(filter(None, map(_module, MODULES)), None)
-    if found is None:
-        raise BackendError(
-            "classic ktransformers is not installed: it comes from its repository, see archive/ of"
-            " github.com/kvcache-ai/ktransformers"
-        )
-    return found
-
-
-def _module(name: str) -> Any:
-    """Import a module; None if it is not installed. Raises: BackendError if that fails."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        if error.name in {name, "ktransformers", "ktransformers.util"}:
-            return None
-        raise BackendError(f"{name} cannot be imported: {error}") from error
+    for name in MODULES:
+        try:
+            return import_module(name)
+        except ImportError as error:  # noqa: PERF203 - of two names
+            if error.name not in {name, "ktransformers", "ktransformers.util"}:
+                raise BackendError(f"{name} cannot be imported: {error}") from error
+    raise BackendError(
+        "classic ktransformers is not installed: it comes from its repository, see archive/ of"
+        " github.com/kvcache-ai/ktransformers"
+    )

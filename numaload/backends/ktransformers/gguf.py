@@ -9,12 +9,12 @@ version 2 and big-endian ones are read, and files come in the order of their nam
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from numaload import torch_memory
 from numaload.backends.ktransformers.folder import FolderLoader, Replica
@@ -32,9 +32,6 @@ from numaload.errors import (
 from numaload.formats.metadata import MetadataArray
 from numaload.formats.qtypes import BLOCKS
 from numaload.weights import Tensor, Weights, open_weights
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 # Types that are numbers in tensor_info, all others being bytes.
 NUMBERS: dict[str, type[np.generic]] = {
@@ -210,6 +207,7 @@ class GGUFLoader(FolderLoader):
 def _info(tensor: Tensor, data_start: int) -> dict[str, Any]:
     """Describe a tensor as ktransformers does: shape in GGUF order, np_dims as numpy sees it."""
     item_type = NUMBERS.get(tensor.type_name, np.uint8)
+    numbers = tensor.type_name in NUMBERS or not tensor._info.known  # noqa: SLF001
     return {
         "ggml_type": tensor._info.type_id,  # noqa: SLF001
         "shape": list(tensor.dims),
@@ -217,17 +215,8 @@ def _info(tensor: Tensor, data_start: int) -> dict[str, Any]:
         "offset": tensor.offset,
         "item_type": item_type,
         "item_count": tensor.nbytes // np.dtype(item_type).itemsize,
-        "np_dims": tuple(_np_dims(tensor)),
+        "np_dims": tensor.shape if numbers else tensor.byte_shape,
     }
-
-
-def _np_dims(tensor: Tensor) -> Iterator[int]:
-    if tensor.type_name in NUMBERS or not tensor._info.known:  # noqa: SLF001
-        yield from tensor.shape
-        return
-    block_size, type_size = BLOCKS[tensor.qtype]
-    *rows, columns = tensor.shape or (1,)
-    yield from (*rows, columns // block_size * type_size)
 
 
 def _dtype_name(dtype: Any) -> str:

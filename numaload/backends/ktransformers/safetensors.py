@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from numaload import torch_memory
 from numaload.backends.ktransformers.folder import FolderLoader, Replica
@@ -27,16 +28,12 @@ from numaload.errors import (
 from numaload.files.source import SourceFile
 from numaload.formats.qtypes import QuantType
 from numaload.formats.safetensors import parse_header
+from numaload.pipeline import Target, fill
 from numaload.weights import Tensor, Weights
 from numaload.weights.model import Part
 from numaload.weights.opening import read_header
+from numaload.weights.scales import CONFIG, Companions
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-SCALE = ".weight_scale_inv"
-SCALED = 128  # rows and columns that have a scale, as in DeepSeek's files
-GRAIN = 1 << 22  # bytes; less is not worth another thread
 PROJECTIONS = ("up", "gate", "down")
 GATE = ("weight", "e_score_correction_bias")
 
@@ -89,27 +86,27 @@ class SafeTensorLoader(FolderLoader):
 
         Raises: TensorNotFoundError (a KeyError), ModelNotFoundError after ``close_all_handles``.
         """
-        return _copied([self._find(key)], ()).to(device)
+        return _copied([self._find(key)])[0].to(device)
 
     def load_dequantized_tensor(self, key: str, device: str = "cpu") -> Any:
-        """Return the same; weights with a scale per 128 by 128 as torch's default float type.
+        """Return the same; weights whose scales are in any file as torch's default float type.
 
-        Raises: TensorInfoError where the scales are not as many as that.
+        Raises: UnsupportedTypeError for scales that are not known, or of other shapes.
         """
         tensor = self._find(key)
-        scale = tensor.name.removesuffix(".weight") + SCALE
-        if not tensor.name.endswith(".weight") or scale not in self.tensor_file_map:
-            return self.load_tensor(tensor.name, device)
-        scales = self._find(scale)
-        wanted = tuple(-(-size // SCALED) for size in tensor.shape)
-        if len(wanted) != 2 or scales.shape != wanted:
-            raise TensorInfoError(
-                f"tensor {scale!r}: shape {scales.shape}, expected {wanted}, one scale per"
-                f" 128 by 128 weights of shape {tensor.shape}, which must have two dims",
-                path=scales.path,
-            )
-        weights, factors = (_copied([one], ()).to(device) for one in (tensor, scales))
-        return _scaled(weights, factors)
+        is_scaled = f"{tensor.name}_scale_inv" in self.tensor_file_map
+        scales = self._companions.of(tensor) if is_scaled else None
+        if scales is None:
+            return self.load_tensor(key, device)
+        dtype = torch_memory.import_torch().get_default_dtype()
+        return tensor.scaled_by(scales).torch(dtype, device)
+
+    @cached_property
+    def _companions(self) -> Companions:
+        """Look for scales in all files: a model's weights and scales may be in different ones."""
+        files = self.tensor_file_map.items()
+        tensors = {name: self.file_handle_map[file][name] for name, file in files}
+        return Companions(tensors, os.path.join(self.folder, CONFIG))
 
     def load_experts(self, key: str, device: str = "cpu") -> dict[str, Any]:  # noqa: ARG002
         """Return {"up", "gate", "down": numpy arrays, "up_type" and so on: the type's id in GGML}.
@@ -157,7 +154,7 @@ class SafeTensorLoader(FolderLoader):
                     path=tensor.path,
                 )
         torch = torch_memory.import_torch()
-        stacked = _copied(tensors, (len(tensors),)).view(torch.uint16)
+        stacked = _copied(tensors).view(torch.uint16)
         return stacked.numpy(), first.qtype
 
     def load_gate(self, key: str, device: str = "cpu") -> dict[str, Any]:
@@ -193,41 +190,17 @@ def _array(tensor: Tensor) -> NDArray[Any]:
     return np.frombuffer(tensor.buffer, dtype).reshape(tensor.shape)
 
 
-def _copied(tensors: Sequence[Tensor], count: tuple[int, ...]) -> Any:
-    """Copy tensors of one type and shape into one of (*count, *shape), by threads of their node.
+def _copied(tensors: Sequence[Tensor]) -> Any:
+    """Copy tensors of one type and shape into one of (tensors, *shape), by threads of their node.
 
     What a program is given to keep is its own to write to: the file's memory is not.
     """
     first = tensors[0]
     first.check_type()
-    nbytes = first.nbytes * len(tensors)
-    out = torch_memory.new((nbytes,), torch_memory.torch_type("U8"), first.name)
-    rows = out.numpy().reshape(len(tensors), -1)
-    for row, tensor in zip(rows, tensors, strict=True):
-        source = np.frombuffer(tensor.buffer, np.uint8)
-        copy = partial(_copy, row, source)
-        tensor.workers().ranges(copy, source.size, GRAIN)
-    shape = (*count, *first.shape)
-    return torch_memory.of_bytes(
-        rows.reshape(-1),
-        torch_memory.torch_type(first.type_name),
-        item_shape(first.type_name, shape, first.name),
+    shape = item_shape(first.type_name, first.shape, first.name)
+    out = torch_memory.new(
+        (len(tensors), *shape), torch_memory.torch_type(first.type_name), first.name
     )
-
-
-def _copy(out: NDArray[np.uint8], source: NDArray[np.uint8], start: int, stop: int) -> None:
-    out[start:stop] = source[start:stop]
-
-
-def _scaled(weights: Any, scales: Any) -> Any:
-    """Scale a band of 128 rows at a time: their floats before scaling need room as well."""
-    torch = torch_memory.import_torch()
-    (rows, columns), dtype = weights.shape, torch.get_default_dtype()
-    if weights.device.type == "cpu":
-        torch_memory.require(rows * columns * dtype.itemsize, "scaled")
-    out = torch.empty(rows, columns, dtype=dtype, device=weights.device)
-    for band, scale in enumerate(scales.to(torch.float32)):
-        some = slice(band * SCALED, (band + 1) * SCALED)
-        factors = scale.repeat_interleave(SCALED)[:columns]
-        out[some] = weights[some].to(torch.float32) * factors
+    arrays = map(torch_memory.array_of, out)
+    fill([Target(*one, None) for one in zip(tensors, arrays, strict=True)])
     return out

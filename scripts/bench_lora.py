@@ -4,7 +4,8 @@
 
 All in this run, in turns, on the same bytes as safetensors and as GGUF; medians of the rounds,
 least and most, in milliseconds, and the median of each ratio to the first way. Cold is dropped
-from the page cache by POSIX_FADV_DONTNEED. What was loaded is read once within the measured time,
+from the page cache by POSIX_FADV_DONTNEED. Before each turn as much memory as any way needs is
+touched and freed. What was loaded is read once within the measured time,
 since peft maps the file. The models themselves are memory that nobody reads. transformers, peft,
 diffusers and gguf are needed.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import mmap
 import os
 import re
 import statistics
@@ -24,6 +26,7 @@ from typing import Any
 
 import diffusers
 import gguf
+import numpy as np
 import peft
 import torch
 import transformers
@@ -31,6 +34,7 @@ from safetensors.torch import save_file
 
 import numaload
 from numaload.backends.lora import open_adapter
+from numaload.linux.mapping import map_private
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -38,6 +42,7 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 CHEAP = {"low_cpu_mem_usage": True}
+TIMES = 4  # an adapter's bytes: peft has several copies
 NOTHING = [torch.zeros(1)]
 # A way loads, and returns the tensors and what undoes it.
 Way = Callable[[], tuple[Iterable[Any], Callable[[], Any]]]
@@ -158,8 +163,15 @@ def evict(paths: Iterable[str]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def milliseconds(way: Way) -> float:
+def touch(nbytes: int) -> None:
+    """Take and free memory: hosts of virtual machines take back what is idle."""
+    with map_private(nbytes) as mapping:
+        np.frombuffer(mapping.view(write=True), np.uint8)[:: mmap.PAGESIZE] = 1
+
+
+def milliseconds(way: Way, nbytes: int) -> float:
     gc.collect()
+    touch(TIMES * nbytes)
     start = time.perf_counter()
     tensors, undo = way()
     for tensor in tensors:
@@ -176,7 +188,7 @@ def measure(ways: dict[str, Way], paths: list[str], rounds: int) -> None:
             for name, way in ways.items():
                 if state == "cold":
                     evict(paths)
-                took = milliseconds(way)
+                took = milliseconds(way, max(map(os.path.getsize, paths)))
                 if turn:
                     times[name].append(took)
         for name, found in times.items():

@@ -81,7 +81,7 @@ class Image(NamedTuple):
 
 # What follows are the bodies of values: their parts, counted from the first; ``data(first)``: which
 # parts of the field are values, where the body begins with part ``first`` of it; ``values``: Python
-# values, faster than by parts, or None where there is no such way.
+# values, faster than by parts.
 
 
 class _Numbers:
@@ -101,7 +101,7 @@ class _Numbers:
     def data(self, first: int) -> Sequence[int]:
         return range(first, first + len(self))
 
-    def values(self, wanted: slice) -> list[Any] | None:
+    def values(self, wanted: slice) -> list[Any]:
         found: list[Any] = self._image.view(self._every)[wanted].tolist()
         return found
 
@@ -140,7 +140,7 @@ class _Strings:
     def data(self, first: int) -> Sequence[int]:
         return range(first + 1, first + len(self), 2)
 
-    def values(self, wanted: slice) -> list[Any] | None:
+    def values(self, wanted: slice) -> list[Any]:
         starts, first = self.starts, self._offset
         raw = self._image.data[first : starts[-1]].tobytes()
         return [
@@ -189,9 +189,6 @@ class _Nested:
 
     def data(self, first: int) -> Sequence[int]:
         return [first + index for index in self._flat[1]]
-
-    def values(self, _: slice) -> None:
-        return None
 
 
 Body = _Numbers | _Strings | _Nested
@@ -255,9 +252,8 @@ class Field(ReaderField):  # type: ignore[misc] # gguf-py's types are not looked
 
     def contents(self, index_or_slice: int | slice = slice(None)) -> Any:
         """Return plain Python values, of an array a list, as gguf-py does."""
-        body = getattr(self.parts, "body", None)
-        if self.types[:1] == [GGUFValueType.ARRAY] and isinstance(index_or_slice, slice) and body:
-            found = body.values(index_or_slice)
-            if found is not None:
-                return found
+        body: Any = getattr(self.parts, "body", None)
+        is_array = self.types[:1] == [GGUFValueType.ARRAY] and isinstance(body, _Numbers | _Strings)
+        if is_array and isinstance(index_or_slice, slice):
+            return body.values(index_or_slice)
         return super().contents(index_or_slice)

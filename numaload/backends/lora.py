@@ -20,7 +20,6 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 from numaload.backends.gguf_layouts import MOST_LAYERS, PERMUTED, rows_of_heads, tensor_names
-from numaload.dequantize import DTYPES
 from numaload.dtypes import NAMES, dtype_name, kernel_dtype
 from numaload.errors import (
     AdapterError,
@@ -31,9 +30,7 @@ from numaload.errors import (
 )
 from numaload.files.reader import Progress
 from numaload.formats import gguf
-from numaload.machine import memory
-from numaload.pipeline import Target, fill
-from numaload.torch_memory import array_of, empty, torch_dtype
+from numaload.torch_memory import empty, of_bytes, torch_dtype
 from numaload.weights import Tensor, Weights, open_weights
 
 NameMap = Mapping[str, str] | Callable[[str], str | None]
@@ -180,16 +177,13 @@ class Adapter(NotCopyable):
         """
         wanted = None if dtype is None else torch_dtype(dtype_name(dtype), self.path)
         parts = list(self._parts(self._modules(model, name_map), heads, model))
-        nbytes = sum(tensor.size * DTYPES[_made(tensor, dtype)].itemsize for _, tensor, _ in parts)
-        way_out = "nothing was loaded: free memory, or a smaller dtype"
-        memory.require(nbytes, f"{self.path}: its tensors", way_out)
-        result, targets = {}, []
-        for name, tensor, view in parts:
-            kind = _made(tensor, dtype)
-            shape = tensor.shape[::-1] if view is _transposed else tensor.shape
-            result[name] = empty(shape, torch_dtype(kind, name))
-            targets.append(Target(tensor, array_of(view(result[name])), kind))
-        fill(sorted(targets, key=lambda target: target.order), progress=progress)
+        kinds = {name: _made(tensor, dtype) for name, tensor, _ in parts}
+        # All at once, which hundreds of small tensors are not: what needs no change stays there.
+        copied = self.weights.copied(progress)
+        result = {
+            name: _viewed(_values(copied[tensor.name], kinds[name]), view)
+            for name, tensor, view in parts
+        }
         return result if wanted is None else {name: one.to(wanted) for name, one in result.items()}
 
     def _parts(
@@ -296,6 +290,23 @@ def _made(tensor: Tensor, dtype: Any) -> str:
         raise UnsupportedTypeError(f"tensor {tensor.name!r}: {tensor.type_name} is no float here")
     own = NAMES.get(tensor.type_name, "float32")  # of blocks
     return own if dtype is None else kernel_dtype(dtype_name(dtype))
+
+
+def _values(tensor: Tensor, dtype: str) -> Any:
+    """Return a tensor of the copied file, in its place there if it has that dtype."""
+    if NAMES.get(tensor.type_name) != dtype or tensor.byte_order == "big":
+        return tensor.torch(dtype)
+    return of_bytes(tensor.memory(), torch_dtype(dtype, tensor.name), tensor.shape)
+
+
+def _viewed(values: Any, view: View) -> Any:
+    """Return what these values are when that view is taken of it."""
+    if view is _same:
+        return values
+    result = empty(values.shape[::-1] if view is _transposed else values.shape, values.dtype)
+    place = view(result)
+    place.copy_(values.view(place.shape))
+    return result
 
 
 def _same(result: Any) -> Any:

@@ -46,7 +46,7 @@ def copy_files(files: Sequence[SourceFile], progress: Progress | None = None) ->
 
 
 def _check_room(nbytes: int, state: str) -> None:
-    way_out = f"{state}: free memory, or open without copy=True"
+    way_out = f"{state}: free memory, or open a model without copy=True"
     memory.require(nbytes + nbytes // PAGE_TABLES, "a copy of the files", way_out)
 
 

@@ -20,6 +20,7 @@ from numaload.weights.scales import Companions, config_beside
 from numaload.weights.tensor import Tensor
 
 if TYPE_CHECKING:
+    from numaload.files.reader import Progress
     from numaload.machine.workers import Workers
 
 
@@ -121,6 +122,18 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
     def image(self, part: int = 0) -> memoryview:
         """Return all bytes of one file of this view, header included, read-only, zero-copy."""
         return self._mapping(part).view()
+
+    def copied(self, progress: Progress | None = None) -> Weights:
+        """Read all files into memory of this process, which goes with the last array of it.
+
+        Raises: ClosedError, and what ``open_weights`` raises for a copy.
+        """
+        from numaload.files.copy import copy_files  # most never copy
+
+        files = [part.file for part in self._parts]
+        for file in files:
+            self._check_open(file)
+        return Weights(self._parts, copy_files(files, progress))
 
     def read_into(self, part: int, view: memoryview, offset: int) -> None:
         """Fill ``view`` from ``offset`` of a file.

@@ -36,7 +36,8 @@ MEMBERS = [
 ]  # fmt: skip
 # What only other modules of numaload call: public between them, no face for users.
 INTERNAL = {
-    "Weights": {"parts", "model", "workers", "read_into", "read_by", "in_files", "companions"},
+    "Weights": {"parts", "model", "workers", "read_into", "read_by", "in_files", "companions",
+                "copied"},
     "Tensor": {"check_type", "check_native", "is_file", "file", "place_in_files", "workers",
                "read_into", "read_by", "byte_shape", "memory", "block", "check_alone", "code",
                "conversion", "fetch", "scales", "check_scales", "scale_names", "weight_name"},

@@ -327,7 +327,7 @@ def test_progress_and_cancelling(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     with open_adapter(lf.write_gguf(tmp_path / "x.gguf")) as adapter:
         adapter.state_dict(model=MODEL, progress=lambda *done: seen.append(done))
-        assert seen[-1][0] == seen[-1][1] == 4 * (lf.WIDTH + lf.ROWS) * lf.RANK * len(lf.MODULES)
+        assert seen[-1][0] == seen[-1][1] == adapter.weights.nbytes
         with pytest.raises(errors.CancelledError):
             adapter.state_dict(model=MODEL, progress=lambda *_: False)
 
@@ -338,4 +338,4 @@ def test_more_than_the_memory_is_refused_with_numbers(tmp_path: Path) -> None:
     with open_adapter(path) as adapter, pytest.raises(errors.NodeMemoryError) as caught:
         adapter.state_dict(model=MODEL)
     assert caught.value.needed > 16 << 36
-    assert "nothing was loaded" in str(caught.value)
+    assert "nothing was copied" in str(caught.value)

@@ -93,8 +93,8 @@ def _models(path: str, opened: list[Any]) -> Iterator[Weights]:
 
 
 def _gguf_files(folder: str) -> list[str]:
-    listed = os.listdir(folder)  # of which macOS's ._NAME.gguf is no model
-    names = sorted(name for name in listed if name.endswith(".gguf") and name[0] != ".")
+    # macOS's ._NAME.gguf is no model.
+    names = sorted(n for n in os.listdir(folder) if n.endswith(".gguf") and n[0] != ".")
     if not names:
         raise ModelNotFoundError("no .gguf files in this folder", path=folder)
     return [os.path.join(folder, name) for name in names]

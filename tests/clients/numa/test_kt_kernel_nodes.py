@@ -20,6 +20,7 @@ import numaload as api
 from moe_model import Shape, write_moe
 from numaload.backends import kt_kernel
 from numaload.backends.kt_kernel import place, tp
+from numaload.linux.syscalls import HUGE
 from witness import by_move_pages, cpus_of
 
 SHAPE = Shape(experts=5, hidden=512, inner=1280)
@@ -152,7 +153,7 @@ def test_copies_of_two_subpools(path: str, nodes: list[int]) -> None:
         if nodes == [0, 1]:  # the first part has three of five units
             for node, units in ((0, 3), (1, 2)):
                 part = SHAPE.nbytes() * units // 5
-                assert part <= report.copied[node] < part + SHAPE.nbytes() // 5
+                assert part <= report.copied[node] < part + HUGE  # which its end may lie in
         for node in (0, 1):
             threads = new_threads(before, node)
             assert all(cpus <= cpus_of(node) for cpus in threads.values()), threads

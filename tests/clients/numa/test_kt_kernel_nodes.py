@@ -146,14 +146,15 @@ def test_copies_of_two_subpools(path: str, nodes: list[int]) -> None:
         made = kt.wrapper(path, SHAPE, nodes=nodes)
         report = handle.check()  # before computing takes memory as well
         found = kt_checks.outputs(made, SHAPE)
-        assert SHAPE.nbytes() <= sum(report.copied.values()) < 2 * SHAPE.nbytes()
+        # What else grows or shrinks in this process, or ends within a huge page, counts as well.
+        assert SHAPE.nbytes() - HUGE <= sum(report.copied.values()) < 2 * SHAPE.nbytes()
         print(f"{nodes}: {report}")
         far = {worker.name for worker in report.workers if worker.far_memory}
         assert ("numa_1_m_0" in far) == (nodes == [1, 0])
         if nodes == [0, 1]:  # the first part has three of five units
             for node, units in ((0, 3), (1, 2)):
                 part = SHAPE.nbytes() * units // 5
-                assert part <= report.copied[node] < part + HUGE  # which its end may lie in
+                assert part - HUGE <= report.copied[node] < part + HUGE
         for node in (0, 1):
             threads = new_threads(before, node)
             assert all(cpus <= cpus_of(node) for cpus in threads.values()), threads

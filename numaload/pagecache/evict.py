@@ -7,7 +7,6 @@ first, where there are any or where the kernel does not tell.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 from numaload.errors import reason
 from numaload.files.residency import asked_by, cached_bytes, residency
 from numaload.files.source import Identity, SourceFile, real_path
-from numaload.linux import syscalls
+from numaload.linux import syscalls, users
 from numaload.linux.placement import parse_smaps
 from numaload.linux.syscalls import PAGE
 from numaload.pagecache.choice import Source, models_of, real
@@ -24,8 +23,6 @@ from numaload.pagecache.choice import Source, models_of, real
 TRIES, PAUSE_S = 3, 0.05  # pages that another CPU has just used are held by it for a moment
 # File systems of which the page cache is the file: tmpfs, ramfs, hugetlbfs (linux/magic.h).
 IN_MEMORY = {0x01021994, 0x858458F6, 0x958458F6}
-# Of a line of /proc/PID/maps: address, rights, offset, device, inode, and the rest is the name.
-LINE = re.compile(r"([0-9a-f]+)-[0-9a-f]+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)")
 UNSEEN = "unseen"
 
 
@@ -174,9 +171,8 @@ def _named(user: Mapper) -> str:
 
 def users_of(file: SourceFile) -> tuple[list[Mapper], int]:
     """Return who maps it, and how many processes, at least, could not be looked at."""
-    pids = sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
     name = real_path(file.path)
-    seen = [_mapper(pid, file.opened, name) for pid in pids]
+    seen = [_mapper(pid, file.opened, name) for pid in users.pids()]
     hidden = not os.path.exists("/proc/1")  # mounted with hidepid=2: all of other users
     return [user for user in seen if isinstance(user, Mapper)], seen.count(UNSEEN) + hidden
 
@@ -196,21 +192,15 @@ def _areas(pid: int, file: Identity, name: str) -> Iterator[int]:
 
     Some file systems show another device here than stat does: there, the name decides.
     """
-    device = (os.major(file.device), os.minor(file.device))
-    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            words = LINE.match(line)
-            if words is None or int(words[4]) != file.inode:
-                continue
-            if (int(words[2], 16), int(words[3], 16)) == device or words[5] == name:
-                yield int(words[1], 16)
+    for area in users.areas(pid):
+        device, inode = area.file
+        if inode == file.inode and (device == file.device or area.name == name):
+            yield area.address
 
 
 def _counted(pid: int, areas: set[int]) -> Mapper:
-    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as text:
-        command = text.read().strip()
     counts = []
     for row in ("Rss:", "Locked:"):
         with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as lines:
             counts.append(sum(n for start, n in parse_smaps(lines, (row,)) if start in areas))
-    return Mapper(pid, command, *counts)
+    return Mapper(pid, users.command(pid), *counts)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-from bisect import bisect_left, bisect_right
+import struct
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from numaload.errors import NumaError, PlacementError, check_limits, warn_once
@@ -214,15 +215,15 @@ def sample(ranges: Sequence[Range], samples: int = SAMPLES) -> dict[int, int]:
     total = sum(pages)
     if not total:
         return {}
-    import random  # only now: starting has no time for it
-
-    # Random, not every n-th: a stride would alias with interleaving.
-    chosen = random.sample(range(total), samples) if total > samples else range(total)
-    firsts = list(accumulate(pages, initial=0))
-    addresses = []
-    for i in chosen:
-        which = bisect_right(firsts, i) - 1
-        addresses.append(ranges[which][0] + (i - firsts[which]) * PAGE)
+    chosen: Sequence[int] = range(total)
+    if total > samples:
+        # Random, not every n-th: a stride would alias with interleaving. Some may come twice.
+        numbers = struct.unpack(f"{samples}Q", os.urandom(8 * samples))
+        chosen = sorted(number % total for number in numbers)
+    firsts, addresses = list(accumulate(pages, initial=0)), list[int]()
+    for (start, _), (first, last) in zip(ranges, pairwise(firsts), strict=True):
+        inside = chosen[bisect_left(chosen, first) : bisect_left(chosen, last)]
+        addresses += [start + (page - first) * PAGE for page in inside]
     try:
         nodes = syscalls.pages_nodes(addresses)
     except NumaError as error:

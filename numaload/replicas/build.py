@@ -27,6 +27,7 @@ from numaload.replicas.arena import Allocate, Arena
 from numaload.replicas.plan import MemoryBudget
 
 CHUNK = 16 << 20  # bytes filled and checksummed at a time; a multiple of a huge page
+PIECE = 1 << 20  # bytes that are copied, and hashed while they are in a core's caches
 MAX_THREADS = 8  # per node, that copy; a memory controller is busy with fewer
 
 
@@ -185,12 +186,19 @@ class _Build:
         leader = self.groups[(self.starts[which] + index) // len(self.groups[0]) % len(self.groups)]
         self._sit(self._node(leader, which, index))
 
-        def read(view: memoryview) -> None:
-            for start, stop, absent in self._segments(chunk):
+        def read(view: memoryview) -> int | None:
+            segments = list(self._segments(chunk))
+            if not any(absent for *_, absent in segments):
+                source = self.sources[which]
+                return _hashed(
+                    view, lambda part, at: source.read(part, chunk.offset + at, BUFFERED)
+                )
+            for start, stop, absent in segments:
                 part = view[start - chunk.offset : stop - chunk.offset]
                 with part:
                     name = way.name if absent else BUFFERED
                     self.sources[which].read(part, start, name)
+            return None
 
         self.sums[which][index] = self._fill(leader, chunk, read)
         dropped = self._give_back(chunk)
@@ -220,8 +228,11 @@ class _Build:
         if at < chunk.stop:
             yield at, chunk.stop, False
 
-    def _fill(self, group: Group, chunk: Chunk, write: Callable[[memoryview], None]) -> int:
-        """Fill a chunk; return the XXH3-64 of what is in the arena then."""
+    def _fill(self, group: Group, chunk: Chunk, write: Callable[[memoryview], int | None]) -> int:
+        """Fill a chunk; return the XXH3-64 of what is in the arena then.
+
+        write: may have hashed it already.
+        """
         arena = self.arenas[group][chunk.which]
         # Released at once: a view in the traceback of an error would keep the whole arena.
         with (
@@ -231,7 +242,9 @@ class _Build:
             # No more at a time than there are CPUs: else all are half done before one can read.
             with self.busy:
                 arena.prepare(chunk.offset, chunk.stop)
-            write(view)
+            found = write(view)
+            if found is not None:
+                return found
             with self.busy:
                 return xxhash.xxh3_64_intdigest(view)
 
@@ -249,12 +262,12 @@ class _Build:
 
         source = self.arenas[leader][chunk.which].mapping
 
-        def write(view: memoryview) -> None:
-            with source.view(chunk.offset, chunk.nbytes) as read:
+        def copy(part: memoryview, at: int) -> None:
+            with source.view(chunk.offset + at, len(part)) as read:
                 # Of its ways to copy this is the one that lets other threads of Python run.
-                np.copyto(np.frombuffer(view, np.uint8), np.frombuffer(read, np.uint8))
+                np.copyto(np.frombuffer(part, np.uint8), np.frombuffer(read, np.uint8))
 
-        found = self._fill(group, chunk, write)
+        found = self._fill(group, chunk, lambda view: _hashed(view, copy))
         self._compare(group, chunk, found)
         self.reading.advance(chunk.nbytes)
 
@@ -286,3 +299,13 @@ class _Build:
             self.files[chunk.which].drop_cache(start, stop - start)
             dropped += stop - start
         return dropped
+
+
+def _hashed(view: memoryview, copy: Callable[[memoryview, int], None]) -> int:
+    """Have every piece copied from RAM, hash it while it is in the caches; return the XXH3-64."""
+    found = xxhash.xxh3_64()
+    for start in range(0, len(view), PIECE):
+        with view[start : start + PIECE] as part:
+            copy(part, start)
+            found.update(part)
+    return found.intdigest()

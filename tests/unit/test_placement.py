@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -278,10 +277,10 @@ def test_few_pages_are_all_sampled(asked: list[int]) -> None:
 
 
 def test_many_pages_are_sampled_at_random_from_all_ranges(asked: list[int]) -> None:
-    random.seed(1)
     ranges = [(i << 40, (i + 1) * 1000 * PAGE) for i in range(1, 4)]
     placement.sample(ranges, samples=900)
-    assert len(set(asked)) == len(asked) == 900
+    assert len(asked) == 900
+    assert len(set(asked)) > 700  # some come twice
     per_range = [sum(a <= one < a + n for one in asked) for a, n in ranges]
     assert sum(per_range) == 900
     # Each by its share of the 9,000 pages, 200, 300 and 400; never at a fixed distance.

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from numaload.pagecache.prewarm import PrewarmReport, prewarm
     from numaload.pagecache.residency_report import ResidencyReport, residency
     from numaload.pipeline.stream import stream
+    from numaload.replicas import catalogue as store
     from numaload.replicas.mirror import attach, mirror
+    from numaload.replicas.opening import open_model as open  # noqa: A004 - as files have
     from numaload.replicas.views import Mirror, MirrorReport
     from numaload.weights import Tensor, Weights
-    from numaload.weights import open_weights as open  # noqa: A004 - numaload.open, as files have
 
 __all__ = [
     "EvictReport",
@@ -51,6 +52,7 @@ __all__ = [
     "prewarm",
     "prewarm_async",
     "residency",
+    "store",
     "stream",
     "topology",
 ]
@@ -77,7 +79,8 @@ _PLACES: dict[str, tuple[str, str | None]] = {
     "stream": ("pipeline.stream", "stream"),
     "Tensor": ("weights", "Tensor"),
     "Weights": ("weights", "Weights"),
-    "open": ("weights", "open_weights"),
+    "open": ("replicas.opening", "open_model"),
+    "store": ("replicas.catalogue", None),
 }
 
 

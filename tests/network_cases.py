@@ -86,7 +86,11 @@ def asks(job: subprocess.Popen[str]) -> bool:
 def entries(numaload: Numaload) -> list[str]:
     """What is left in the store but for its locks and the list of models used."""
     names = (str(path.relative_to(numaload.store)) for path in numaload.store.rglob("*"))
-    return [name for name in names if not name.startswith(("known", "lock", "numaload", "reading"))]
+    return [
+        name
+        for name in names
+        if not name.startswith(("known", "lock", "numaload", "pools", "reading"))
+    ]
 
 
 def nothing_left(numaload: Numaload, before: int) -> None:

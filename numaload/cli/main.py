@@ -24,6 +24,7 @@ VERBS = {
     "mirror": "replicas",
     "verify": "stored",
     "release": "stored",
+    "store": "pools",
     "bench": "bench",
 }
 IO_TIMEOUT = "NUMALOAD_IO_TIMEOUT"  # seconds, for this process and those that it starts

@@ -15,6 +15,7 @@ from numaload.cli.output import (
     progress_bar,
     rate,
     say,
+    seconds,
     size,
 )
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from numaload.replicas.views import MirrorReport
 
 PLACED = "placed, not bound"
+WATCH_S, SETTLE_S = 5.0, 0.5  # between two looks, and where a file was only seen once
 ALLOW = (
     "memory may move later; in a container, --cap-add SYS_NICE (or seccomp=unconfined) allows"
     " binding"
@@ -55,6 +57,13 @@ def add_verbs(verbs: Any) -> None:
             " logout",
         )
         parser.add_argument(
+            "--pool",
+            metavar="POOL",
+            default="",
+            help="for room, unused replicas of the same pool go (default: base)",
+        )
+        parser.add_argument("--keep", action="store_true", help="these never go for room")
+        parser.add_argument(
             "--strict",
             action="store_true",
             help="refuse where memory cannot be bound, instead of placing it by first touch",
@@ -67,6 +76,16 @@ def add_verbs(verbs: Any) -> None:
         parser.add_argument(
             "--policy", choices=["mirror"], default="mirror", help="a replica per node"
         )
+        if run is mirror:
+            parser.add_argument(
+                "--watch",
+                metavar="SECONDS",
+                nargs="?",
+                const=WATCH_S,
+                type=seconds,
+                help="stay, and mirror again what changes or goes: looked at every so often"
+                f" (default: {WATCH_S:g})",
+            )
 
 
 def _common(parser: argparse.ArgumentParser, run: Any, help_: str) -> None:
@@ -107,8 +126,9 @@ def _plan(options: argparse.Namespace) -> tuple[list[Any], Any, Any]:
         if machine.copies_note and options.per == "node":
             note(machine.copies_note)
     wanted = MirrorOptions(
-        machine.groups(nodes, options.per), options.hold, options.strict, options.drop_source
-    )
+        machine.groups(nodes, options.per), options.hold, options.strict, options.drop_source,
+        options.pool, options.keep,
+    )  # fmt: skip
     return _models(options.files), machine, wanted
 
 
@@ -122,12 +142,16 @@ def show_plan(options: argparse.Namespace) -> int:
     todo = plan_shared(models, machine, wanted)
     if options.json:
         print_json(todo)
-        return 0 if todo.fits else 1
+        return 0 if todo.fits or todo.goes else 1
     for line in _builds(todo):
         say(line)
     for need in todo.needs:
         say(_fits(need))
-    return 0 if todo.fits else 1
+    for path in todo.goes:
+        say(f"would go for room: {path}")
+    if todo.why:
+        say(todo.why)
+    return 0 if todo.fits or todo.goes else 1
 
 
 def _announce(todo: MirrorPlan) -> None:
@@ -170,6 +194,8 @@ def _of(need: Need) -> str:
 def mirror(options: argparse.Namespace) -> int:
     from numaload.replicas.mirror import mirror_shared
 
+    if options.watch is not None:
+        return _watch(options)
     models, machine, wanted = _plan(options)
     if not models:
         complain(TEACH)
@@ -182,6 +208,76 @@ def mirror(options: argparse.Namespace) -> int:
         _tell(one.report)
     _tell_how_long(hold=options.hold)
     return 0 if all(m.report.placed for m in mirrors) else 1
+
+
+def _watch(options: argparse.Namespace) -> int:
+    """Keep models mirrored until a signal comes; their replicas are in use for so long.
+
+    A file that is being written is waited for: it must look the same twice.
+    """
+    import time
+
+    from numaload.errors import NumaloadError
+
+    held: list[Any] = []
+    told, seen = "", None
+    while True:
+        try:
+            now = _as_they_are(options.files)
+            if now == seen and not _all_there(now, held):
+                held = _mirrored_again(options, held)
+                if not told:
+                    _tell_systemd("READY=1")
+                told = "ready"
+            seen = now
+        except NumaloadError as error:
+            if str(error) != told:  # said once, not every few seconds
+                complain(error)
+            told = str(error)
+        time.sleep(SETTLE_S if not held else options.watch)
+
+
+def _as_they_are(files: list[str]) -> list[Any]:
+    opened = _models(files)
+    try:
+        return [weights.model() for weights in opened]
+    finally:
+        for weights in opened:
+            weights.close()
+
+
+def _all_there(now: list[Any], held: list[Any]) -> bool:
+    """Return whether the replicas that are in use are those of the files, and have their names."""
+    import os
+
+    mirrors = [one for one in held if all(map(os.path.exists, one.paths(one.nodes[0])))]
+    return bool(now) and [one.model.key for one in mirrors] == [model.key for model in now]
+
+
+def _mirrored_again(options: argparse.Namespace, before: list[Any]) -> list[Any]:
+    from numaload.replicas import store
+    from numaload.replicas.mirror import mirror_shared
+
+    models, machine, wanted = _plan(options)
+    mirrors = mirror_shared(models, machine, wanted, None, _announce)
+    for one in before:
+        one.close()
+    store.sweep()  # what was replaced may go now
+    for one in mirrors:
+        one.owns_weights = True
+        _tell(one.report)
+    return mirrors
+
+
+def _tell_systemd(state: str) -> None:
+    """Tell systemd, where it started this and wants to know. Source: sd_notify(3)."""
+    import os
+    import socket
+
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as one:
+            one.sendto(state.encode(), address.replace("@", "\0", 1))
 
 
 def _tell_how_long(*, hold: bool) -> None:

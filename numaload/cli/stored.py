@@ -50,6 +50,18 @@ def add_verbs(verbs: Any) -> None:
         if run is status:
             machine.add_threads_option(parser)
             pagecache.add_options(parser)
+        if run is verify:
+            parser.add_argument(
+                "--checksum",
+                action="store_true",
+                help="also read the files, and find changes that their size and times do not tell",
+            )
+        if run is status:
+            parser.add_argument(
+                "--ready",
+                action="store_true",
+                help="only whether FILE is mirrored on every node as it is now; by exit status too",
+            )
 
 
 class _Chosen(NamedTuple):
@@ -120,9 +132,37 @@ def _siblings(path: str) -> list[str]:
 def status(options: argparse.Namespace) -> int:
     if options.threads is not None:
         return machine.show_threads(options)
+    if options.ready:
+        return _ready(options)
     given = dict.fromkeys(path for file in options.files for path in _siblings(file))
     files = pagecache.Files(given or _used(), tensors=options.tensors)
     return pagecache.repeat(lambda: _show_status(options, files), options.watch)
+
+
+def _ready(options: argparse.Namespace) -> int:
+    files = options.files or _used()
+    found = {file: _why_not_ready(file) for file in files} or {"": "no models known since boot"}
+    why = {file: text for file, text in found.items() if text}
+    if options.json:
+        print_json({"ready": not why, "why": why})
+    else:
+        for file, text in why.items():
+            say(f"not ready: {file}: {text}" if file else f"not ready: {text}")
+        if not why:
+            say("ready")
+    return 1 if why else 0
+
+
+def _why_not_ready(file: str) -> str:
+    from numaload.errors import NumaloadError
+    from numaload.machine.topology import topology
+    from numaload.replicas.mirror import lacking
+
+    try:
+        lacks = lacking(file, topology().all)
+    except NumaloadError as error:
+        return str(error)
+    return f"no replica of it as it is now on {on_nodes(lacks)}" if lacks else ""
 
 
 def _used() -> list[str]:
@@ -230,7 +270,9 @@ def verify(options: argparse.Namespace) -> int:
             right = False
             continue
         right &= found.right
-        rows.append({"path": path, "source": source} | found.to_dict())
+        wrong = _differs(entry, source) if options.checksum else []
+        right &= not wrong
+        rows.append({"path": path, "source": source} | found.to_dict() | {"differs": wrong})
         if source != "unchanged":
             note(f"{path}: {SOURCE_TEXTS[source]}; verified is the replica as it was built")
         for nodes, placement in () if options.json else by_replica(found.placements):
@@ -240,6 +282,17 @@ def verify(options: argparse.Namespace) -> int:
     if options.json:
         print_json(rows)
     return 0 if right else 1
+
+
+def _differs(entry: Any, source: str) -> list[tuple[str, int]]:
+    """Compare the source's own bytes, as far as it is what it was; say what differs."""
+    from numaload.replicas.verify import differing
+
+    found = differing(entry.model.paths, entry.checksums) if source == "unchanged" else []
+    for path in dict.fromkeys(path for path, _ in found):
+        n = count(sum(path == other for other, _ in found), "chunk")
+        complain(f"{path}: {n} of the file differ from its replica, though its times do not tell")
+    return found
 
 
 def release(options: argparse.Namespace) -> int:

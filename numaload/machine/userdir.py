@@ -28,7 +28,7 @@ SHARED_MEMORY = "/dev/shm"  # noqa: S108 - what is made there is checked for its
 TMPFS = 0x01021994  # linux/magic.h
 MARKER = "numaload-store"  # a file: numaload made the folder. No dot: earlier versions clear those
 ENTRY = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{8}")  # with a dot in front: not there yet, or no more
-OURS = re.compile(rf"lock|known|prewarming|reading|\.?{ENTRY.pattern}|{MARKER}")
+OURS = re.compile(rf"lock|known|pools|prewarming|reading|\.?{ENTRY.pattern}|{MARKER}")
 MOST = 16 << 20  # bytes of a record; the manifest of a model of 10 TB has less
 # What reading and checking a record that anybody wrote may raise.
 UNREADABLE = (

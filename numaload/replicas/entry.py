@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,13 @@ from numaload.holder.process import HolderProcess
 from numaload.linux.lists import Group, format_list
 from numaload.machine import userdir
 from numaload.replicas.build import CHUNK
-from numaload.replicas.plan import nodes_of
+from numaload.replicas.plan import footprint, nodes_of
 
 VERSION = 2
 MOST_NODES = 1 << 16  # kernels are built for at most 1024
 LATEST = 1 << 40  # seconds since the epoch, which calendars still have
+BASE = "base"  # the pool of what is not said to be in another one
+POOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Entry:
     created: float  # seconds since the epoch
     seconds: float  # that building took
     bound: bool = True  # False: placed by first touch, where binding was refused
+    pool: str = BASE
+    keep: bool = False  # never goes to make room
     holder: HolderProcess | None = None  # that keeps its memory files open
     held: frozenset[tuple[int, int]] = frozenset()  # (st_dev, st_ino) of these
 
@@ -42,6 +47,11 @@ class Entry:
     def nbytes(self) -> int:
         """Return the bytes of all its replicas."""
         return self.model.size * len(self.groups)
+
+    def on_node(self, node: int) -> int:
+        """Return the bytes that its replicas take of a node."""
+        shares = (footprint(self.model) // len(group) for group in self.groups if node in group)
+        return sum(shares)
 
     def paths(self, group: Group) -> list[str]:
         """Return the paths at which this user can open the files of a replica."""
@@ -62,6 +72,8 @@ class Entry:
             "created": self.created,
             "seconds": self.seconds,
             "bound": self.bound,
+            "pool": self.pool,
+            "keep": self.keep,
         }
 
     @classmethod
@@ -78,6 +90,8 @@ class Entry:
             created=userdir.number(row["created"], float, below=LATEST),
             seconds=userdir.number(row["seconds"], float),
             bound=row["bound"] is True,
+            pool=str(row.get("pool", BASE)),  # as earlier versions had none
+            keep=row.get("keep") is True,
             holder=holder_of(row),
             held=_held(row),
         )
@@ -94,6 +108,7 @@ class Entry:
             "replicas": len(set(self.groups)) == len(self.groups),
             "file names": names and not {"", ".", ".."} & set(names),
             "checksums": [len(row) for row in self.checksums] == chunks,
+            "pool": POOL.fullmatch(self.pool) is not None,
         }
         wrong = [what for what, holds in expected.items() if not holds]
         if wrong:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from numaload.errors import StoreError, reason, warn_once
@@ -18,6 +18,7 @@ MANIFEST, LOCK = "manifest.json", "lock"
 ASIDE = re.compile(rf"\.{MANIFEST}\.[0-9a-f]{{8}}")  # while it is written
 NODES, LINK = re.compile(r"node[0-9,-]+"), re.compile(r"/proc/\d+/fd/\d+")
 REPLICA_MODE = 0o400
+MOST_LINKS = 10_000  # in the folder of a replica
 # Errors that say that there is nothing, or no entry. EPERM is raised here, for other file systems.
 NO_ENTRY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EPERM)
 
@@ -79,6 +80,34 @@ def write(name: str, manifest: bytes, files: Links, store: int, *, held: bool = 
         raise
 
 
+def link_others(folder: str, source: str) -> None:
+    """Link everything in ``source`` that a replica's folder has no file for. Raises: StoreError.
+
+    Links that lead to what is no more there are taken away.
+    """
+    with userdir.named(folder):
+        names = [name for name in os.listdir(source) if not name.startswith(".")]
+        if len(names) > MOST_LINKS:
+            raise StoreError(f"{source}: {len(names)} files, expected at most {MOST_LINKS} to link")
+        with userdir.folder(folder, None) as inside:
+            there = set(os.listdir(inside))
+            for name in there.difference(names):
+                if _is_link_to(name, inside, {source}):
+                    os.unlink(name, dir_fd=inside)
+            for name in set(names).difference(there):
+                with suppress(FileExistsError):
+                    os.symlink(os.path.join(source, name), name, dir_fd=inside)
+
+
+def _is_link_to(name: str, folder: int, sources: Container[str]) -> bool:
+    """Return whether this is a link to the file of its name in one of these folders."""
+    try:
+        target = os.readlink(name, dir_fd=folder)
+    except OSError:  # it is no link
+        return False
+    return os.path.basename(target) == name and os.path.dirname(target) in sources
+
+
 def remove(name: str, store: int) -> bool:
     """Remove an entry, following no link and entering no other file system.
 
@@ -88,7 +117,7 @@ def remove(name: str, store: int) -> bool:
     try:
         folder = _below(name, store)
         try:
-            stays = _empty(folder, _named(folder))
+            stays = _empty(folder, *_named(folder))
         finally:
             os.close(folder)
     except OSError as error:
@@ -106,32 +135,36 @@ def _below(name: str, parent: int) -> int:
     return folder
 
 
-def _named(folder: int) -> dict[str, str] | None:
-    """Return {replica's name: size} by the manifest, None without one. Raises: OSError."""
+def _named(folder: int) -> tuple[dict[str, str] | None, set[str]]:
+    """Return {replica's name: size} by the manifest, None without one, and the source's folders.
+
+    Raises: OSError.
+    """
     try:
         # Numbers may be of any length.
         row = json.loads(userdir.read_owned(MANIFEST, folder), parse_int=str)
         if row["version"].isdecimal():
-            sizes = {os.path.basename(str(path)): "" for path in row["model"]["paths"]}
+            paths = list(map(str, row["model"]["paths"]))
+            sizes = {os.path.basename(path): "" for path in paths}
             with suppress(LookupError, TypeError):  # damaged: the mode of a replica is enough
                 sizes.update(zip(sizes, (i[2] for i in row["model"]["identities"])))  # noqa: B905
-            return sizes
+            return sizes, set(map(os.path.dirname, paths))
     except FileNotFoundError:
-        return None
+        return None, set()
     except userdir.UNREADABLE as error:
         if isinstance(error, OSError) and not isinstance(error, StoreError):
             raise
     raise PermissionError(errno.EPERM, "is no manifest of an entry", MANIFEST)
 
 
-def _empty(folder: int, sizes: dict[str, str] | None) -> bool:
+def _empty(folder: int, sizes: dict[str, str] | None, sources: set[str]) -> bool:
     """Remove what is in an entry; return whether replicas stay.
 
     The manifest goes last: it tells who goes on after a kill which files are replicas.
     """
     stays = False
     for node in filter(NODES.fullmatch, os.listdir(folder)):
-        stays |= _empty_node(node, folder, sizes)
+        stays |= _empty_node(node, folder, sizes, sources)
     found = os.listdir(folder)
     if not any(map(NODES.fullmatch, found)):
         for file in found:
@@ -141,7 +174,7 @@ def _empty(folder: int, sizes: dict[str, str] | None) -> bool:
     return stays
 
 
-def _empty_node(node: str, folder: int, sizes: dict[str, str] | None) -> bool:
+def _empty_node(node: str, folder: int, sizes: dict[str, str] | None, sources: set[str]) -> bool:
     """Remove a node's replicas; return whether any stay. Errors stop neither others nor this."""
     stays = False
     try:
@@ -150,6 +183,9 @@ def _empty_node(node: str, folder: int, sizes: dict[str, str] | None) -> bool:
             for file in os.listdir(inside):
                 if sizes is None or file in sizes:
                     stays |= not _unlink(file, inside, sizes or {}) and sizes is not None
+                elif _is_link_to(file, inside, sources):
+                    with suppress(FileNotFoundError):
+                        os.unlink(file, dir_fd=inside)
         finally:
             os.close(inside)
     except OSError as error:

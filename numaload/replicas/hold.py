@@ -125,10 +125,18 @@ class _HeldEntry:
         """See to it that the entry is there, unless somebody builds now. Raises: OSError."""
         with userdir.opened() as store:
             if self._is_there(store):
+                self._take_over(store)
                 return
             with folders.alone(store) as alone:  # a sweep would take what is half written
                 if alone:
                     self._write(store)
+
+    def _take_over(self, store: int) -> None:
+        """Remember what others wrote into the manifest: its pool, and whether it is kept."""
+        with suppress(*userdir.UNREADABLE), userdir.folder(self.name, store) as folder:
+            found = userdir.read_owned(folders.MANIFEST, folder)
+            if json.loads(found)["holder"] == json.loads(self.manifest)["holder"]:
+                self.manifest = found
 
     def withdraw(self) -> None:
         """Take it away by one rename; a sweep may remove the rest at the same time."""

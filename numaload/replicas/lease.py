@@ -6,7 +6,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from numaload.errors import (
     NotCopyable,
@@ -23,22 +23,24 @@ from numaload.replicas.entry import Entry, folder_of
 
 
 class Lease(NotCopyable):
-    """An entry in use: while this is open, ``release`` says so.
+    """An entry in use: while this is open, ``release`` says so, and it does not go for room.
 
+    uses: note the time, now and at the end, from which idle time is counted.
     Raises: ReplicaNotFoundError where somebody released it meanwhile.
     """
 
     __slots__ = ("fd",)  # not in __dict__: who copies that does not own it
     fd: int
 
-    def __init__(self, entry: Entry) -> None:
-        self.entry, self.fd = entry, -1
+    def __init__(self, entry: Entry, *, uses: bool = False) -> None:
+        self.entry, self.uses, self.fd = entry, uses, -1
         with userdir.existing() as store, self._gone():
             if store is None:
                 raise FileNotFoundError
             self.fd = os.open(entry.name, userdir.DIRECTORY, dir_fd=store)
         try:
             userdir.flock(self.fd, fcntl.LOCK_SH)
+            self._note_use()
         except BaseException:
             self.close()
             raise
@@ -69,9 +71,15 @@ class Lease(NotCopyable):
                 f" {reason(error)}"
             ) from error
 
+    def _note_use(self) -> None:
+        if self.uses:
+            with suppress(OSError):
+                os.utime(self.fd)
+
     def close(self) -> None:
-        fd, self.fd = getattr(self, "fd", -1), -1
-        if fd >= 0:
+        if getattr(self, "fd", -1) >= 0:
+            self._note_use()
+            fd, self.fd = self.fd, -1
             os.close(fd)
 
     def __del__(self) -> None:

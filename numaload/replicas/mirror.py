@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from numaload.errors import (
     NumaloadError,
@@ -29,13 +29,13 @@ from numaload.linux.lists import Group, format_list
 from numaload.machine import userdir
 from numaload.machine.probe import why_not_bound
 from numaload.machine.topology import Topology, topology
-from numaload.replicas import store
+from numaload.replicas import pools, store
 from numaload.replicas.arena import held_memory, private_memory, store_memory
 from numaload.replicas.build import Built, build
-from numaload.replicas.entry import Entry
+from numaload.replicas.entry import BASE, Entry
 from numaload.replicas.lease import Lease
 from numaload.replicas.plan import HELD, PRIVATE, STORED, Build, MirrorPlan, nodes_of, plan
-from numaload.replicas.verify import Verified, by_node, placements_of, verify
+from numaload.replicas.verify import Verified, by_node, verify
 from numaload.replicas.views import Mirror, report_of
 from numaload.weights import Weights, open_weights
 
@@ -50,6 +50,8 @@ def mirror(
     per: str = "node",
     shared: bool = False,
     hold: bool = False,
+    pool: str = "",
+    keep: bool = False,
     strict: bool = False,
     drop_source: bool = False,
     io_timeout: float | None = None,
@@ -63,6 +65,8 @@ def mirror(
     otherwise only this process has them. On a machine with one node nothing is copied unless
     shared: the view is the mapped file, and ``report.note`` says so.
     hold: shared, by a holder process: not limited by the tmpfs, not emptied at logout.
+    pool: of shared replicas: for room others of this pool go that nobody uses; "base" if not said.
+    keep: shared, and never goes for room.
     strict: refuse where memory cannot be bound. Otherwise threads on the nodes touch it first, and
     if the kernel then counts every page where it was asked for, ``report.unbound`` names the nodes.
     drop_source: give back all page cache of the files, not only what reading them brought in.
@@ -74,11 +78,14 @@ def mirror(
     """
     if policy not in POLICIES:
         raise UsageError(f"policy {policy!r}: expected {' or '.join(POLICIES)}")
-    if hold and not shared:
-        raise UsageError("hold: only shared replicas have a holder (shared=True)")
+    for name, asked in (("hold", hold), ("pool", pool), ("keep", keep)):
+        if asked and not shared:
+            raise UsageError(f"{name}: only of shared replicas (shared=True)")
     machine = topology()
     groups = machine.groups(machine.select(nodes), per)
-    options = MirrorOptions(groups, hold=hold, strict=strict, drop_source=drop_source)
+    options = MirrorOptions(
+        groups, hold=hold, strict=strict, drop_source=drop_source, pool=pool, keep=keep
+    )
 
     opened = [part.file for part in weights.parts] if isinstance(weights, Weights) else []
     with waiting(io_timeout, opened), _opened(weights) as model:
@@ -97,16 +104,25 @@ def attach(
 ) -> Mirror:
     """Return the replicas of this model that are in the store, for this process to use.
 
-    nodes: which are needed; by default all that is there. The kernel is asked where
-    their pages are, for ``report``; ``verify()`` asks again and checks the checksums too.
+    nodes: which are needed; by default all that is there. Looked at are the source's and the
+    replicas' sizes, owners and times; pages and checksums were proved when they were built. The
+    kernel is asked where the pages are when ``report`` is first looked at; ``verify()`` checks the
+    checksums too.
     Raises: ReplicaNotFoundError, saying whether the file changed since it was mirrored.
     """
-    machine = topology()
-    needed = None if nodes is None else machine.select(nodes)
+    needed = None if nodes is None else topology().select(nodes)
     with _opened(path) as weights:
-        made = _attach_shared(weights, machine, needed)
+        made = _attach_shared(weights, needed)
         made.owns_weights = weights is not path
         return made
+
+
+def lacking(path: str | os.PathLike[str], nodes: Sequence[int]) -> list[int]:
+    """Return the nodes that no replica of the model, as its files are now, serves."""
+    with open_weights(path) as weights:
+        found = store.find(weights.model())
+    serving = by_node({group: group for group in found})
+    return [node for node in nodes if node not in serving]
 
 
 @contextmanager
@@ -129,12 +145,20 @@ class MirrorOptions:
 
     hold: a holder process keeps it. strict: bind it or do not build it.
     drop_source: give back all page cache of the files, also what was there before.
+    pool: where it belongs, "" where it belongs already, or to "base". keep: it never goes for room.
+    Raises: UsageError for what is no name of a pool.
     """
 
     groups: Sequence[Group]
     hold: bool = False
     strict: bool = False
     drop_source: bool = False
+    pool: str = ""
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pool:
+            pools.checked(self.pool)
 
     @property
     def kept(self) -> str:
@@ -176,21 +200,27 @@ def fitted(
     *,
     kept: str,
     bound: bool,
+    pool: str = "",
 ) -> MirrorPlan:
     """Return the plan, after giving back page cache of the models where it needs that room.
 
     Bound memory pushes page cache out by itself; first touch would go to another node instead.
     """
-    before = plan(builds, machine, kept=kept, bound=bound)
+    left = _left(pool, machine)
+    before = plan(builds, machine, kept=kept, bound=bound, pool=pool, left=left)
     if before.fits or bound:
         return before
     for weights in models:
         for part in weights.parts:
             give_back(part.file, [(0, part.file.size)])
-    after = plan(builds, machine, kept=kept, bound=bound)
+    after = plan(builds, machine, kept=kept, bound=bound, pool=pool, left=left)
     if after.fits:
         warn_once("room", "page cache of the source was given back: the plan needs its room")
     return after
+
+
+def _left(pool: str, machine: Topology) -> dict[int, int]:
+    return pools.left(pool, store.entries(), machine) if pool else {}
 
 
 def private(
@@ -205,14 +235,15 @@ def private(
     built = build(files, groups, memory, machine, progress, bound=bound, drop_source=drop)
     report = report_of(weights, machine, groups, "private", built)
     replicas = {group: [arena.mapping for arena in row] for group, row in built.arenas.items()}
-    return Mirror(weights, replicas, report, machine, dict.fromkeys(groups, built.checksums))
+    sums = dict.fromkeys(groups, built.checksums)
+    return Mirror(weights, replicas, groups, report, machine, sums)
 
 
 def _mapped(weights: Weights, machine: Topology, groups: Sequence[Group]) -> Mirror:
     """Return the opened file itself as the only view: there is one node."""
     report = report_of(weights, machine, groups, "mapped")
     report.note = "one NUMA node: nothing was copied, the view is the opened file itself"
-    return Mirror(weights, {}, report, machine, {})
+    return Mirror(weights, {}, groups, report, machine, {})
 
 
 def plan_shared(models: Sequence[Weights], machine: Topology, options: MirrorOptions) -> MirrorPlan:
@@ -223,7 +254,26 @@ def plan_shared(models: Sequence[Weights], machine: Topology, options: MirrorOpt
     """
     builds = _missing(models, options, building=False)
     bound = can_bind(options, machine)
-    return plan(builds, machine, kept=options.kept, bound=bound)
+    try:
+        pool = _pool(models, options)
+        left = _left(pool, machine)
+        todo = plan(builds, machine, kept=options.kept, bound=bound, pool=pool, left=left)
+        goes, why = ([], "") if todo.fits else store.room(todo.needs, pool, _keys(models))
+    except StoreError:  # said already
+        return plan(builds, machine, kept=options.kept, bound=bound)
+    return replace(todo, goes=tuple(entry.model.paths[0] for entry in goes), why=why)
+
+
+def _pool(models: Sequence[Weights], options: MirrorOptions) -> str:
+    """Return the pool that replicas of these models are built for."""
+    if options.pool:
+        return options.pool
+    before = (entry.pool for weights in models for entry in store.changed(weights.model()))
+    return next(before, BASE)
+
+
+def _keys(models: Sequence[Weights]) -> set[str]:
+    return {weights.model().key for weights in models}
 
 
 def _missing(models: Sequence[Weights], options: MirrorOptions, *, building: bool) -> list[Build]:
@@ -300,7 +350,13 @@ def _mirror_shared(
     with store.building() as folder:
         bound = can_bind(options, machine)
         builds = _missing(models, options, building=True)
-        todo = fitted(builds, models, machine, kept=options.kept, bound=bound)
+        pool = _pool(models, options)
+        todo = fitted(builds, models, machine, kept=options.kept, bound=bound, pool=pool)
+        if not todo.fits:
+            whom = ", ".join(weights.paths[0] for weights in models)
+            why = store.make_room(todo.needs, pool, _keys(models), whom)
+            todo = fitted(builds, models, machine, kept=options.kept, bound=bound, pool=pool)
+            todo = replace(todo, why=why)
         if announce:
             announce(todo)
         todo.check()
@@ -315,17 +371,22 @@ def _mirror_shared(
                     built = build(
                         files, missing, memory, machine, progress, bound=bound, drop_source=drop
                     )
-                    _publish(model, built, folder, hold=options.hold)
+                    _publish(model, built, folder, options)
+                    store.drop_replaced()
                 known.remember(model)
-                done.append(_attach(weights, machine, list(options.groups), built))
+                found = store.find(model)
+                for entry in [found[group] for group in options.groups if group in found]:
+                    store.mark(entry, pool=options.pool, keep=options.keep)
+                done.append(_attach(weights, list(options.groups), found, built, machine))
                 failed.callback(done[-1].close)
             failed.pop_all()
     return done
 
 
-def _publish(model: known.Model, built: Built, folder: int, *, hold: bool) -> None:
+def _publish(model: known.Model, built: Built, folder: int, options: MirrorOptions) -> None:
+    hold, pool, keep = options.hold, options.pool, options.keep
     try:
-        store.publish(model, built, folder, hold=hold)
+        store.publish(model, built, folder, hold=hold, pool=pool, keep=keep)
     except NumaloadError:
         raise
     except OSError as error:
@@ -336,25 +397,29 @@ def _publish(model: known.Model, built: Built, folder: int, *, hold: bool) -> No
         built.close()
 
 
-def _attach_shared(weights: Weights, machine: Topology, needed: Sequence[int] | None) -> Mirror:
+def _attach_shared(weights: Weights, needed: Sequence[int] | None) -> Mirror:
     """Attach the replicas on the ``needed`` nodes; None: every replica that is there."""
-    found = store.find(weights.model())
+    found = store.find_of([part.file.opened for part in weights.parts])
     if not found:
         raise ReplicaNotFoundError(_why_missing(weights, ()))
     if needed is None:
-        return _attach(weights, machine, sorted(found), None)
+        return _attach(weights, sorted(found), found)
     serving = by_node({group: group for group in found})
     missing = [node for node in needed if node not in serving]
     if missing:
         raise ReplicaNotFoundError(_why_missing(weights, missing))
     groups = sorted({serving[node] for node in needed})
-    return _attach(weights, machine, groups, None)
+    return _attach(weights, groups, found)
 
 
 def _attach(
-    weights: Weights, machine: Topology, groups: Sequence[Group], built: Built | None
+    weights: Weights,
+    groups: Sequence[Group],
+    found: Mapping[Group, Entry],
+    built: Built | None = None,
+    machine: Topology | None = None,
 ) -> Mirror:
-    found = store.find(weights.model())
+    """Attach replicas. Pages that were there before are asked for when the report is looked at."""
     missing = [group for group in groups if group not in found]
     if missing:
         raise ReplicaNotFoundError(_why_missing(weights, nodes_of(missing)))
@@ -362,23 +427,15 @@ def _attach(
         leases: dict[str, Lease] = {}
         for entry in (found[group] for group in groups):
             if entry.name not in leases:
-                leases[entry.name] = Lease(entry)
+                leases[entry.name] = Lease(entry, uses=True)
                 failed.callback(leases[entry.name].close)
         replicas = {group: leases[found[group].name].map(group) for group in groups}
-        report = report_of(weights, machine, groups, "shared", built)
-        old = {g: m for g, m in replicas.items() if built is None or g not in built.arenas}
-        report.placements |= by_node(placements_of(old))
-        entries = [lease.entry for lease in leases.values()]
-        report.unbound = _unbound(entries, groups)
-        report.holders = [entry.holder.pid for entry in entries if entry.holder]
         sums = {group: found[group].checksums for group in groups}
         paths = {group: found[group].paths(group) for group in groups}
         failed.pop_all()
-    return Mirror(weights, replicas, report, machine, sums, list(leases.values()), paths)
-
-
-def _unbound(entries: Iterable[Entry], groups: Sequence[Group]) -> list[int]:
-    return nodes_of([g for e in entries if not e.bound for g in e.groups if g in groups])
+    made = Mirror(weights, replicas, groups, None, machine, sums, list(leases.values()), paths)
+    made.built = built
+    return made
 
 
 def verify_entry(entry: Entry, machine: Topology) -> Verified:

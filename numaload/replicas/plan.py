@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,6 +28,8 @@ PAGE_CACHE = (
 )
 
 
+OVER_BUDGET = "a larger budget: numaload store budget POOL SIZE"
+NO_BUDGET: dict[int, int] = {}
 TRUSTED = 256 << 20  # bytes filled, at most, between two looks at a node's free memory
 
 Build = tuple[Model, Sequence[Group]]  # a model, and the groups of nodes that lack a replica
@@ -42,6 +44,7 @@ class Need:
     free: int | None
     node: int | None = None
     hint: str = ""  # what else can be done where it does not fit
+    is_tmpfs: bool = False
 
     @property
     def fits(self) -> bool:
@@ -61,6 +64,8 @@ class MirrorPlan:
 
     builds: tuple[Build, ...]
     needs: tuple[Need, ...]
+    goes: tuple[str, ...] = ()  # models whose replicas would go, and then it fits
+    why: str = ""  # replicas of the pool cannot make room
 
     @property
     def fits(self) -> bool:
@@ -74,7 +79,7 @@ class MirrorPlan:
         """Check that it fits. Raises: NodeMemoryError naming every limit that is too small."""
         short = [need for need in self.needs if not need.fits]
         if short:
-            text = "; ".join(str(need) for need in short)
+            text = "; ".join([*map(str, short), *([self.why] if self.why else [])])
             raise NodeMemoryError(
                 f"replicas do not fit, nothing was built: {text}",
                 node=short[0].node,
@@ -88,7 +93,8 @@ class MirrorPlan:
             for m, groups in self.builds
         ]
         needs = [asdict(need) | {"fits": need.fits} for need in self.needs]
-        return {"builds": builds, "needs": needs, "nbytes": self.nbytes, "fits": self.fits}
+        rest = {"nbytes": self.nbytes, "fits": self.fits, "goes": self.goes, "why": self.why}
+        return {"builds": builds, "needs": needs} | rest
 
 
 def plan(
@@ -97,11 +103,13 @@ def plan(
     *,
     kept: str,
     bound: bool = True,
+    pool: str = "",
+    left: Mapping[int, int] = NO_BUDGET,
 ) -> MirrorPlan:
     """Compare what these replicas take with every limit that they count against.
 
     kept: PRIVATE, HELD by a process, or STORED: then the store's tmpfs is a limit too.
-    bound: see ``build``.
+    bound: see ``build``. left: bytes of each node that the budget of ``pool`` leaves.
     """
     per_node: dict[int, int] = {}
     for model, groups in builds:
@@ -110,6 +118,11 @@ def plan(
                 per_node[node] = per_node.get(node, 0) + -(-footprint(model) // len(group))
     total = sum(footprint(model) * len(groups) for model, groups in builds)
     needs = [_node_need(node, per_node[node], machine, bound=bound) for node in sorted(per_node)]
+    needs += [
+        Need(f"pool {pool} on node {node}", per_node[node], max(0, left[node]), node, OVER_BUDGET)
+        for node in sorted(per_node)
+        if node in left
+    ]
     if total:
         needs += [
             Need(limit.name, total, max(0, limit.free - LEAST_FREE))
@@ -167,8 +180,8 @@ def _store_need(needed: int) -> Need:
             free = status.f_bavail * status.f_frsize
             hint = "" if needed <= free else logout.tmpfs_limit_note(where, needed)
     except StoreError as error:
-        return Need("the store", needed, 0, hint=str(error))
-    return Need(f"tmpfs {where}", needed, free, hint=hint)
+        return Need("the store", needed, 0, hint=str(error), is_tmpfs=True)
+    return Need(f"tmpfs {where}", needed, free, hint=hint, is_tmpfs=True)
 
 
 def _gib(nbytes: int) -> str:

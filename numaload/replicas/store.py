@@ -10,6 +10,7 @@
             manifest.json             whose replicas, on which nodes, checksums
             node0/model.gguf          0400; the file itself, so that other engines can map it too
             node1/model.gguf
+        pools/                        budgets, and a journal of what went
         KEY.TOKEN/                    an entry with a holder: the memory is a process's, which
             node0-3/model.gguf        keeps it beyond logout and the size of the tmpfs; here are
                                       links to /proc/PID/fd/N
@@ -27,10 +28,11 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from errno import EEXIST, ENOENT, ENOTEMPTY
+from functools import lru_cache
 from typing import Any
 
 from numaload.errors import (
@@ -42,14 +44,18 @@ from numaload.errors import (
     warn_once,
 )
 from numaload.files.known import Model
+from numaload.files.source import Identity
 from numaload.holder.process import HolderProcess
 from numaload.linux.lists import Group
+from numaload.linux.users import users_of
 from numaload.machine import userdir
-from numaload.replicas import folders
+from numaload.machine.topology import Topology
+from numaload.replicas import folders, pools
 from numaload.replicas import hold as holding
 from numaload.replicas.build import Built
-from numaload.replicas.entry import Entry, folder_of, holder_of
+from numaload.replicas.entry import BASE, Entry, folder_of, holder_of
 from numaload.replicas.folders import MANIFEST
+from numaload.replicas.plan import Need
 
 TOKEN_BYTES = 4
 PAUSES_S = (0.01,) * 10  # in which others may end what they began to remove
@@ -102,11 +108,17 @@ def _read(name: str, store: int | None) -> Entry | str:
     """Return the entry, or why it cannot be read."""
     try:
         with userdir.folder(name, store) as folder:
-            return Entry.from_json(name, userdir.read_owned(MANIFEST, folder))
+            return _parsed(name, userdir.read_owned(MANIFEST, folder))
     except userdir.UNREADABLE as error:
         check_limits(error, f"{userdir.path()}/{name}")  # no damage that may be released
         why = reason(error) if isinstance(error, OSError) else str(error)
         return why or type(error).__name__
+
+
+@lru_cache(maxsize=256)
+def _parsed(name: str, manifest: bytes) -> Entry:
+    """Parse a manifest, once: those of large models take longer than opening them."""
+    return Entry.from_json(name, manifest)
 
 
 def _entry_names(store: int | None) -> list[str]:
@@ -132,12 +144,28 @@ def find(model: Model) -> dict[Group, Entry]:
 
     Without what cannot be reached: its holder has died, or is another container's.
     """
-    return {
-        group: entry
-        for entry in entries()
-        if entry.model.key == model.key and _reachable(entry)
-        for group in entry.groups
-    }
+    return _reached(lambda entry: entry.model.key == model.key)
+
+
+def find_of(opened: Sequence[Identity]) -> dict[Group, Entry]:
+    """Return the same of files that are open now, without reading of them what they begin with.
+
+    A file that was written to has another ctime.
+    """
+    wanted = [one[:-1] for one in opened]
+    return _reached(lambda entry: [one[:-1] for one in entry.model.identities] == wanted)
+
+
+def _reached(chosen: Callable[[Entry], bool]) -> dict[Group, Entry]:
+    found: list[Entry] = []
+    _take_over()
+    with userdir.existing() as store:
+        for name in _entry_names(store):
+            entry = _read(name, store)
+            if isinstance(entry, Entry) and chosen(entry) and _reachable(entry):
+                found.append(entry)
+    found.sort(key=lambda entry: entry.created)
+    return {group: entry for entry in found for group in entry.groups}
 
 
 @contextmanager
@@ -186,7 +214,10 @@ def _sweep(store: int) -> list[str]:
                 f"process {lost.pid}, which held the replicas of {entry.model.paths[0]}, is gone,"
                 " and they with it: it was killed, or its container ended",
             )
+            idle = _idle_s(entry, store)
             stays.append(_take_away(name, store))
+            pools.note(entry, f"process {lost.pid}, which held it, was killed", idle)
+    drop_replaced()
     stays = [why for why in stays if why]
     for why in stays:
         warn_once(why, why)
@@ -204,11 +235,23 @@ def _reachable(entry: Entry) -> bool:
     return holder is None or (not holder.foreign and holder.alive())
 
 
-def publish(model: Model, built: Built, store: int, *, hold: bool = False) -> Entry:
+def publish(
+    model: Model,
+    built: Built,
+    store: int,
+    *,
+    hold: bool = False,
+    pool: str = "",
+    keep: bool = False,
+) -> Entry:
     """Give the files their names: all of them appear at once, by one rename.
 
-    hold: they are memory files, which a holder process takes over.
+    hold: they are memory files, which a holder process takes over. pool, keep: see ``Entry``; ""
+    for the pool of the replicas of the files as they were before, or ``BASE``.
     """
+    before = changed(model)
+    pool = pool or next((entry.pool for entry in before), BASE)
+    keep = keep or any(entry.keep for entry in before)
     entry = Entry(
         name=f"{model.key}.{secrets.token_hex(TOKEN_BYTES)}",
         model=model,
@@ -217,6 +260,8 @@ def publish(model: Model, built: Built, store: int, *, hold: bool = False) -> En
         created=time.time(),
         seconds=built.seconds,
         bound=built.bound,
+        pool=pool,
+        keep=keep,
     )
     links = [
         (folder_of(group), os.path.basename(path), arena.fd)
@@ -264,22 +309,202 @@ class Released:
         }
 
 
-def release(chosen: Sequence[Entry]) -> list[Released]:
-    """Take these entries out of the store. One that fails reports why and stops no other."""
-    done = []
+def release(chosen: Sequence[Entry], why: str = "released") -> list[Released]:
+    """Take these entries out of the store. One that fails reports why and stops no other.
+
+    why: for the journal.
+    """
     with userdir.existing() as store:
-        for entry in chosen if store is not None else ():
-            try:
-                with userdir.folder(entry.name, store) as folder:
-                    in_use = not userdir.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except FileNotFoundError:
-                continue  # someone else released it just now
-            except OSError:  # what is wrong with it shows when it is taken away
-                in_use = False
-            error = _end(entry.holder) if entry.holder else ""
-            error = _take_away(entry.name, store) or error
-            done.append(Released(entry, entry.nbytes, in_use, error))
-    return done
+        done = [_release(entry, store, why) for entry in chosen if store is not None]
+    return [one for one in done if one is not None]
+
+
+def _release(entry: Entry, store: int, why: str, *, unless_used: bool = False) -> Released | None:
+    """Take an entry away; None where it went already, or somebody uses it that shall not lose it.
+
+    Who takes a lease meanwhile waits, and finds that it is gone.
+    """
+    in_use = False
+    with ExitStack() as held:
+        try:
+            folder = held.enter_context(userdir.folder(entry.name, store))
+            in_use = not userdir.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return None
+        except OSError:  # what is wrong with it shows when it is taken away
+            pass
+        if in_use and unless_used:
+            return None
+        idle = _idle_s(entry, store)
+        error = _end(entry.holder) if entry.holder else ""
+        error = _take_away(entry.name, store) or error
+    if not error:
+        pools.note(entry, why, idle)
+    return Released(entry, entry.nbytes, in_use, error)
+
+
+def mark(entry: Entry, *, pool: str = "", keep: bool = False) -> None:
+    """Put an entry into another pool, or have it kept; the caller holds the lock.
+
+    Raises: StoreError.
+    """
+    asked = replace(entry, pool=pool or entry.pool, keep=keep or entry.keep)
+    if asked == entry:
+        return
+    where = f"{userdir.path()}/{entry.name}"
+    with (
+        userdir.existing() as store,
+        userdir.named(where),
+        suppress(FileNotFoundError),  # somebody released it just now
+        userdir.folder(entry.name, store) as folder,
+    ):
+        row = json.loads(userdir.read_owned(MANIFEST, folder))
+        row |= {"pool": asked.pool, "keep": asked.keep}
+        userdir.write_whole(MANIFEST, json.dumps(row).encode(), folder)
+
+
+def changed(model: Model) -> list[Entry]:
+    """Return replicas of the same files as they were before they changed."""
+    found = entries()
+    return [e for e in found if e.model.paths == model.paths and e.model.key != model.key]
+
+
+@dataclass(frozen=True)
+class Use:
+    """Who uses an entry, and for how long nobody did. users: "name (pid)" of each process."""
+
+    users: list[str]
+    idle_s: float
+
+
+def uses(of: Sequence[Entry]) -> dict[str, Use]:
+    """Return who uses these entries, by name: who has a lease, or their files open or mapped.
+
+    Programs that know nothing of numaload are seen where /proc shows them. Raises: ReadError.
+    """
+    found: dict[str, list[str]] = {entry.name: [] for entry in of}
+    with userdir.existing() as store:
+        files = {file: entry for entry in of for file in _files(entry, store)}
+        for file, users in users_of(files).items():
+            entry = files[file]
+            holder = entry.holder.pid if entry.holder else None
+            found[entry.name] += [str(user) for user in users if user.pid != holder]
+        for entry in of:
+            if found[entry.name]:
+                with suppress(OSError):
+                    os.utime(entry.name, dir_fd=store, follow_symlinks=False)
+            elif not _is_free(entry, store):
+                found[entry.name] = ["a process that cannot be seen"]
+        return {
+            entry.name: Use(sorted(set(found[entry.name])), _idle_s(entry, store)) for entry in of
+        }
+
+
+def _files(entry: Entry, store: int | None) -> Iterator[tuple[int, int]]:
+    """Yield (st_dev, st_ino) of the entry's folder, which leases have open, and of its files."""
+    yield from entry.held
+    names = [entry.name]
+    for group in entry.groups if not entry.held else ():
+        bases = map(os.path.basename, entry.model.paths)
+        names += [f"{entry.name}/{folder_of(group)}/{base}" for base in bases]
+    for name in names:
+        with suppress(OSError):  # it went
+            status = os.stat(name, dir_fd=store, follow_symlinks=False)
+            yield status.st_dev, status.st_ino
+
+
+def _is_free(entry: Entry, store: int | None) -> bool:
+    """Return whether nobody, in another container either, has a lease."""
+    try:
+        with userdir.folder(entry.name, store) as folder:
+            return userdir.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # it went
+        return True
+
+
+def _idle_s(entry: Entry, store: int | None) -> float:
+    with suppress(OSError):
+        status = os.stat(entry.name, dir_fd=store, follow_symlinks=False)
+        return max(0.0, time.time() - status.st_mtime)
+    return 0.0
+
+
+def make_room(needs: Sequence[Need], pool: str, but: Collection[str], whom: str) -> str:
+    """Have replicas of a pool go so that these needs fit; the caller holds the lock.
+
+    but: keys of models that stay. whom: for what there shall be room. Nothing goes if all that may
+    go is not enough. Returns: why it is not, or "".
+    """
+    going, why = room(needs, pool, but)
+    if not why:
+        for entry in going:
+            _take(entry, f"room for {whom}")
+    return why
+
+
+def room(needs: Sequence[Need], pool: str, but: Collection[str]) -> tuple[list[Entry], str]:
+    """Return what would go for room, in order, and why it is not enough, or ""."""
+    own = [e for e in entries() if e.pool == pool and e.model.key not in but and _reachable(e)]
+    if not own or not [need for need in needs if not need.fits]:
+        return [], f"pool {pool} has nothing that could go"
+    used = uses(own)
+    may = [entry for entry in own if not entry.keep and not used[entry.name].users]
+    going, enough = pools.chosen(may, needs, {name: use.idle_s for name, use in used.items()})
+    if enough:
+        return going, ""
+    stays = ""
+    for entry in own:
+        users = ", ".join(used[entry.name].users)
+        if users or entry.keep:
+            stays += f"; {entry.model.paths[0]} is {f'used by {users}' if users else 'kept'}"
+    return [], f"what may go of pool {pool} is not enough{stays}"
+
+
+def collect(machine: Topology, pool: str = "", idle_s: float | None = None) -> list[Released]:
+    """Have replicas go that nobody uses: of files that changed, and of pools over their budget.
+
+    pool: only of this one. idle_s: also all that were not used for so long. Those to be kept stay.
+    """
+    with building():
+        found = [entry for entry in entries() if pool in ("", entry.pool) and _reachable(entry)]
+        used = uses(found)
+        free = [entry for entry in found if not used[entry.name].users]
+        why = {e.name: "the file changed" for e in free if e.model.state() == "changed"}
+        for entry in free if idle_s is not None else ():
+            if not entry.keep and used[entry.name].idle_s >= (idle_s or 0):
+                why.setdefault(entry.name, "not used for long enough")
+        idle = {name: use.idle_s for name, use in used.items()}
+        for name in sorted({entry.pool for entry in found}):
+            left = [entry for entry in found if entry.name not in why]
+            may = [e for e in left if e.pool == name and e in free and not e.keep]
+            for entry in pools.chosen(may, pools.over(name, left, machine), idle)[0]:
+                why[entry.name] = f"pool {name} was over its budget"
+        return [one for e in free if e.name in why for one in _take(e, why[e.name])]
+
+
+def drop_replaced() -> None:
+    """Have replicas go that newer ones of the same files replace, where nobody uses them.
+
+    Others go with their last lease, when somebody next builds or looks.
+    """
+    found = entries()
+    newest = {entry.model.paths: entry.model.key for entry in found}
+    before = [entry for entry in found if entry.model.key != newest[entry.model.paths]]
+    used = uses(before) if before else {}
+    for entry in before:
+        if not used[entry.name].users:
+            _take(entry, "the file changed")
+
+
+def _take(entry: Entry, why: str) -> list[Released]:
+    """Take an entry away unless somebody has a lease by now, and say so."""
+    with userdir.existing() as store:
+        done = None if store is None else _release(entry, store, why, unless_used=True)
+    if done is None:
+        return []
+    if not done.error:
+        warn_once(f"gone {entry.name}", f"{entry.model.paths[0]}: its replicas went: {why}")
+    return [done]
 
 
 def _end(holder: HolderProcess) -> str:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from numaload.errors import ChecksumError
+from numaload.files.source import SourceFile
 from numaload.linux.lists import Group
 from numaload.linux.mapping import MappedMemory, populate_read
 from numaload.linux.placement import Placement, locate
@@ -104,6 +105,22 @@ def verify(
         differ.setdefault(group, []).append((paths[i], chunk))
     chunks = sum(len(sums) for group in replicas for sums in checksums[group])
     return Verified(by_node(placements), chunks, by_node(differ))
+
+
+def differing(paths: Sequence[str], checksums: Sequence[Sequence[int]]) -> list[tuple[str, int]]:
+    """Read the source's files and return [(path, chunk)] of what replicas were not built from.
+
+    Finds what size and times do not tell. Raises: ReadError.
+    """
+    found = []
+    for path, sums in zip(paths, checksums, strict=True):
+        with SourceFile(path) as file:
+            for chunk, expected in enumerate(sums):
+                size = min(CHUNK, file.size - chunk * CHUNK)
+                data = file.read_at(chunk * CHUNK, size) if size > 0 else b""
+                if xxhash.xxh3_64_intdigest(data) != expected:
+                    found.append((path, chunk))
+    return found
 
 
 def _check(

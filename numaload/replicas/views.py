@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from numaload.errors import ClosedError, NotCopyable, UsageError, printable
+from numaload.files.known import Model
 from numaload.files.plan import ReadPlan
 from numaload.linux.lists import Group, format_list
 from numaload.linux.mapping import MappedMemory
 from numaload.linux.placement import Placement
 from numaload.linux.syscalls import binding
 from numaload.machine.affinity import pinned_to
-from numaload.machine.topology import Topology
+from numaload.machine.topology import Topology, topology
 from numaload.replicas.build import Built
+from numaload.replicas.folders import link_others
 from numaload.replicas.lease import Lease
 from numaload.replicas.plan import nodes_of
-from numaload.replicas.verify import Verified, by_node, verify
+from numaload.replicas.verify import Verified, by_node, placements_of, verify
 from numaload.weights import Weights
 
 
@@ -57,22 +60,28 @@ class MirrorReport:
 
 
 class Mirror(NotCopyable):
-    """Hold replicas of one model, a view of each, and ways to run beside them."""
+    """Hold replicas of one model, a view of each, and ways to run beside them.
+
+    Its report, and what this machine is, are looked up when somebody wants to know.
+    """
 
     def __init__(
         self,
         weights: Weights,
         replicas: dict[Group, list[MappedMemory]],
-        report: MirrorReport,
-        machine: Topology,
+        groups: Sequence[Group],
+        report: MirrorReport | None,
+        machine: Topology | None,
         checksums: Mapping[Group, Sequence[Sequence[int]]],
         leases: Sequence[Lease] = (),
         paths: Mapping[Group, list[str]] | None = None,
     ) -> None:
-        self.report, self.nodes = report, sorted(report.asked)
-        self._weights, self._machine, self._leases = weights, machine, list(leases)
+        self._report, self._asked, self.nodes = report, list(groups), nodes_of(groups)
+        self._weights, self._topology, self._leases = weights, machine, list(leases)
+        self.built: Built | None = None  # replicas that were made for this, without a report
         self._replicas, self._checksums = replicas, checksums
-        self._views = by_node({g: Weights(weights.parts, m, g) for g, m in replicas.items()})
+        self._groups = by_node({group: group for group in replicas})
+        self._views: dict[Group, Weights] = {}
         self._paths = by_node(paths or {})
         self._closed = self.owns_weights = False
 
@@ -82,7 +91,46 @@ class Mirror(NotCopyable):
             raise ClosedError("this mirror was closed")
         if node not in self.nodes:
             raise UsageError(f"no replica on node {node}; there are on {format_list(self.nodes)}")
-        return self._views.get(node, self._weights)
+        group = self._groups.get(node)
+        if group is None:
+            return self._weights
+        if group not in self._views:
+            self._views[group] = Weights(self._weights.parts, self._replicas[group], group)
+        return self._views[group]
+
+    @property
+    def report(self) -> MirrorReport:
+        """Report what the kernel says of it; asked when this is first looked at.
+
+        Raises: ClosedError if it was closed before that.
+        """
+        if self._report is None:
+            self._report = self._ask()
+        return self._report
+
+    def _ask(self) -> MirrorReport:
+        if self._closed:
+            raise ClosedError("this mirror was closed before the kernel was asked of its pages")
+        machine, built = self._machine, self.built
+        report = report_of(self._weights, machine, self._asked, "shared", built)
+        old = {g: self._replicas[g] for g in self._asked if built is None or g not in built.arenas}
+        report.placements |= by_node(placements_of(old))
+        entries = [lease.entry for lease in self._leases]
+        placed = [group for entry in entries if not entry.bound for group in entry.groups]
+        report.unbound = nodes_of([group for group in placed if group in self._asked])
+        report.holders = [entry.holder.pid for entry in entries if entry.holder]
+        return report
+
+    @property
+    def _machine(self) -> Topology:
+        if self._topology is None:
+            self._topology = topology()
+        return self._topology
+
+    @property
+    def model(self) -> Model:
+        """Return the files that it is of, as they were when it was made."""
+        return self._weights.model()
 
     def local(self) -> Weights:
         """Return the view nearest to the CPU that the calling thread runs on now."""
@@ -90,6 +138,20 @@ class Mirror(NotCopyable):
         if here is None:
             return self.view(self.nodes[0])
         return self.view(self._machine.nearest(here, self.nodes))
+
+    def only(self, node: int | None) -> Weights:
+        """Return one view, which takes over what is open here and closes it. None: the nearest.
+
+        Raises: UsageError, ClosedError.
+        """
+        try:
+            found = self.local() if node is None else self.view(node)
+        except BaseException:
+            self.close()
+            raise
+        found.owned = [*self._leases, *([self._weights] if self.owns_weights else [])]
+        self._leases, self.owns_weights = [], False
+        return found
 
     @contextmanager
     def pinned(self, node: int) -> Iterator[Weights]:
@@ -119,11 +181,28 @@ class Mirror(NotCopyable):
             raise UsageError("replicas of one process have no files: mirror(..., shared=True)")
         return self._paths[node]
 
+    def folder(self, node: int) -> str:
+        """Return a folder with ``node``'s replica beside links to what else the source's has.
+
+        The replica's files have the source's names, so that any program loads the model from this
+        path: transformers, diffusers, peft, vLLM, llama.cpp. Links are made when this is called.
+        Where nothing was copied it is the source's own folder.
+        Raises: as ``paths``; UsageError for a model whose files are in several folders; StoreError.
+        """
+        paths, sources = self.paths(node), self._weights.paths
+        folders = {os.path.dirname(path) for path in sources}
+        if len(folders) > 1:
+            raise UsageError(f"{sources[0]}: its files are in several folders, which no folder has")
+        found, (source,) = os.path.dirname(paths[0]), folders
+        if found != source:
+            link_others(found, source)
+        return found
+
     def verify(self) -> Verified:
         """Ask the kernel for every page again and hash every chunk. Nothing is raised by this."""
         if self._closed:
             raise ClosedError("this mirror was closed")
-        return verify(self._replicas, self.report.paths, self._checksums, self._machine)
+        return verify(self._replicas, self._weights.paths, self._checksums, self._machine)
 
     def close(self) -> None:
         """Let go of the replicas. Memory is unmapped with its last array; addresses end now."""
@@ -146,9 +225,9 @@ class Mirror(NotCopyable):
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else self.report.kind
+        state = "closed" if self._closed else self._report.kind if self._report else "shared"
         nodes = format_list(self.nodes)
-        return printable(f"<Mirror of {self.report.paths[0]} on nodes {nodes}, {state}>")
+        return printable(f"<Mirror of {self._weights.paths[0]} on nodes {nodes}, {state}>")
 
 
 def _current_cpu() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from numaload.errors import ClosedError, NotCopyable, TensorNotFoundError, printable
 from numaload.files.known import Model
@@ -22,6 +22,12 @@ from numaload.weights.tensor import Tensor
 if TYPE_CHECKING:
     from numaload.files.reader import Progress
     from numaload.machine.workers import Workers
+
+
+class SupportsClose(Protocol):
+    """What can be closed."""
+
+    def close(self) -> None: ...
 
 
 AnyHeader = gguf.Header | safetensors.Header
@@ -53,6 +59,7 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
         self._mappings: list[MappedMemory | None] = [None] * len(parts)
         self._mappings[:] = mappings or self._mappings
         self._companions: Companions | None = None
+        self.owned: list[SupportsClose] = []  # what is closed with it
         self._lock = renewed(RLock())
         self._tensors = {
             info.name: Tensor(info, self, index)
@@ -190,6 +197,9 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
             if not self.nodes:  # files belong to the weights that were opened from them
                 for part in self._parts:
                     part.file.close()
+            owned, self.owned = self.owned, []
+        for one in owned:
+            one.close()
 
     def __enter__(self) -> Weights:
         return self

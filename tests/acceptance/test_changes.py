@@ -67,7 +67,7 @@ def own_model(model_files: list[str], tmp_path: Path) -> list[str]:
 
 
 def left_over(store: Path) -> list[str]:
-    return [name for name in os.listdir(store) if name not in (MARKER, "lock", "known")]
+    return [name for name in os.listdir(store) if name not in (MARKER, "lock", "known", "pools")]
 
 
 def descriptors() -> int:

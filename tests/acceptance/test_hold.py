@@ -47,7 +47,7 @@ def paths_of(entry: dict[str, Any]) -> list[str]:
 
 
 def left_over(store: Path) -> list[str]:
-    return [name for name in os.listdir(store) if name not in (MARKER, "lock", "known")]
+    return [name for name in os.listdir(store) if name not in (MARKER, "lock", "known", "pools")]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,147 @@
+"""The store as its user sees it: what is in it, who uses it, what it may take, and what went."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from numaload.errors import NumaloadError, UsageError
+from numaload.linux.lists import Group
+from numaload.linux.placement import Placement
+from numaload.machine.topology import topology
+from numaload.replicas import pools
+from numaload.replicas import store as stored
+from numaload.replicas.entry import Entry
+from numaload.replicas.lease import Lease
+from numaload.replicas.pools import Budget, Gone
+from numaload.replicas.verify import by_node, placements_of
+
+
+@dataclass
+class Row:
+    """One entry: replicas of a model that were built together. Sizes are bytes, times seconds.
+
+    paths: the model's files. nodes: {node: bytes}. source: whether the files are "unchanged",
+    "changed", "gone" or "unreadable". users: processes that use it, as "name (pid)". holder: the
+    process that keeps its memory. replicas: {nodes: its files}. error: why the kernel could not be
+    asked, with ``placements``.
+    """
+
+    paths: list[str]
+    pool: str
+    keep: bool
+    nodes: dict[int, int]
+    groups: list[Group]
+    replicas: dict[str, list[str]]
+    source: str
+    age_s: float
+    idle_s: float
+    users: list[str]
+    holder: int | None
+    bound: bool
+    placements: dict[int, Placement] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.nodes.values())
+
+    @property
+    def huge_pages(self) -> int:
+        """Return the bytes of all its replicas that huge pages hold."""
+        each = {id(found): found for found in self.placements.values()}
+        return sum(found.huge_pages for found in each.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        placements = {node: found.to_dict() for node, found in self.placements.items()}
+        return vars(self) | {
+            "placements": placements, "nbytes": self.nbytes, "huge_pages": self.huge_pages,
+        }  # fmt: skip
+
+
+@dataclass
+class Table:
+    """All that is in the store. gone: the last replicas that went, latest first."""
+
+    rows: list[Row]
+    budgets: dict[str, Budget]
+    gone: list[Gone]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "rows": [row.to_dict() for row in self.rows],
+            "budgets": {pool: str(budget) for pool, budget in self.budgets.items()},
+            "gone": [one.to_dict() for one in self.gone],
+        }
+
+
+def table() -> Table:
+    """Return what is in the store, rebuilt from what is there. Raises: StoreError."""
+    entries = stored.entries()
+    used = stored.uses(entries)
+    rows = [_row(entry, used[entry.name]) for entry in entries]
+    return Table(rows, pools.budgets(), pools.journal())
+
+
+def _row(entry: Entry, use: stored.Use) -> Row:
+    row = Row(
+        paths=list(entry.model.paths),
+        pool=entry.pool,
+        keep=entry.keep,
+        nodes={node: entry.on_node(node) for node in entry.nodes},
+        groups=list(entry.groups),
+        replicas={",".join(map(str, group)): entry.paths(group) for group in entry.groups},
+        source=entry.model.state(),
+        age_s=time.time() - entry.created,
+        idle_s=use.idle_s,
+        users=use.users,
+        holder=entry.holder.pid if entry.holder else None,
+        bound=entry.bound,
+    )
+    try:
+        lease = Lease(entry)
+        try:
+            row.placements = by_node(placements_of({g: lease.map(g) for g in entry.groups}))
+        finally:
+            lease.close()
+    except NumaloadError as error:  # the others are still worth showing
+        row.error = str(error)
+    return row
+
+
+def budget(pool: str, amount: str | int | None) -> None:
+    """Say what a pool may take of each node: "20G", bytes, "25%" of its memory; None: all.
+
+    What is over it goes when somebody mirrors to that pool, or with ``collect``.
+    Raises: UsageError, StoreError.
+    """
+    pools.set_budget(pool, None if amount is None else Budget.parse(str(amount)))
+
+
+def collect(pool: str = "", idle_s: float | None = None) -> list[stored.Released]:
+    """Have replicas go that nobody uses: of files that changed, and of pools over their budget.
+
+    pool: only of this one. idle_s: also all that were not used for so many seconds. What is kept
+    stays. Returns what went. Raises: StoreError, UsageError.
+    """
+    if pool:
+        pools.checked(pool)
+    return stored.collect(topology(), pool, idle_s)
+
+
+def folder(path: str | os.PathLike[str], node: int | None = None) -> str:
+    """Return a folder from which any program loads the model's replica: see ``Mirror.folder``.
+
+    node: whose replica; None: the nearest to the CPU that this thread runs on.
+    Raises: ReplicaNotFoundError, UsageError, StoreError.
+    """
+    from numaload.replicas.mirror import attach
+
+    with attach(path) as found:
+        if node is None:
+            node = next(iter(found.local().nodes), None)
+        if node is None:
+            raise UsageError(f"{os.fsdecode(path)}: no replica with a node")
+        return found.folder(node)

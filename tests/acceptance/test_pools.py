@@ -1,0 +1,429 @@
+"""The store as a cache: pools with budgets, who uses what, what goes for room, and folders.
+
+On one node, with small models; nodes of their own are tested in tests/numa.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import numaload as api
+from commands import Numaload, sparse_model, wait_for
+from numaload.errors import (
+    ClosedError,
+    NodeMemoryError,
+    NumaloadWarning,
+    ReplicaNotFoundError,
+    StoreError,
+    UsageError,
+)
+from numaload.machine import userdir
+from numaload.replicas import catalogue, pools
+from numaload.replicas import store as stored
+
+pytestmark = pytest.mark.usefixtures("nothing_said")
+
+MIB = 1 << 20
+HOLD_OPEN = "import sys; file = open(sys.argv[1], 'rb'); print(1, flush=True); sys.stdin.read()"
+LEASE = """
+import sys, numaload
+mirror = numaload.attach(sys.argv[1])
+print(1, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[str]:
+    """Models a to d of 4, 4, 8 and 4 MiB."""
+    return [
+        sparse_model(tmp_path / f"{name}.gguf", size * MIB)
+        for name, size in zip("abcd", (4, 4, 8, 4), strict=True)
+    ]
+
+
+def mirrored(path: str, pool: str = "lora", **options: Any) -> None:
+    api.mirror(path, nodes="local", shared=True, pool=pool, **options).close()
+
+
+def there() -> list[str]:
+    return sorted(Path(entry.model.paths[0]).stem for entry in stored.entries())
+
+
+def unused_for(path: str, seconds: float) -> None:
+    """Have it look as if nobody had used it for so long."""
+    (entry,) = (e for e in stored.entries() if e.model.paths == (path,))
+    then = time.time() - seconds
+    os.utime(f"{userdir.path()}/{entry.name}", (then, then))
+
+
+def running(program: str, *arguments: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "1\n"
+    return process
+
+
+# Pools, budgets, and what goes
+
+
+@pytest.mark.usefixtures("store")
+def test_for_room_the_longest_unused_and_largest_goes_first(models: list[str]) -> None:
+    a, b, c, d = models
+    mirrored(a)
+    mirrored(b)
+    mirrored(c)
+    mirrored(d, pool="base")
+    for path, idle in ((a, 100), (b, 900), (c, 300), (d, 9000)):
+        unused_for(path, idle)
+    catalogue.budget("lora", 17 * MIB)  # for what is there; c has the greatest idle time x size: 8
+    new = sparse_model(Path(a).parent / "new.gguf", 4 * MIB)
+    with pytest.warns(NumaloadWarning, match=f"b.gguf: its replicas went: room for {new}"):
+        mirrored(new)
+    assert there() == ["a", "c", "d", "new"]  # 900 s x 4 MiB is more than 300 s x 8 MiB
+    (gone,) = catalogue.table().gone
+    assert (gone.path, gone.pool, gone.why) == (b, "lora", f"room for {new}")
+    assert gone.nbytes >= 4 * MIB
+    assert gone.idle_s >= 900
+
+
+@pytest.mark.usefixtures("store")
+def test_nothing_goes_if_all_that_may_go_is_not_enough(models: list[str]) -> None:
+    a, b, c, _ = models
+    mirrored(a)
+    mirrored(b, keep=True)
+    catalogue.budget("lora", 9 * MIB)
+    with pytest.raises(NodeMemoryError, match=r"pool lora on node 0.*b\.gguf is kept") as caught:
+        mirrored(c)
+    assert "numaload store budget" in str(caught.value)
+    assert there() == ["a", "b"]
+    assert catalogue.table().gone == []
+
+
+@pytest.mark.parametrize("program", [LEASE, HOLD_OPEN], ids=["lease", "unknown program"])
+def test_what_is_used_does_not_go(store: Path, models: list[str], program: str) -> None:
+    a, b, _, _ = models
+    mirrored(a)
+    with api.attach(a) as mirror:
+        (replica,) = mirror.paths(mirror.nodes[0])
+    catalogue.budget("lora", 5 * MIB)
+    with running(program, a if program == LEASE else replica) as user:
+        unused_for(a, 1000)
+        (row,) = catalogue.table().rows
+        assert row.users == [f"{Path(f'/proc/{user.pid}/comm').read_text().strip()} ({user.pid})"]
+        with pytest.raises(NodeMemoryError, match=rf"a\.gguf is used by .*\({user.pid}\)"):
+            mirrored(b)
+        assert there() == ["a"]
+        assert catalogue.collect(idle_s=0.0) == []
+        user.communicate()
+    assert catalogue.table().rows[0].idle_s < 900  # it was seen
+    with pytest.warns(NumaloadWarning, match="room for"):
+        mirrored(b)
+    assert there() == ["b"]
+
+
+def test_a_killed_process_has_no_lease(store: Path, models: list[str]) -> None:
+    mirrored(models[0])
+    with running(LEASE, models[0]) as user:
+        user.kill()
+    assert catalogue.table().rows[0].users == []
+
+
+@pytest.mark.usefixtures("store")
+def test_pool_and_keep_can_be_said_later(models: list[str]) -> None:
+    mirrored(models[0], pool="")
+    (row,) = catalogue.table().rows
+    assert (row.pool, row.keep) == ("base", False)
+    mirrored(models[0], pool="lora", keep=True)
+    (row,) = catalogue.table().rows
+    assert (row.pool, row.keep) == ("lora", True)
+    mirrored(models[0], pool="")  # says nothing of either
+    (row,) = catalogue.table().rows
+    assert (row.pool, row.keep) == ("lora", True)
+
+
+@pytest.mark.usefixtures("store")
+def test_collecting(models: list[str]) -> None:
+    a, b, c, d = models
+    mirrored(a)
+    mirrored(b)
+    mirrored(c, keep=True)
+    mirrored(d, pool="mine")
+    assert catalogue.collect() == []
+    unused_for(b, 500)
+    with pytest.warns(NumaloadWarning):
+        (gone,) = catalogue.collect(idle_s=400)
+    assert gone.entry.model.paths == (b,)
+    catalogue.budget("lora", "0")
+    with pytest.warns(NumaloadWarning, match="pool lora was over its budget"):
+        catalogue.collect(pool="lora")
+    assert there() == ["c", "d"]
+    catalogue.budget("lora", None)
+    assert catalogue.table().budgets == {}
+
+
+def test_budgets_of_nodes_in_percent() -> None:
+    budget = pools.Budget.parse("25%")
+    assert (budget.of(1000), str(budget)) == (250, "25%")
+    assert pools.Budget.parse("1.5G").of(1) == 3 << 29
+    for wrong in ("", "-1", "101%", "G", "1e9", "x" * 1000, "1 2"):
+        with pytest.raises(UsageError, match="expected bytes"):
+            pools.Budget.parse(wrong)
+    for name in ("", "../x", "a b", "x" * 33, "\x1b[31m"):
+        with pytest.raises(UsageError, match="expected letters"):
+            pools.checked(name)
+
+
+@pytest.mark.parametrize("written", [b"", b"[]", b'{"lora": 5e999}', b'{"../x": "1G"}', b"\xff"])
+@pytest.mark.usefixtures("store")
+def test_records_that_cannot_be_read(models: list[str], written: bytes) -> None:
+    catalogue.budget("lora", "0")
+    folder = Path(userdir.path(), pools.FOLDER)
+    for name in (pools.BUDGETS, pools.JOURNAL):
+        (folder / name).write_bytes(written)
+    with pytest.warns(NumaloadWarning, match="no record that can be read|no pool has a budget"):
+        mirrored(models[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumaloadWarning)
+        table = catalogue.table()
+        stored.release(stored.entries())
+    assert (table.budgets, table.gone) == ({}, [])
+    assert len(catalogue.table().gone) == 1  # a journal is begun again
+
+
+@pytest.mark.usefixtures("store")
+def test_the_journal_is_bounded_and_shows_releases(models: list[str]) -> None:
+    for _ in range(pools.ROWS + 3):
+        entry = next(iter(stored.entries()), None)
+        if entry is None:
+            mirrored(models[0])
+            (entry,) = stored.entries()
+        pools.note(entry, "x" * 2000, 5)
+    stored.release(stored.entries())
+    gone = catalogue.table().gone
+    assert len(gone) == pools.ROWS
+    assert (gone[0].why, len(gone[1].why)) == ("released", 1000)
+
+
+# The command line
+
+
+def test_store_says_what_is_there_and_why_others_went(
+    numaload: Numaload, models: list[str]
+) -> None:
+    a, b, *_ = models
+    assert "nothing is in the store" in numaload("store").stdout
+    numaload("mirror", a, "--pool", "lora")
+    numaload("mirror", b, "--pool", "lora", "--keep")
+    with running_lease(numaload, a) as user:
+        shown = numaload("store").stdout
+        assert f"({user.pid})" in shown
+        user.communicate()
+    assert "kept" in shown
+    assert "node 0: 4.0 MiB" in shown
+    assert (
+        "pool lora: at most 1.0 GiB of each node"
+        in numaload("store", "budget", "lora", "1G").stdout
+    )
+    assert numaload.json("store", "budget") == {"lora": str(1 << 30)}
+    assert "lora" not in numaload("store", "budget", "lora", "none").stdout
+    numaload("store", "budget", "lora", status=2)
+    numaload("store", "budget", "lora", "lots", status=2)
+    numaload("mirror", a, "--pool", "no/pool", status=2)
+    numaload("store", "budget", "lora", "0")
+    done = numaload("store", "gc")
+    assert "1 model went" in done.stdout
+    assert f"{a}: its replicas went: pool lora was over its budget" in done.stderr
+    assert f"{a} (4.0 MiB, pool lora" in numaload("store").stdout
+    found = numaload.json("store")
+    assert [row["paths"] for row in found["rows"]] == [[b]]
+    assert found["gone"][0]["path"] == a
+
+
+def running_lease(numaload: Numaload, path: str) -> subprocess.Popen[str]:
+    return running(LEASE, path)
+
+
+def test_plan_names_what_would_go(numaload: Numaload, models: list[str]) -> None:
+    a, b, *_ = models
+    numaload("mirror", a, "--pool", "lora")
+    numaload("store", "budget", "lora", "5M")
+    plan = numaload("plan", b, "--pool", "lora")
+    assert f"would go for room: {a}" in plan.stdout
+    numaload("plan", b)  # the other pool has no budget
+    assert [row["paths"] for row in numaload.json("store")["rows"]] == [[a]]
+
+
+# Files that change
+
+
+@pytest.mark.usefixtures("store")
+def test_a_changed_file_is_mirrored_beside_its_old_replica(models: list[str]) -> None:
+    a = models[0]
+    mirrored(a, keep=True)
+    with api.attach(a) as old:
+        before = bytes(old.local()["big.weight"].buffer[:16])
+        with open(a, "r+b") as file:
+            file.seek(-16, os.SEEK_END)
+            file.write(b"changed" * 2)
+        with pytest.raises(ReplicaNotFoundError, match="changed since it was mirrored"):
+            api.attach(a)
+        mirrored(a, pool="")
+        assert len(stored.entries()) == 2
+        assert bytes(old.local()["big.weight"].buffer[:16]) == before
+        with api.open(a, replica="local") as new:
+            assert b"changed" in bytes(new["big.weight"].buffer[-16:])
+    with pytest.warns(NumaloadWarning, match="its replicas went: the file changed"):
+        stored.sweep()
+    (entry,) = stored.entries()
+    assert (entry.pool, entry.keep) == ("lora", True)  # as the old one
+
+
+def test_a_change_that_times_do_not_tell_is_found_by_its_checksum(
+    numaload: Numaload, models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = models[0]
+    numaload("mirror", a)
+    assert numaload.json("verify", a, "--checksum")[0]["differs"] == []
+    (entry,) = stored.entries()
+    manifest = Path(userdir.path(), entry.name, "manifest.json")
+    row = json.loads(manifest.read_bytes())
+    row["checksums"][0][0] = "0" * 16  # as if the file had had other bytes
+    manifest.write_text(json.dumps(row))
+    done = numaload("verify", a, "--checksum", status=1)
+    assert f"{a}: 1 chunk of the file differ from its replica" in done.stderr
+
+
+# A replica for any program
+
+
+def test_a_folder_for_any_program(numaload: Numaload, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    path = sparse_model(source / "m.gguf", MIB)
+    (source / "config.json").write_text("{}")
+    (source / "tokenizer").mkdir()
+    (source / ".cache").mkdir()
+    numaload("mirror", path)
+    folder = Path(numaload("store", "path", path).stdout.strip())
+    assert sorted(os.listdir(folder)) == ["config.json", "m.gguf", "tokenizer"]
+    assert not (folder / "m.gguf").is_symlink()
+    assert (folder / "m.gguf").read_bytes() == Path(path).read_bytes()
+    assert (folder / "config.json").read_text() == "{}"
+    (source / "config.json").unlink()
+    (source / "added.json").write_text("[]")
+    assert numaload.json("store", "path", path, "--node", 0)["folder"] == str(folder)
+    assert sorted(os.listdir(folder)) == ["added.json", "m.gguf", "tokenizer"]
+    numaload("store", "path", path, "--node", 7, status=2)
+    numaload("release")
+    assert not folder.exists()
+    assert list(numaload.store.rglob("*.gguf")) == []
+    assert (source / "added.json").exists()
+    numaload("store", "path", path, status=1)
+
+
+def test_links_that_others_made_stay(store: Path, tmp_path: Path) -> None:
+    path = sparse_model(tmp_path / "m.gguf", MIB)
+    with api.mirror(path, nodes="local", shared=True) as mirror:
+        folder = Path(mirror.folder(mirror.nodes[0]))
+    (folder / "own").symlink_to("/etc/hostname")
+    with pytest.warns(NumaloadWarning, match="stays: some of it"):
+        stored.release(stored.entries())
+    assert os.listdir(next(store.glob(".*/node0"))) == ["own"]
+
+
+def test_no_folder_for_files_of_several(store: Path, tmp_path: Path) -> None:
+    path = sparse_model(tmp_path / "m.gguf", MIB)
+    with api.mirror(path) as private:  # on one node: the file itself
+        assert private.folder(private.nodes[0]) == str(tmp_path)
+    for number in range(3):
+        (tmp_path / f"{number}.txt").touch()
+    with api.mirror(path, nodes="local", shared=True) as mirror, pytest.MonkeyPatch.context() as p:
+        p.setattr("numaload.replicas.folders.MOST_LINKS", 2)
+        with pytest.raises(StoreError, match="4 files, expected at most 2"):
+            mirror.folder(mirror.nodes[0])
+
+
+def test_open_reads_the_nearest_replica(store: Path, models: list[str]) -> None:
+    a = models[0]
+    with pytest.raises(ReplicaNotFoundError, match="no replica"):
+        api.open(a, replica="local")
+    mirrored(a)
+    for replica in ("local", 0):
+        with api.open(a, replica=replica) as weights:
+            assert weights.node == 0
+            assert not weights["big.weight"].is_file
+            assert catalogue.table().rows[0].users
+            tensor = weights["big.weight"]
+        with pytest.raises(ClosedError):
+            tensor.dequantize()
+        assert catalogue.table().rows[0].users == []
+    with api.open(a) as weights:
+        assert weights["big.weight"].is_file
+    odd: tuple[Any, ...] = ("near", 1.0, True)
+    for wrong in odd:
+        with pytest.raises(UsageError, match="expected 'local' or a node"):
+            api.open(a, replica=wrong)
+    with pytest.raises(UsageError, match="give replica or copy"):
+        api.open(a, replica="local", copy=True)
+    with pytest.raises(UsageError, match="no replica on node 5"):
+        api.open(a, replica=5)
+    assert catalogue.table().rows[0].users == []
+
+
+@pytest.mark.usefixtures("store")
+def test_the_kernel_is_asked_when_the_report_is_looked_at(models: list[str]) -> None:
+    mirrored(models[0])
+    with api.attach(models[0]) as mirror:
+        assert mirror.report.placed
+        assert mirror.report.placements[0].pages > 0
+    assert mirror.report.placed  # was asked
+    mirror = api.attach(models[0])
+    mirror.close()
+    with pytest.raises(ClosedError, match="before the kernel was asked"):
+        mirror.report  # noqa: B018
+
+
+# Watching
+
+
+def test_watching_keeps_a_model_mirrored(numaload: Numaload, models: list[str]) -> None:
+    a = models[0]
+    assert "not ready" in numaload("status", "--ready", a, status=1).stdout
+    with numaload.start("mirror", a, "--watch", "0.2") as watching:
+        wait_for(lambda: ready(numaload, a), "the replica")
+        (row,) = numaload.json("store")["rows"]
+        assert row["users"]
+        with open(a, "r+b") as file:
+            file.truncate(os.path.getsize(a))
+            file.seek(-8, os.SEEK_END)
+            file.write(b"replaced")
+        wait_for(lambda: ready(numaload, a), "the replica of the changed file")
+        wait_for(lambda: len(numaload.json("store")["rows"]) == 1, "the end of the old replica")
+        numaload("release", a)
+        wait_for(lambda: ready(numaload, a), "the replica once more")
+        watching.send_signal(signal.SIGTERM)
+        assert watching.wait() != 0
+    found = json.loads(numaload("status", "--ready", a, "--json").stdout)
+    assert found == {"ready": True, "why": {}}
+
+
+def ready(numaload: Numaload, path: str) -> bool:
+    done = subprocess.run(
+        numaload.command("status", "--ready", path), env=numaload.environment, check=False,
+        capture_output=True,
+    )  # fmt: skip
+    return done.returncode == 0

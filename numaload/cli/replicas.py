@@ -220,15 +220,18 @@ def _watch(options: argparse.Namespace) -> int:
     from numaload.errors import NumaloadError
 
     held: list[Any] = []
-    told, seen = "", None
+    told, seen, is_ready = "", None, False
     while True:
         try:
             now = _as_they_are(options.files)
+            if not now:
+                complain(TEACH)
+                return 2
             if now == seen and not _all_there(now, held):
-                held = _mirrored_again(options, held)
-                if not told:
+                held, told = _mirrored_again(options, held), ""
+                if not is_ready:
                     _tell_systemd("READY=1")
-                told = "ready"
+                is_ready = True
             seen = now
         except NumaloadError as error:
             if str(error) != told:  # said once, not every few seconds

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from numaload.errors import StoreError, reason, warn_once
+from numaload.errors import ReadError, StoreError, reason, warn_once
 from numaload.machine import userdir
 
 MANIFEST, LOCK = "manifest.json", "lock"
@@ -81,22 +81,25 @@ def write(name: str, manifest: bytes, files: Links, store: int, *, held: bool = 
 
 
 def link_others(folder: str, source: str) -> None:
-    """Link everything in ``source`` that a replica's folder has no file for. Raises: StoreError.
+    """Link everything in ``source`` that a replica's folder has no file for.
 
-    Links that lead to what is no more there are taken away.
+    Links that lead to what is no more there are taken away. Raises: StoreError, ReadError.
     """
-    with userdir.named(folder):
+    try:
         names = [name for name in os.listdir(source) if not name.startswith(".")]
-        if len(names) > MOST_LINKS:
-            raise StoreError(f"{source}: {len(names)} files, expected at most {MOST_LINKS} to link")
-        with userdir.folder(folder, None) as inside:
-            there = set(os.listdir(inside))
-            for name in there.difference(names):
-                if _is_link_to(name, inside, {source}):
+    except OSError as error:
+        raise ReadError(reason(error), path=source) from error
+    if len(names) > MOST_LINKS:
+        raise StoreError(f"{source}: {len(names)} files, expected at most {MOST_LINKS} to link")
+    with userdir.named(folder), userdir.folder(folder, None) as inside:
+        there = set(os.listdir(inside))
+        for name in there.difference(names):
+            if _is_link_to(name, inside, {source}):
+                with suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=inside)
-            for name in set(names).difference(there):
-                with suppress(FileExistsError):
-                    os.symlink(os.path.join(source, name), name, dir_fd=inside)
+        for name in set(names).difference(there):
+            with suppress(FileExistsError):
+                os.symlink(os.path.join(source, name), name, dir_fd=inside)
 
 
 def _is_link_to(name: str, folder: int, sources: Container[str]) -> bool:

@@ -115,6 +115,7 @@ class _HeldEntry:
         told = manifest | {"holder": holder, "pid_namespace": process.namespace}
         self.manifest = json.dumps(told).encode()
         self.links = [(node, file, f"/proc/{process.pid}/fd/{fd}") for node, file, fd in files]
+        self.seen = (0, 0)  # the manifest that was looked at last
 
     def publish(self) -> None:
         """Write it for the first time: the builder holds the lock. Raises: StoreError, OSError."""
@@ -134,6 +135,10 @@ class _HeldEntry:
     def _take_over(self, store: int) -> None:
         """Remember what others wrote into the manifest: its pool, and whether it is kept."""
         with suppress(*userdir.UNREADABLE), userdir.folder(self.name, store) as folder:
+            status = os.stat(folders.MANIFEST, dir_fd=folder, follow_symlinks=False)
+            seen, self.seen = self.seen, (status.st_ino, status.st_mtime_ns)
+            if seen == self.seen:  # asked every second, and it may be long
+                return
             found = userdir.read_owned(folders.MANIFEST, folder)
             if json.loads(found)["holder"] == json.loads(self.manifest)["holder"]:
                 self.manifest = found

@@ -115,7 +115,7 @@ def _read(name: str, store: int | None) -> Entry | str:
         return why or type(error).__name__
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def _parsed(name: str, manifest: bytes) -> Entry:
     """Parse a manifest, once: those of large models take longer than opening them."""
     return Entry.from_json(name, manifest)

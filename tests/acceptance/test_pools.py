@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,23 @@ def test_pool_and_keep_can_be_said_later(models: list[str]) -> None:
     mirrored(models[0], pool="")  # says nothing of either
     (row,) = catalogue.table().rows
     assert (row.pool, row.keep) == ("lora", True)
+
+
+def test_what_was_said_later_survives_an_emptied_folder(
+    numaload: Numaload, models: list[str]
+) -> None:
+    """A holder publishes its entry again as it was last seen."""
+    numaload("mirror", models[0], "--hold")
+    numaload("mirror", models[0], "--hold", "--pool", "lora", "--keep")
+    (row,) = numaload.json("store")["rows"]
+    assert (row["pool"], row["keep"], row["users"]) == ("lora", True, [])
+    time.sleep(2)  # it looks once a second
+    for folder in numaload.store.glob("*.*"):
+        shutil.rmtree(folder)
+    wait_for(lambda: len(numaload.json("store")["rows"]) == 1, "the entry")
+    (row,) = numaload.json("store")["rows"]
+    assert (row["pool"], row["keep"]) == ("lora", True)
+    numaload("release")
 
 
 @pytest.mark.usefixtures("store")
@@ -419,6 +437,10 @@ def test_watching_keeps_a_model_mirrored(numaload: Numaload, models: list[str]) 
         assert watching.wait() != 0
     found = json.loads(numaload("status", "--ready", a, "--json").stdout)
     assert found == {"ready": True, "why": {}}
+
+
+def test_watching_nothing_ends(numaload: Numaload) -> None:
+    assert "no models known since boot" in numaload("mirror", "--watch", status=2).stderr
 
 
 def ready(numaload: Numaload, path: str) -> bool:

@@ -126,6 +126,7 @@ def building(folder: Path, rounds: int, size: int) -> None:
         store.release(store.entries())
         target.unlink(missing_ok=True)
         touched(2 * nbytes)
+        numaload.prewarm(path)  # machines page out what is idle
 
     print(f"building from a warm file, {nbytes >> 20} MiB")
     ways: dict[str, Way] = {

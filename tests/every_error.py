@@ -113,7 +113,7 @@ PROVOKED: dict[type[errors.NumaloadError], Provoke] = {
     errors.UnsupportedTypeError: lambda folder: good(folder, QuantType.Q8_K)["t"].dequantize(),
     errors.TensorNotFoundError: lambda folder: good(folder)["tt"],
     errors.MetadataKeyError: lambda folder: good(folder).metadata["answers"],
-    errors.ReadError: lambda folder: api.open(folder / "absent.gguf"),
+    errors.ReadError: lambda _: api.open("/dev/null"),
     errors.FileChangedError: a_rewritten_file,
     errors.ModelNotFoundError: lambda folder: GGUFReader(folder / "absent.gguf"),
     errors.NodeMemoryError: a_file_larger_than_memory,

@@ -32,7 +32,7 @@ from numaload.demo import write_model
 from numaload.replicas.mirror import mirror
 from numaload.replicas import store
 import numaload.files.copy, numaload.pagecache.prewarm, numaload.machine.workers
-import numaload.doctor.opinion
+import numaload.doctor.opinion, numaload.replicas.opening
 
 path, call = sys.argv[1:]
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -162,6 +162,7 @@ def check_by_witnesses(
     job.communicate(timeout=LIMIT_S)
     assert job.returncode == 0
     with api.attach(model) as mirror:
+        assert mirror.report.placed
         for node in nodes:
             for tensor in mirror.view(node).values():
                 assert set(by_move_pages(tensor.address, tensor.nbytes)) == {node}

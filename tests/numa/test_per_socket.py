@@ -113,6 +113,7 @@ def test_page_cache_on_one_node_of_a_socket(
     fill_with_page_cache(1)
     numaload("mirror", small, "--per", "socket")
     with api.attach(small) as mirror:
+        assert mirror.report.placed
         for node, socket in ((1, SOCKETS[0]), (3, SOCKETS[1])):
             tensor = mirror.view(node)["big.weight"]
             assert half_each(shares(tensor.address, tensor.nbytes), socket)

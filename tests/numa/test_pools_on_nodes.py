@@ -39,7 +39,7 @@ def test_opening_a_nodes_replica(numaload: Numaload, two: list[str], nodes: list
         with api.open(two[0], replica=node) as weights:
             tensor = weights[NAME]
             assert weights.node == node
-            assert tensor.dequantize(rows=(0, 1)).sum() == 0
+            assert tensor.dequantize().sum() == 0  # touches all pages
             assert set(by_move_pages(tensor.address, tensor.nbytes)) == {node}
         folder = Path(api.store.folder(two[0], node))
         assert folder.name == f"node{node}"

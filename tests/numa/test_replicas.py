@@ -22,6 +22,7 @@ NAME = "blk.0.attn_q.weight"
 ATTACH_AND_WAIT = """
 import sys, numaload
 m = numaload.attach(sys.argv[1])
+assert m.report.placed  # which maps all pages
 print("attached", flush=True)
 sys.stdin.read()
 """

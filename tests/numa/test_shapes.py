@@ -85,6 +85,7 @@ def mirror(numaload: Numaload, small: str) -> Iterator[api.Mirror]:
     """What another process put into the store, on all nodes."""
     numaload("mirror", small, "--nodes", "all")
     with api.attach(small) as attached:
+        assert attached.report.placed  # which maps all pages
         yield attached
 
 

@@ -103,7 +103,8 @@ def _gguf_files(folder: str) -> list[str]:
 def _memories(models: Sequence[Weights], mirrors: Sequence[Mirror]) -> Memories:
     if not mirrors:
         return {None: models}
-    nodes = set(mirrors[0].nodes).intersection(*(m.nodes for m in mirrors))
+    # By their reports, for which the kernel is asked, and all pages are mapped.
+    nodes = set(mirrors[0].report.asked).intersection(*(m.report.asked for m in mirrors))
     return {node: [m.view(node) for m in mirrors] for node in sorted(nodes)}
 
 

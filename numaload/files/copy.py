@@ -11,14 +11,14 @@ from numaload.files.reader import Chunk, Progress, Reading
 from numaload.files.residency import Residency, give_back, present, residency
 from numaload.files.source import SourceFile
 from numaload.files.ways import IntoMemory
-from numaload.linux.mapping import MappedMemory, map_private
+from numaload.linux.mapping import MappedMemory, map_private, populate_write
 from numaload.linux.syscalls import PAGE
 from numaload.machine import memory
 from numaload.machine.affinity import allowed
 from numaload.machine.devices import device_of
 
 PAGE_TABLES = 512  # bytes copied for each byte of these
-LOOK_EVERY = 256 << 20  # bytes copied between two looks at what memory is left
+LOOK_EVERY = 256 << 20  # bytes begun between two looks at what memory is left
 MOST_THREADS = 8  # that copy what is in RAM: memory is busy with fewer
 
 
@@ -67,12 +67,15 @@ class _Copying:
         self.files, self.copies = files, copies
         self.before = [residency(file) for file in files]
         self.reading = Reading(sum(file.size for file in files), progress)
-        self.next_look, self.lock = LOOK_EVERY, threading.Lock()
+        self.begun, self.next_look, self.lock = 0, LOOK_EVERY, threading.Lock()
+        self.busy = threading.Semaphore(len(allowed()))
 
     def run(self) -> None:
         if not self.files:
             return
         cpus, plan = allowed(), plan_for(self.files, self.before)
+        # Twice as many as read, since each clears its pages first.
+        plan = plan.forced_to([w._replace(threads=2 * w.threads) for w in plan.candidates])
         # What is in RAM first, before reading the rest can push it out.
         there = plan.forced_to([ReadMethod(BUFFERED, min(MOST_THREADS, len(cpus)))])
         run = self.reading.run
@@ -89,13 +92,17 @@ class _Copying:
         for file, found in zip(self.files, self.before, strict=True):
             give_back(file, found.absent if found.known else ())  # read-ahead reached beyond
 
-    def look(self) -> None:
-        """Look at memory again: others may take it, and the kernel would kill rather than fail."""
+    def look(self, nbytes: int) -> None:
+        """Look at memory again: others may take it, and the kernel would kill rather than fail.
+
+        nbytes: that are begun now.
+        """
         with self.lock:
-            due = self.reading.done >= self.next_look
+            begun, self.begun = self.begun, self.begun + nbytes
+            due = begun >= self.next_look
             self.next_look += due * LOOK_EVERY
         if due:
-            _check_room(self.reading.total - self.reading.done, "all that was copied is given back")
+            _check_room(self.reading.total - begun, "all that was copied is given back")
 
 
 class _Work:
@@ -106,9 +113,15 @@ class _Work:
 
     def read(self, chunk: Chunk, way: ReadMethod) -> None:
         job = self.job
-        job.look()
+        job.look(chunk.nbytes)
+        mapping = job.copies[chunk.which]
+        if self.absent and way.name == DIRECT:
+            # Pages are cleared before the disk is asked, by no more threads than there are CPUs:
+            # reading would clear them one by one, while the disk waits.
+            with job.busy:
+                populate_write(mapping, chunk.offset, chunk.stop)
         # Released at once: a view in the traceback of an error would keep the whole copy.
-        with job.copies[chunk.which].view(chunk.offset, chunk.nbytes, write=True) as view:
+        with mapping.view(chunk.offset, chunk.nbytes, write=True) as view:
             self.sources[chunk.which].read(view, chunk.offset, way.name)
         if self.absent and job.before[chunk.which].known:  # or it may be what others had read
             job.files[chunk.which].drop_cache(chunk.offset, chunk.nbytes)

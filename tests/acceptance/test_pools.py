@@ -285,6 +285,16 @@ def test_plan_names_what_would_go(numaload: Numaload, models: list[str]) -> None
     assert [row["paths"] for row in numaload.json("store")["rows"]] == [[a]]
 
 
+def test_ten_that_ask_at_once_build_once(numaload: Numaload, models: list[str]) -> None:
+    c = models[2]
+    asking = [numaload.start("mirror", c, "--json") for _ in range(10)]
+    reports = [json.loads(process.communicate()[0])[0] for process in asking]
+    assert all(process.returncode == 0 for process in asking)
+    assert sorted(report["copied"] > 0 for report in reports) == [False] * 9 + [True]
+    assert all(report["placed"] for report in reports)
+    assert len(numaload.json("store")["rows"]) == 1
+
+
 # Files that change
 
 

@@ -90,13 +90,15 @@ def _map_replica(entry: Entry, path: str, size: int, folder: int) -> MappedMemor
     if entry.holder is not None:
         fd = _open_held(entry, path, folder)
     else:
-        fd = os.open(
-            os.path.basename(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=folder
-        )
+        # A FIFO would otherwise be waited for.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(os.path.basename(path), flags, dir_fd=folder)
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise StoreError(f"replica {path} is not a file of this user's")
+        if status.st_nlink > 1:
+            raise StoreError(f"replica {path} has {status.st_nlink} names, expected this alone")
         if status.st_size != size:
             raise StoreError(f"replica {path} has {status.st_size} bytes, expected {size}")
         return map_file(fd, size)

@@ -108,6 +108,26 @@ def test_links_in_the_store_are_not_followed(base: Path, small: str, tmp_path: P
     assert (elsewhere / "m.gguf").exists()
 
 
+@pytest.mark.parametrize("kind", ["hard link", "symbolic link", "FIFO", "folder"])
+def test_what_is_no_replica_in_its_place_is_refused(base: Path, small: str, kind: str) -> None:
+    api.mirror(small, shared=True).close()
+    (entry,) = stores.entries()
+    replica = base / OWN / entry.name / "node0" / "m.gguf"
+    other = base / "other.gguf"
+    replica.rename(other)
+    if kind == "hard link":
+        replica.hardlink_to(other)
+    elif kind == "symbolic link":
+        replica.symlink_to(other)
+    elif kind == "FIFO":
+        os.mkfifo(replica)
+    else:
+        replica.mkdir()
+    with pytest.raises(StoreError, match=r"m\.gguf|cannot be opened"):
+        api.attach(small)
+    assert other.exists()
+
+
 @pytest.mark.parametrize("kind", ["empty", "numaload's", "a user's"])
 def test_a_folder_without_the_marker(base: Path, small: str, kind: str) -> None:
     """Empty, it may have been made just now; its maker may have been killed."""

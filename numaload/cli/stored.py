@@ -218,16 +218,11 @@ def _entry_status(entry: Any) -> dict[str, Any] | None:
     from numaload.errors import NumaloadError
     from numaload.linux.lists import format_list
     from numaload.replicas import store
-    from numaload.replicas.lease import Lease
-    from numaload.replicas.verify import by_node, placements_of
+    from numaload.replicas.mirror import placements_of_entry
 
     placements, failed = {}, {}
     try:
-        lease = Lease(entry)
-        try:
-            placements = by_node(placements_of({g: lease.map(g) for g in entry.groups}))
-        finally:
-            lease.close()
+        placements = placements_of_entry(entry)
     except NumaloadError as error:  # the others are still worth showing
         if not store.is_there(entry):
             return None  # released by someone else just now

@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from numaload.errors import NumaloadError, UsageError
-from numaload.linux.lists import Group
+from numaload.linux.lists import Group, format_list
 from numaload.linux.placement import Placement
 from numaload.machine.topology import topology
 from numaload.replicas import pools
 from numaload.replicas import store as stored
 from numaload.replicas.entry import Entry
-from numaload.replicas.lease import Lease
+from numaload.replicas.mirror import attach, placements_of_entry
 from numaload.replicas.pools import Budget, Gone
-from numaload.replicas.verify import by_node, placements_of
 
 
 @dataclass
@@ -92,7 +91,7 @@ def _row(entry: Entry, use: stored.Use) -> Row:
         keep=entry.keep,
         nodes={node: entry.on_node(node) for node in entry.nodes},
         groups=list(entry.groups),
-        replicas={",".join(map(str, group)): entry.paths(group) for group in entry.groups},
+        replicas={format_list(group): entry.paths(group) for group in entry.groups},
         source=entry.model.state(),
         age_s=time.time() - entry.created,
         idle_s=use.idle_s,
@@ -101,11 +100,7 @@ def _row(entry: Entry, use: stored.Use) -> Row:
         bound=entry.bound,
     )
     try:
-        lease = Lease(entry)
-        try:
-            row.placements = by_node(placements_of({g: lease.map(g) for g in entry.groups}))
-        finally:
-            lease.close()
+        row.placements = placements_of_entry(entry)
     except NumaloadError as error:  # the others are still worth showing
         row.error = str(error)
     return row
@@ -137,8 +132,6 @@ def folder(path: str | os.PathLike[str], node: int | None = None) -> str:
     node: whose replica; None: the nearest to the CPU that this thread runs on.
     Raises: ReplicaNotFoundError, UsageError, StoreError.
     """
-    from numaload.replicas.mirror import attach
-
     with attach(path) as found:
         if node is None:
             node = next(iter(found.local().nodes), None)

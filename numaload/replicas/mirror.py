@@ -26,6 +26,7 @@ from numaload.files.reader import Progress
 from numaload.files.residency import give_back
 from numaload.files.source import io_timeout as waiting
 from numaload.linux.lists import Group, format_list
+from numaload.linux.placement import Placement
 from numaload.machine import userdir
 from numaload.machine.probe import why_not_bound
 from numaload.machine.topology import Topology, topology
@@ -35,7 +36,7 @@ from numaload.replicas.build import Built, build
 from numaload.replicas.entry import BASE, Entry
 from numaload.replicas.lease import Lease
 from numaload.replicas.plan import HELD, PRIVATE, STORED, Build, MirrorPlan, nodes_of, plan
-from numaload.replicas.verify import Verified, by_node, verify
+from numaload.replicas.verify import Verified, by_node, placements_of, verify
 from numaload.replicas.views import Mirror, report_of
 from numaload.weights import Weights, open_weights
 
@@ -436,6 +437,18 @@ def _attach(
     made = Mirror(weights, replicas, groups, None, machine, sums, list(leases.values()), paths)
     made.built = built
     return made
+
+
+def placements_of_entry(entry: Entry) -> dict[int, Placement]:
+    """Ask the kernel where the pages of an entry's replicas are, by node.
+
+    Raises: StoreError for replicas that cannot be mapped, ReplicaNotFoundError.
+    """
+    lease = Lease(entry)
+    try:
+        return by_node(placements_of({group: lease.map(group) for group in entry.groups}))
+    finally:
+        lease.close()
 
 
 def verify_entry(entry: Entry, machine: Topology) -> Verified:

@@ -332,7 +332,7 @@ def _release(entry: Entry, store: int, why: str, *, unless_used: bool = False) -
         except FileNotFoundError:
             return None
         except OSError:  # what is wrong with it shows when it is taken away
-            pass
+            in_use = unless_used  # who cannot be asked may be using it
         if in_use and unless_used:
             return None
         idle = _idle_s(entry, store)
@@ -408,7 +408,7 @@ def _files(entry: Entry, store: int | None) -> Iterator[tuple[int, int]]:
         bases = map(os.path.basename, entry.model.paths)
         names += [f"{entry.name}/{folder_of(group)}/{base}" for base in bases]
     for name in names:
-        with suppress(OSError):  # it went
+        with userdir.named(f"{userdir.path()}/{name}"), suppress(FileNotFoundError):  # it went
             status = os.stat(name, dir_fd=store, follow_symlinks=False)
             yield status.st_dev, status.st_ino
 
@@ -418,8 +418,10 @@ def _is_free(entry: Entry, store: int | None) -> bool:
     try:
         with userdir.folder(entry.name, store) as folder:
             return userdir.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # it went
+    except FileNotFoundError:  # it went
         return True
+    except OSError:  # who cannot be asked may be using it
+        return False
 
 
 def _idle_s(entry: Entry, store: int | None) -> float:
@@ -472,7 +474,7 @@ def collect(machine: Topology, pool: str = "", idle_s: float | None = None) -> l
         why = {e.name: "the file changed" for e in free if e.model.state() == "changed"}
         for entry in free if idle_s is not None else ():
             if not entry.keep and used[entry.name].idle_s >= (idle_s or 0):
-                why.setdefault(entry.name, "not used for long enough")
+                why.setdefault(entry.name, f"not used for {idle_s:g} s or longer")
         idle = {name: use.idle_s for name, use in used.items()}
         for name in sorted({entry.pool for entry in found}):
             left = [entry for entry in found if entry.name not in why]
@@ -492,7 +494,7 @@ def drop_replaced() -> None:
     before = [entry for entry in found if entry.model.key != newest[entry.model.paths]]
     used = uses(before) if before else {}
     for entry in before:
-        if not used[entry.name].users:
+        if not used[entry.name].users and entry.model.state() == "changed":
             _take(entry, "the file changed")
 
 

@@ -144,6 +144,21 @@ def test_a_killed_process_has_no_lease(store: Path, models: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("store")
+def test_what_cannot_be_asked_for_its_users_counts_as_used(
+    models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirrored(models[0])
+    (entry,) = stored.entries()
+    assert stored.uses([entry])[entry.name].users == []
+
+    def refused(*_: object) -> bool:
+        raise StoreError("flock: Input/output error")
+
+    monkeypatch.setattr(userdir, "flock", refused)
+    assert stored.uses([entry])[entry.name].users == ["a process that cannot be seen"]
+
+
+@pytest.mark.usefixtures("store")
 def test_pool_and_keep_can_be_said_later(models: list[str]) -> None:
     mirrored(models[0], pool="")
     (row,) = catalogue.table().rows

@@ -33,7 +33,7 @@ from numaload.linux.mapping import map_private
 from numaload.linux.syscalls import PAGE
 from numaload.machine import userdir
 from numaload.machine.topology import topology
-from numaload.replicas import store
+from numaload.replicas import reclaim, store
 from numaload.replicas.arena import private_memory, store_memory
 from numaload.replicas.build import CHUNK, Allocate, build
 
@@ -126,7 +126,7 @@ def mirrored(path: str) -> float:
     with timed(seconds):
         made = numaload.mirror(path, shared=True)
     made.close()
-    store.release(store.entries())
+    reclaim.release(store.entries())
     return seconds[0]
 
 

@@ -33,7 +33,7 @@ import numaload
 from numaload.demo import parse_size, write_model
 from numaload.linux.mapping import map_private
 from numaload.linux.syscalls import PAGE
-from numaload.replicas import store
+from numaload.replicas import reclaim, store
 
 SIZES = (1 << 30, 2 << 30, 6 << 30)
 TENSORS = 300  # of the models that are attached, as 7 billion weights have
@@ -101,7 +101,7 @@ def attaching(folder: Path, rounds: int) -> None:
             ).close(),
         }
         show(timed(ways, 20 * rounds), "open")
-        store.release(store.entries())
+        reclaim.release(store.entries())
 
 
 def view_of(path: str) -> None:
@@ -123,7 +123,7 @@ def building(folder: Path, rounds: int, size: int) -> None:
         for one in left:
             one.close()
         left.clear()
-        store.release(store.entries())
+        reclaim.release(store.entries())
         target.unlink(missing_ok=True)
         touched(2 * nbytes)
         numaload.prewarm(path)  # machines page out what is idle

@@ -26,7 +26,7 @@ import numpy as np
 
 import numaload
 from numaload.demo import write_model
-from numaload.replicas import catalogue, store
+from numaload.replicas import catalogue, reclaim, store
 
 MODELS = 3
 SIZE = 20 << 20
@@ -62,7 +62,7 @@ def _once(path: str, way: str, expected: int, chance: random.Random) -> None:
             if os.path.exists(file):  # or it was released
                 assert os.path.getsize(file) == os.path.getsize(path), file
     elif way == "release":
-        store.release([e for e in store.entries() if e.model.paths == (path,)])
+        reclaim.release([e for e in store.entries() if e.model.paths == (path,)])
     else:
         catalogue.collect(idle_s=chance.choice([None, 0.0, 0.5]))
 
@@ -108,8 +108,8 @@ def _run(paths: list[str], options: argparse.Namespace) -> int:
     ]  # fmt: skip
     told = [process.communicate()[0].strip() for process in processes]
     failed = [process for process in processes if process.returncode]
-    store.release(store.entries())
-    store.sweep()
+    reclaim.release(store.entries())
+    reclaim.sweep()
     left = [entry.name for entry in store.entries()]
     own = Path(os.environ["NUMALOAD_STORE"], f"numaload-{os.geteuid()}")
     files = [

@@ -258,14 +258,14 @@ def _all_there(now: list[Any], held: list[Any]) -> bool:
 
 
 def _mirrored_again(options: argparse.Namespace, before: list[Any]) -> list[Any]:
-    from numaload.replicas import store
+    from numaload.replicas import reclaim
     from numaload.replicas.mirror import mirror_shared
 
     models, machine, wanted = _plan(options)
     mirrors = mirror_shared(models, machine, wanted, None, _announce)
     for one in before:
         one.close()
-    store.sweep()  # what was replaced may go now
+    reclaim.sweep()  # what was replaced may go now
     for one in mirrors:
         one.owns_weights = True
         _tell(one.report)

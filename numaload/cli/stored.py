@@ -80,9 +80,9 @@ class _Chosen(NamedTuple):
 
 def _chosen(files: list[str]) -> _Chosen:
     """Find entries by the paths of their files, through links too: these may have changed."""
-    from numaload.replicas import store
+    from numaload.replicas import reclaim, store
 
-    stays = store.sweep()
+    stays = reclaim.sweep()
     entries, damaged = store.scan()
     if not files:
         return _Chosen(entries, [], damaged, stays)
@@ -291,9 +291,9 @@ def _differs(entry: Any, source: str) -> list[tuple[str, int]]:
 
 
 def release(options: argparse.Namespace) -> int:
-    from numaload.replicas import store
+    from numaload.replicas import reclaim
 
-    damaged, foreign = ([], []) if options.files else store.release_damaged()
+    damaged, foreign = ([], []) if options.files else reclaim.release_damaged()
     chosen, missing, unread, stays = _chosen(options.files)
     named = {os.path.basename(path) for path in foreign}
     unread = {name: why for name, why in unread.items() if name not in named}
@@ -305,7 +305,7 @@ def release(options: argparse.Namespace) -> int:
         _complain_none(missing)
     for why in stays:
         complain(why)
-    done = store.release(chosen)
+    done = reclaim.release(chosen)
     failed = [one for one in done if one.error]
     for one in failed:
         complain(f"{one.entry.model.paths[0]}: {one.error}")

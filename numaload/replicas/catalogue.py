@@ -11,7 +11,7 @@ from numaload.errors import NumaloadError, UsageError
 from numaload.linux.lists import Group, format_list
 from numaload.linux.placement import Placement
 from numaload.machine.topology import topology
-from numaload.replicas import pools
+from numaload.replicas import pools, reclaim
 from numaload.replicas import store as stored
 from numaload.replicas.entry import Entry
 from numaload.replicas.mirror import attach, placements_of_entry
@@ -79,12 +79,12 @@ class Table:
 def table() -> Table:
     """Return what is in the store, rebuilt from what is there. Raises: StoreError."""
     entries = stored.entries()
-    used = stored.uses(entries)
+    used = reclaim.uses(entries)
     rows = [_row(entry, used[entry.name]) for entry in entries]
     return Table(rows, pools.budgets(), pools.journal())
 
 
-def _row(entry: Entry, use: stored.Use) -> Row:
+def _row(entry: Entry, use: reclaim.Use) -> Row:
     row = Row(
         paths=list(entry.model.paths),
         pool=entry.pool,
@@ -115,7 +115,7 @@ def budget(pool: str, amount: str | int | None) -> None:
     pools.set_budget(pool, None if amount is None else Budget.parse(str(amount)))
 
 
-def collect(pool: str = "", idle_s: float | None = None) -> list[stored.Released]:
+def collect(pool: str = "", idle_s: float | None = None) -> list[reclaim.Released]:
     """Have replicas go that nobody uses: of files that changed, and of pools over their budget.
 
     pool: only of this one. idle_s: also all that were not used for so many seconds. What is kept
@@ -123,7 +123,7 @@ def collect(pool: str = "", idle_s: float | None = None) -> list[stored.Released
     """
     if pool:
         pools.checked(pool)
-    return stored.collect(topology(), pool, idle_s)
+    return reclaim.collect(topology(), pool, idle_s)
 
 
 def folder(path: str | os.PathLike[str], node: int | None = None) -> str:

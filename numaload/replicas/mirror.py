@@ -30,7 +30,7 @@ from numaload.linux.placement import Placement
 from numaload.machine import userdir
 from numaload.machine.probe import why_not_bound
 from numaload.machine.topology import Topology, topology
-from numaload.replicas import pools, store
+from numaload.replicas import pools, reclaim, store
 from numaload.replicas.arena import held_memory, private_memory, store_memory
 from numaload.replicas.build import Built, build
 from numaload.replicas.entry import BASE, Entry
@@ -259,7 +259,7 @@ def plan_shared(models: Sequence[Weights], machine: Topology, options: MirrorOpt
         pool = _pool(models, options)
         left = _left(pool, machine)
         todo = plan(builds, machine, kept=options.kept, bound=bound, pool=pool, left=left)
-        goes, why = ([], "") if todo.fits else store.room(todo.needs, pool, _keys(models))
+        goes, why = ([], "") if todo.fits else reclaim.room(todo.needs, pool, _keys(models))
     except StoreError:  # said already
         return plan(builds, machine, kept=options.kept, bound=bound)
     return replace(todo, goes=tuple(entry.model.paths[0] for entry in goes), why=why)
@@ -348,14 +348,14 @@ def _mirror_shared(
     progress: Progress | None,
     announce: Callable[[MirrorPlan], None] | None,
 ) -> list[Mirror]:
-    with store.building() as folder:
+    with reclaim.building() as folder:
         bound = can_bind(options, machine)
         builds = _missing(models, options, building=True)
         pool = _pool(models, options)
         todo = fitted(builds, models, machine, kept=options.kept, bound=bound, pool=pool)
         if not todo.fits:
             whom = ", ".join(weights.paths[0] for weights in models)
-            why = store.make_room(todo.needs, pool, _keys(models), whom)
+            why = reclaim.make_room(todo.needs, pool, _keys(models), whom)
             todo = fitted(builds, models, machine, kept=options.kept, bound=bound, pool=pool)
             todo = replace(todo, why=why)
         if announce:
@@ -373,7 +373,7 @@ def _mirror_shared(
                         files, missing, memory, machine, progress, bound=bound, drop_source=drop
                     )
                     _publish(model, built, folder, options)
-                    store.drop_replaced()
+                    reclaim.drop_replaced()
                 known.remember(model)
                 found = store.find(model)
                 for entry in [found[group] for group in options.groups if group in found]:

@@ -248,9 +248,10 @@ def test_a_copy_that_is_mirrored_is_read_from_the_files(store: Path, own_model: 
 
 
 def numaload_again(weights: api.Weights) -> None:
+    from numaload.replicas import reclaim
     from numaload.replicas import store as stores
 
-    stores.release(stores.entries())
+    reclaim.release(stores.entries())
     api.mirror(weights, shared=True)
 
 

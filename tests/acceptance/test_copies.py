@@ -325,8 +325,8 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert right()
 ended.set()
 assert job.result().paths == weights.paths
-from numaload.replicas import store
-(released,) = store.release(store.entries())
+from numaload.replicas import reclaim, store
+(released,) = reclaim.release(store.entries())
 assert released.in_use  # the child let go of its own lease alone
 """
 

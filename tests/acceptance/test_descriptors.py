@@ -30,7 +30,7 @@ import numaload
 from numaload import errors
 from numaload.demo import write_model
 from numaload.replicas.mirror import mirror
-from numaload.replicas import store
+from numaload.replicas import reclaim, store
 import numaload.files.copy, numaload.pagecache.prewarm, numaload.machine.workers
 import numaload.doctor.opinion, numaload.replicas.opening
 
@@ -55,7 +55,7 @@ CALLS = {
     "shared": lambda: numaload.mirror(path, shared=True).close(),
     "attach": lambda: numaload.attach(path).close(),
     "verify": verify,
-    "release": lambda: store.release(store.entries()),
+    "release": lambda: reclaim.release(store.entries()),
 }
 if call in ("attach", "verify", "release"):
     CALLS["shared"]()

@@ -29,7 +29,7 @@ from numaload.errors import (
     UsageError,
 )
 from numaload.machine import userdir
-from numaload.replicas import catalogue, pools
+from numaload.replicas import catalogue, pools, reclaim
 from numaload.replicas import store as stored
 
 pytestmark = pytest.mark.usefixtures("nothing_said")
@@ -149,13 +149,13 @@ def test_what_cannot_be_asked_for_its_users_counts_as_used(
 ) -> None:
     mirrored(models[0])
     (entry,) = stored.entries()
-    assert stored.uses([entry])[entry.name].users == []
+    assert reclaim.uses([entry])[entry.name].users == []
 
     def refused(*_: object) -> bool:
         raise StoreError("flock: Input/output error")
 
     monkeypatch.setattr(userdir, "flock", refused)
-    assert stored.uses([entry])[entry.name].users == ["a process that cannot be seen"]
+    assert reclaim.uses([entry])[entry.name].users == ["a process that cannot be seen"]
 
 
 @pytest.mark.usefixtures("store")
@@ -232,7 +232,7 @@ def test_records_that_cannot_be_read(models: list[str], written: bytes) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NumaloadWarning)
         table = catalogue.table()
-        stored.release(stored.entries())
+        reclaim.release(stored.entries())
     assert (table.budgets, table.gone) == ({}, [])
     assert len(catalogue.table().gone) == 1  # a journal is begun again
 
@@ -245,7 +245,7 @@ def test_the_journal_is_bounded_and_shows_releases(models: list[str]) -> None:
             mirrored(models[0])
             (entry,) = stored.entries()
         pools.note(entry, "x" * 2000, 5)
-    stored.release(stored.entries())
+    reclaim.release(stored.entries())
     gone = catalogue.table().gone
     assert len(gone) == pools.ROWS
     assert (gone[0].why, len(gone[1].why)) == ("released", 1000)
@@ -330,7 +330,7 @@ def test_a_changed_file_is_mirrored_beside_its_old_replica(models: list[str]) ->
         with api.open(a, replica="local") as new:
             assert b"changed" in bytes(new["big.weight"].buffer[-16:])
     with pytest.warns(NumaloadWarning, match="its replicas went: the file changed"):
-        stored.sweep()
+        reclaim.sweep()
     (entry,) = stored.entries()
     assert (entry.pool, entry.keep) == ("lora", True)  # as the old one
 
@@ -384,7 +384,7 @@ def test_links_that_others_made_stay(store: Path, tmp_path: Path) -> None:
         folder = Path(mirror.folder(mirror.nodes[0]))
     (folder / "own").symlink_to("/etc/hostname")
     with pytest.warns(NumaloadWarning, match="stays: some of it"):
-        stored.release(stored.entries())
+        reclaim.release(stored.entries())
     assert os.listdir(next(store.glob(".*/node0"))) == ["own"]
 
 

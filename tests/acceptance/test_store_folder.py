@@ -23,6 +23,7 @@ from numaload.linux.mounts import mount_of
 from numaload.machine import userdir
 from numaload.pagecache.records import Record
 from numaload.replicas import hold as holding
+from numaload.replicas import reclaim
 from numaload.replicas import store as stores
 
 pytestmark = pytest.mark.usefixtures("nothing_said")
@@ -104,7 +105,7 @@ def test_links_in_the_store_are_not_followed(base: Path, small: str, tmp_path: P
     shutil.rmtree(base / OWN / entry.name / "node0")
     (base / OWN / entry.name / "node0").symlink_to(elsewhere)
     with pytest.warns(NumaloadWarning, match="stays: some of it"):
-        stores.release([entry])
+        reclaim.release([entry])
     assert (elsewhere / "m.gguf").exists()
 
 
@@ -142,7 +143,7 @@ def test_a_folder_without_the_marker(base: Path, small: str, kind: str) -> None:
         (own / "thesis.txt").touch()
         for use in (
             lambda: api.attach(small),
-            stores.sweep,
+            reclaim.sweep,
             lambda: api.mirror(small, shared=True),
         ):
             with pytest.raises(StoreError, match=r"did not make it, found thesis\.txt"):
@@ -151,7 +152,7 @@ def test_a_folder_without_the_marker(base: Path, small: str, kind: str) -> None:
     else:
         api.mirror(small, shared=True).close()
         assert (own / userdir.MARKER).exists()
-        stores.release(stores.entries())
+        reclaim.release(stores.entries())
 
 
 EARLIER = """
@@ -383,7 +384,7 @@ def test_a_folder_that_others_use_is_not_to_be_closed(base: Path) -> None:
         stores.entries()
     assert "chmod" not in str(caught.value)
     store.chmod(0o700)
-    with stores.building():
+    with reclaim.building():
         store.chmod(0o755)
     with pytest.raises(StoreError, match=f"chmod 700 {store}"):
         stores.entries()
@@ -398,14 +399,14 @@ def test_what_was_lost_to_release_while_it_was_published_is_built_again(
         holder = real(*arguments)
         pids.append(holder.pid)
         if len(pids) == 1:
-            stores.release(stores.entries())
+            reclaim.release(stores.entries())
         return holder
 
     monkeypatch.setattr(holding, "hold", start)
     with pytest.warns(NumaloadWarning, match="while it was published.*mirroring once more"):
         api.mirror(small, shared=True, hold=True).close()
     assert [running(pid) for pid in pids] == [False, True]
-    stores.release(stores.entries())
+    reclaim.release(stores.entries())
 
 
 def test_what_is_not_a_replica_s_size_or_mode_stays(base: Path, small: str) -> None:
@@ -416,7 +417,7 @@ def test_what_is_not_a_replica_s_size_or_mode_stays(base: Path, small: str) -> N
     replica.unlink()
     replica.write_text("precious")
     with pytest.warns(NumaloadWarning, match="stays: some of it"):
-        (done,) = stores.release([entry])
+        (done,) = reclaim.release([entry])
     (left,) = [path for path in Path(userdir.path()).rglob("*") if path.name == replica.name]
     assert left.read_text() == "precious"
     assert not done.error

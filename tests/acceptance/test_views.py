@@ -15,6 +15,7 @@ import pytest
 import numaload as api
 from commands import Numaload
 from numaload.linux.syscalls import memory_at
+from numaload.replicas import reclaim
 from numaload.replicas import store as stores
 from witness import mapped
 
@@ -140,5 +141,5 @@ def test_attach_holds_only_what_it_uses(mirror: api.Mirror, model: str) -> None:
     os.mkdir(f"{root}/{other.name}", 0o700)
     Path(f"{root}/{other.name}/manifest.json").write_text(json.dumps(other.manifest()))
     with api.attach(model, nodes=entry.nodes[0]):
-        done = stores.release(stores.entries())
+        done = reclaim.release(stores.entries())
     assert {one.entry.name: one.in_use for one in done} == {entry.name: True, other.name: False}

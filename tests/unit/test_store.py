@@ -21,6 +21,7 @@ from numaload.files.known import Model
 from numaload.files.source import Identity
 from numaload.holder.process import HolderProcess
 from numaload.machine import userdir
+from numaload.replicas import reclaim
 from numaload.replicas import store as stores
 from numaload.replicas.arena import store_memory
 from numaload.replicas.lease import Lease
@@ -105,7 +106,7 @@ def test_a_damaged_manifest_is_left_out_and_said(
     (bad / "manifest.json").write_text(json.dumps(row))
     with pytest.warns(NumaloadWarning, match=r"\.00000000: this entry cannot be read"):
         assert len(stores.entries()) == 1
-    assert stores.release_damaged() == ([str(bad)], [])
+    assert reclaim.release_damaged() == ([str(bad)], [])
     assert not bad.exists()
     assert len(stores.entries()) == 1
 
@@ -118,7 +119,7 @@ def test_a_number_of_any_length_keeps_no_memory(store: Path, model: str) -> None
     manifest.write_text(text.replace('"chunk": ', f'"chunk": {"9" * 5000}'))
     with pytest.warns(NumaloadWarning, match="this entry cannot be read"):
         assert stores.entries() == []
-    assert stores.release_damaged() == ([str(store / entry.name)], [])
+    assert reclaim.release_damaged() == ([str(store / entry.name)], [])
     assert entry.holder is not None
     assert not running(entry.holder.pid)
     assert not list(store.rglob("*.gguf"))
@@ -142,7 +143,7 @@ def test_what_is_no_entry_is_left_out_and_stays(store: Path, model: str, kind: s
     with pytest.warns(NumaloadWarning, match="numaload release"):
         assert len(stores.entries()) == 1
     gone = kind == "empty"  # as a killed builder may leave it
-    assert stores.release_damaged() == (([str(bad)], []) if gone else ([], [str(bad)]))
+    assert reclaim.release_damaged() == (([str(bad)], []) if gone else ([], [str(bad)]))
     assert os.path.lexists(bad) != gone
     assert (elsewhere / "kept").exists()
 
@@ -151,12 +152,12 @@ def test_an_entry_that_is_released_before_it_is_used(store: Path, model: str) ->
     entry_at(store, model)
     (entry,) = stores.entries()
     lease, before = Lease(entry), descriptors()
-    assert [done.in_use for done in stores.release([entry])] == [True]
+    assert [done.in_use for done in reclaim.release([entry])] == [True]
     with pytest.raises(ReplicaNotFoundError, match="released or removed"):
         lease.map((0,))
     with pytest.raises(ReplicaNotFoundError, match="released or removed"):
         Lease(entry)
-    assert stores.release([entry]) == []  # a second process was as fast
+    assert reclaim.release([entry]) == []  # a second process was as fast
     assert descriptors() == before
 
 
@@ -200,7 +201,7 @@ def test_replicas_released_while_they_are_mirrored(store: Path, model: str, tmp_
 
         def release(_: MirrorPlan) -> None:
             name = names.pop(0) if names else ""
-            stores.release([e for e in stores.entries() if e.model.paths[0] == name])
+            reclaim.release([e for e in stores.entries() if e.model.paths[0] == name])
 
         for one in mirror_shared(opened, machine, options, None, release):
             one.close()
@@ -251,7 +252,7 @@ def test_another_container_s_replicas_stop_nobody(store: Path, model: str) -> No
     assert stores.find(entry.model) == {}
     api.mirror(model, shared=True).close()
     assert len(stores.entries()) == 2  # the sweep left it alone
-    done = stores.release(stores.entries())
+    done = reclaim.release(stores.entries())
     assert ["another container" in one.error for one in done] == [True, False]
     assert stores.entries() == []
 
@@ -263,7 +264,7 @@ def test_replicas_of_a_dead_holder_are_not_there(store: Path, model: str) -> Non
     with pytest.raises(ReplicaNotFoundError):
         api.attach(model)
     with pytest.warns(NumaloadWarning, match=f"process {1 << 22}, which held"):
-        stores.sweep()
+        reclaim.sweep()
     assert stores.entries() == []
 
 
@@ -285,12 +286,12 @@ def test_a_replica_that_may_not_be_opened_is_a_named_error(store: Path, model: s
 
 
 def test_the_lock_does_not_stay_with_a_forked_child(store: Path) -> None:
-    with stores.building():
+    with reclaim.building():
         child = os.fork()
         if child == 0:
             signal.pause()
     try:
-        with stores.building() as folder:  # would wait for ever
+        with reclaim.building() as folder:  # would wait for ever
             assert folder
     finally:
         os.kill(child, signal.SIGKILL)
@@ -301,7 +302,7 @@ def test_a_lease_that_is_dropped_ends(store: Path, model: str) -> None:
     entry_at(store, model)
     (entry,) = stores.entries()
     Lease(entry)
-    assert [done.in_use for done in stores.release([entry])] == [False]
+    assert [done.in_use for done in reclaim.release([entry])] == [False]
 
 
 def test_attaching_what_cannot_be_mapped_leaves_no_lease(store: Path, model: str) -> None:
@@ -311,7 +312,7 @@ def test_attaching_what_cannot_be_mapped_leaves_no_lease(store: Path, model: str
     with pytest.raises(ReplicaNotFoundError) as caught:
         api.attach(model)
     assert descriptors() == before, caught
-    (done,) = stores.release(stores.entries())
+    (done,) = reclaim.release(stores.entries())
     assert not done.in_use
 
 

@@ -20,9 +20,12 @@ import numpy as np
 import pytest
 import torch
 
+import numaload
 from numaload.backends import gguf_reader
 from numaload.formats.qtypes import QuantType
 from numaload.samples import random_blocks
+
+pytestmark = pytest.mark.usefixtures("store")
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_K", "Q6_K", "IQ4_XS")
 HEADS, WIDTH = 2, 256
@@ -113,11 +116,17 @@ def bits(tensor: Any) -> Any:
 
 
 def assert_same(load: Load, path: str) -> None:
-    """What it loads with gguf-py's reader, it loads with ours."""
+    """What it loads with gguf-py's reader, it loads with ours, and from a folder of the store."""
     theirs = load(path)
     with gguf_reader.install() as done:
         assert "gguf.GGUFReader" in done.places
-        ours = load(path)
+        assert_equal(load(path), theirs)
+    numaload.mirror(path, nodes="local", shared=True).close()
+    stored = os.path.join(numaload.store.folder(path), os.path.basename(path))
+    assert_equal(load(stored), theirs)
+
+
+def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert list(ours) == list(theirs)
     assert len(ours) > 8
     for name, tensor in theirs.items():

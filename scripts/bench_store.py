@@ -1,6 +1,6 @@
 """How fast the store is: attaching, building a replica, and switching a model.
 
-    python scripts/bench_store.py [--rounds N] [--build BYTES]
+    python scripts/bench_store.py [--rounds N] [--build BYTES] [--base BYTES] [--only PART]
 
 - attach beside ``open`` of the same file, for models of 1, 2 and 6 GiB (holes: headers count).
 - a shared replica from a warm file beside ``cp`` to the same tmpfs and beside a copy into anonymous
@@ -156,11 +156,12 @@ def copy(path: str, nbytes: int) -> None:
         view.release()
 
 
-def switching(folder: Path, rounds: int) -> None:
+def switching(folder: Path, rounds: int, base: int) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    for what, count, shape in (("base", 96, (4096, 2048)), ("LoRA", 224, (64, 4096))):
+    models = (("base", base >> 24, (4096, 2048)), ("LoRA", 224, (64, 4096)))
+    for what, count, shape in models:
         source = folder / what
         source.mkdir()
         path = source / "model.safetensors"
@@ -185,14 +186,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--build", type=parse_size, default="2G")
+    parser.add_argument("--base", type=parse_size, default="1536M", help="what is switched to")
+    parser.add_argument("--only", choices=("attach", "build", "switch"))
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="numaload-bench-", dir="/var/tmp"))
     memory = Path(tempfile.mkdtemp(prefix="numaload-bench-", dir="/dev/shm"))
     os.environ["NUMALOAD_STORE"] = str(memory / "store")
     try:
-        attaching(folder, options.rounds)
-        building(folder, options.rounds, options.build)
-        switching(folder, options.rounds)
+        parts = {
+            "attach": lambda: attaching(folder, options.rounds),
+            "build": lambda: building(folder, options.rounds, options.build),
+            "switch": lambda: switching(folder, options.rounds, options.base),
+        }
+        for part in [options.only] if options.only else parts:
+            parts[part]()
     finally:
         shutil.rmtree(folder)
         shutil.rmtree(memory)

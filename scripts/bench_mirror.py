@@ -36,6 +36,7 @@ from numaload.machine.topology import topology
 from numaload.replicas import reclaim, store
 from numaload.replicas.arena import private_memory, store_memory
 from numaload.replicas.build import CHUNK, Allocate, build
+from numaload.replicas.layout import Layout
 
 Row = Callable[[], float]  # seconds
 DIRECT_CHUNK = 8 << 20
@@ -136,7 +137,7 @@ def filled(files: Sequence[SourceFile], folder: int) -> float:
     allocate, cpus = store_memory(folder), machine.cpus
     busy = threading.Semaphore(len(cpus))
     with timed(seconds):
-        arenas = [allocate(file.size, (machine.all[0],)) for file in files]
+        arenas = [allocate(file.size, Layout((machine.all[0],)), 0) for file in files]
         sources = [IntoMemory(file, direct=True) for file in files]
         plan = plan_for(files, [residency(file) for file in files])
         way = ReadMethod(DIRECT, 2 * plan.way.threads, CHUNK)

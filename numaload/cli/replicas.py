@@ -74,7 +74,17 @@ def add_verbs(verbs: Any) -> None:
             help="give back all page cache of the files, not only what reading them brought in",
         )
         parser.add_argument(
-            "--policy", choices=["mirror"], default="mirror", help="a replica per node"
+            "--policy",
+            choices=["mirror", "interleave", "stripe", "bind"],
+            default="mirror",
+            help="mirror: a replica per node (default); interleave: one, its blocks in turn;"
+            " stripe: one, each node has rows or experts of every tensor; bind: one, on one node",
+        )
+        parser.add_argument(
+            "--weights",
+            metavar="NODE=N,...",
+            type=_ratio,
+            help="of interleave: blocks each node takes in turn (default: the kernel's weights)",
         )
         if run is mirror:
             parser.add_argument(
@@ -86,6 +96,18 @@ def add_verbs(verbs: Any) -> None:
                 help="stay, and mirror again what changes or goes: looked at every so often"
                 f" (default: {WATCH_S:g})",
             )
+
+
+def _ratio(text: str) -> dict[int, int]:
+    """Read "0=2,1=1"; what is wrong with the numbers is said by who uses them."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    try:
+        found = {int(node): int(weight) for node, _, weight in pairs}
+    except ValueError:
+        found = {}
+    if len(found) != len(pairs):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected NODE=N,..., as in 0=2,1=1")
+    return found
 
 
 def _common(parser: argparse.ArgumentParser, run: Any, help_: str) -> None:
@@ -123,11 +145,12 @@ def _plan(options: argparse.Namespace) -> tuple[list[Any], Any, Any]:
     if options.nodes == "all":
         for line in left_out(machine):
             note(line)
-        if machine.copies_note and options.per == "node":
+        if machine.copies_note and options.per == "node" and options.policy == "mirror":
             note(machine.copies_note)
-    wanted = MirrorOptions(
-        machine.groups(nodes, options.per), options.hold, options.strict, options.drop_source,
-        options.pool, options.keep,
+    wanted = MirrorOptions.of(
+        machine, nodes, options.per, options.policy, options.weights, hold=options.hold,
+        strict=options.strict, drop_source=options.drop_source, pool=options.pool,
+        keep=options.keep,
     )  # fmt: skip
     return _models(options.files), machine, wanted
 
@@ -168,11 +191,15 @@ def _announce(todo: MirrorPlan) -> None:
 
 
 def _builds(todo: MirrorPlan) -> Iterator[str]:
-    for model, groups in todo.builds:
-        alone = [group[0] for group in groups if len(group) == 1]
-        on = [f"interleaved over {on_nodes(group)}" for group in groups if len(group) > 1]
+    for model, layouts in todo.builds:
+        alone = [group[0] for group in layouts if len(group) == 1]
+        on = [
+            f"{'striped' if layout.stripes else 'interleaved'} over {on_nodes(group)}"
+            for group, layout in layouts.items()
+            if len(group) > 1
+        ]
         on += [f"on {on_nodes(alone)}"] if alone else []
-        do = f"to build {'; '.join(on)}" if groups else "already on every node asked for"
+        do = f"to build {'; '.join(on)}" if layouts else "already on every node asked for"
         yield f"{files_of(model.paths)}, {size(model.size)}: {do}"
 
 
@@ -328,7 +355,11 @@ def where(placement: Placement) -> str:
     text = f"{placement.placed} of {placement.pages} pages there ({share:.4g} %), {witness}"
     huge = f", {size(placement.huge_pages)} in huge pages"
     if len(placement.asked) > 1:
-        huge += f", interleaved: {_shares(placement)}"
+        huge += f", by node: {_shares(placement)}"
+    if placement.checked:
+        huge += f"; each of {placement.checked} ranges is on its node, page by page"
+    if placement.misplaced:
+        huge += f"; NOT all of them: {placement.misplaced[0]}"
     return text + huge + (f"; ELSEWHERE by node: {others}" if others else "")
 
 

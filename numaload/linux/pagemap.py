@@ -21,23 +21,26 @@ REGIONS = 256  # answered at a time; neighbours are one region
 WALKED = 4  # index of the field that says how far it came
 
 
-def huge_bytes(ranges: Sequence[tuple[int, int]]) -> list[int] | None:
-    """Return the bytes of each (address, bytes) that huge pages map; None: the kernel hides it."""
+def huge_ranges(ranges: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]] | None:
+    """Return what huge pages map of each (address, bytes): [(first, last address), ...].
+
+    None: the kernel hides it.
+    """
     try:
         with open(PAGEMAP, "rb", buffering=0) as file:
-            return [_huge_bytes(file.fileno(), start, start + length) for start, length in ranges]
+            return [_huge_ranges(file.fileno(), start, start + length) for start, length in ranges]
     except OSError:
         return None
 
 
-def _huge_bytes(fd: int, start: int, stop: int) -> int:
-    regions, found = array("Q", bytes(REGION * REGIONS)), 0
+def _huge_ranges(fd: int, start: int, stop: int) -> list[tuple[int, int]]:
+    regions, found = array("Q", bytes(REGION * REGIONS)), list[tuple[int, int]]()
     while start < stop:
         asked = (ARGUMENT.size, 0, start, stop, 0, regions.buffer_info()[0], REGIONS, 0)
         argument = bytearray(ARGUMENT.pack(*asked, 0, PAGE_IS_HUGE, 0, PAGE_IS_HUGE))
         count = fcntl.ioctl(fd, PAGEMAP_SCAN, argument)
         words = count * REGION // regions.itemsize  # first, last and categories of each
-        found += sum(regions[1:words:3]) - sum(regions[0:words:3])
+        found += zip(regions[0:words:3], regions[1:words:3], strict=True)
         walked = ARGUMENT.unpack(argument)[WALKED]
         if walked <= start:  # of a sandbox that takes the call and does nothing
             raise OSError(f"{PAGEMAP}: scanned to {walked:#x} from {start:#x}")

@@ -26,16 +26,45 @@ from numaload.linux.syscalls import HUGE, PAGE
 PROC, NODES = "/proc/self", "/sys/devices/system/node"
 ABSENT = -1  # in the counts: pages that are not in RAM, or not mapped here
 SAMPLES = 10_000
+MISPLACED = 10  # ranges that are named, at most
 AGAIN = 4  # times that the kernel is asked where it says that pages are not mapped
 ASKED = 1 << 30  # bytes whose pages move_pages is asked about at a time
 LEAST_SHARE = 0.9  # of a fair part, on each of the nodes that share a replica
 INDIVISIBLE = 16 << 20  # bytes of a file that one node may have to fill alone
 
 Range = tuple[int, int]  # (address, bytes)
+NodeRange = tuple[int, int, int]  # (first byte, end, node) of a mapping
 # Words of numa_maps. File names cannot look like these: their blanks are escaped.
 NODE_PAGES = re.compile(r" N(\d+)=(\d+)(?!\S)")
 KERNEL_PAGE = re.compile(r" kernelpagesize_kB=(\d+)")
 HUGE_FIELDS = ("AnonHugePages:", "ShmemPmdMapped:", "FilePmdMapped:")  # of smaps
+
+
+@dataclass
+class Misplaced:
+    """A range of a file that has pages on another node. found: {node: pages} by move_pages."""
+
+    file: int
+    start: int
+    stop: int
+    node: int
+    found: dict[int, int]
+
+    def __str__(self) -> str:
+        where = f"bytes {self.start} to {self.stop} of file {self.file}"
+        return f"{where} were asked for on node {self.node}, pages found: {self.found}"
+
+
+class Asked(NamedTuple):
+    """Say where one replica shall be.
+
+    ranges: for each mapping, the node of each of its ranges, which begin at pages' borders; none
+    where every page may be on any of the nodes.
+    """
+
+    nodes: list[int]
+    mappings: Sequence[MappedMemory]
+    ranges: Sequence[Sequence[NodeRange]] = ()
 
 
 @dataclass
@@ -49,6 +78,9 @@ class Placement:
     huge_pages: int = 0  # bytes mapped by huge pages
     page_size: int = PAGE
     ranges: int = 1  # mappings, of a file each
+    expected: dict[int, int] = field(default_factory=dict)  # {node: pages}, where ranges have nodes
+    checked: int = 0  # such ranges that move_pages was asked about, page by page
+    misplaced: list[Misplaced] = field(default_factory=list)  # the first of these that are wrong
 
     @property
     def placed(self) -> int:
@@ -64,7 +96,12 @@ class Placement:
 
     @property
     def even(self) -> bool:
-        """Return whether nodes that share a replica have equal parts, as far as it divides."""
+        """Return whether nodes that share a replica have the parts that they shall have.
+
+        Where no range has its node these are equal, as far as the replica divides.
+        """
+        if self.expected:
+            return self.expected == {node: n for node, n in self.on.items() if node != ABSENT}
         fair = self.pages / max(1, len(self.asked))
         least = fair * LEAST_SHARE - self.ranges * INDIVISIBLE // PAGE
         return all(self.on.get(node, 0) >= least for node in self.asked)
@@ -72,13 +109,14 @@ class Placement:
     @property
     def right(self) -> bool:
         wrong = set(self.sampled) - set(self.asked)
-        return self.elsewhere == 0 and not wrong and self.even
+        return self.elsewhere == 0 and not wrong and self.even and not self.misplaced
 
     def check(self, what: str) -> None:
         """Check it. Raises: PlacementError saying how many pages are where."""
         if not self.right:
             found = dict(sorted((Counter(self.on) or Counter(self.sampled)).items()))
-            evenly = "" if self.even else ", unevenly"
+            evenly = "" if self.even else f", unevenly: expected {self.expected or 'equal parts'}"
+            evenly += "".join(f"; {one}" for one in self.misplaced[:1])
             raise PlacementError(
                 f"{what}: {self.pages} pages asked for on node {format_list(self.asked)},"
                 f" {self.placed} are there{evenly}; by node: {found}, by sample: {self.sampled}",
@@ -89,40 +127,81 @@ class Placement:
         return asdict(self) | {"placed": self.placed, "elsewhere": self.elsewhere}
 
 
-def locate(groups: Sequence[tuple[list[int], Sequence[MappedMemory]]]) -> list[Placement]:
-    """Ask the kernel about several replicas at once: [(nodes asked for, its mappings), ...].
+def locate(replicas: Sequence[Asked]) -> list[Placement]:
+    """Ask the kernel about several replicas at once.
 
     The kernel unmaps idle pages of a tmpfs at any time (reclaim, DAMON's pageout): where it says
     that some are not mapped, they are mapped again, and it is asked again.
     """
     placements: list[Placement] = []
-    for _ in range(AGAIN if groups else 0):
-        placements = _ask(groups)
-        for (_, mappings), found in zip(groups, placements, strict=True):
-            for mapping in mappings if found.absent else ():
+    for _ in range(AGAIN if replicas else 0):
+        placements = _ask(replicas)
+        for one, found in zip(replicas, placements, strict=True):
+            for mapping in one.mappings if found.absent else ():
                 populate_read(mapping)
         if not any(found.absent for found in placements):
             break
     return placements
 
 
-def _ask(groups: Sequence[tuple[list[int], Sequence[MappedMemory]]]) -> list[Placement]:
+def _ask(replicas: Sequence[Asked]) -> list[Placement]:
     """Read numa_maps, and smaps where needed, once for all: both walk all page tables."""
-    live = [[m.range for m in mappings if m.length] for _, mappings in groups]
+    live = [[m.range for m in one.mappings if m.length] for one in replicas]
     counts = count_pages([r for ranges in live for r in ranges])
-    huge = _huge_bytes([r for ranges in live for r in ranges])
+    huge = pagemap.huge_ranges([r for ranges in live for r in ranges])
+    nbytes = _huge_bytes([r for ranges in live for r in ranges], huge)
     placements = []
-    for (asked, _), ranges in zip(groups, live, strict=True):
+    for one, ranges in zip(replicas, live, strict=True):
         on: Counter[int] = Counter()
         for _ in ranges:
             on.update(next(counts))
         pages = sum(-(-length // PAGE) for _, length in ranges)
         on[ABSENT] = max(0, pages - sum(on.values()))
-        huge_pages = sum(next(huge) for _ in ranges)
+        huge_pages = sum(next(nbytes) for _ in ranges)
         sampled = sample(ranges)
-        found = Placement(asked, pages, dict(+on), sampled, huge_pages, ranges=len(ranges))
+        found = Placement(one.nodes, pages, dict(+on), sampled, huge_pages, ranges=len(ranges))
+        if one.ranges:
+            _ask_ranges(one, found, [piece for each in huge or () for piece in each])
         placements.append(found)
     return placements
+
+
+def _ask_ranges(asked: Asked, found: Placement, huge: Sequence[Range]) -> None:
+    """Ask about every range that has a node of its own. huge: addresses under huge pages.
+
+    Of a huge page one address is asked: it is on one node.
+    """
+    inside = {address for start, stop in huge for address in range(start, stop, HUGE)}
+    expected: Counter[int] = Counter()
+    for file, (mapping, ranges) in enumerate(zip(asked.mappings, asked.ranges, strict=True)):
+        for start, stop, node in ranges:
+            expected[node] += -(-stop // PAGE) - start // PAGE
+            there = _nodes_of(mapping.address + start, mapping.address + stop, inside)
+            if there is None:  # said already
+                continue
+            found.checked += 1
+            if set(there) != {node} and len(found.misplaced) < MISPLACED:
+                found.misplaced.append(Misplaced(file, start, stop, node, there))
+    found.expected = dict(sorted(expected.items()))
+
+
+def _nodes_of(start: int, stop: int, huge: Collection[int]) -> dict[int, int] | None:
+    """Return {node, or -1: pages} of these addresses; None where move_pages is refused."""
+    pages, weights, at = list[int](), list[int](), start
+    while at < stop:
+        size = HUGE if at in huge and at + HUGE <= stop else PAGE
+        pages.append(at)
+        weights.append(size // PAGE)
+        at += size
+    try:
+        nodes = syscalls.pages_nodes(pages)
+    except NumaError as error:
+        warn_once("move_pages", f"{error}; placement is verified by numa_maps alone")
+        return None
+    counts: Counter[int] = Counter()
+    for node, weight in zip(nodes, weights, strict=True):
+        counts[max(node, ABSENT)] += weight
+    return dict(counts)
 
 
 class Area(NamedTuple):
@@ -232,11 +311,13 @@ def sample(ranges: Sequence[Range], samples: int = SAMPLES) -> dict[int, int]:
     return dict(Counter(max(node, ABSENT) for node in nodes))
 
 
-def _huge_bytes(ranges: Sequence[Range]) -> Iterator[int]:
-    """Yield the bytes of each range that huge pages map; 0 where nobody tells."""
-    found = pagemap.huge_bytes(ranges)
-    if found is not None:
-        return iter(found)
+def _huge_bytes(ranges: Sequence[Range], known: list[list[Range]] | None) -> Iterator[int]:
+    """Yield the bytes of each range that huge pages map; 0 where nobody tells.
+
+    known: the addresses under huge pages in each range, where the kernel says these.
+    """
+    if known is not None:
+        return (sum(stop - start for start, stop in each) for each in known)
     try:
         with open(f"{PROC}/smaps", encoding="utf-8", errors="replace", newline="\n") as file:
             areas = [Area(start, {HUGE: n}) for start, n in parse_smaps(file, HUGE_FIELDS)]

@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 from numaload.errors import NodeMemoryError, NotCopyable, StoreError, reason, warn_once
 from numaload.linux import syscalls
-from numaload.linux.lists import Group, format_list
+from numaload.linux.lists import format_list
 from numaload.linux.mapping import MappedMemory, bind, map_file, map_private
 from numaload.linux.syscalls import HUGE, PAGE
 from numaload.machine import userdir
+from numaload.replicas.layout import Layout
 
 REPLICA_MODE = 0o400
 MEMFD = "numaload-replica"
@@ -19,8 +20,9 @@ MFD_NOEXEC_SEAL = 0x8  # linux/memfd.h
 
 
 class Arena(NotCopyable):
-    """Room for one file's replica on ``group``. ``fd`` is None for memory of this process alone.
+    """Room for one file of a replica. ``fd`` is None for memory of this process alone.
 
+    layout: says on which node each of its bytes shall be; file: its number there.
     bound: False where memory cannot be bound here: then pages land where threads first touch them.
     """
 
@@ -28,13 +30,19 @@ class Arena(NotCopyable):
     fd: int | None
 
     def __init__(
-        self, mapping: MappedMemory, group: Group, fd: int | None = None, *, bound: bool = True
+        self,
+        mapping: MappedMemory,
+        layout: Layout,
+        file: int = 0,
+        fd: int | None = None,
+        *,
+        bound: bool = True,
     ) -> None:
-        self.mapping, self.group, self.fd = mapping, group, fd
-        self._in_turn = bound and len(group) > 1
+        self.mapping, self.layout, self.file, self.fd = mapping, layout, file, fd
+        self._by_policy = bound and len(layout.nodes) > 1
         try:
-            if bound and not self._in_turn:
-                bind(mapping, group)
+            if bound and not self._by_policy:
+                bind(mapping, layout.nodes)
         except BaseException:
             self.close()
             raise
@@ -47,36 +55,35 @@ class Arena(NotCopyable):
         three times as fast as filling small pages, nine times as fast as collapsing full ones.
         Raises: NodeMemoryError where the tmpfs is full.
         """
-        if self._in_turn:
-            self._prepare_in_turn(start, stop)
-        elif self.fd is not None:
+        if self._by_policy:
+            self._prepare_by_policy(start, stop)
+        else:
+            self._prepare(start, stop)
+
+    def _prepare(self, start: int, stop: int) -> None:
+        if self.fd is not None:
             self._collapse(start, stop)
+        if self.fd is not None or self._by_policy:
             self._populate(start, stop)
 
-    def _prepare_in_turn(self, start: int, stop: int) -> None:
-        """Put every 2 MiB on the next node, strictly, by the policy of the thread.
+    def _prepare_by_policy(self, start: int, stop: int) -> None:
+        """Put every range on its node, strictly, by the policy of the thread.
 
         The kernel's own interleaving only prefers: beside a node that page cache fills, it takes
-        another's free pages, and says nothing.
+        another's free pages, and says nothing. A policy of each range would need a mapping each,
+        of which a process may have 65,530.
         """
         try:
-            if self.fd is not None:
-                self._collapse(start, stop)
-            for offset in range(start, stop, HUGE):
-                self._turn(offset)
-                self._populate(offset, min(offset + HUGE, stop))
+            for first, last, node in self.layout.ranges(self.file, start, stop):
+                syscalls.set_mempolicy(syscalls.MPOL_BIND, [node])
+                self._prepare(first, last)
         finally:
             syscalls.set_mempolicy(syscalls.MPOL_DEFAULT, ())
 
-    def _turn(self, offset: int) -> None:
-        if self._in_turn:
-            node = self.group[offset // HUGE % len(self.group)]
-            syscalls.set_mempolicy(syscalls.MPOL_BIND, [node])
-
     def settle(self) -> None:
-        """Set the policy once filled, so that pages read back from swap still take turns."""
-        if self._in_turn:
-            bind(self.mapping, self.group)
+        """Set the policy once filled, so that pages read back from swap are on these nodes."""
+        if self._by_policy:
+            bind(self.mapping, self.layout.nodes)
 
     def _populate(self, start: int, stop: int) -> None:
         """Allocate pages: on a full tmpfs that is an error, but touching them would be SIGBUS."""
@@ -91,7 +98,7 @@ class Arena(NotCopyable):
         limited = status is not None and status.f_blocks > 0  # memfds have no tmpfs' limit
         where = f"tmpfs {userdir.path()}" if limited else "memory"
         return NodeMemoryError(
-            f"{where} ran out while node {format_list(self.group)} was filled ({why}): needs"
+            f"{where} ran out while node {format_list(self.layout.nodes)} was filled ({why}): needs"
             f" {needed} bytes more{f', has {free}' if limited else ''}; all of it is given back:"
             " free memory, mirror to fewer nodes"
             + (", or --hold, which no tmpfs limits" if limited else ""),
@@ -105,7 +112,6 @@ class Arena(NotCopyable):
         if first >= last:
             return
         for offset in range(first, last, HUGE):
-            self._turn(offset)
             self._populate(offset, offset + PAGE)
         failed = syscalls.madvise(
             self.mapping.address + first, last - first, syscalls.MADV_COLLAPSE
@@ -132,12 +138,12 @@ class Arena(NotCopyable):
         self._let_go()
 
 
-Allocate = Callable[[int, Group], Arena]  # (size in bytes, nodes) -> where to fill
+Allocate = Callable[[int, Layout, int], Arena]  # (size in bytes, layout, file) -> where to fill
 
 
 def private_memory(*, bound: bool = True) -> Allocate:
     """Allocate anonymous memory: gone with this process."""
-    return lambda size, group: Arena(map_private(size), group, bound=bound)
+    return lambda size, layout, file: Arena(map_private(size), layout, file, bound=bound)
 
 
 def store_memory(folder: int, *, bound: bool = True) -> Allocate:
@@ -147,14 +153,14 @@ def store_memory(folder: int, *, bound: bool = True) -> Allocate:
     """
     flags = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC
 
-    def allocate(size: int, group: Group) -> Arena:
+    def allocate(size: int, layout: Layout, file: int) -> Arena:
         try:
             fd = os.open(".", flags, REPLICA_MODE, dir_fd=folder)
         except OSError as error:
             raise StoreError(
                 f"{userdir.path()}: cannot make a nameless file: {reason(error)}"
             ) from error
-        return _of_file(fd, size, group, bound=bound)
+        return _of_file(fd, size, layout, file, bound=bound)
 
     return allocate
 
@@ -162,12 +168,12 @@ def store_memory(folder: int, *, bound: bool = True) -> Allocate:
 def held_memory(*, bound: bool = True) -> Allocate:
     """Allocate memory files of no file system: a holder process must keep them open."""
 
-    def allocate(size: int, group: Group) -> Arena:
+    def allocate(size: int, layout: Layout, file: int) -> Arena:
         try:
             fd = _memory_file()
         except OSError as error:
             raise StoreError(f"cannot make a memory file for a holder: {reason(error)}") from error
-        return _of_file(fd, size, group, bound=bound)
+        return _of_file(fd, size, layout, file, bound=bound)
 
     return allocate
 
@@ -192,7 +198,7 @@ def _resize(fd: int, size: int) -> None:
         ) from error
 
 
-def _of_file(fd: int, size: int, group: Group, *, bound: bool) -> Arena:
+def _of_file(fd: int, size: int, layout: Layout, file: int, *, bound: bool) -> Arena:
     try:
         userdir.check_spare(fd)
         _resize(fd, size)
@@ -200,4 +206,4 @@ def _of_file(fd: int, size: int, group: Group, *, bound: bool) -> Arena:
     except BaseException:
         os.close(fd)
         raise
-    return Arena(mapping, group, fd, bound=bound)
+    return Arena(mapping, layout, file, fd, bound=bound)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import accumulate
@@ -24,6 +24,7 @@ from numaload.machine.affinity import pin
 from numaload.machine.topology import Topology
 from numaload.machine.workers import Workers, finish
 from numaload.replicas.arena import Allocate, Arena
+from numaload.replicas.layout import Layout, asked_of
 from numaload.replicas.plan import MemoryBudget
 
 CHUNK = 16 << 20  # bytes filled and checksummed at a time; a multiple of a huge page
@@ -36,6 +37,7 @@ class Built:
     """``arenas[group][i]`` holds file i; ``checksums[i]`` has its chunks' XXH3-64, in order."""
 
     arenas: dict[Group, list[Arena]]
+    layouts: Mapping[Group, Layout]
     checksums: list[list[int]]
     placements: dict[Group, Placement]
     seconds: float
@@ -51,7 +53,7 @@ class Built:
 
 def build(
     files: Sequence[SourceFile],
-    groups: Sequence[Group],
+    layouts: Mapping[Group, Layout],
     allocate: Allocate,
     machine: Topology,
     progress: Progress | None = None,
@@ -59,7 +61,7 @@ def build(
     bound: bool = True,
     drop_source: bool = False,
 ) -> Built:
-    """Fill one replica per group of nodes and prove it: same bytes, right nodes. All or none.
+    """Fill one replica per layout and prove it: same bytes, right nodes. All or none.
 
     bound: whether ``allocate`` binds; if not, pages are where the threads of their nodes touched
     them first, and free memory alone counts as room.
@@ -68,30 +70,35 @@ def build(
     CancelledError; whatever was filled is freed then.
     """
     begin = time.perf_counter()
-    job = _Build(files, groups, machine, progress, bound=bound, drop_source=drop_source)
+    job = _Build(files, layouts, machine, progress, bound=bound, drop_source=drop_source)
     try:
-        for group in groups:
-            for file in files:
-                job.arenas[group].append(allocate(file.size, group))
+        for group, layout in layouts.items():
+            for i, file in enumerate(files):
+                job.arenas[group].append(allocate(file.size, layout, i))
         job.run()
         for file in files:
             file.check_unchanged()
         for arenas in job.arenas.values():
             for arena in arenas:
                 arena.settle()
-        placements = _prove(job.arenas)
+        placements = _prove(job.arenas, bound=bound)
     except BaseException:
         for arenas in job.arenas.values():
             for arena in arenas:
                 arena.close()
         raise
     seconds = time.perf_counter() - begin
-    return Built(job.arenas, job.sums, placements, seconds, bound, job.given_back, plan=job.plan)
+    return Built(
+        job.arenas, layouts, job.sums, placements, seconds, bound, job.given_back, plan=job.plan
+    )
 
 
-def _prove(arenas: dict[Group, list[Arena]]) -> dict[Group, Placement]:
+def _prove(arenas: dict[Group, list[Arena]], *, bound: bool) -> dict[Group, Placement]:
     """Ask the kernel where every page is. Raises: PlacementError."""
-    asked = [(list(group), [arena.mapping for arena in row]) for group, row in arenas.items()]
+    asked = [
+        asked_of(group, row[0].layout if bound else None, [arena.mapping for arena in row])
+        for group, row in arenas.items()
+    ]
     placements = dict(zip(arenas, locate(asked), strict=True))
     for group, placement in placements.items():
         placement.check(f"replica on node {format_list(group)}")
@@ -108,13 +115,14 @@ class _Build:
     def __init__(
         self,
         files: Sequence[SourceFile],
-        groups: Sequence[Group],
+        layouts: Mapping[Group, Layout],
         machine: Topology,
         progress: Progress | None,
         *,
         bound: bool,
         drop_source: bool = False,
     ) -> None:
+        groups = list(layouts)
         self.files, self.groups, self.machine = files, groups, machine
         self.drop_source = drop_source
         self.arenas: dict[Group, list[Arena]] = {group: [] for group in groups}
@@ -178,7 +186,11 @@ class _Build:
         return Workers(cpus, count, f"numaload-build-{node}")
 
     def _node(self, group: Group, which: int, index: int) -> int:
-        """Return which node of a group fills a chunk: each one every n-th."""
+        """Return which node of a group fills a chunk: its own, or each one every n-th."""
+        layout = self.arenas[group][which].layout
+        if layout.stripes:
+            file, start = self.files[which], index * CHUNK
+            return layout.node_at(which, (start + min(start + CHUNK, file.size)) // 2)
         return group[(self.starts[which] + index) % len(group)]
 
     def _lead(self, chunk: Chunk, way: ReadMethod) -> None:
@@ -236,7 +248,7 @@ class _Build:
         arena = self.arenas[group][chunk.which]
         # Released at once: a view in the traceback of an error would keep the whole arena.
         with (
-            self.budget.taken(group, chunk.nbytes),
+            self.budget.taken(arena.layout.ranges(chunk.which, chunk.offset, chunk.stop)),
             arena.mapping.view(chunk.offset, chunk.nbytes, write=True) as view,
         ):
             # No more at a time than there are CPUs: else all are half done before one can read.

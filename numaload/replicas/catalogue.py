@@ -31,6 +31,7 @@ class Row:
     paths: list[str]
     pool: str
     keep: bool
+    policy: str
     nodes: dict[int, int]
     groups: list[Group]
     replicas: dict[str, list[str]]
@@ -89,7 +90,8 @@ def _row(entry: Entry, use: reclaim.Use) -> Row:
         paths=list(entry.model.paths),
         pool=entry.pool,
         keep=entry.keep,
-        nodes={node: entry.on_node(node) for node in entry.nodes},
+        nodes=entry.on_nodes,
+        policy=entry.policy,
         groups=list(entry.groups),
         replicas={format_list(group): entry.paths(group) for group in entry.groups},
         source=entry.model.state(),

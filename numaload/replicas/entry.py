@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from numaload.files.known import Model
@@ -14,7 +16,8 @@ from numaload.holder.process import HolderProcess
 from numaload.linux.lists import Group, format_list
 from numaload.machine import userdir
 from numaload.replicas.build import CHUNK
-from numaload.replicas.plan import footprint, nodes_of
+from numaload.replicas.layout import INTERLEAVE, MIRROR, STRIPE, Layout, Stripes, are_stripes
+from numaload.replicas.plan import nodes_of
 
 VERSION = 2
 MOST_NODES = 1 << 16  # kernels are built for at most 1024
@@ -36,6 +39,9 @@ class Entry:
     bound: bool = True  # False: placed by first touch, where binding was refused
     pool: str = BASE
     keep: bool = False  # never goes to make room
+    policy: str = MIRROR  # by which its replicas lie on their nodes
+    turns: Group = ()  # of the policy "interleave": the nodes that blocks go to
+    stripes: tuple[Stripes, ...] = ()  # of the policy "stripe": the ranges of each file
     holder: HolderProcess | None = None  # that keeps its memory files open
     held: frozenset[tuple[int, int]] = frozenset()  # (st_dev, st_ino) of these
 
@@ -48,10 +54,17 @@ class Entry:
         """Return the bytes of all its replicas."""
         return self.model.size * len(self.groups)
 
-    def on_node(self, node: int) -> int:
-        """Return the bytes that its replicas take of a node."""
-        shares = (footprint(self.model) // len(group) for group in self.groups if node in group)
-        return sum(shares)
+    def layout(self, group: Group) -> Layout:
+        """Return on which node each range of the replica on these nodes lies."""
+        return Layout(() if self.stripes else self.turns or group, self.stripes)
+
+    @cached_property
+    def on_nodes(self) -> dict[int, int]:
+        """Return {node: bytes} that its replicas take."""
+        found = Counter(dict.fromkeys(self.nodes, 0))
+        for group in self.groups:
+            found.update(self.layout(group).on_nodes(self.model))
+        return dict(found)
 
     def paths(self, group: Group) -> list[str]:
         """Return the paths at which this user can open the files of a replica."""
@@ -74,6 +87,9 @@ class Entry:
             "bound": self.bound,
             "pool": self.pool,
             "keep": self.keep,
+            "policy": self.policy,
+            "turns": self.turns,
+            "stripes": self.stripes,
         }
 
     @classmethod
@@ -92,6 +108,9 @@ class Entry:
             bound=row["bound"] is True,
             pool=str(row.get("pool", BASE)),  # as earlier versions had none
             keep=row.get("keep") is True,
+            policy=row.get("policy", MIRROR),
+            turns=tuple(row.get("turns", ())),
+            stripes=tuple(tuple(map(tuple, stripes)) for stripes in row.get("stripes", ())),
             holder=holder_of(row),
             held=_held(row),
         )
@@ -109,10 +128,23 @@ class Entry:
             "file names": names and not {"", ".", ".."} & set(names),
             "checksums": [len(row) for row in self.checksums] == chunks,
             "pool": POOL.fullmatch(self.pool) is not None,
+            "policy": self._is_policy(),
         }
         wrong = [what for what, holds in expected.items() if not holds]
         if wrong:
             raise ValueError(f"wrong {', '.join(wrong)}")
+
+    def _is_policy(self) -> bool:
+        """Return whether the layout is one, of the nodes and the sizes that are said."""
+        if self.policy == MIRROR:
+            return not self.turns and not self.stripes
+        if len(self.groups) != 1 or not all(map(_is_group, (self.turns or (0,), *self.groups))):
+            return False
+        if self.policy == INTERLEAVE:
+            return not self.stripes and set(self.turns) == set(self.groups[0])
+        files = zip(self.stripes, self.model.identities, strict=True)
+        right = [are_stripes(stripes, file.size, self.groups[0]) for stripes, file in files]
+        return self.policy == STRIPE and not self.turns and all(right)
 
 
 def folder_of(group: Group) -> str:

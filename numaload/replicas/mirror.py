@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from numaload.errors import (
     NumaloadError,
@@ -34,20 +35,30 @@ from numaload.replicas import pools, reclaim, store
 from numaload.replicas.arena import held_memory, private_memory, store_memory
 from numaload.replicas.build import Built, build
 from numaload.replicas.entry import BASE, Entry
+from numaload.replicas.layout import (
+    BIND,
+    INTERLEAVE,
+    MIRROR,
+    POLICIES,
+    STRIPE,
+    Layout,
+    in_turn,
+    kernel_weights,
+    striped,
+)
 from numaload.replicas.lease import Lease
 from numaload.replicas.plan import HELD, PRIVATE, STORED, Build, MirrorPlan, nodes_of, plan
 from numaload.replicas.verify import Verified, by_node, placements_of, verify
 from numaload.replicas.views import Mirror, report_of
 from numaload.weights import Weights, open_weights
 
-POLICIES = ("mirror",)
-
 
 def mirror(
     weights: Weights | str | os.PathLike[str],
     nodes: str | int | Sequence[int] = "all",
-    policy: str = "mirror",
+    policy: str = MIRROR,
     *,
+    ratio: Mapping[int, int] | None = None,
     per: str = "node",
     shared: bool = False,
     hold: bool = False,
@@ -58,9 +69,14 @@ def mirror(
     io_timeout: float | None = None,
     progress: Progress | None = None,
 ) -> Mirror:
-    """Put a verified replica of the model into each of these nodes' own memory.
+    """Put verified replicas of the model into these nodes' own memory.
 
     nodes: "all" (with CPUs and memory), "0,2-3", "!1", "local", an id or ids.
+    policy: "mirror": a replica for each node; "interleave": one, whose blocks of 2 MiB take turns;
+    "stripe": one, of whose every tensor each node has a run of rows or experts; "bind": one, on the
+    only node that is named.
+    ratio: of "interleave": {node: blocks that it takes in turn}; by default the kernel's own
+    weights, or one each.
     per: "node", or "socket": one replica for these nodes of each socket, interleaved over them.
     shared: keep them in the store, for other processes and after this one, until released;
     otherwise only this process has them. On a machine with one node nothing is copied unless
@@ -77,23 +93,20 @@ def mirror(
     PlacementError, ChecksumError, ReadError, FileChangedError, CancelledError, StoreError: then
     nothing is left.
     """
-    if policy not in POLICIES:
-        raise UsageError(f"policy {policy!r}: expected {' or '.join(POLICIES)}")
     for name, asked in (("hold", hold), ("pool", pool), ("keep", keep)):
         if asked and not shared:
             raise UsageError(f"{name}: only of shared replicas (shared=True)")
     machine = topology()
-    groups = machine.groups(machine.select(nodes), per)
-    options = MirrorOptions(
-        groups, hold=hold, strict=strict, drop_source=drop_source, pool=pool, keep=keep
-    )
-
+    options = MirrorOptions.of(
+        machine, nodes, per, policy, ratio, hold=hold, strict=strict, drop_source=drop_source,
+        pool=pool, keep=keep,
+    )  # fmt: skip
     opened = [part.file for part in weights.parts] if isinstance(weights, Weights) else []
     with waiting(io_timeout, opened), _opened(weights) as model:
         if shared:
             made = mirror_shared([model], machine, options, progress)[0]
         elif len(machine.usable) == 1:
-            made = _mapped(model, machine, groups)
+            made = _mapped(model, machine, options.groups)
         else:
             made = private(model, machine, options, progress)
         made.owns_weights = model is not weights
@@ -101,19 +114,21 @@ def mirror(
 
 
 def attach(
-    path: str | os.PathLike[str] | Weights, nodes: str | int | Sequence[int] | None = None
+    path: str | os.PathLike[str] | Weights,
+    nodes: str | int | Sequence[int] | None = None,
+    policy: str = "",
 ) -> Mirror:
     """Return the replicas of this model that are in the store, for this process to use.
 
-    nodes: which are needed; by default all that is there. Looked at are the source's and the
-    replicas' sizes, owners and times; pages and checksums were proved when they were built. The
-    kernel is asked where the pages are when ``report`` is first looked at; ``verify()`` checks the
-    checksums too.
+    nodes: which are needed; by default all that is there. policy: only replicas of this one.
+    Looked at are the source's and the replicas' sizes, owners and times; pages and checksums were
+    proved when they were built. The kernel is asked where the pages are when ``report`` is first
+    looked at; ``verify()`` checks the checksums too.
     Raises: ReplicaNotFoundError, saying whether the file changed since it was mirrored.
     """
     needed = None if nodes is None else topology().select(nodes)
     with _opened(path) as weights:
-        made = _attach_shared(weights, needed)
+        made = _attach_shared(weights, needed, policy)
         made.owns_weights = weights is not path
         return made
 
@@ -144,6 +159,7 @@ def _opened(what: Weights | str | os.PathLike[str]) -> Iterator[Weights]:
 class MirrorOptions:
     """Say what to build: a replica for each group of nodes.
 
+    policy: "mirror", "interleave" or "stripe"; the last two have one group. turns: of "interleave".
     hold: a holder process keeps it. strict: bind it or do not build it.
     drop_source: give back all page cache of the files, also what was there before.
     pool: where it belongs, "" where it belongs already, or to "base". keep: it never goes for room.
@@ -151,6 +167,8 @@ class MirrorOptions:
     """
 
     groups: Sequence[Group]
+    policy: str = MIRROR
+    turns: Group = ()
     hold: bool = False
     strict: bool = False
     drop_source: bool = False
@@ -160,6 +178,42 @@ class MirrorOptions:
     def __post_init__(self) -> None:
         if self.pool:
             pools.checked(self.pool)
+
+    @classmethod
+    def of(
+        cls,
+        machine: Topology,
+        nodes: str | int | Sequence[int] = "all",
+        per: str = "node",
+        policy: str = MIRROR,
+        ratio: Mapping[int, int] | None = None,
+        **rest: Any,
+    ) -> MirrorOptions:
+        """Return the options for these nodes of this machine. Raises: UsageError."""
+        if policy not in POLICIES:
+            raise UsageError(f"policy {policy!r}: expected {' or '.join(POLICIES)}")
+        chosen = tuple(machine.select(nodes))
+        if policy == BIND and len(chosen) > 1:
+            raise UsageError(
+                f"policy bind: expected one node, found {format_list(chosen)}: name it (--nodes"
+                f" {chosen[0]}), or take interleave, stripe or mirror"
+            )
+        if policy != MIRROR and per != "node":
+            raise UsageError(f"per {per}: only of the policy mirror, found {policy}")
+        if ratio is not None and policy != INTERLEAVE:
+            raise UsageError(f"weights: only of the policy interleave, found {policy}")
+        if policy == INTERLEAVE:
+            layout = in_turn(chosen, kernel_weights(chosen) if ratio is None else ratio)
+            rest["turns"] = layout.turns
+        if policy in (MIRROR, BIND) or len(chosen) == 1:  # on one node they are all the same
+            return cls(machine.groups(chosen, per), **rest | {"turns": ()})
+        return cls([chosen], policy, **rest)
+
+    def layouts(self, weights: Weights, groups: Iterable[Group]) -> dict[Group, Layout]:
+        """Return the layout of the model's replica on each of these groups of nodes."""
+        if self.policy == STRIPE:
+            return {group: striped(weights, group) for group in groups}
+        return {group: Layout(self.turns or group) for group in groups}
 
     @property
     def kept(self) -> str:
@@ -178,6 +232,14 @@ def can_bind(options: MirrorOptions, machine: Topology) -> bool:
         return True
     if options.strict:
         raise refused
+    if options.policy != MIRROR:
+        raise NumaUnavailableError(
+            f"{refused}; without binding only whole replicas of a node can be placed, by its own"
+            f" CPUs, and {options.policy} places ranges: take the policy mirror, or bind",
+            call=refused.call,
+            node=nodes[0],
+            errno=refused.errno or 0,
+        )
     bare = [node for node in nodes if not machine.nodes[node].usable_cpus]
     if bare and len(machine.usable) > 1:
         raise NumaUnavailableError(
@@ -229,22 +291,27 @@ def private(
 ) -> Mirror:
     """Build replicas for this process alone."""
     groups, bound = options.groups, can_bind(options, machine)
-    builds = [(weights.model(), groups)]
+    layouts = options.layouts(weights, groups)
+    builds = [Build(weights.model(), layouts)]
     fitted(builds, [weights], machine, kept=PRIVATE, bound=bound).check()
     files = [part.file for part in weights.parts]
-    memory, drop = private_memory(bound=bound), options.drop_source
-    built = build(files, groups, memory, machine, progress, bound=bound, drop_source=drop)
+    # A huge page of anonymous memory is made where any byte of it is touched, also across stripes.
+    memory = held_memory(bound=bound) if options.policy == STRIPE else private_memory(bound=bound)
+    drop = options.drop_source
+    built = build(files, layouts, memory, machine, progress, bound=bound, drop_source=drop)
     report = report_of(weights, machine, groups, "private", built)
+    report.policy = options.policy
     replicas = {group: [arena.mapping for arena in row] for group, row in built.arenas.items()}
     sums = dict.fromkeys(groups, built.checksums)
-    return Mirror(weights, replicas, groups, report, machine, sums)
+    known = layouts if bound else dict.fromkeys(groups)
+    return Mirror(weights, replicas, groups, report, machine, sums, known)
 
 
 def _mapped(weights: Weights, machine: Topology, groups: Sequence[Group]) -> Mirror:
     """Return the opened file itself as the only view: there is one node."""
     report = report_of(weights, machine, groups, "mapped")
     report.note = "one NUMA node: nothing was copied, the view is the opened file itself"
-    return Mirror(weights, {}, groups, report, machine, {})
+    return Mirror(weights, {}, groups, report, machine, {}, {})
 
 
 def plan_shared(models: Sequence[Weights], machine: Topology, options: MirrorOptions) -> MirrorPlan:
@@ -284,17 +351,18 @@ def _missing(models: Sequence[Weights], options: MirrorOptions, *, building: boo
     for weights in models:
         model = weights.model()
         if model.key not in there:
-            found = _found(model, building=building)
+            found = _found(model, options.policy, building=building)
             _check_kind(weights, [e for g, e in found.items() if g in options.groups], options)
             there[model.key] = set(found)
-        builds.append((model, tuple(g for g in options.groups if g not in there[model.key])))
+        missing = [group for group in options.groups if group not in there[model.key]]
+        builds.append(Build(model, options.layouts(weights, missing)))
         there[model.key].update(options.groups)  # the same model once more needs nothing more
     return builds
 
 
-def _found(model: known.Model, *, building: bool) -> dict[Group, Entry]:
+def _found(model: known.Model, policy: str, *, building: bool) -> dict[Group, Entry]:
     try:
-        return store.find(model)
+        return store.find(model, policy)
     except StoreError as error:
         if building:
             raise
@@ -306,6 +374,7 @@ def _check_kind(weights: Weights, found: Sequence[Entry], options: MirrorOptions
     lacks = {
         "without a holder": options.hold and any(entry.holder is None for entry in found),
         "placed, not bound": options.strict and not all(entry.bound for entry in found),
+        "interleaved otherwise": any(entry.turns != options.turns for entry in found),
     }
     for what, holds in lacks.items():
         if holds:
@@ -375,7 +444,7 @@ def _mirror_shared(
                     _publish(model, built, folder, options)
                     reclaim.drop_replaced()
                 known.remember(model)
-                found = store.find(model)
+                found = store.find(model, options.policy)
                 for entry in [found[group] for group in options.groups if group in found]:
                     store.mark(entry, pool=options.pool, keep=options.keep)
                 done.append(_attach(weights, list(options.groups), found, built, machine))
@@ -387,7 +456,7 @@ def _mirror_shared(
 def _publish(model: known.Model, built: Built, folder: int, options: MirrorOptions) -> None:
     hold, pool, keep = options.hold, options.pool, options.keep
     try:
-        store.publish(model, built, folder, hold=hold, pool=pool, keep=keep)
+        store.publish(model, built, folder, hold=hold, policy=options.policy, pool=pool, keep=keep)
     except NumaloadError:
         raise
     except OSError as error:
@@ -398,9 +467,9 @@ def _publish(model: known.Model, built: Built, folder: int, options: MirrorOptio
         built.close()
 
 
-def _attach_shared(weights: Weights, needed: Sequence[int] | None) -> Mirror:
+def _attach_shared(weights: Weights, needed: Sequence[int] | None, policy: str) -> Mirror:
     """Attach the replicas on the ``needed`` nodes; None: every replica that is there."""
-    found = store.find_of([part.file.opened for part in weights.parts])
+    found = store.find_of([part.file.opened for part in weights.parts], policy)
     if not found:
         raise ReplicaNotFoundError(_why_missing(weights, ()))
     if needed is None:
@@ -433,8 +502,10 @@ def _attach(
         replicas = {group: leases[found[group].name].map(group) for group in groups}
         sums = {group: found[group].checksums for group in groups}
         paths = {group: found[group].paths(group) for group in groups}
+        layouts = layouts_of([found[group] for group in groups])
         failed.pop_all()
-    made = Mirror(weights, replicas, groups, None, machine, sums, list(leases.values()), paths)
+    held = list(leases.values())
+    made = Mirror(weights, replicas, groups, None, machine, sums, layouts, held, paths)
     made.built = built
     return made
 
@@ -446,7 +517,8 @@ def placements_of_entry(entry: Entry) -> dict[int, Placement]:
     """
     lease = Lease(entry)
     try:
-        return by_node(placements_of({group: lease.map(group) for group in entry.groups}))
+        replicas = {group: lease.map(group) for group in entry.groups}
+        return by_node(placements_of(replicas, layouts_of([entry])))
     finally:
         lease.close()
 
@@ -460,9 +532,18 @@ def verify_entry(entry: Entry, machine: Topology) -> Verified:
     try:
         replicas = {group: lease.map(group) for group in entry.groups}
         sums = dict.fromkeys(entry.groups, entry.checksums)
-        return verify(replicas, entry.model.paths, sums, machine)
+        return verify(replicas, entry.model.paths, sums, layouts_of([entry]), machine)
     finally:
         lease.close()
+
+
+def layouts_of(entries: Iterable[Entry]) -> dict[Group, Layout | None]:
+    """Return the layouts of all replicas of these; None for those that were not bound."""
+    return {
+        group: entry.layout(group) if entry.bound else None
+        for entry in entries
+        for group in entry.groups
+    }
 
 
 def _why_missing(weights: Weights, missing: Sequence[int]) -> str:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from numaload.errors import NodeMemoryError, StoreError
 from numaload.files.known import Model
 from numaload.linux.lists import Group
+from numaload.linux.placement import NodeRange
 from numaload.linux.syscalls import PAGE
 from numaload.machine import logout, memory, userdir
 from numaload.machine.topology import Topology
+from numaload.replicas.layout import Layout
 
 PRIVATE, STORED, HELD = "private", "stored", "held"  # where replicas are kept
 SMALL, SMALL_SHARE = 256 << 10, 1 << 18  # bytes of an entry without its replicas, and one for these
@@ -32,7 +35,16 @@ OVER_BUDGET = "a larger budget: numaload store budget POOL SIZE"
 NO_BUDGET: dict[int, int] = {}
 TRUSTED = 256 << 20  # bytes filled, at most, between two looks at a node's free memory
 
-Build = tuple[Model, Sequence[Group]]  # a model, and the groups of nodes that lack a replica
+
+class Build(NamedTuple):
+    """Say what to build of a model: a replica of each layout, by its nodes."""
+
+    model: Model
+    layouts: Mapping[Group, Layout]
+
+    @property
+    def nbytes(self) -> int:
+        return footprint(self.model) * len(self.layouts)
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ class MirrorPlan:
 
     @property
     def nbytes(self) -> int:
-        return sum(footprint(model) * len(groups) for model, groups in self.builds)
+        return sum(one.nbytes for one in self.builds)
 
     def check(self) -> None:
         """Check that it fits. Raises: NodeMemoryError naming every limit that is too small."""
@@ -89,8 +101,8 @@ class MirrorPlan:
 
     def to_dict(self) -> dict[str, Any]:
         builds = [
-            {"paths": m.paths, "size": m.size, "nodes": nodes_of(groups), "replicas": groups}
-            for m, groups in self.builds
+            {"paths": m.paths, "size": m.size, "nodes": nodes_of(layouts), "replicas": [*layouts]}
+            for m, layouts in self.builds
         ]
         needs = [asdict(need) | {"fits": need.fits} for need in self.needs]
         rest = {"nbytes": self.nbytes, "fits": self.fits, "goes": self.goes, "why": self.why}
@@ -111,12 +123,11 @@ def plan(
     kept: PRIVATE, HELD by a process, or STORED: then the store's tmpfs is a limit too.
     bound: see ``build``. left: bytes of each node that the budget of ``pool`` leaves.
     """
-    per_node: dict[int, int] = {}
-    for model, groups in builds:
-        for group in groups:
-            for node in group:
-                per_node[node] = per_node.get(node, 0) + -(-footprint(model) // len(group))
-    total = sum(footprint(model) * len(groups) for model, groups in builds)
+    per_node: Counter[int] = Counter()
+    for model, layouts in builds:
+        for layout in layouts.values():
+            per_node.update(layout.on_nodes(model))
+    total = sum(one.nbytes for one in builds)
     needs = [_node_need(node, per_node[node], machine, bound=bound) for node in sorted(per_node)]
     needs += [
         Need(f"pool {pool} on node {node}", per_node[node], max(0, left[node]), node, OVER_BUDGET)
@@ -132,7 +143,7 @@ def plan(
             # A manifest, folders and links come on top, and are all that held replicas take there.
             small = SMALL + total // SMALL_SHARE
             needs.append(_store_need(small if kept == HELD else total + small))
-    return MirrorPlan(tuple((model, tuple(groups)) for model, groups in builds), tuple(needs))
+    return MirrorPlan(tuple(builds), tuple(needs))
 
 
 def _node_need(node: int, needed: int, machine: Topology, *, bound: bool) -> Need:
@@ -146,7 +157,7 @@ def _node_need(node: int, needed: int, machine: Topology, *, bound: bool) -> Nee
     return Need(f"node {node}", needed, free, node, hint)
 
 
-def nodes_of(groups: Sequence[Group]) -> list[int]:
+def nodes_of(groups: Iterable[Group]) -> list[int]:
     """Return all nodes that these replicas are on."""
     return sorted({node for group in groups for node in group})
 
@@ -204,13 +215,15 @@ class MemoryBudget:
         self.finished = threading.Condition(self.lock)
 
     @contextmanager
-    def taken(self, group: Group, nbytes: int) -> Iterator[None]:
-        """Take room for a chunk, shared by the nodes of the group. Raises: NodeMemoryError."""
-        each = -(-nbytes // len(group))
+    def taken(self, ranges: Iterable[NodeRange]) -> Iterator[None]:
+        """Take room for ranges of a replica that are filled now. Raises: NodeMemoryError."""
+        needed: Counter[int] = Counter()
+        for start, stop, node in ranges:
+            needed[node] += stop - start
         with ExitStack() as taken:
-            for node in group:
-                self.check(node, each)
-                taken.callback(self._finished, node, each)
+            for node, nbytes in sorted(needed.items()):  # in one order: none waits in a circle
+                self.check(node, nbytes)
+                taken.callback(self._finished, node, nbytes)
             yield
 
     def _finished(self, node: int, nbytes: int) -> None:

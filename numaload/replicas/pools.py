@@ -139,7 +139,7 @@ def left(pool: str, entries: Sequence[Entry], machine: Topology) -> dict[int, in
         return {}
     own = [entry for entry in entries if entry.pool == pool]
     return {
-        node.id: budget.of(node.memory_total) - sum(entry.on_node(node.id) for entry in own)
+        node.id: budget.of(node.memory_total) - sum(entry.on_nodes.get(node.id, 0) for entry in own)
         for node in machine.nodes.values()
         if node.has_memory
     }
@@ -171,7 +171,7 @@ def chosen(
 def _freed(entry: Entry, need: Need) -> int:
     if need.is_tmpfs and entry.holder is not None:
         return 0
-    return entry.nbytes if need.node is None else entry.on_node(need.node)
+    return entry.nbytes if need.node is None else entry.on_nodes.get(need.node, 0)
 
 
 def _gone(row: dict[str, Any]) -> Gone:

@@ -49,6 +49,7 @@ from numaload.replicas import hold as holding
 from numaload.replicas.build import Built
 from numaload.replicas.entry import BASE, Entry, folder_of
 from numaload.replicas.folders import MANIFEST
+from numaload.replicas.layout import INTERLEAVE, MIRROR
 
 TOKEN_BYTES = 4
 PAUSES_S = (0.01,) * 10  # in which others may end what they began to remove
@@ -134,21 +135,26 @@ def has(name: str, store: int | None) -> bool:
     return True
 
 
-def find(model: Model) -> dict[Group, Entry]:
+def find(model: Model, policy: str = "") -> dict[Group, Entry]:
     """Return what is there of exactly this model: {nodes: its newest entry}.
 
-    Without what cannot be reached: its holder has died, or is another container's.
+    policy: only of this one. Without what cannot be reached: its holder has died, or is another
+    container's.
     """
-    return _reached(lambda entry: entry.model.key == model.key)
+    return _reached(lambda entry: entry.model.key == model.key and policy in ("", entry.policy))
 
 
-def find_of(opened: Sequence[Identity]) -> dict[Group, Entry]:
+def find_of(opened: Sequence[Identity], policy: str = "") -> dict[Group, Entry]:
     """Return the same of files that are open now, without reading of them what they begin with.
 
     A file that was written to has another ctime.
     """
     wanted = [one[:-1] for one in opened]
-    return _reached(lambda entry: [one[:-1] for one in entry.model.identities] == wanted)
+    return _reached(
+        lambda entry: (
+            policy in ("", entry.policy) and [one[:-1] for one in entry.model.identities] == wanted
+        )
+    )
 
 
 def _reached(chosen: Callable[[Entry], bool]) -> dict[Group, Entry]:
@@ -175,6 +181,7 @@ def publish(
     store: int,
     *,
     hold: bool = False,
+    policy: str = MIRROR,
     pool: str = "",
     keep: bool = False,
 ) -> Entry:
@@ -186,6 +193,7 @@ def publish(
     before = changed(model)
     pool = pool or next((entry.pool for entry in before), BASE)
     keep = keep or any(entry.keep for entry in before)
+    (layout, *_) = built.layouts.values()
     entry = Entry(
         name=f"{model.key}.{secrets.token_hex(TOKEN_BYTES)}",
         model=model,
@@ -196,6 +204,9 @@ def publish(
         bound=built.bound,
         pool=pool,
         keep=keep,
+        policy=policy,
+        turns=layout.turns if policy == INTERLEAVE else (),
+        stripes=layout.stripes,
     )
     links = [
         (folder_of(group), os.path.basename(path), arena.fd)

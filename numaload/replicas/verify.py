@@ -18,6 +18,7 @@ from numaload.machine.stopping import CancelToken
 from numaload.machine.topology import Topology
 from numaload.machine.workers import finish, pool
 from numaload.replicas.build import CHUNK
+from numaload.replicas.layout import Layout, asked_of
 
 
 @dataclass
@@ -58,14 +59,15 @@ class Verified:
 
 
 Replicas = Mapping[Group, Sequence[MappedMemory]]  # {nodes: the mapped files}
+Layouts = Mapping[Group, Layout | None]  # None: placed by first touch, on any of the nodes
 
 
-def placements_of(replicas: Replicas) -> dict[Group, Placement]:
+def placements_of(replicas: Replicas, layouts: Layouts) -> dict[Group, Placement]:
     """Ask where the replicas are now, all pages; maps them into this process first."""
     for mappings in replicas.values():
         for mapping in mappings:
             populate_read(mapping)
-    asked = [(list(group), mappings) for group, mappings in replicas.items()]
+    asked = [asked_of(group, layouts[group], mappings) for group, mappings in replicas.items()]
     return dict(zip(replicas, locate(asked), strict=True))
 
 
@@ -82,13 +84,14 @@ def verify(
     replicas: Replicas,
     paths: Sequence[str],
     checksums: Mapping[Group, Sequence[Sequence[int]]],
+    layouts: Layouts,
     machine: Topology,
 ) -> Verified:
     """Count the pages and hash every chunk, all replicas at once, by threads on their nodes.
 
     checksums: {nodes: a row per file}: replicas that were built at different times have their own.
     """
-    placements = placements_of(replicas)
+    placements = placements_of(replicas, layouts)
     wrong: list[tuple[Group, int, int]] = []  # (nodes, file, chunk)
     token = CancelToken()
     jobs = [

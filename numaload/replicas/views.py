@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from numaload.errors import ClosedError, NotCopyable, UsageError, printable
+from numaload.errors import ClosedError, NotCopyable, UsageError, printable, warn_once
 from numaload.files.known import Model
 from numaload.files.plan import ReadPlan
 from numaload.linux.lists import Group, format_list
@@ -19,9 +20,10 @@ from numaload.machine.affinity import pinned_to
 from numaload.machine.topology import Topology, topology
 from numaload.replicas.build import Built
 from numaload.replicas.folders import link_others
+from numaload.replicas.layout import MIRROR, Share, divided, unit_of
 from numaload.replicas.lease import Lease
 from numaload.replicas.plan import nodes_of
-from numaload.replicas.verify import Verified, by_node, placements_of, verify
+from numaload.replicas.verify import Layouts, Verified, by_node, placements_of, verify
 from numaload.weights import Weights
 
 
@@ -36,6 +38,7 @@ class MirrorReport:
     nbytes: int
     asked: list[int]
     kind: str  # "private" to this process, "shared" in the store, "mapped": the file itself
+    policy: str = MIRROR
     groups: list[Group] = field(default_factory=list)  # a replica each: the nodes that share it
     placements: dict[int, Placement] = field(default_factory=dict)
     built: list[int] = field(default_factory=list)  # nodes whose replica was made now
@@ -73,13 +76,14 @@ class Mirror(NotCopyable):
         report: MirrorReport | None,
         machine: Topology | None,
         checksums: Mapping[Group, Sequence[Sequence[int]]],
+        layouts: Layouts,
         leases: Sequence[Lease] = (),
         paths: Mapping[Group, list[str]] | None = None,
     ) -> None:
         self._report, self._asked, self.nodes = report, list(groups), nodes_of(groups)
         self._weights, self._topology, self._leases = weights, machine, list(leases)
         self.built: Built | None = None  # replicas that were made for this, without a report
-        self._replicas, self._checksums = replicas, checksums
+        self._replicas, self._checksums, self._layouts = replicas, checksums, layouts
         self._groups = by_node({group: group for group in replicas})
         self._views: dict[Group, Weights] = {}
         self._paths = by_node(paths or {})
@@ -114,10 +118,11 @@ class Mirror(NotCopyable):
         machine, built = self._machine, self.built
         report = report_of(self._weights, machine, self._asked, "shared", built)
         old = {g: self._replicas[g] for g in self._asked if built is None or g not in built.arenas}
-        report.placements |= by_node(placements_of(old))
+        report.placements |= by_node(placements_of(old, self._layouts))
         entries = [lease.entry for lease in self._leases]
         placed = [group for entry in entries if not entry.bound for group in entry.groups]
         report.unbound = nodes_of([group for group in placed if group in self._asked])
+        report.policy = ", ".join(sorted({entry.policy for entry in entries}))
         report.holders = [entry.holder.pid for entry in entries if entry.holder]
         return report
 
@@ -164,6 +169,55 @@ class Mirror(NotCopyable):
         with pinned_to(cpus):
             yield view
 
+    def local_rows(self, name: str) -> Share:
+        """Return which rows or experts of a tensor are on the calling thread's node.
+
+        Of a striped replica that node's run; all of them where each node has its own replica. At
+        both ends of a run there may be a part of a page that lies on a neighbour.
+        Raises: TensorNotFoundError; UsageError where nodes take turns by blocks, whatever the rows.
+        """
+        here = self._machine.node_of_cpu(_current_cpu())
+        near = self.nodes[0] if here is None else self._machine.nearest(here, self.nodes)
+        return self._share(name, near)
+
+    def _share(self, name: str, node: int) -> Share:
+        tensor, group = self._weights[name], self._groups.get(node, (node,))
+        layout = self._layouts.get(group)
+        if len(group) > 1 and (layout is None or not layout.stripes):
+            raise UsageError(
+                f"{name}: the replica on nodes {format_list(group)} is interleaved by blocks of"
+                " 2 MiB: no node has rows of its own; mirror it with policy='stripe'"
+            )
+        unit, count = unit_of(tensor, len(group))
+        stops, part = divided(count, len(group)), group.index(node)
+        return Share(stops[part], stops[part + 1], unit)
+
+    def rows(self, name: str, threads: int) -> dict[int, list[Share]]:
+        """Return {node: the rows, or experts, of each of its ``threads`` threads}.
+
+        Every row is one thread's, on a node that has it. Warns where threads do not divide them.
+        Raises: as ``local_rows``, UsageError for less than one thread.
+        """
+        if threads < 1:
+            raise UsageError(f"threads {threads}: expected 1 or more")
+        found, nodes = {}, self.nodes
+        for part, node in enumerate(nodes):
+            share = self._share(name, node)
+            first, last = share.start, share.stop
+            if len(self._groups.get(node, (node,))) == 1:  # with all of it: each node does a part
+                stops = divided(len(share), len(nodes))
+                first, last = stops[part], stops[part + 1]
+            stops = divided(last - first, threads)
+            found[node] = [Share(first + a, first + b, share.unit) for a, b in pairwise(stops)]
+            if (last - first) % threads:
+                best = max(n for n in range(1, threads + 1) if (last - first) % n == 0)
+                warn_once(
+                    f"threads {threads} of {last - first}",
+                    f"{name}: {last - first} {share.unit} of node {node} among {threads} threads:"
+                    f" some wait for those with one more; {best} would have as many each",
+                )
+        return found
+
     def addresses(self, name: str) -> dict[int, int]:
         """Return {node: address of the tensor's blocks there}, valid until ``close()``."""
         return {node: self.view(node)[name].address for node in self.nodes}
@@ -202,7 +256,8 @@ class Mirror(NotCopyable):
         """Ask the kernel for every page again and hash every chunk. Nothing is raised by this."""
         if self._closed:
             raise ClosedError("this mirror was closed")
-        return verify(self._replicas, self._weights.paths, self._checksums, self._machine)
+        paths = self._weights.paths
+        return verify(self._replicas, paths, self._checksums, self._layouts, self._machine)
 
     def close(self) -> None:
         """Let go of the replicas. Memory is unmapped with its last array; addresses end now."""
@@ -248,7 +303,7 @@ def report_of(
 ) -> MirrorReport:
     """Return the report of replicas that are there; ``built``: those that were made now."""
     asked = nodes_of(groups)
-    report = MirrorReport(weights.paths, weights.nbytes, asked, kind, list(groups))
+    report = MirrorReport(weights.paths, weights.nbytes, asked, kind, groups=list(groups))
     report.binding = binding().name
     report.left_out = {n: why for n, why in machine.left_out.items() if n not in asked}
     if built is not None:

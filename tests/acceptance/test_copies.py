@@ -24,6 +24,7 @@ from numaload.files.source import SourceFile
 from numaload.files.ways import IntoCache, IntoMemory
 from numaload.linux.mapping import map_private
 from numaload.replicas.arena import Arena, private_memory, store_memory
+from numaload.replicas.layout import Layout
 
 Way = Callable[[Any], Any]
 WAYS: dict[str, Way] = {
@@ -204,7 +205,7 @@ def cache_reader(held: Held) -> IntoCache:
 def arena(_: Held) -> Arena:
     folder = os.open("/dev/shm", os.O_RDONLY)  # noqa: S108 - as the store has it
     try:
-        return store_memory(folder, bound=False)(1 << 20, (0,))
+        return store_memory(folder, bound=False)(1 << 20, Layout((0,)), 0)
     finally:
         os.close(folder)
 
@@ -213,7 +214,7 @@ HALF_MADE: dict[str, Callable[[Held], Any]] = {
     name: OWNERS[name] for name in ("weights", "file", "mirror", "lease", "mapping")
 } | {
     "arena": arena,
-    "private arena": lambda _: private_memory(bound=False)(1 << 20, (0,)),
+    "private arena": lambda _: private_memory(bound=False)(1 << 20, Layout((0,)), 0),
     "cache reader": cache_reader,
     "memory reader": lambda held: IntoMemory(held.weights.parts[0].file, direct=True, quiet=True),
 }

@@ -52,7 +52,7 @@ def test_what_it_costs_is_said(numaload: Numaload, small: str) -> None:
 def test_two_replicas_half_on_each_node(numaload: Numaload, small: str) -> None:
     done = numaload("mirror", small, "--per", "socket")
     assert "nodes 0-1: " in done.stdout
-    assert "interleaved: node 0 " in done.stdout
+    assert "by node: node 0 " in done.stdout
     (row,) = numaload.json("status")["replicas"]
     assert sorted(row["replicas"]) == ["0-1", "2-3"]
     for (path,), socket in zip(row["replicas"].values(), SOCKETS, strict=True):

@@ -16,13 +16,13 @@ from numaload.errors import CancelledError, NodeMemoryError
 from numaload.files.residency import residency
 from numaload.files.source import SourceFile
 from numaload.linux import syscalls
-from numaload.linux.lists import Group
 from numaload.machine import userdir, workers
 from numaload.machine.workers import Workers
 from numaload.replicas import build as builds
 from numaload.replicas import plan as plans
 from numaload.replicas.arena import Arena, private_memory, store_memory
 from numaload.replicas.build import CHUNK, build
+from numaload.replicas.layout import Layout
 from numaload.replicas.plan import LEAST_FREE, TRUSTED
 from witness import mapped
 
@@ -42,7 +42,7 @@ def source(tmp_path: Path) -> Iterator[SourceFile]:
 
 def run(file: SourceFile, **options: Any) -> builds.Built:
     allocate = options.pop("allocate", private_memory())
-    return build([file], [(NODE,)], allocate, api.topology(), **options)
+    return build([file], {(NODE,): Layout((NODE,))}, allocate, api.topology(), **options)
 
 
 def test_what_was_given_back_is_counted_by_all_threads(
@@ -71,8 +71,8 @@ def test_a_failed_build_is_freed_though_its_error_is_kept(
 
         real = store_memory(folder) if shared else private_memory()
 
-        def allocate(size: int, group: Group) -> Arena:
-            arena = real(size, group)
+        def allocate(size: int, layout: Layout, file: int) -> Arena:
+            arena = real(size, layout, file)
             addresses.append(arena.mapping.address)
             return arena
 
@@ -103,7 +103,7 @@ def test_an_empty_file_among_others(tmp_path: Path, source: SourceFile) -> None:
     (tmp_path / "empty").touch()
     with SourceFile(str(tmp_path / "empty")) as empty:
         for files in ([empty], [empty, source]):
-            built = build(files, [(NODE,)], private_memory(), api.topology())
+            built = build(files, {(NODE,): Layout((NODE,))}, private_memory(), api.topology())
             assert [len(row) for row in built.checksums] == [-(-f.size // CHUNK) for f in files]
             assert built.placements[NODE,].right
             built.close()
@@ -124,7 +124,7 @@ class Filled:
 
     def fill(self, chunks: int) -> None:
         for _ in range(chunks):
-            with self.budget.taken((NODE,), CHUNK):
+            with self.budget.taken([(0, CHUNK, NODE)]):
                 self.free -= CHUNK
 
 

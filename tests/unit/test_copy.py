@@ -16,7 +16,7 @@ from numaload.errors import FileChangedError, NodeMemoryError, ReadError
 from numaload.files.copy import LOOK_EVERY, copy_files
 from numaload.files.residency import residency
 from numaload.files.source import SourceFile
-from numaload.linux.placement import locate
+from numaload.linux.placement import Asked, locate
 from numaload.machine import memory
 
 MIB = 1 << 20
@@ -60,7 +60,7 @@ def test_page_cache_is_as_before(files: list[SourceFile], resident: bool) -> Non
 
 def test_it_takes_what_the_files_have(files: list[SourceFile]) -> None:
     copies = copy_files(files)
-    (found,) = locate([([0], copies)])
+    (found,) = locate([Asked([0], copies)])
     assert found.pages == sum(-(-file.size // 4096) for file in files)
     assert found.on.get(-1, 0) == 0
 

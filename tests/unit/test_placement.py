@@ -17,6 +17,7 @@ from numaload.linux.mapping import MappedMemory, bind, map_file, map_private, po
 from numaload.linux.placement import (
     ABSENT,
     HUGE_FIELDS,
+    Asked,
     Placement,
     count_pages,
     locate,
@@ -109,11 +110,11 @@ def test_both_tell_the_same_of_huge_pages(monkeypatch: pytest.MonkeyPatch) -> No
             (mapping.address, 100 << 20),
             (mapping.address + (699 << 20), PAGE),
         ]
-        told = pagemap.huge_bytes(ranges)
-        if told is None:
+        found = pagemap.huge_ranges(ranges)
+        if found is None:
             pytest.skip("before Linux 6.7 smaps alone tells")
-        monkeypatch.setattr(pagemap, "huge_bytes", lambda _: None)
-        assert told[:1] == list(placement._huge_bytes(ranges[:1]))
+        told = list(placement._huge_bytes(ranges, found))
+        assert told[:1] == list(placement._huge_bytes(ranges[:1], None))
         assert told[0] > 100 << 20
         assert told[1:] == [50 << 20, 0]
 
@@ -191,7 +192,9 @@ def test_locate_several_at_once() -> None:
         bind(second, [NODE])
         first.view(write=True)[: HUGE + 1 : PAGE] = bytes(HUGE // PAGE + 1)
         second.view(write=True)[:] = bytes(second.length)
-        found = locate([([NODE], [first]), ([NODE], [second, empty]), ([NODE], [empty])])
+        found = locate(
+            [Asked([NODE], [first]), Asked([NODE], [second, empty]), Asked([NODE], [empty])]
+        )
     assert [p.pages for p in found] == [3 * HUGE // PAGE, 2, 0]
     assert found[0].on[ABSENT] == found[0].elsewhere > 0
     assert not found[0].right
@@ -220,7 +223,7 @@ def test_what_the_kernel_unmapped_is_mapped_again(
             monkeypatch.setattr(placement, "sample", sample)
         else:
             assert not syscalls.madvise(mapping.address, PAGE, mmap.MADV_DONTNEED)
-        (found,) = locate([([NODE], [mapping])])
+        (found,) = locate([Asked([NODE], [mapping])])
     assert found.right
     assert found.on == found.sampled == {NODE: 4}
 
@@ -317,7 +320,7 @@ def test_where_page_counts_are_hidden_move_pages_tells() -> None:
         mapping.view(write=True)[: 9 * PAGE] = bytes(9 * PAGE)
         (counts,) = count_pages([mapping.range])
     assert sum(counts.values()) == 9
-    assert list(placement._huge_bytes([(0, PAGE)])) == [0]
+    assert list(placement._huge_bytes([(0, PAGE)], None)) == [0]
 
 
 def test_page_counts_that_are_empty_are_hidden_too(

@@ -24,6 +24,7 @@ from numaload.machine import userdir
 from numaload.replicas import reclaim
 from numaload.replicas import store as stores
 from numaload.replicas.arena import store_memory
+from numaload.replicas.layout import Layout
 from numaload.replicas.lease import Lease
 from numaload.replicas.mirror import MirrorOptions, mirror_shared
 from numaload.replicas.plan import MirrorPlan
@@ -359,7 +360,7 @@ def test_an_arena_that_is_dropped_keeps_no_nameless_file() -> None:
     with userdir.opened() as folder:
         assert folder is not None
         before = descriptors()
-        arena = store_memory(folder)(1 << 20, (0,))
+        arena = store_memory(folder)(1 << 20, Layout((0,)), 0)
         assert descriptors() == before + 1
         del arena
         assert descriptors() == before

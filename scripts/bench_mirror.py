@@ -35,8 +35,8 @@ from numaload.machine import userdir
 from numaload.machine.topology import topology
 from numaload.replicas import reclaim, store
 from numaload.replicas.arena import private_memory, store_memory
-from numaload.replicas.build import CHUNK, Allocate, build
-from numaload.replicas.layout import Layout
+from numaload.replicas.build import Allocate, build
+from numaload.replicas.layout import CHUNK, Layout
 
 Row = Callable[[], float]  # seconds
 DIRECT_CHUNK = 8 << 20

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from numaload.cli.output import (
     complain,
+    count,
     files_of,
     note,
     on_nodes,
     print_json,
+    print_table,
     progress_bar,
     rate,
     say,
@@ -20,7 +22,10 @@ from numaload.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numaload.linux.placement import Placement
+    from numaload.replicas.choices import Choice, Choices
     from numaload.replicas.plan import MirrorPlan, Need
     from numaload.replicas.views import MirrorReport
 
@@ -76,7 +81,7 @@ def add_verbs(verbs: Any) -> None:
         parser.add_argument(
             "--policy",
             choices=["mirror", "interleave", "stripe", "bind"],
-            default="mirror",
+            default="mirror" if run is mirror else None,
             help="mirror: a replica per node (default); interleave: one, its blocks in turn;"
             " stripe: one, each node has rows or experts of every tensor; bind: one, on one node",
         )
@@ -85,6 +90,15 @@ def add_verbs(verbs: Any) -> None:
             metavar="NODE=N,...",
             type=_ratio,
             help="of interleave: blocks each node takes in turn (default: the kernel's weights)",
+        )
+        parser.add_argument(
+            "--place",
+            metavar="PATTERN=POLICY",
+            action="append",
+            type=_place,
+            default=[],
+            help="instead of one policy: of tensors whose names the pattern is in; the first that"
+            " is counts; also skip (left in the page cache), bind:NODE; for numaload.attach alone",
         )
         if run is mirror:
             parser.add_argument(
@@ -108,6 +122,13 @@ def _ratio(text: str) -> dict[int, int]:
     if len(found) != len(pairs):
         raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected NODE=N,..., as in 0=2,1=1")
     return found
+
+
+def _place(text: str) -> tuple[str, str]:
+    pattern, equals, policy = text.rpartition("=")
+    if not equals or not pattern:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}: expected PATTERN=POLICY, as .*=mirror")
+    return pattern, policy
 
 
 def _common(parser: argparse.ArgumentParser, run: Any, help_: str) -> None:
@@ -145,12 +166,12 @@ def _plan(options: argparse.Namespace) -> tuple[list[Any], Any, Any]:
     if options.nodes == "all":
         for line in left_out(machine):
             note(line)
-        if machine.copies_note and options.per == "node" and options.policy == "mirror":
+        if machine.copies_note and options.per == "node" and options.policy in (None, "mirror"):
             note(machine.copies_note)
     wanted = MirrorOptions.of(
-        machine, nodes, options.per, options.policy, options.weights, hold=options.hold,
-        strict=options.strict, drop_source=options.drop_source, pool=options.pool,
-        keep=options.keep,
+        machine, nodes, options.per, options.policy or "mirror", options.weights, options.place,
+        hold=options.hold, strict=options.strict, drop_source=options.drop_source,
+        pool=options.pool, keep=options.keep,
     )  # fmt: skip
     return _models(options.files), machine, wanted
 
@@ -163,9 +184,19 @@ def show_plan(options: argparse.Namespace) -> int:
         complain(TEACH)
         return 2
     todo = plan_shared(models, machine, wanted)
+    found = None
+    if options.policy is None and options.per == "node" and not options.place:
+        found = _choices(options, models, machine)
     if options.json:
-        print_json(todo)
-        return 0 if todo.fits or todo.goes else 1
+        print_json(todo.to_dict() | ({"choices": found} if found else {}))
+    elif found:
+        _tell_choices(found, options)
+    else:
+        _tell_plan(todo)
+    return 0 if todo.fits or todo.goes or (found and found.best) else 1
+
+
+def _tell_plan(todo: MirrorPlan) -> None:
     for line in _builds(todo):
         say(line)
     for need in todo.needs:
@@ -174,7 +205,62 @@ def show_plan(options: argparse.Namespace) -> int:
         say(f"would go for room: {path}")
     if todo.why:
         say(todo.why)
-    return 0 if todo.fits or todo.goes else 1
+
+
+def _choices(options: argparse.Namespace, models: list[Any], machine: Any) -> Choices:
+    from numaload.replicas.choices import choices
+
+    return choices(
+        models, machine, machine.select(options.nodes), hold=options.hold, strict=options.strict,
+        pool=options.pool,
+    )  # fmt: skip
+
+
+def _tell_choices(found: Choices, options: argparse.Namespace) -> None:
+    """Compare all policies in one table: what each takes of every node, and what fits."""
+    say(f"{', '.join(found.paths)}: {size(found.nbytes)}")
+    for names, tensors, nbytes in found.families:
+        share = 100 * nbytes / max(found.nbytes, 1)
+        say(f"  {share:3.0f} %  {size(nbytes)} in {count(tensors, 'tensor')}: {names}")
+    header = ["policy", *(f"node {node}" for node in found.free), "new", "fits"]
+    free = ["free", *("?" if n is None else size(n) for n in found.free.values()), "", ""]
+    rows = [[*_choice_row(row, found.free)] for row in found.rows]
+    print_table(header, [free, *rows])
+    for row in found.rows:
+        reasons = [] if row.fits else [*map(_fits, row.lacks), row.why_not]
+        for why in filter(None, reasons):
+            say(f"{_named(row)}: {why}")
+    if found.nbytes > found.memory:
+        say(
+            f"larger than the memory of these nodes ({size(found.memory)}): what is mapped of it is"
+            " read from storage again and again while a model runs"
+        )
+    given = ["--nodes", options.nodes] if options.nodes != "all" else []
+    given += ["--hold"] if options.hold else []
+    given += ["--pool", options.pool] if options.pool else []
+    best = found.best
+    if best is not None and best.plan is not None and not any(best.nodes.values()):
+        say("all of the best that fits is there already")
+    else:
+        fits = "best that fits" if best else "nothing fits; the page cache keeps what it can"
+        say(f"{fits}: {found.command(given if best and '--nodes' not in best.words else ())}")
+
+
+def _named(row: Choice) -> str:
+    return " ".join(row.words).removeprefix("--policy ").replace("--nodes", "node") or "mirror"
+
+
+def _choice_row(row: Choice, nodes: Iterable[int]) -> Iterator[str]:
+    yield _named(row)
+    for node in nodes:
+        yield size(row.nodes[node]) if row.nodes.get(node) else "-"
+    yield size(row.plan.nbytes) if row.plan else ""
+    if not row.fits:
+        yield "no"
+    elif row.plan and row.plan.goes:
+        yield f"yes, once these go for room: {', '.join(row.plan.goes)}"
+    else:
+        yield "yes" if row.plan and row.plan.nbytes else "yes, it is there"
 
 
 def _announce(todo: MirrorPlan) -> None:
@@ -194,13 +280,19 @@ def _builds(todo: MirrorPlan) -> Iterator[str]:
     for model, layouts in todo.builds:
         alone = [group[0] for group in layouts if len(group) == 1]
         on = [
-            f"{'striped' if layout.stripes else 'interleaved'} over {on_nodes(group)}"
+            f"{_how(layout)} over {on_nodes(group)}"
             for group, layout in layouts.items()
             if len(group) > 1
         ]
         on += [f"on {on_nodes(alone)}"] if alone else []
         do = f"to build {'; '.join(on)}" if layouts else "already on every node asked for"
         yield f"{files_of(model.paths)}, {size(model.size)}: {do}"
+
+
+def _how(layout: Any) -> str:
+    if layout.only:
+        return "once, what is not on each,"
+    return "striped" if layout.stripes else "interleaved"
 
 
 def _fits(need: Need) -> str:

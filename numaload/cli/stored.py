@@ -228,7 +228,6 @@ def _entry_status(entry: Any) -> dict[str, Any] | None:
             return None  # released by someone else just now
         complain(str(error))
         failed = {"error": str(error)}
-    files = range(len(entry.model.paths))
     source = entry.model.state()
     return {
         "paths": list(entry.model.paths),
@@ -237,7 +236,7 @@ def _entry_status(entry: Any) -> dict[str, Any] | None:
         "unchanged": source == "unchanged",
         "source": source,
         "placements": placements,
-        "replicas": {format_list(g): [entry.path(g, i) for i in files] for g in entry.groups},
+        "replicas": {format_list(group): entry.paths(group) for group in entry.groups},
         "groups": entry.groups,
         "bound": entry.bound,
         "holder": entry.holder.pid if entry.holder else None,
@@ -283,7 +282,7 @@ def _differs(entry: Any, source: str) -> list[tuple[str, int]]:
     """Compare the source's own bytes, as far as it is what it was; say what differs."""
     from numaload.replicas.verify import differing
 
-    found = differing(entry.model.paths, entry.checksums) if source == "unchanged" else []
+    found = differing(entry.model.paths, entry.sums()) if source == "unchanged" else []
     for path in dict.fromkeys(path for path, _ in found):
         n = count(sum(path == other for other, _ in found), "chunk")
         complain(f"{path}: {n} of the file differ from its replica, though its times do not tell")

@@ -58,13 +58,28 @@ class Misplaced:
 class Asked(NamedTuple):
     """Say where one replica shall be.
 
-    ranges: for each mapping, the node of each of its ranges, which begin at pages' borders; none
-    where every page may be on any of the nodes.
+    ranges: for each mapping, the node of each of its ranges, which begin at pages' borders; what is
+    in none is no memory. No ranges where every page may be on any of the nodes.
     """
 
     nodes: list[int]
     mappings: Sequence[MappedMemory]
     ranges: Sequence[Sequence[NodeRange]] = ()
+
+    @property
+    def parts(self) -> Iterator[tuple[MappedMemory, int, int]]:
+        """Yield (mapping, first byte, end) of all that there is memory for."""
+        for i, mapping in enumerate(self.mappings):
+            if not self.ranges and mapping.length:
+                yield mapping, 0, mapping.length
+            at = None
+            for start, stop, _ in self.ranges[i] if self.ranges else ():
+                if at is not None and at[1] != start:
+                    yield mapping, *at
+                    at = None
+                at = (start if at is None else at[0]), stop
+            if at is not None:
+                yield mapping, *at
 
 
 @dataclass
@@ -137,8 +152,8 @@ def locate(replicas: Sequence[Asked]) -> list[Placement]:
     for _ in range(AGAIN if replicas else 0):
         placements = _ask(replicas)
         for one, found in zip(replicas, placements, strict=True):
-            for mapping in one.mappings if found.absent else ():
-                populate_read(mapping)
+            for mapping, start, stop in one.parts if found.absent else ():
+                populate_read(mapping, start, stop)
         if not any(found.absent for found in placements):
             break
     return placements
@@ -155,10 +170,11 @@ def _ask(replicas: Sequence[Asked]) -> list[Placement]:
         on: Counter[int] = Counter()
         for _ in ranges:
             on.update(next(counts))
-        pages = sum(-(-length // PAGE) for _, length in ranges)
+        parts = [(mapping.address + start, stop - start) for mapping, start, stop in one.parts]
+        pages = sum(-(-length // PAGE) for _, length in parts)
         on[ABSENT] = max(0, pages - sum(on.values()))
         huge_pages = sum(next(nbytes) for _ in ranges)
-        sampled = sample(ranges)
+        sampled = sample(parts)
         found = Placement(one.nodes, pages, dict(+on), sampled, huge_pages, ranges=len(ranges))
         if one.ranges:
             _ask_ranges(one, found, [piece for each in huge or () for piece in each])

@@ -12,7 +12,7 @@ from numaload.linux.lists import format_list
 from numaload.linux.mapping import MappedMemory, bind, map_file, map_private
 from numaload.linux.syscalls import HUGE, PAGE
 from numaload.machine import userdir
-from numaload.replicas.layout import Layout
+from numaload.replicas.layout import Layout, Spans
 
 REPLICA_MODE = 0o400
 MEMFD = "numaload-replica"
@@ -46,6 +46,11 @@ class Arena(NotCopyable):
         except BaseException:
             self.close()
             raise
+
+    @property
+    def spans(self) -> Spans:
+        """Return the parts of the file that are filled here."""
+        return self.layout.spans(self.file, self.mapping.length)
 
     def prepare(self, start: int, stop: int) -> None:
         """Have huge pages under [start, stop) before it is filled.

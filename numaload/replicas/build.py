@@ -24,26 +24,32 @@ from numaload.machine.affinity import pin
 from numaload.machine.topology import Topology
 from numaload.machine.workers import Workers, finish
 from numaload.replicas.arena import Allocate, Arena
-from numaload.replicas.layout import Layout, asked_of
+from numaload.replicas.layout import CHUNK, Layout, asked_of, pieces_of
 from numaload.replicas.plan import MemoryBudget
 
-CHUNK = 16 << 20  # bytes filled and checksummed at a time; a multiple of a huge page
 PIECE = 1 << 20  # bytes that are copied, and hashed while they are in a core's caches
 MAX_THREADS = 8  # per node, that copy; a memory controller is busy with fewer
 
 
 @dataclass
 class Built:
-    """``arenas[group][i]`` holds file i; ``checksums[i]`` has its chunks' XXH3-64, in order."""
+    """``arenas[group][i]`` holds file i; ``checksums[i]`` has its pieces' XXH3-64, in order."""
 
     arenas: dict[Group, list[Arena]]
     layouts: Mapping[Group, Layout]
+    pieces: list[list[ByteRange]]
     checksums: list[list[int]]
     placements: dict[Group, Placement]
     seconds: float
     bound: bool = True
     given_back: int = 0  # bytes of source page cache that this brought in and dropped again
     plan: ReadPlan | None = None  # how what was not in RAM was read
+
+    @property
+    def copied(self) -> int:
+        """Return the bytes that were written."""
+        rows = self.arenas.values()
+        return sum(b - a for row in rows for arena in row for a, b in arena.spans)
 
     def close(self) -> None:
         for arenas in self.arenas.values():
@@ -88,9 +94,8 @@ def build(
                 arena.close()
         raise
     seconds = time.perf_counter() - begin
-    return Built(
-        job.arenas, layouts, job.sums, placements, seconds, bound, job.given_back, plan=job.plan
-    )
+    done = (job.arenas, layouts, job.pieces, job.sums, placements)
+    return Built(*done, seconds, bound, job.given_back, plan=job.plan)
 
 
 def _prove(arenas: dict[Group, list[Arena]], *, bound: bool) -> dict[Group, Placement]:
@@ -126,11 +131,14 @@ class _Build:
         self.files, self.groups, self.machine = files, groups, machine
         self.drop_source = drop_source
         self.arenas: dict[Group, list[Arena]] = {group: [] for group in groups}
-        self.sums = [[0] * -(-file.size // CHUNK) for file in files]
+        self.layouts = layouts
+        self.pieces = [pieces_of(layouts.values(), i, file.size) for i, file in enumerate(files)]
+        self.index = [{start: k for k, (start, _) in enumerate(each)} for each in self.pieces]
+        self.sums = [[0] * len(each) for each in self.pieces]
         self.starts = list(accumulate(map(len, self.sums), initial=0))
         self.before = [residency(file) for file in files]
         self.budget = MemoryBudget(machine, groups, bound=bound)
-        self.reading = Reading(sum(file.size for file in files) * len(groups), progress)
+        self.reading = Reading(self._nbytes(), progress)
         self.copies: list[Future[None]] = []
         self.pools: dict[int, Workers] = {}
         self.sources: list[IntoMemory] = []
@@ -140,17 +148,25 @@ class _Build:
         self.own = threading.local()
         self.busy = threading.Semaphore(len(machine.cpus))
 
+    def _nbytes(self) -> int:
+        """Return the bytes of all replicas together."""
+        return sum(
+            stop - start
+            for layout in self.layouts.values()
+            for i, file in enumerate(self.files)
+            for start, stop in layout.spans(i, file.size)
+        )
+
     def run(self) -> None:
         if not self.files:
             return
         self.plan = plan = self._plan()
         self.sources = [IntoMemory(file, direct=plan.way.name == DIRECT) for file in self.files]
         cpus = self.machine.cpus_of(sorted({self._seat(n) for g in self.groups for n in g}))
-        runs = [((0, file.size),) if file.size else () for file in self.files]
         try:
             if len(self.groups) > 1:
                 self.pools = {n: self._copiers(n) for group in self.groups for n in group}
-            self.reading.run(runs, plan, self._lead, cpus, "numaload-build")
+            self.reading.run(self.pieces, plan, self._lead, cpus, "numaload-build")
             finish(self.copies, self.reading.token, self.reading.steps)
         except KeyboardInterrupt:
             raise self.reading.cancelled("interrupted") from None
@@ -187,15 +203,17 @@ class _Build:
 
     def _node(self, group: Group, which: int, index: int) -> int:
         """Return which node of a group fills a chunk: its own, or each one every n-th."""
-        layout = self.arenas[group][which].layout
+        layout = self.layouts[group]
         if layout.stripes:
-            file, start = self.files[which], index * CHUNK
-            return layout.node_at(which, (start + min(start + CHUNK, file.size)) // 2)
+            return layout.node_at(which, sum(self.pieces[which][index]) // 2)
         return group[(self.starts[which] + index) % len(group)]
 
     def _lead(self, chunk: Chunk, way: ReadMethod) -> None:
-        which, index = chunk.which, chunk.offset // CHUNK
-        leader = self.groups[(self.starts[which] + index) // len(self.groups[0]) % len(self.groups)]
+        which, index = chunk.which, self.index[chunk.which][chunk.offset]
+        groups = self.groups
+        if self.layouts[groups[0]].only:
+            groups = [g for g in groups if self.layouts[g].covers(which, chunk.offset, chunk.stop)]
+        leader = groups[(self.starts[which] + index) // len(groups[0]) % len(groups)]
         self._sit(self._node(leader, which, index))
 
         def read(view: memoryview) -> int | None:
@@ -216,7 +234,7 @@ class _Build:
         dropped = self._give_back(chunk)
         with self.lock:
             self.given_back += dropped
-        for group in self.groups:
+        for group in groups:
             if group != leader:
                 pool = self.pools[self._node(group, which, index)]
                 copy = pool.submit(self._copy, leader, group, chunk, token=self.reading.token)
@@ -284,7 +302,7 @@ class _Build:
         self.reading.advance(chunk.nbytes)
 
     def _compare(self, group: Group, chunk: Chunk, found: int) -> None:
-        file, index = self.files[chunk.which], chunk.offset // CHUNK
+        file, index = self.files[chunk.which], self.index[chunk.which][chunk.offset]
         expected = self.sums[chunk.which][index]
         if found != expected:
             raise ChecksumError(

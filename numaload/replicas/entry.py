@@ -12,11 +12,25 @@ from functools import cached_property
 from typing import Any
 
 from numaload.files.known import Model
+from numaload.files.residency import ByteRange
 from numaload.holder.process import HolderProcess
 from numaload.linux.lists import Group, format_list
 from numaload.machine import userdir
-from numaload.replicas.build import CHUNK
-from numaload.replicas.layout import INTERLEAVE, MIRROR, STRIPE, Layout, Stripes, are_stripes
+from numaload.replicas.folders import PARTS
+from numaload.replicas.layout import (
+    CHUNK,
+    INTERLEAVE,
+    MIRROR,
+    MIXED,
+    STRIPE,
+    Layout,
+    Spans,
+    Stripes,
+    are_spans,
+    are_stripes,
+    pieces_of,
+    sums_of,
+)
 from numaload.replicas.plan import nodes_of
 
 VERSION = 2
@@ -42,6 +56,8 @@ class Entry:
     policy: str = MIRROR  # by which its replicas lie on their nodes
     turns: Group = ()  # of the policy "interleave": the nodes that blocks go to
     stripes: tuple[Stripes, ...] = ()  # of the policy "stripe": the ranges of each file
+    copied: tuple[Spans, ...] = ()  # of "mixed": the parts of each file that each node has
+    once: tuple[Spans, ...] = ()  # of "mixed": the parts of each file that there are once
     holder: HolderProcess | None = None  # that keeps its memory files open
     held: frozenset[tuple[int, int]] = frozenset()  # (st_dev, st_ino) of these
 
@@ -52,11 +68,27 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Return the bytes of all its replicas."""
+        if self.policy == MIXED:
+            return sum(self.on_nodes.values())
         return self.model.size * len(self.groups)
 
     def layout(self, group: Group) -> Layout:
         """Return on which node each range of the replica on these nodes lies."""
+        if self.policy == MIXED:
+            if self.once and group == self.groups[-1]:
+                return Layout((), self.stripes, self.once)
+            return Layout(group, (), self.copied)
         return Layout(() if self.stripes else self.turns or group, self.stripes)
+
+    def sums(self) -> list[list[tuple[int, int, int]]]:
+        """Return (first byte, end, XXH3-64) of each piece of each file."""
+        return sums_of(self.pieces(), self.checksums)
+
+    def pieces(self) -> list[list[ByteRange]]:
+        """Return (first byte, end) of each of the ``checksums``."""
+        layouts = [self.layout(group) for group in self.groups]
+        sizes = [identity.size for identity in self.model.identities]
+        return [pieces_of(layouts, i, size) for i, size in enumerate(sizes)]
 
     @cached_property
     def on_nodes(self) -> dict[int, int]:
@@ -67,13 +99,22 @@ class Entry:
         return dict(found)
 
     def paths(self, group: Group) -> list[str]:
-        """Return the paths at which this user can open the files of a replica."""
-        return [self.path(group, i) for i in range(len(self.model.paths))]
+        """Return the paths at which programs can open the files of a replica.
+
+        None where patterns placed its tensors: these files have holes where others would be.
+        """
+        files = range(len(self.model.paths)) if self.policy != MIXED else ()
+        return [self.path(group, i) for i in files]
 
     def path(self, group: Group, i: int) -> str:
-        """Return the path at which this user can open the replica of file ``i``."""
-        name = os.path.basename(self.model.paths[i])
-        return f"{userdir.path()}/{self.name}/{folder_of(group)}/{name}"
+        """Return the path of the replica of file ``i``."""
+        return f"{userdir.path()}/{self.name}/{folder_of(group)}/{self.file_names[i]}"
+
+    @property
+    def file_names(self) -> list[str]:
+        """Return what its files are called: as the model's, unless they are no whole files."""
+        end = PARTS if self.policy == MIXED else ""
+        return [os.path.basename(path) + end for path in self.model.paths]
 
     def manifest(self) -> dict[str, Any]:
         return {
@@ -90,6 +131,8 @@ class Entry:
             "policy": self.policy,
             "turns": self.turns,
             "stripes": self.stripes,
+            "copied": self.copied,
+            "once": self.once,
         }
 
     @classmethod
@@ -110,7 +153,9 @@ class Entry:
             keep=row.get("keep") is True,
             policy=row.get("policy", MIRROR),
             turns=tuple(row.get("turns", ())),
-            stripes=tuple(tuple(map(tuple, stripes)) for stripes in row.get("stripes", ())),
+            stripes=_pairs(row.get("stripes", ())),
+            copied=_pairs(row.get("copied", ())),
+            once=_pairs(row.get("once", ())),
             holder=holder_of(row),
             held=_held(row),
         )
@@ -120,31 +165,56 @@ class Entry:
     def _check(self) -> None:
         """Check the manifest: fewer checksums than chunks would let the rest pass unverified."""
         names = [os.path.basename(path) for path in self.model.paths]
-        chunks = [-(-identity.size // CHUNK) for identity in self.model.identities]
         expected = {
             "name": self.name.startswith(f"{self.model.key}."),
             "nodes": self.groups and all(map(_is_group, self.groups)),
             "replicas": len(set(self.groups)) == len(self.groups),
             "file names": names and not {"", ".", ".."} & set(names),
-            "checksums": [len(row) for row in self.checksums] == chunks,
             "pool": POOL.fullmatch(self.pool) is not None,
             "policy": self._is_policy(),
         }
+        expected["checksums"] = expected["policy"] and self._are_all_checksums()
         wrong = [what for what, holds in expected.items() if not holds]
         if wrong:
             raise ValueError(f"wrong {', '.join(wrong)}")
 
     def _is_policy(self) -> bool:
         """Return whether the layout is one, of the nodes and the sizes that are said."""
-        if self.policy == MIRROR:
-            return not self.turns and not self.stripes
-        if len(self.groups) != 1 or not all(map(_is_group, (self.turns or (0,), *self.groups))):
+        nodes = self.groups[-1] if self.groups else ()
+        sizes = [identity.size for identity in self.model.identities]
+        if not all(map(_is_group, (self.turns or (0,), *self.groups))):
             return False
+        has = (bool(self.turns), bool(self.stripes), bool(self.copied or self.once))
+        if self.policy == MIRROR:
+            return not any(has)
         if self.policy == INTERLEAVE:
-            return not self.stripes and set(self.turns) == set(self.groups[0])
-        files = zip(self.stripes, self.model.identities, strict=True)
-        right = [are_stripes(stripes, file.size, self.groups[0]) for stripes, file in files]
-        return self.policy == STRIPE and not self.turns and all(right)
+            return has == (True, False, False) and set(self.turns) == set(nodes)
+        are_striped = [
+            are_stripes(stripes, size, nodes)
+            for stripes, size in zip(self.stripes, sizes, strict=bool(self.stripes))
+        ]
+        if self.policy == STRIPE:
+            return has == (False, True, False) and all(are_striped) and len(self.groups) == 1
+        spans = [
+            are_spans(one, size)
+            for each in (self.copied, self.once)
+            for one, size in zip(each, sizes, strict=bool(each))
+        ]
+        return self.policy == MIXED and not self.turns and all((*spans, *are_striped))
+
+    def _are_all_checksums(self) -> bool:
+        """Return whether there are as many as pieces, of which sizes may ask for any number."""
+        given = [len(row) for row in self.checksums]
+        sizes = [identity.size for identity in self.model.identities]
+        if self.policy != MIXED:
+            return given == [-(-size // CHUNK) for size in sizes]
+        every = [span for spans in (*self.copied, *self.once) for span in spans]
+        least = sum((stop - start) // CHUNK for start, stop in every) // 2  # two may have the same
+        return least <= sum(given) and given == [len(each) for each in self.pieces()]
+
+
+def _pairs(rows: Any) -> tuple[tuple[tuple[int, int], ...], ...]:
+    return tuple(tuple((one, other) for one, other in row) for row in rows)
 
 
 def folder_of(group: Group) -> str:

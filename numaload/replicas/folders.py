@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from numaload.errors import ReadError, StoreError, reason, warn_once
 from numaload.machine import userdir
 
+PARTS = ".parts"  # ends the names of files that are not whole: nobody takes them for models
 MANIFEST, LOCK = "manifest.json", "lock"
 ASIDE = re.compile(rf"\.{MANIFEST}\.[0-9a-f]{{8}}")  # while it is written
 NODES, LINK = re.compile(r"node[0-9,-]+"), re.compile(r"/proc/\d+/fd/\d+")
@@ -148,9 +149,10 @@ def _named(folder: int) -> tuple[dict[str, str] | None, set[str]]:
         row = json.loads(userdir.read_owned(MANIFEST, folder), parse_int=str)
         if row["version"].isdecimal():
             paths = list(map(str, row["model"]["paths"]))
-            sizes = {os.path.basename(path): "" for path in paths}
+            sizes = {os.path.basename(path) + end: "" for path in paths for end in ("", PARTS)}
             with suppress(LookupError, TypeError):  # damaged: the mode of a replica is enough
-                sizes.update(zip(sizes, (i[2] for i in row["model"]["identities"])))  # noqa: B905
+                found = [i[2] for i in row["model"]["identities"] for _ in ("", PARTS)]
+                sizes.update(zip(sizes, found))  # noqa: B905
             return sizes, set(map(os.path.dirname, paths))
     except FileNotFoundError:
         return None, set()

@@ -1,20 +1,23 @@
 """Which node each range of a replica lies on: one, several in turn, or stripes of every tensor.
 
 A stripe is a run of whole rows or experts of one tensor. Its ends are rounded to pages, so a row at
-an end may lie on two nodes.
+an end may lie on two nodes. Where patterns place tensors, there are two kinds of layouts: of what
+each node has a copy of, and of what there is once; together they are no whole file.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import re
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
 from numaload.errors import UsageError
 from numaload.files.known import Model
+from numaload.files.residency import ByteRange
 from numaload.linux.lists import Group, format_list
 from numaload.linux.mapping import MappedMemory
 from numaload.linux.placement import Asked, NodeRange
@@ -23,12 +26,16 @@ from numaload.linux.sysfs import SysFiles
 from numaload.weights import Weights
 from numaload.weights.tensor import Tensor
 
+CHUNK = 16 << 20  # bytes filled and checksummed at a time; a multiple of a huge page
 MIRROR, INTERLEAVE, STRIPE, BIND = POLICIES = ("mirror", "interleave", "stripe", "bind")
+MIXED, SKIP = "mixed", "skip"  # placed by patterns; left where the file is
 KERNEL_WEIGHTS = "kernel/mm/mempolicy/weighted_interleave"  # below /sys, since Linux 6.9
 MOST_WEIGHT = 255  # as the kernel's own
 EXPERTS, ROWS = "experts", "rows"
 
 Stripes = tuple[tuple[int, int], ...]  # (end, node) of each range of a file, ascending
+Spans = tuple[ByteRange, ...]  # (first byte, end) of parts of a file, ascending, of whole pages
+Place = Sequence[tuple[str, str]]  # (pattern of tensor names, policy): the first match counts
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,13 @@ class Layout:
     """Say which node each range of a replica's files lies on.
 
     turns: the nodes that blocks of 2 MiB of a file go to, one after the other; a node with more
-    weight comes more often. stripes: instead of that, the ranges of each file.
+    weight comes more often. stripes: instead of that, the ranges of each file. only: the parts of
+    each file that it has; () for whole files.
     """
 
     turns: Group
     stripes: tuple[Stripes, ...] = ()
+    only: tuple[Spans, ...] = ()
     nodes: Group = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,6 +58,31 @@ class Layout:
 
     def ranges(self, file: int, start: int, stop: int) -> Iterator[NodeRange]:
         """Yield (first byte, end, node) of the ranges within these bytes; start is a page's."""
+        for first, last in self.spans(file, stop):
+            if last > start:
+                yield from self._ranges(file, max(first, start), min(last, stop))
+
+    def spans(self, file: int, size: int) -> Spans:
+        """Return the parts that it has of a file of this size."""
+        if self.only:
+            return self.only[file]
+        return ((0, size),) if size else ()
+
+    def covers(self, file: int, start: int, stop: int) -> bool:
+        """Return whether it has all of these bytes."""
+        at = start
+        for first, last in self.spans(file, stop):
+            if first <= at < last:
+                at = last
+        return at >= stop
+
+    def pieces(self, file: int, size: int) -> Iterator[ByteRange]:
+        """Yield (first byte, end) of what is filled and checksummed at a time."""
+        for start, stop in self.spans(file, size):
+            for chunk in range(start // CHUNK * CHUNK, stop, CHUNK):
+                yield max(start, chunk), min(stop, chunk + CHUNK)
+
+    def _ranges(self, file: int, start: int, stop: int) -> Iterator[NodeRange]:
         if self.stripes:
             yield from self._striped(self.stripes[file], start, stop)
         elif len(self.turns) == 1 and start < stop:
@@ -71,7 +105,7 @@ class Layout:
         found = Counter(dict.fromkeys(self.nodes, 0))
         for file, identity in enumerate(model.identities):
             size = -(-identity.size // PAGE) * PAGE
-            if self.stripes:
+            if self.stripes or self.only:
                 for start, stop, node in self.ranges(file, 0, identity.size):
                     found[node] += -(-stop // PAGE) * PAGE - start
                 continue
@@ -84,6 +118,18 @@ class Layout:
             found[self.turns[left]] += rest
         return dict(found)
 
+    def run_of(self, tensor: Tensor, node: int) -> ByteRange | None:
+        """Return the bytes of its file that a node has of a tensor; None if they are no one run."""
+        file, first = tensor.place_in_files
+        last = first + tensor.nbytes
+        there = [
+            (max(start, first), min(stop, last))
+            for start, stop, on in self.ranges(file, first // PAGE * PAGE, last)
+            if on == node
+        ]
+        runs = _joined(there or [(first, first)])
+        return runs[0] if len(runs) == 1 else None
+
     def node_at(self, file: int, offset: int) -> int:
         """Return the node of one byte."""
         return next(self.ranges(file, offset // PAGE * PAGE, offset + 1))[2]
@@ -94,10 +140,31 @@ def asked_of(group: Group, layout: Layout | None, mappings: Sequence[MappedMemor
 
     layout: None where it was placed by first touch: then every page may be on any node of its.
     """
-    if layout is None or len(group) == 1:
+    if layout is None or (len(group) == 1 and not layout.only):
         return Asked(list(group), mappings)
     ranges = [list(layout.ranges(i, 0, mapping.length)) for i, mapping in enumerate(mappings)]
     return Asked(list(group), mappings, ranges)
+
+
+def pieces_of(layouts: Iterable[Layout], file: int, size: int) -> list[ByteRange]:
+    """Return the pieces of a file that any of these have, each once, ascending.
+
+    Those of layouts that were made together are the same or have no byte in common.
+    """
+    layouts = list(layouts)
+    if not layouts or not layouts[0].only:
+        return list(Layout((0,)).pieces(file, size))
+    return sorted({piece for layout in layouts for piece in layout.pieces(file, size)})
+
+
+def sums_of(
+    pieces: Sequence[Sequence[ByteRange]], checksums: Sequence[Sequence[int]]
+) -> list[list[tuple[int, int, int]]]:
+    """Return (first byte, end, checksum) of each piece of each file."""
+    return [
+        [(start, stop, found) for (start, stop), found in zip(*row, strict=True)]
+        for row in zip(pieces, checksums, strict=True)
+    ]
 
 
 class Share(NamedTuple):
@@ -107,7 +174,8 @@ class Share(NamedTuple):
     stop: int
     unit: str = ROWS
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
         return self.stop - self.start
 
 
@@ -162,20 +230,132 @@ def kernel_weights(nodes: Group, sys_root: str = "/sys") -> dict[int, int] | Non
 
 def striped(weights: Weights, nodes: Group) -> Layout:
     """Return the layout that gives each node a run of rows or experts of every tensor."""
-    offsets: list[list[tuple[int, int]]] = [[] for _ in weights.parts]
-    for part, opened in enumerate(weights.parts):
-        for name in sorted(
-            (info.name for info in opened.header.tensors), key=lambda name: weights[name].offset
-        ):
-            tensor = weights[name].as_stored()
-            _, count = unit_of(tensor, len(nodes))
-            each = tensor.nbytes // max(1, count)
-            stops = divided(count, len(nodes))[1:]
-            ends = [int(tensor.offset + each * stop) for stop in stops]
-            offsets[part] += zip(ends, nodes, strict=True)
-    sizes = [part.file.size for part in weights.parts]
-    found = zip(offsets, sizes, strict=True)
-    return Layout((), tuple(_at_pages(ends, size, nodes[0]) for ends, size in found))
+    ends = [_ends(tensor, STRIPE, nodes, nodes) for file in _in_files(weights) for tensor in file]
+    return Layout((), _stripes(weights, iter(ends), nodes))
+
+
+def _in_files(weights: Weights) -> list[list[Tensor]]:
+    """Return the tensors of each file, as they are stored, by their offsets."""
+    found: list[list[Tensor]] = [[] for _ in weights.parts]
+    for name in weights:
+        tensor = weights[name].as_stored()
+        found[tensor.place_in_files[0]].append(tensor)
+    return [sorted(file, key=lambda tensor: tensor.offset) for file in found]
+
+
+def _stripes(
+    weights: Weights, ends: Iterator[Sequence[tuple[int, int]]], nodes: Group
+) -> tuple[Stripes, ...]:
+    """Return the stripes of each file. ends: (end, node) of each tensor's parts, in file order."""
+    return tuple(
+        _at_pages([end for _ in tensors for end in next(ends)], part.file.size, nodes[0])
+        for tensors, part in zip(_in_files(weights), weights.parts, strict=True)
+    )
+
+
+def _ends(tensor: Tensor, policy: str, nodes: Group, turns: Group) -> list[tuple[int, int]]:
+    """Return (end, node) of the parts of a tensor that there is once."""
+    start, stop = int(tensor.offset), int(tensor.offset + tensor.nbytes)
+    if policy == STRIPE:
+        _, count = unit_of(tensor, len(nodes))
+        each = (stop - start) // max(1, count)
+        stops = divided(count, len(nodes))[1:]
+        return [(start + each * end, node) for end, node in zip(stops, nodes, strict=True)]
+    if policy == INTERLEAVE:
+        blocks = range(start // HUGE, -(-stop // HUGE))
+        return [(min(stop, (n + 1) * HUGE), turns[n % len(turns)]) for n in blocks]
+    return [(stop, int(policy.removeprefix(f"{BIND}:")))]
+
+
+def check_place(place: Place, nodes: Group) -> None:
+    """Check patterns and their policies. Raises: UsageError naming what is wrong."""
+    for pattern, policy in place:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UsageError(f"place {pattern!r}: {error}, expected a regular expression") from None
+        bound = policy.removeprefix(f"{BIND}:") if policy.startswith(f"{BIND}:") else ""
+        if policy not in (MIRROR, INTERLEAVE, STRIPE, SKIP) and bound not in map(str, nodes):
+            raise UsageError(
+                f"place {pattern!r}: {policy!r}, expected mirror, interleave, stripe, skip, or"
+                f" bind:NODE with one of {format_list(nodes)}"
+            )
+
+
+def placed_by(weights: Weights, place: Place, nodes: Group, turns: Group) -> dict[Group, Layout]:
+    """Return the layouts that put each tensor where the first pattern in its name says.
+
+    turns: for what is interleaved. On one node all but "skip" is the same.
+    Raises: UsageError for a tensor that no pattern matches.
+    """
+    patterns = [(re.compile(pattern), policy) for pattern, policy in place]
+    copied: list[list[ByteRange]] = []
+    once: list[list[ByteRange]] = []
+    ends: list[list[tuple[int, int]]] = []
+    for tensors, part in zip(_in_files(weights), weights.parts, strict=True):
+        copied.append([])
+        once.append([])
+        for tensor in tensors:
+            policy = next((p for pattern, p in patterns if pattern.search(tensor.name)), "")
+            if not policy:
+                raise UsageError(
+                    f"place: no pattern matches tensor {tensor.name!r}: end with .*=mirror"
+                )
+            start, stop = tensor.offset, tensor.offset + tensor.nbytes
+            span = start // PAGE * PAGE, min(part.file.size, -(-stop // PAGE) * PAGE)
+            single = policy not in (MIRROR, SKIP) and len(nodes) > 1
+            if policy != SKIP and span[0] < span[1]:
+                (once if single else copied)[-1].append(span)
+            ends.append(_ends(tensor, policy, nodes, turns) if single else [])
+    only = [_apart(a, b) for a, b in zip(copied, once, strict=True)]
+    found: dict[Group, Layout] = {}
+    if any(copied):
+        spans = tuple(spans for spans, _ in only)
+        found = {(node,): Layout((node,), only=spans) for node in nodes}
+    if any(once):
+        stripes = _stripes(weights, iter(ends), nodes)
+        found[nodes] = Layout((), stripes, tuple(spans for _, spans in only))
+    return found
+
+
+def _apart(first: Sequence[ByteRange], second: Sequence[ByteRange]) -> tuple[Spans, Spans]:
+    """Join each kind's spans, and cut them where the other's begin or end.
+
+    So a page that both have is a span of its own in both, and is read once.
+    """
+    joined = [_joined(first), _joined(second)]
+    cuts = sorted({border for spans in joined for span in spans for border in span})
+
+    def cut(spans: Sequence[ByteRange]) -> Spans:
+        return tuple(
+            piece
+            for start, stop in spans
+            for piece in pairwise(cuts[bisect_left(cuts, start) : bisect_right(cuts, stop)])
+        )
+
+    return cut(joined[0]), cut(joined[1])
+
+
+def _joined(spans: Sequence[ByteRange]) -> list[ByteRange]:
+    found: list[ByteRange] = []
+    for start, stop in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(stop, found[-1][1])
+        else:
+            found.append((start, stop))
+    return found
+
+
+def are_spans(spans: Sequence[Sequence[int]], size: int) -> bool:
+    """Return whether these are parts of a file of this size, as ``placed_by`` makes them."""
+    ends = [0, *(end for span in spans for end in span)]
+    return (
+        all(type(end) is int for end in ends)
+        and all(start < stop for start, stop in spans)
+        and all(before <= after for before, after in pairwise(ends))
+        and not any(start % PAGE or (stop % PAGE and stop != size) for start, stop in spans)
+        and ends[-1] <= size
+    )
 
 
 def are_stripes(stripes: Sequence[Sequence[int]], size: int, nodes: Group) -> bool:
@@ -201,11 +381,3 @@ def _at_pages(ends: Sequence[tuple[int, int]], size: int, first: int) -> Stripes
         found.append((stop, node))
     last = found.pop()[1] if found else first
     return (*found, (size, last)) if size else ()
-
-
-def elsewhere(layout: Layout, tensor: Tensor, file: int, start: int, nbytes: int, node: int) -> int:
-    """Return how many of these bytes of a tensor lie on other nodes than this."""
-    begin = tensor.as_stored().offset + start
-    pages = layout.ranges(file, begin // PAGE * PAGE, begin + nbytes)
-    there = sum(min(b, begin + nbytes) - max(a, begin) for a, b, on in pages if on == node)
-    return int(nbytes - there)

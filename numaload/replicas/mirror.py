@@ -39,12 +39,17 @@ from numaload.replicas.layout import (
     BIND,
     INTERLEAVE,
     MIRROR,
+    MIXED,
     POLICIES,
     STRIPE,
     Layout,
+    Place,
+    check_place,
     in_turn,
     kernel_weights,
+    placed_by,
     striped,
+    sums_of,
 )
 from numaload.replicas.lease import Lease
 from numaload.replicas.plan import HELD, PRIVATE, STORED, Build, MirrorPlan, nodes_of, plan
@@ -59,6 +64,7 @@ def mirror(
     policy: str = MIRROR,
     *,
     ratio: Mapping[int, int] | None = None,
+    place: Place = (),
     per: str = "node",
     shared: bool = False,
     hold: bool = False,
@@ -77,6 +83,9 @@ def mirror(
     only node that is named.
     ratio: of "interleave": {node: blocks that it takes in turn}; by default the kernel's own
     weights, or one each.
+    place: instead of one policy for all, (pattern, policy) for tensors whose names the pattern is
+    in; the first that matches counts. "skip" leaves a tensor where the file is, "bind:1" puts it on
+    node 1. Then ``Weights`` alone sees them: there is no file for other programs.
     per: "node", or "socket": one replica for these nodes of each socket, interleaved over them.
     shared: keep them in the store, for other processes and after this one, until released;
     otherwise only this process has them. On a machine with one node nothing is copied unless
@@ -98,8 +107,8 @@ def mirror(
             raise UsageError(f"{name}: only of shared replicas (shared=True)")
     machine = topology()
     options = MirrorOptions.of(
-        machine, nodes, per, policy, ratio, hold=hold, strict=strict, drop_source=drop_source,
-        pool=pool, keep=keep,
+        machine, nodes, per, policy, ratio, place, hold=hold, strict=strict,
+        drop_source=drop_source, pool=pool, keep=keep,
     )  # fmt: skip
     opened = [part.file for part in weights.parts] if isinstance(weights, Weights) else []
     with waiting(io_timeout, opened), _opened(weights) as model:
@@ -159,7 +168,8 @@ def _opened(what: Weights | str | os.PathLike[str]) -> Iterator[Weights]:
 class MirrorOptions:
     """Say what to build: a replica for each group of nodes.
 
-    policy: "mirror", "interleave" or "stripe"; the last two have one group. turns: of "interleave".
+    policy: "mirror", "interleave", "stripe", or "mixed", where ``place`` says one for each tensor.
+    The last three have one group, of all nodes. turns: of what is interleaved.
     hold: a holder process keeps it. strict: bind it or do not build it.
     drop_source: give back all page cache of the files, also what was there before.
     pool: where it belongs, "" where it belongs already, or to "base". keep: it never goes for room.
@@ -169,6 +179,7 @@ class MirrorOptions:
     groups: Sequence[Group]
     policy: str = MIRROR
     turns: Group = ()
+    place: tuple[tuple[str, str], ...] = ()
     hold: bool = False
     strict: bool = False
     drop_source: bool = False
@@ -187,6 +198,7 @@ class MirrorOptions:
         per: str = "node",
         policy: str = MIRROR,
         ratio: Mapping[int, int] | None = None,
+        place: Place = (),
         **rest: Any,
     ) -> MirrorOptions:
         """Return the options for these nodes of this machine. Raises: UsageError."""
@@ -200,20 +212,29 @@ class MirrorOptions:
             )
         if policy != MIRROR and per != "node":
             raise UsageError(f"per {per}: only of the policy mirror, found {policy}")
-        if ratio is not None and policy != INTERLEAVE:
+        if place:
+            if (policy, per) != (MIRROR, "node"):
+                raise UsageError("place: says a policy for each tensor, expected no other")
+            check_place(place, chosen)
+            policy, rest["place"] = MIXED, tuple((pattern, one) for pattern, one in place)
+        if ratio is not None and policy not in (INTERLEAVE, MIXED):
             raise UsageError(f"weights: only of the policy interleave, found {policy}")
-        if policy == INTERLEAVE:
+        if policy in (INTERLEAVE, MIXED):
             layout = in_turn(chosen, kernel_weights(chosen) if ratio is None else ratio)
             rest["turns"] = layout.turns
-        if policy in (MIRROR, BIND) or len(chosen) == 1:  # on one node they are all the same
+        # On one node they are all the same.
+        if policy in (MIRROR, BIND) or (len(chosen) == 1 and policy != MIXED):
             return cls(machine.groups(chosen, per), **rest | {"turns": ()})
         return cls([chosen], policy, **rest)
 
-    def layouts(self, weights: Weights, groups: Iterable[Group]) -> dict[Group, Layout]:
-        """Return the layout of the model's replica on each of these groups of nodes."""
+    def layouts(self, weights: Weights) -> dict[Group, Layout]:
+        """Return the layouts of all replicas of a model, by the nodes of each."""
+        (first, *_) = self.groups
+        if self.policy == MIXED:
+            return placed_by(weights, self.place, first, self.turns)
         if self.policy == STRIPE:
-            return {group: striped(weights, group) for group in groups}
-        return {group: Layout(self.turns or group) for group in groups}
+            return {first: striped(weights, first)}
+        return {group: Layout(self.turns or group) for group in self.groups}
 
     @property
     def kept(self) -> str:
@@ -290,19 +311,20 @@ def private(
     weights: Weights, machine: Topology, options: MirrorOptions, progress: Progress | None
 ) -> Mirror:
     """Build replicas for this process alone."""
-    groups, bound = options.groups, can_bind(options, machine)
-    layouts = options.layouts(weights, groups)
+    layouts, bound = options.layouts(weights), can_bind(options, machine)
+    groups = list(layouts)
     builds = [Build(weights.model(), layouts)]
     fitted(builds, [weights], machine, kept=PRIVATE, bound=bound).check()
     files = [part.file for part in weights.parts]
     # A huge page of anonymous memory is made where any byte of it is touched, also across stripes.
-    memory = held_memory(bound=bound) if options.policy == STRIPE else private_memory(bound=bound)
+    by_stripes = any(layout.stripes for layout in layouts.values())
+    memory = held_memory(bound=bound) if by_stripes else private_memory(bound=bound)
     drop = options.drop_source
     built = build(files, layouts, memory, machine, progress, bound=bound, drop_source=drop)
     report = report_of(weights, machine, groups, "private", built)
     report.policy = options.policy
     replicas = {group: [arena.mapping for arena in row] for group, row in built.arenas.items()}
-    sums = dict.fromkeys(groups, built.checksums)
+    sums = dict.fromkeys(groups, lambda: sums_of(built.pieces, built.checksums))
     known = layouts if bound else dict.fromkeys(groups)
     return Mirror(weights, replicas, groups, report, machine, sums, known)
 
@@ -349,14 +371,14 @@ def _missing(models: Sequence[Weights], options: MirrorOptions, *, building: boo
     builds: list[Build] = []
     there: dict[str, set[Group]] = {}
     for weights in models:
-        model = weights.model()
+        model, layouts = weights.model(), options.layouts(weights)
         if model.key not in there:
             found = _found(model, options.policy, building=building)
-            _check_kind(weights, [e for g, e in found.items() if g in options.groups], options)
+            _check_kind(weights, found, layouts, options)
             there[model.key] = set(found)
-        missing = [group for group in options.groups if group not in there[model.key]]
-        builds.append(Build(model, options.layouts(weights, missing)))
-        there[model.key].update(options.groups)  # the same model once more needs nothing more
+        missing = {group: one for group, one in layouts.items() if group not in there[model.key]}
+        builds.append(Build(model, missing))
+        there[model.key].update(layouts)  # the same model once more needs nothing more
     return builds
 
 
@@ -370,11 +392,19 @@ def _found(model: known.Model, policy: str, *, building: bool) -> dict[Group, En
         return {}
 
 
-def _check_kind(weights: Weights, found: Sequence[Entry], options: MirrorOptions) -> None:
+def _check_kind(
+    weights: Weights,
+    there: Mapping[Group, Entry],
+    layouts: Mapping[Group, Layout],
+    options: MirrorOptions,
+) -> None:
+    found = [entry for group, entry in there.items() if group in layouts]
+    others = there.keys() - layouts.keys() if options.policy == MIXED else set()
     lacks = {
         "without a holder": options.hold and any(entry.holder is None for entry in found),
         "placed, not bound": options.strict and not all(entry.bound for entry in found),
-        "interleaved otherwise": any(entry.turns != options.turns for entry in found),
+        f"{options.policy} otherwise": others
+        or any(there[g].layout(g) != one for g, one in layouts.items() if g in there),
     }
     for what, holds in lacks.items():
         if holds:
@@ -445,9 +475,10 @@ def _mirror_shared(
                     reclaim.drop_replaced()
                 known.remember(model)
                 found = store.find(model, options.policy)
-                for entry in [found[group] for group in options.groups if group in found]:
+                groups = options.groups if options.policy != MIXED else sorted(found, key=len)
+                for entry in [found[group] for group in groups if group in found]:
                     store.mark(entry, pool=options.pool, keep=options.keep)
-                done.append(_attach(weights, list(options.groups), found, built, machine))
+                done.append(_attach(weights, list(groups), found, built, machine))
                 failed.callback(done[-1].close)
             failed.pop_all()
     return done
@@ -473,12 +504,14 @@ def _attach_shared(weights: Weights, needed: Sequence[int] | None, policy: str) 
     if not found:
         raise ReplicaNotFoundError(_why_missing(weights, ()))
     if needed is None:
-        return _attach(weights, sorted(found), found)
+        return _attach(weights, sorted(found, key=lambda group: (len(group), group)), found)
     serving = by_node({group: group for group in found})
     missing = [node for node in needed if node not in serving]
     if missing:
         raise ReplicaNotFoundError(_why_missing(weights, missing))
     groups = sorted({serving[node] for node in needed})
+    if any(entry.policy == MIXED for entry in found.values()):  # no replica is whole alone
+        groups = sorted(found, key=lambda group: (len(group), group))
     return _attach(weights, groups, found)
 
 
@@ -500,7 +533,7 @@ def _attach(
                 leases[entry.name] = Lease(entry, uses=True)
                 failed.callback(leases[entry.name].close)
         replicas = {group: leases[found[group].name].map(group) for group in groups}
-        sums = {group: found[group].checksums for group in groups}
+        sums = {group: found[group].sums for group in groups}
         paths = {group: found[group].paths(group) for group in groups}
         layouts = layouts_of([found[group] for group in groups])
         failed.pop_all()
@@ -531,7 +564,7 @@ def verify_entry(entry: Entry, machine: Topology) -> Verified:
     lease = Lease(entry)
     try:
         replicas = {group: lease.map(group) for group in entry.groups}
-        sums = dict.fromkeys(entry.groups, entry.checksums)
+        sums = dict.fromkeys(entry.groups, entry.sums())
         return verify(replicas, entry.model.paths, sums, layouts_of([entry]), machine)
     finally:
         lease.close()

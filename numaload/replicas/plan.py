@@ -44,7 +44,7 @@ class Build(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return footprint(self.model) * len(self.layouts)
+        return sum(sum(one.on_nodes(self.model).values()) for one in self.layouts.values())
 
 
 @dataclass(frozen=True)

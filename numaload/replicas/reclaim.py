@@ -183,8 +183,7 @@ def _files(entry: Entry, store: int | None) -> Iterator[tuple[int, int]]:
     yield from entry.held
     names = [entry.name]
     for group in entry.groups if not entry.held else ():
-        bases = map(os.path.basename, entry.model.paths)
-        names += [f"{entry.name}/{folder_of(group)}/{base}" for base in bases]
+        names += [f"{entry.name}/{folder_of(group)}/{file}" for file in entry.file_names]
     for name in names:
         with userdir.named(f"{userdir.path()}/{name}"), suppress(FileNotFoundError):  # it went
             status = os.stat(name, dir_fd=store, follow_symlinks=False)

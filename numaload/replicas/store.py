@@ -49,7 +49,7 @@ from numaload.replicas import hold as holding
 from numaload.replicas.build import Built
 from numaload.replicas.entry import BASE, Entry, folder_of
 from numaload.replicas.folders import MANIFEST
-from numaload.replicas.layout import INTERLEAVE, MIRROR
+from numaload.replicas.layout import INTERLEAVE, MIRROR, MIXED
 
 TOKEN_BYTES = 4
 PAUSES_S = (0.01,) * 10  # in which others may end what they began to remove
@@ -138,8 +138,8 @@ def has(name: str, store: int | None) -> bool:
 def find(model: Model, policy: str = "") -> dict[Group, Entry]:
     """Return what is there of exactly this model: {nodes: its newest entry}.
 
-    policy: only of this one. Without what cannot be reached: its holder has died, or is another
-    container's.
+    policy: only of this one; by default what patterns placed only if there is nothing else. Without
+    what cannot be reached: its holder has died, or is another container's.
     """
     return _reached(lambda entry: entry.model.key == model.key and policy in ("", entry.policy))
 
@@ -165,6 +165,7 @@ def _reached(chosen: Callable[[Entry], bool]) -> dict[Group, Entry]:
             entry = read(name, store)
             if isinstance(entry, Entry) and chosen(entry) and reachable(entry):
                 found.append(entry)
+    found = [entry for entry in found if entry.policy != MIXED] or found
     found.sort(key=lambda entry: entry.created)
     return {group: entry for entry in found for group in entry.groups}
 
@@ -193,7 +194,8 @@ def publish(
     before = changed(model)
     pool = pool or next((entry.pool for entry in before), BASE)
     keep = keep or any(entry.keep for entry in before)
-    (layout, *_) = built.layouts.values()
+    layouts = list(built.layouts.values())
+    is_mixed = policy == MIXED
     entry = Entry(
         name=f"{model.key}.{secrets.token_hex(TOKEN_BYTES)}",
         model=model,
@@ -205,13 +207,15 @@ def publish(
         pool=pool,
         keep=keep,
         policy=policy,
-        turns=layout.turns if policy == INTERLEAVE else (),
-        stripes=layout.stripes,
+        turns=layouts[0].turns if policy == INTERLEAVE else (),
+        stripes=layouts[-1].stripes,
+        copied=layouts[0].only if is_mixed and not layouts[0].stripes else (),
+        once=layouts[-1].only if is_mixed and layouts[-1].stripes else (),
     )
     links = [
-        (folder_of(group), os.path.basename(path), arena.fd)
+        (folder_of(group), name, arena.fd)
         for group, arenas in built.arenas.items()
-        for path, arena in zip(model.paths, arenas, strict=True)
+        for name, arena in zip(entry.file_names, arenas, strict=True)
         if arena.fd is not None  # as all have that are to be published
     ]
     if hold:

@@ -17,8 +17,7 @@ from numaload.linux.placement import Placement, locate
 from numaload.machine.stopping import CancelToken
 from numaload.machine.topology import Topology
 from numaload.machine.workers import finish, pool
-from numaload.replicas.build import CHUNK
-from numaload.replicas.layout import Layout, asked_of
+from numaload.replicas.layout import CHUNK, Layout, asked_of
 
 
 @dataclass
@@ -59,14 +58,17 @@ class Verified:
 
 
 Replicas = Mapping[Group, Sequence[MappedMemory]]  # {nodes: the mapped files}
+Checksum = tuple[int, int, int]  # first byte, end, XXH3-64 of a piece of a file
 Layouts = Mapping[Group, Layout | None]  # None: placed by first touch, on any of the nodes
 
 
 def placements_of(replicas: Replicas, layouts: Layouts) -> dict[Group, Placement]:
     """Ask where the replicas are now, all pages; maps them into this process first."""
-    for mappings in replicas.values():
-        for mapping in mappings:
-            populate_read(mapping)
+    for group, mappings in replicas.items():
+        layout = layouts[group] or Layout(group)
+        for i, mapping in enumerate(mappings):
+            for start, stop in layout.spans(i, mapping.length):
+                populate_read(mapping, start, stop)
     asked = [asked_of(group, layouts[group], mappings) for group, mappings in replicas.items()]
     return dict(zip(replicas, locate(asked), strict=True))
 
@@ -83,13 +85,14 @@ def by_node(found: Mapping[Group, T]) -> dict[int, T]:
 def verify(
     replicas: Replicas,
     paths: Sequence[str],
-    checksums: Mapping[Group, Sequence[Sequence[int]]],
+    checksums: Mapping[Group, Sequence[Sequence[Checksum]]],
     layouts: Layouts,
     machine: Topology,
 ) -> Verified:
     """Count the pages and hash every chunk, all replicas at once, by threads on their nodes.
 
     checksums: {nodes: a row per file}: replicas that were built at different times have their own.
+    Those of pieces that a replica has not are left out.
     """
     placements = placements_of(replicas, layouts)
     wrong: list[tuple[Group, int, int]] = []  # (nodes, file, chunk)
@@ -97,7 +100,8 @@ def verify(
     jobs = [
         job
         for group, mappings in replicas.items()
-        for i, (mapping, sums) in enumerate(zip(mappings, checksums[group], strict=True))
+        for i, mapping in enumerate(mappings)
+        for sums in [_of_layout(checksums[group][i], layouts[group], i)]
         for job in pool(machine, group).submit_ranges(
             partial(_check, mapping, sums, wrong, (group, i)), len(sums), token=token
         )
@@ -106,11 +110,17 @@ def verify(
     differ: dict[Group, list[tuple[str, int]]] = {}
     for group, i, chunk in sorted(wrong):
         differ.setdefault(group, []).append((paths[i], chunk))
-    chunks = sum(len(sums) for group in replicas for sums in checksums[group])
+    chunks = sum(
+        len(_of_layout(sums, layouts[group], i))
+        for group in replicas
+        for i, sums in enumerate(checksums[group])
+    )
     return Verified(by_node(placements), chunks, by_node(differ))
 
 
-def differing(paths: Sequence[str], checksums: Sequence[Sequence[int]]) -> list[tuple[str, int]]:
+def differing(
+    paths: Sequence[str], checksums: Sequence[Sequence[Checksum]]
+) -> list[tuple[str, int]]:
     """Read the source's files and return [(path, chunk)] of what replicas were not built from.
 
     Finds what size and times do not tell. Raises: ReadError.
@@ -118,24 +128,29 @@ def differing(paths: Sequence[str], checksums: Sequence[Sequence[int]]) -> list[
     found = []
     for path, sums in zip(paths, checksums, strict=True):
         with SourceFile(path) as file:
-            for chunk, expected in enumerate(sums):
-                size = min(CHUNK, file.size - chunk * CHUNK)
-                data = file.read_at(chunk * CHUNK, size) if size > 0 else b""
+            for start, stop, expected in sums:
+                size = min(stop, file.size) - start
+                data = file.read_at(start, size) if size > 0 else b""
                 if xxhash.xxh3_64_intdigest(data) != expected:
-                    found.append((path, chunk))
+                    found.append((path, start // CHUNK))
     return found
+
+
+def _of_layout(sums: Sequence[Checksum], layout: Layout | None, file: int) -> Sequence[Checksum]:
+    if layout is None or not layout.only:
+        return sums
+    return [one for one in sums if layout.covers(file, one[0], one[1])]
 
 
 def _check(
     mapping: MappedMemory,
-    sums: Sequence[int],
+    sums: Sequence[Checksum],
     wrong: list[tuple[Group, int, int]],
     where: tuple[Group, int],
     first: int,
     last: int,
 ) -> None:
-    for chunk in range(first, last):
-        start = chunk * CHUNK
-        with mapping.view(start, min(CHUNK, mapping.length - start)) as view:
-            if xxhash.xxh3_64_intdigest(view) != sums[chunk]:
-                wrong.append((*where, chunk))
+    for start, stop, expected in sums[first:last]:
+        with mapping.view(start, stop - start) as view:
+            if xxhash.xxh3_64_intdigest(view) != expected:
+                wrong.append((*where, start // CHUNK))

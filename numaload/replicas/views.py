@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,11 +20,12 @@ from numaload.machine.affinity import pinned_to
 from numaload.machine.topology import Topology, topology
 from numaload.replicas.build import Built
 from numaload.replicas.folders import link_others
-from numaload.replicas.layout import MIRROR, Share, divided, unit_of
+from numaload.replicas.layout import MIRROR, MIXED, Share, divided, unit_of
 from numaload.replicas.lease import Lease
 from numaload.replicas.plan import nodes_of
-from numaload.replicas.verify import Layouts, Verified, by_node, placements_of, verify
+from numaload.replicas.verify import Checksum, Layouts, Verified, by_node, placements_of, verify
 from numaload.weights import Weights
+from numaload.weights.model import Memory
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Mirror(NotCopyable):
         groups: Sequence[Group],
         report: MirrorReport | None,
         machine: Topology | None,
-        checksums: Mapping[Group, Sequence[Sequence[int]]],
+        checksums: Mapping[Group, Callable[[], Sequence[Sequence[Checksum]]]],
         layouts: Layouts,
         leases: Sequence[Lease] = (),
         paths: Mapping[Group, list[str]] | None = None,
@@ -88,6 +89,8 @@ class Mirror(NotCopyable):
         self._views: dict[Group, Weights] = {}
         self._paths = by_node(paths or {})
         self._closed = self.owns_weights = False
+        is_mixed = any(layout is not None and layout.only for layout in layouts.values())
+        self._policy = MIXED if is_mixed else ""
 
     def view(self, node: int) -> Weights:
         """Return the weights on ``node`` or on its group. Raises: UsageError, ClosedError."""
@@ -99,8 +102,25 @@ class Mirror(NotCopyable):
         if group is None:
             return self._weights
         if group not in self._views:
-            self._views[group] = Weights(self._weights.parts, self._replicas[group], group)
+            self._views[group] = self._apart(group) or Weights(
+                self._weights.parts, self._replicas[group], group
+            )
         return self._views[group]
+
+    def _apart(self, group: Group) -> Weights | None:
+        """Return a view of what patterns placed: its own copies, what there is once, the file."""
+        if self._policy != MIXED:
+            return None
+        apart = {}
+        for name, tensor in self._weights.items():
+            file, start = tensor.place_in_files
+            stop = start + tensor.as_stored().nbytes
+            for where in dict.fromkeys((group, self._asked[-1])):
+                layout = self._layouts[where]
+                if layout and start < stop and layout.covers(file, start, stop):
+                    apart[name] = Memory(self._replicas[where], where)
+                    break
+        return Weights(self._weights.parts, nodes=group, apart=apart)
 
     @property
     def report(self) -> MirrorReport:
@@ -178,19 +198,7 @@ class Mirror(NotCopyable):
         """
         here = self._machine.node_of_cpu(_current_cpu())
         near = self.nodes[0] if here is None else self._machine.nearest(here, self.nodes)
-        return self._share(name, near)
-
-    def _share(self, name: str, node: int) -> Share:
-        tensor, group = self._weights[name], self._groups.get(node, (node,))
-        layout = self._layouts.get(group)
-        if len(group) > 1 and (layout is None or not layout.stripes):
-            raise UsageError(
-                f"{name}: the replica on nodes {format_list(group)} is interleaved by blocks of"
-                " 2 MiB: no node has rows of its own; mirror it with policy='stripe'"
-            )
-        unit, count = unit_of(tensor, len(group))
-        stops, part = divided(count, len(group)), group.index(node)
-        return Share(stops[part], stops[part + 1], unit)
+        return self._share(name, near)[0]
 
     def rows(self, name: str, threads: int) -> dict[int, list[Share]]:
         """Return {node: the rows, or experts, of each of its ``threads`` threads}.
@@ -202,11 +210,10 @@ class Mirror(NotCopyable):
             raise UsageError(f"threads {threads}: expected 1 or more")
         found, nodes = {}, self.nodes
         for part, node in enumerate(nodes):
-            share = self._share(name, node)
+            share, is_shared = self._share(name, node)
             first, last = share.start, share.stop
-            if len(self._groups.get(node, (node,))) == 1:  # with all of it: each node does a part
-                stops = divided(len(share), len(nodes))
-                first, last = stops[part], stops[part + 1]
+            if not is_shared:  # the node has all of it, and computes a part
+                first, last = divided(share.size, len(nodes))[part : part + 2]
             stops = divided(last - first, threads)
             found[node] = [Share(first + a, first + b, share.unit) for a, b in pairwise(stops)]
             if (last - first) % threads:
@@ -217,6 +224,26 @@ class Mirror(NotCopyable):
                     f" some wait for those with one more; {best} would have as many each",
                 )
         return found
+
+    def _share(self, name: str, node: int) -> tuple[Share, bool]:
+        """Return which of its rows a node has, and whether other nodes have the others."""
+        tensor = self._weights[name].as_stored()
+        group = self._groups.get(node, (node,))
+        if self._policy == MIXED:
+            group = self.view(node).nodes_of(name) or (node,)  # where the file is, nothing is near
+        layout = self._layouts.get(group)
+        unit, count = unit_of(tensor, len(group))
+        if len(group) == 1:
+            return Share(0, count, unit), False
+        found = None if layout is None else layout.run_of(tensor, node)
+        if found is None:
+            raise UsageError(
+                f"{name}: nodes {format_list(group)} take turns by blocks of 2 MiB: node {node} has"
+                " no run of rows; mirror it with policy='stripe'"
+            )
+        each = tensor.nbytes / max(1, count)
+        start, stop = (round((border - tensor.offset) / max(1, each)) for border in found)
+        return Share(start, stop, unit), True
 
     def addresses(self, name: str) -> dict[int, int]:
         """Return {node: address of the tensor's blocks there}, valid until ``close()``."""
@@ -229,6 +256,11 @@ class Mirror(NotCopyable):
         are the source files. ``Tensor.path`` always is the source.
         Raises: UsageError for replicas of this process alone, which have no files; ClosedError.
         """
+        if self._policy == MIXED:
+            raise UsageError(
+                f"{self._weights.paths[0]}: its tensors were placed by patterns (place): no file"
+                " has all of them; Weights alone reads them, other programs need another policy"
+            )
         if self.view(node) is self._weights:
             return list(self._weights.paths)
         if node not in self._paths:
@@ -257,7 +289,8 @@ class Mirror(NotCopyable):
         if self._closed:
             raise ClosedError("this mirror was closed")
         paths = self._weights.paths
-        return verify(self._replicas, paths, self._checksums, self._layouts, self._machine)
+        sums = {group: found() for group, found in self._checksums.items()}
+        return verify(self._replicas, paths, sums, self._layouts, self._machine)
 
     def close(self) -> None:
         """Let go of the replicas. Memory is unmapped with its last array; addresses end now."""
@@ -310,6 +343,6 @@ def report_of(
         report.placements, report.seconds = by_node(built.placements), built.seconds
         report.built, report.given_back = nodes_of(list(built.arenas)), built.given_back
         report.plan = built.plan
-        report.copied = weights.nbytes * len(built.arenas)
+        report.copied = built.copied
         report.unbound = [] if built.bound else report.built
     return report

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import RLock
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from numaload.errors import ClosedError, NotCopyable, TensorNotFoundError, printable
+from numaload.errors import (
+    ClosedError,
+    NotCopyable,
+    TensorNotFoundError,
+    UsageError,
+    printable,
+)
 from numaload.files.known import Model
 from numaload.files.source import SourceFile
 from numaload.formats import gguf, safetensors
@@ -41,6 +47,13 @@ class Part:
     header: AnyHeader
 
 
+class Memory(NamedTuple):
+    """Mapped memory that holds some tensors of each file at their offsets, and its nodes."""
+
+    mappings: Sequence[MappedMemory]
+    nodes: Group
+
+
 class Weights(NotCopyable, Mapping[str, Tensor]):
     """All tensors of a model, in file order, by name; over its files or over one replica.
 
@@ -52,8 +65,11 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
         parts: Sequence[Part],
         mappings: Sequence[MappedMemory] | None = None,
         nodes: Group = (),
+        apart: Mapping[str, Memory] | None = None,
     ) -> None:
+        """Make weights of opened files. apart: tensors that are in other memory than the rest."""
         self._parts, self.nodes, self._closed = parts, nodes, False
+        self._apart = apart or {}
         self._machine: Topology | None = None
         self.in_files = mappings is None  # rather than in memory that was filled from them
         self._mappings: list[MappedMemory | None] = [None] * len(parts)
@@ -102,15 +118,27 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
         """Return the identity under which replicas of these files are kept."""
         return Model(tuple(self.paths), tuple(part.file.identity() for part in self._parts))
 
-    def workers(self) -> Workers:
-        """Return the threads that work on these weights: on their node, or everywhere."""
+    def workers(self, name: str = "") -> Workers:
+        """Return the threads that work on these weights, or on a tensor: beside their memory."""
         from numaload.machine.workers import pool
 
         if self._machine is None:
             self._machine = topology()
-        return pool(self._machine, self.nodes)
+        return pool(self._machine, self.nodes_of(name))
 
-    def _mapping(self, part: int) -> MappedMemory:
+    def nodes_of(self, name: str) -> Group:
+        """Return the nodes whose memory a tensor is in; () for page cache."""
+        if not self._apart:
+            return self.nodes
+        return self._apart[name].nodes if name in self._apart else ()
+
+    def is_apart(self, name: str) -> bool:
+        """Return whether a tensor is in other memory than the rest."""
+        return name in self._apart
+
+    def _mapping(self, part: int, name: str = "") -> MappedMemory:
+        if name in self._apart and not self._closed:
+            return self._apart[name].mappings[part]
         mapping = self._mappings[part]
         if mapping is None:
             with self._lock:  # one that another one replaced would take its addresses with it
@@ -127,7 +155,15 @@ class Weights(NotCopyable, Mapping[str, Tensor]):
         return mapping
 
     def image(self, part: int = 0) -> memoryview:
-        """Return all bytes of one file of this view, header included, read-only, zero-copy."""
+        """Return all bytes of one file of this view, header included, read-only, zero-copy.
+
+        Raises: UsageError where tensors were placed apart: then no memory has a whole file.
+        """
+        if self._apart:
+            raise UsageError(
+                f"{self.paths[0]}: its tensors were placed by patterns (place): no memory has the"
+                " whole file; programs that need one take the policies mirror, stripe, interleave"
+            )
         return self._mapping(part).view()
 
     def copied(self, progress: Progress | None = None) -> Weights:

@@ -206,13 +206,14 @@ class Tensor:
     @property
     def node(self) -> int | None:
         """Return the node whose memory this view is in; None for page cache and copies."""
-        return self._weights.node
+        nodes = self._weights.nodes_of(self.name)
+        return nodes[0] if len(nodes) == 1 else None
 
     @property
     def address(self) -> int:
         """Return the address of the blocks, valid until the weights are closed."""
         self.check_type()
-        return self._weights._mapping(self._part).address + self.offset  # type: ignore[no-any-return]  # noqa: SLF001
+        return self._weights._mapping(self._part, self.name).address + self.offset  # type: ignore[no-any-return]  # noqa: SLF001
 
     @property
     def buffer(self) -> memoryview:
@@ -223,12 +224,13 @@ class Tensor:
         """Return the same bytes, said to be writable, for torch: it warns of others."""
         self.check_type()
         info = self._info
-        return self._weights._mapping(self._part).view(info.offset, info.nbytes, write=True)  # noqa: SLF001
+        mapping = self._weights._mapping(self._part, self.name)  # noqa: SLF001
+        return mapping.view(info.offset, info.nbytes, write=True)
 
     @property
     def is_file(self) -> bool:
         """Return whether ``read_into`` reads a file; replicas and copies are memory."""
-        return self._weights.in_files
+        return self._weights.in_files and not self._weights.is_apart(self.name)
 
     @property
     def file(self) -> SourceFile:
@@ -242,7 +244,7 @@ class Tensor:
 
     def workers(self) -> Workers:
         """Return the threads that work on it: on its node, or everywhere."""
-        return self._weights.workers()
+        return self._weights.workers(self.name)
 
     def read_into(self, view: memoryview, start: int = 0) -> None:
         """Fill ``view`` with the tensor's bytes from ``start``, read from the file.

@@ -295,7 +295,7 @@ def test_plan_names_what_would_go(numaload: Numaload, models: list[str]) -> None
     numaload("mirror", a, "--pool", "lora")
     numaload("store", "budget", "lora", "5M")
     plan = numaload("plan", b, "--pool", "lora")
-    assert f"would go for room: {a}" in plan.stdout
+    assert f"yes, once these go for room: {a}" in plan.stdout
     numaload("plan", b)  # the other pool has no budget
     assert [row["paths"] for row in numaload.json("store")["rows"]] == [[a]]
 

@@ -270,7 +270,7 @@ def test_what_needs_no_store_works_without_one(
     ):
         with pytest.raises(StoreError):
             use()
-    for verb, words in (("plan", "to build on node"), ("status", "page cache")):
+    for verb, words in (("plan", "policy  "), ("status", "page cache")):
         assert words in Numaload(where).start(verb, small).communicate()[0]
     assert contents(home) == before
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import numaload as api
-from commands import Numaload
+from commands import Numaload, sparse_model
 from confined import DOCKER
-from numaload.errors import NumaUnavailableError
+from numaload.errors import NumaUnavailableError, UsageError
 from witness import PAGE, by_move_pages, cpus_of
 
 MIB = 1 << 20
@@ -176,7 +176,7 @@ def test_rows_of_a_stripe_are_on_the_threads_node(striped_model: str, nodes: lis
                 each = tensor.nbytes // 8
                 start = tensor.address + each * share.start
                 inside = -(-start // PAGE) * PAGE
-                nbytes = each * len(share) - 2 * PAGE
+                nbytes = each * share.size - 2 * PAGE
                 assert set(by_move_pages(inside, nbytes)) == {node}
         rows = mirror.rows("token_embd.weight", 1)
         assert [(share.start, share.stop) for (share,) in rows.values()] == [
@@ -212,3 +212,101 @@ def test_a_page_that_moved_is_found(striped_model: str, nodes: list[int]) -> Non
         assert not found.right
         (wrong, *_) = found.placements[nodes[0]].misplaced
         assert wrong.node == there
+
+
+# Tensors placed by patterns
+
+
+def placed() -> list[tuple[str, str]]:
+    return [
+        ("ffn_gate_exps", "stripe"),
+        ("token_embd", "skip"),
+        ("ffn_down", "interleave"),
+        (".*", "mirror"),
+    ]
+
+
+def test_place_puts_each_tensor_where_its_pattern_says(
+    numaload: Numaload, striped_model: str, nodes: list[int]
+) -> None:
+    words = [word for pair in placed() for word in ("--place", "=".join(pair))]
+    (report,) = numaload.json("mirror", striped_model, *words)
+    assert (report["policy"], report["placed"]) == ("mixed", True)
+    size = os.path.getsize(striped_model)
+    assert size / 2 < report["copied"] < size
+    stripes = [page for page in in_stripes(striped_model, nodes) if page.stop - page.start > MIB]
+    with api.open(striped_model) as source, api.attach(striped_model) as mirror:
+        for node in nodes:
+            view = mirror.view(node)
+            for name in source:
+                assert bytes(view[name].buffer) == bytes(source[name].buffer)
+            experts, start = view[EXPERTS], source[EXPERTS].offset
+            for page in stripes[len(nodes) : 2 * len(nodes)]:
+                first, last = -(-page.start // PAGE) * PAGE, page.stop // PAGE * PAGE
+                where = by_move_pages(experts.address + first - start, last - first)
+                assert where == {page.node: (last - first) // PAGE}
+            assert set(by_move_pages(view["blk.0.attn_norm.weight"].address, PAGE)) == {node}
+            assert (view[EXPERTS].node, view["token_embd.weight"].node) == (None, None)
+        down = mirror.view(nodes[0])["blk.0.ffn_down.weight"]
+        first = -(-down.offset // BLOCK) * BLOCK
+        where = by_move_pages(down.address + first - down.offset, BLOCK)
+        assert where == {nodes[first // BLOCK % len(nodes)]: BLOCK // PAGE}
+        with mirror.pinned(nodes[-1]):
+            assert mirror.local_rows(EXPERTS).stop == 8
+            assert mirror.local_rows("token_embd.weight") == (0, 1003, "rows")
+        assert mirror.verify().right
+        for refused in (lambda: mirror.paths(nodes[0]), lambda: mirror.folder(nodes[0])):
+            with pytest.raises(UsageError, match="placed by patterns"):
+                refused()
+        with pytest.raises(UsageError, match="no memory has the whole file"):
+            mirror.view(nodes[0]).image()
+    assert "placed by patterns" in numaload("store", "path", striped_model, status=2).stderr
+    (row,) = numaload.json("status")["replicas"]
+    assert set(map(tuple, row["replicas"].values())) == {()}
+    assert "all checksums right" in numaload("verify", "--checksum", striped_model).stdout
+    done = numaload("mirror", striped_model, "--place", ".*=interleave", status=1)
+    assert "mirrored already, mixed otherwise; release it first" in done.stderr
+    numaload("mirror", striped_model)  # beside it, and then attached first
+    with api.attach(striped_model) as mirror:
+        assert mirror.report.policy == "mirror"
+    numaload("release")
+    assert [path for path in numaload.store.rglob("*") if path.suffix == ".parts"] == []
+
+
+def test_place_in_this_process_alone(striped_model: str, nodes: list[int]) -> None:
+    place = [("exps", f"bind:{nodes[-1]}"), ("token_embd", "stripe"), ("", "skip")]
+    with api.mirror(striped_model, place=place) as mirror, api.open(striped_model) as source:
+        assert mirror.report.placed
+        for node in nodes:
+            view = mirror.view(node)
+            for name in source:
+                assert np.array_equal(view[name].dequantize(), source[name].dequantize())
+            experts = view[EXPERTS]
+            inside = -(-experts.address // PAGE) * PAGE
+            assert set(by_move_pages(inside, experts.nbytes - 2 * PAGE)) == {nodes[-1]}
+        assert mirror.rows(EXPERTS, 1)[nodes[-1]] == [(0, 8, "experts")]
+        assert mirror.verify().right
+
+
+def test_plan_compares_the_policies(numaload: Numaload, tmp_path: Path, nodes: list[int]) -> None:
+    """Of a model that is larger than what is free on any node, and not than all together."""
+    empty = numaload.json("plan", sparse_model(tmp_path / "small.gguf", 4 * MIB))["choices"]
+    assert [tuple(row["words"]) for row in empty["rows"] if row["fits"]][0] == ()
+    free = max(empty["free"].values())
+    path = sparse_model(tmp_path / "large.gguf", int(free * 1.2))
+    found = numaload.json("plan", path)
+    rows = {tuple(row["words"])[:2]: row for row in found["choices"]["rows"]}
+    assert not rows[()]["fits"]
+    stripe = rows["--policy", "stripe"]
+    assert stripe["fits"]
+    assert sorted(map(int, stripe["nodes"])) == nodes
+    assert not rows["--policy", "bind"]["fits"]
+    assert found["choices"]["command"].startswith(f"numaload mirror {path} ")
+    told = numaload("plan", path)
+    assert "mirror: node " in told.stdout
+    assert "best that fits: numaload mirror " in told.stdout
+    assert "100 %" in told.stdout  # its one tensor
+    whole = numaload("plan", sparse_model(tmp_path / "huge.gguf", 64 << 30), status=1).stdout
+    assert "larger than the memory of these nodes" in whole
+    assert "the page cache keeps what it can: numaload prewarm" in whole
+    assert numaload.json("store")["rows"] == []

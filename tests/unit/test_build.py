@@ -21,8 +21,8 @@ from numaload.machine.workers import Workers
 from numaload.replicas import build as builds
 from numaload.replicas import plan as plans
 from numaload.replicas.arena import Arena, private_memory, store_memory
-from numaload.replicas.build import CHUNK, build
-from numaload.replicas.layout import Layout
+from numaload.replicas.build import build
+from numaload.replicas.layout import CHUNK, Layout
 from numaload.replicas.plan import LEAST_FREE, TRUSTED
 from witness import mapped
 

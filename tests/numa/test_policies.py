@@ -291,7 +291,7 @@ def test_place_in_this_process_alone(striped_model: str, nodes: list[int]) -> No
 def test_plan_compares_the_policies(numaload: Numaload, tmp_path: Path, nodes: list[int]) -> None:
     """Of a model that is larger than what is free on any node, and not than all together."""
     empty = numaload.json("plan", sparse_model(tmp_path / "small.gguf", 4 * MIB))["choices"]
-    assert [tuple(row["words"]) for row in empty["rows"] if row["fits"]][0] == ()
+    assert next(tuple(row["words"]) for row in empty["rows"] if row["fits"]) == ()
     free = max(empty["free"].values())
     path = sparse_model(tmp_path / "large.gguf", int(free * 1.2))
     found = numaload.json("plan", path)

@@ -59,7 +59,7 @@ class Layout:
     def ranges(self, file: int, start: int, stop: int) -> Iterator[NodeRange]:
         """Yield (first byte, end, node) of the ranges within these bytes; start is a page's."""
         for first, last in self.spans(file, stop):
-            if last > start:
+            if first < stop and start < last:
                 yield from self._ranges(file, max(first, start), min(last, stop))
 
     def spans(self, file: int, size: int) -> Spans:

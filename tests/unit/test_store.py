@@ -56,11 +56,55 @@ def first_identity(*numbers: Any) -> Callable[[dict[str, Any]], object]:
     return lambda row: row["model"]["identities"][0].__setitem__(slice(0, 5), numbers)
 
 
+SIZE = -1  # stands for the size of the file
+
+
+def _sized(row: dict[str, Any], found: Any) -> list[Any]:
+    """Of the first file what is given, of the second all of it."""
+    size, other = (identity[2] for identity in row["model"]["identities"])
+    if isinstance(found, list):
+        found = [[size if n == SIZE else n for n in one] for one in found]
+    return [found, [[other, 0]]]
+
+
+def with_stripes(found: Any = None) -> Callable[[dict[str, Any]], object]:
+    return lambda row: row.update(policy="stripe", stripes=_sized(row, found) if found else [])
+
+
+def with_parts(found: Any) -> Callable[[dict[str, Any]], object]:
+    def change(row: dict[str, Any]) -> None:
+        sizes = [identity[2] for identity in row["model"]["identities"]]
+        row.update(policy="mixed", copied=[found, [[0, sizes[1]]]])
+
+    return change
+
+
 DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "another version": lambda row: row.update(version=1),
     "another chunk size": lambda row: row.update(chunk=1 << 20),
     "no checksums": lambda row: row.pop("checksums"),
     "a checksum less": lambda row: row["checksums"][0].pop(),
+    "an unknown policy": lambda row: row.update(policy="best"),
+    "a policy as a list": lambda row: row.update(policy=["mirror"]),
+    "turns of a mirror": lambda row: row.update(turns=[0]),
+    "turns of other nodes": lambda row: row.update(policy="interleave", turns=[0, 1]),
+    "turns without end": lambda row: row.update(policy="interleave", turns=[10**400]),
+    "no turns": lambda row: row.update(policy="interleave"),
+    "stripes that end early": with_stripes([[4096, 0]]),
+    "stripes that end late": with_stripes([[1 << 60, 0]]),
+    "stripes within pages": with_stripes([[100, 0], [SIZE, 0]]),
+    "stripes backwards": with_stripes([[8192, 0], [4096, 0], [SIZE, 0]]),
+    "stripes of other nodes": with_stripes([[SIZE, 7]]),
+    "stripes of one number": with_stripes([[SIZE]]),
+    "stripes as text": with_stripes("text"),
+    "stripes of no file": with_stripes(),
+    "parts beyond the file": with_parts([[0, 1 << 60]]),
+    "parts within pages": with_parts([[1, 4096]]),
+    "parts backwards": with_parts([[8192, 12288], [0, 4096]]),
+    "parts that overlap": with_parts([[0, 8192], [4096, 12288]]),
+    "empty parts": with_parts([[4096, 4096]]),
+    "negative parts": with_parts([[-4096, 4096]]),
+    "parts with other checksums": with_parts([[0, 4096], [4096, 8192]]),
     "a file's checksums less": lambda row: row["checksums"].pop(),
     "nodes as text": lambda row: row.update(groups=["../../x"]),
     "negative nodes": lambda row: row.update(groups=[[-1]]),

@@ -23,8 +23,10 @@ MORE_ADDRESSES = "raise ulimit -v and -d, or set vm.overcommit_memory to another
 class MappedMemory(NotCopyable):
     """``length`` bytes at ``address``, which is 2 MiB-aligned and has unmapped neighbours."""
 
-    def __init__(self, address: int, length: int, reserved: tuple[int, int]) -> None:
-        self.address, self.length = address, length
+    def __init__(
+        self, address: int, length: int, reserved: tuple[int, int], page: int = PAGE
+    ) -> None:
+        self.address, self.length, self.page = address, length, page
         self._view: memoryview | None = memoryview(b"")
         if length:
             memory = syscalls.memory_at(address, length)
@@ -73,13 +75,17 @@ def map_file(fd: int, length: int, *, write: bool = False) -> MappedMemory:
         raise
 
 
-def map_private(length: int) -> MappedMemory:
+def map_private(length: int, *, hugetlb: bool = False) -> MappedMemory:
     """Map zeroed memory of this process, in huge pages where the kernel gives them.
 
-    Raises: NodeMemoryError where the process may not have so much address space.
+    hugetlb: in those that the administrator set aside. Populate them before they are touched: a
+    node that has none left would end the process.
+    Raises: NodeMemoryError where the process may not have so much.
     """
     prot, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     try:
+        if hugetlb:
+            return _map(length, prot, flags | syscalls.MAP_HUGETLB_2M, page=HUGE)
         mapping = _map(length, prot, flags)
     except NumaError as error:
         if error.errno != errno.ENOMEM:
@@ -90,7 +96,7 @@ def map_private(length: int) -> MappedMemory:
     return mapping
 
 
-def _map(length: int, prot: int, flags: int, fd: int = -1) -> MappedMemory:
+def _map(length: int, prot: int, flags: int, fd: int = -1, *, page: int = PAGE) -> MappedMemory:
     """Reserve more than needed, then map on a 2 MiB boundary inside.
 
     Huge pages need an address congruent to the file's offset, and the reserved rest keeps the
@@ -98,7 +104,7 @@ def _map(length: int, prot: int, flags: int, fd: int = -1) -> MappedMemory:
     """
     if length == 0:
         return MappedMemory(0, 0, (0, 0))
-    size = -(-length // PAGE) * PAGE
+    size = -(-length // page) * page
     total = size + HUGE + PAGE
     none = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | syscalls.MAP_NORESERVE
     start = syscalls.mmap_at(0, total, syscalls.PROT_NONE, none)
@@ -108,7 +114,7 @@ def _map(length: int, prot: int, flags: int, fd: int = -1) -> MappedMemory:
     except NumaError:
         syscalls.munmap(start, total)
         raise
-    return MappedMemory(address, length, (start, total))
+    return MappedMemory(address, length, (start, total), page)
 
 
 def bind(mapping: MappedMemory, nodes: Collection[int]) -> None:
@@ -117,7 +123,7 @@ def bind(mapping: MappedMemory, nodes: Collection[int]) -> None:
     Raises: NumaError.
     """
     if mapping.length:
-        size = -(-mapping.length // PAGE) * PAGE
+        size = -(-mapping.length // mapping.page) * mapping.page
         mode = syscalls.MPOL_BIND if len(nodes) == 1 else syscalls.MPOL_INTERLEAVE
         syscalls.mbind(mapping.address, size, mode, nodes)
 

@@ -171,7 +171,10 @@ def _ask(replicas: Sequence[Asked]) -> list[Placement]:
         for _ in ranges:
             on.update(next(counts))
         parts = [(mapping.address + start, stop - start) for mapping, start, stop in one.parts]
-        pages = sum(-(-length // PAGE) for _, length in parts)
+        pages = sum(
+            -(-(stop - start) // mapping.page) * mapping.page // PAGE
+            for mapping, start, stop in one.parts
+        )
         on[ABSENT] = max(0, pages - sum(on.values()))
         huge_pages = sum(next(nbytes) for _ in ranges)
         sampled = sample(parts)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 from numaload.errors import NodeMemoryError, NotCopyable, StoreError, reason, warn_once
+from numaload.files.known import Model
 from numaload.linux import syscalls
 from numaload.linux.lists import format_list
 from numaload.linux.mapping import MappedMemory, bind, map_file, map_private
 from numaload.linux.syscalls import HUGE, PAGE
+from numaload.linux.sysfs import SysFiles
 from numaload.machine import userdir
 from numaload.replicas.layout import Layout, Spans
 
@@ -68,7 +71,7 @@ class Arena(NotCopyable):
     def _prepare(self, start: int, stop: int) -> None:
         if self.fd is not None:
             self._collapse(start, stop)
-        if self.fd is not None or self._by_policy:
+        if self.fd is not None or self._by_policy or self.mapping.page == HUGE:
             self._populate(start, stop)
 
     def _prepare_by_policy(self, start: int, stop: int) -> None:
@@ -146,9 +149,34 @@ class Arena(NotCopyable):
 Allocate = Callable[[int, Layout, int], Arena]  # (size in bytes, layout, file) -> where to fill
 
 
-def private_memory(*, bound: bool = True) -> Allocate:
-    """Allocate anonymous memory: gone with this process."""
-    return lambda size, layout, file: Arena(map_private(size), layout, file, bound=bound)
+def private_memory(*, bound: bool = True, hugetlb: bool = False) -> Allocate:
+    """Allocate anonymous memory: gone with this process. hugetlb: huge pages set aside for it."""
+    return lambda size, layout, file: Arena(
+        map_private(size, hugetlb=hugetlb), layout, file, bound=bound
+    )
+
+
+def hugetlb_lacks(model: Model, layouts: Iterable[Layout]) -> str:
+    """Say which nodes have not enough huge pages set aside for these replicas, or return "".
+
+    Source: Documentation/ABI/testing/sysfs-kernel-mm-hugepages.
+    """
+    needed: Counter[int] = Counter()
+    for layout in layouts:
+        for i, identity in enumerate(model.identities):
+            for start, stop, node in layout.ranges(i, 0, identity.size):
+                needed[node] += -(-stop // HUGE) - start // HUGE
+    files, lacks = SysFiles(), []
+    for node, pages in sorted(needed.items()):
+        folder = f"/sys/devices/system/node/node{node}/hugepages/hugepages-2048kB"
+        free = files.number(f"{folder}/free_hugepages") or 0
+        if free < pages:
+            more = pages - free + (files.number(f"{folder}/nr_hugepages") or 0)
+            lacks.append(
+                f"node {node} has {free} free huge pages set aside, {pages} are needed (echo {more}"
+                f" | sudo tee {folder}/nr_hugepages)"
+            )
+    return "; ".join(lacks)
 
 
 def store_memory(folder: int, *, bound: bool = True) -> Allocate:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -65,18 +66,21 @@ def build(
     progress: Progress | None = None,
     *,
     bound: bool = True,
+    set_aside: bool = False,
     drop_source: bool = False,
 ) -> Built:
     """Fill one replica per layout and prove it: same bytes, right nodes. All or none.
 
     bound: whether ``allocate`` binds; if not, pages are where the threads of their nodes touched
     them first, and free memory alone counts as room.
+    set_aside: the memory is none that nodes show as free: that does not count.
     drop_source: give back all page cache of the files, not only what this brought in.
     Raises: NodeMemoryError, ReadError, FileChangedError, ChecksumError, PlacementError,
     CancelledError; whatever was filled is freed then.
     """
     begin = time.perf_counter()
     job = _Build(files, layouts, machine, progress, bound=bound, drop_source=drop_source)
+    job.budget = None if set_aside else job.budget
     try:
         for group, layout in layouts.items():
             for i, file in enumerate(files):
@@ -137,7 +141,7 @@ class _Build:
         self.sums = [[0] * len(each) for each in self.pieces]
         self.starts = list(accumulate(map(len, self.sums), initial=0))
         self.before = [residency(file) for file in files]
-        self.budget = MemoryBudget(machine, groups, bound=bound)
+        self.budget: MemoryBudget | None = MemoryBudget(machine, groups, bound=bound)
         self.reading = Reading(self._nbytes(), progress)
         self.copies: list[Future[None]] = []
         self.pools: dict[int, Workers] = {}
@@ -264,9 +268,10 @@ class _Build:
         write: may have hashed it already.
         """
         arena = self.arenas[group][chunk.which]
+        ranges = arena.layout.ranges(chunk.which, chunk.offset, chunk.stop)
         # Released at once: a view in the traceback of an error would keep the whole arena.
         with (
-            self.budget.taken(arena.layout.ranges(chunk.which, chunk.offset, chunk.stop)),
+            self.budget.taken(ranges) if self.budget else nullcontext(),
             arena.mapping.view(chunk.offset, chunk.nbytes, write=True) as view,
         ):
             # No more at a time than there are CPUs: else all are half done before one can read.

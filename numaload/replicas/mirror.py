@@ -32,7 +32,7 @@ from numaload.machine import userdir
 from numaload.machine.probe import why_not_bound
 from numaload.machine.topology import Topology, topology
 from numaload.replicas import pools, reclaim, store
-from numaload.replicas.arena import held_memory, private_memory, store_memory
+from numaload.replicas.arena import held_memory, hugetlb_lacks, private_memory, store_memory
 from numaload.replicas.build import Built, build
 from numaload.replicas.entry import BASE, Entry
 from numaload.replicas.layout import (
@@ -71,6 +71,7 @@ def mirror(
     pool: str = "",
     keep: bool = False,
     strict: bool = False,
+    hugetlb: bool = False,
     drop_source: bool = False,
     io_timeout: float | None = None,
     progress: Progress | None = None,
@@ -95,6 +96,8 @@ def mirror(
     keep: shared, and never goes for room.
     strict: refuse where memory cannot be bound. Otherwise threads on the nodes touch it first, and
     if the kernel then counts every page where it was asked for, ``report.unbound`` names the nodes.
+    hugetlb: take huge pages that the administrator set aside on each node; where there are too few,
+    which is said, ordinary memory. Not of shared replicas: such pages hold no file of any size.
     drop_source: give back all page cache of the files, not only what reading them brought in.
     io_timeout: seconds to wait for an answer of a network file system, then StalledError.
     progress(bytes done, bytes in all): returning False cancels.
@@ -105,9 +108,11 @@ def mirror(
     for name, asked in (("hold", hold), ("pool", pool), ("keep", keep)):
         if asked and not shared:
             raise UsageError(f"{name}: only of shared replicas (shared=True)")
+    if hugetlb and (shared or policy == STRIPE or place):
+        raise UsageError("hugetlb: only of replicas of this process in whole blocks of 2 MiB")
     machine = topology()
     options = MirrorOptions.of(
-        machine, nodes, per, policy, ratio, place, hold=hold, strict=strict,
+        machine, nodes, per, policy, ratio, place, hold=hold, strict=strict, hugetlb=hugetlb,
         drop_source=drop_source, pool=pool, keep=keep,
     )  # fmt: skip
     opened = [part.file for part in weights.parts] if isinstance(weights, Weights) else []
@@ -170,6 +175,7 @@ class MirrorOptions:
 
     policy: "mirror", "interleave", "stripe", or "mixed", where ``place`` says one for each tensor.
     The last three have one group, of all nodes. turns: of what is interleaved.
+    hugetlb: of huge pages that were set aside, if there are enough.
     hold: a holder process keeps it. strict: bind it or do not build it.
     drop_source: give back all page cache of the files, also what was there before.
     pool: where it belongs, "" where it belongs already, or to "base". keep: it never goes for room.
@@ -182,6 +188,7 @@ class MirrorOptions:
     place: tuple[tuple[str, str], ...] = ()
     hold: bool = False
     strict: bool = False
+    hugetlb: bool = False
     drop_source: bool = False
     pool: str = ""
     keep: bool = False
@@ -313,14 +320,24 @@ def private(
     """Build replicas for this process alone."""
     layouts, bound = options.layouts(weights), can_bind(options, machine)
     groups = list(layouts)
-    builds = [Build(weights.model(), layouts)]
-    fitted(builds, [weights], machine, kept=PRIVATE, bound=bound).check()
+    model = weights.model()
+    lacks = hugetlb_lacks(model, layouts.values()) if options.hugetlb else ""
+    if lacks:
+        warn_once("hugetlb", f"{lacks}; ordinary memory is used")
+    hugetlb = options.hugetlb and not lacks
+    if not hugetlb:
+        builds = [Build(model, layouts)]
+        fitted(builds, [weights], machine, kept=PRIVATE, bound=bound).check()
     files = [part.file for part in weights.parts]
     # A huge page of anonymous memory is made where any byte of it is touched, also across stripes.
     by_stripes = any(layout.stripes for layout in layouts.values())
-    memory = held_memory(bound=bound) if by_stripes else private_memory(bound=bound)
-    drop = options.drop_source
-    built = build(files, layouts, memory, machine, progress, bound=bound, drop_source=drop)
+    memory = private_memory(bound=bound, hugetlb=hugetlb)
+    if by_stripes:
+        memory = held_memory(bound=bound)
+    built = build(
+        files, layouts, memory, machine, progress, bound=bound, set_aside=hugetlb,
+        drop_source=options.drop_source,
+    )  # fmt: skip
     report = report_of(weights, machine, groups, "private", built)
     report.policy = options.policy
     replicas = {group: [arena.mapping for arena in row] for group, row in built.arenas.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import pytest
 import numaload as api
 from commands import Numaload, sparse_model
 from confined import DOCKER
-from numaload.errors import NumaUnavailableError, UsageError
+from numaload.errors import NumaloadWarning, NumaUnavailableError, UsageError
 from witness import PAGE, by_move_pages, cpus_of
 
 MIB = 1 << 20
@@ -310,3 +311,63 @@ def test_plan_compares_the_policies(numaload: Numaload, tmp_path: Path, nodes: l
     assert "larger than the memory of these nodes" in whole
     assert "the page cache keeps what it can: numaload prewarm" in whole
     assert numaload.json("store")["rows"] == []
+
+
+# Huge pages that were set aside
+
+
+POOL = "/sys/devices/system/node/node{}/hugepages/hugepages-2048kB/nr_hugepages"
+
+
+@pytest.fixture
+def set_aside(nodes: list[int]) -> Iterator[Callable[[int], None]]:
+    """Sets so many huge pages aside on each node."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to set huge pages aside")
+
+    def change(pages: int) -> None:
+        for node in nodes:
+            Path(POOL.format(node)).write_text(str(pages))
+            if int(Path(POOL.format(node)).read_text()) != pages:
+                pytest.skip(f"node {node} has no {pages} huge pages in one piece")
+
+    yield change
+    for node in nodes:
+        Path(POOL.format(node)).write_text("0")
+
+
+@pytest.mark.parametrize("policy", ["mirror", "interleave"])
+def test_hugetlb_pages_are_taken_where_they_were_set_aside(
+    striped_model: str, nodes: list[int], set_aside: Callable[[int], None], policy: str
+) -> None:
+    size = os.path.getsize(striped_model)
+    set_aside(-(-size // BLOCK))
+    with api.mirror(striped_model, policy=policy, hugetlb=True) as mirror:
+        assert mirror.report.placed
+        for node in nodes:
+            assert mirror.report.placements[node].huge_pages >= size
+            tensor = mirror.view(node)[EXPERTS]
+            first = -(-tensor.offset // BLOCK) * BLOCK
+            where = by_move_pages(tensor.address + first - tensor.offset, BLOCK)
+            on = node if policy == "mirror" else nodes[first // BLOCK % len(nodes)]
+            assert where == {on: BLOCK // PAGE}
+        maps = Path("/proc/self/numa_maps").read_text()
+        assert "kernelpagesize_kB=2048" in maps
+        assert mirror.verify().right
+        with api.open(striped_model) as source:
+            assert bytes(mirror.local()[EXPERTS].buffer) == bytes(source[EXPERTS].buffer)
+
+
+@pytest.mark.usefixtures("nothing_said")
+def test_hugetlb_falls_back_where_a_node_has_too_few(
+    striped_model: str, nodes: list[int], set_aside: Callable[[int], None]
+) -> None:
+    set_aside(1)
+    said = f"node {nodes[0]} has 1 free huge pages set aside, .* are needed .*nr_hugepages"
+    with (
+        pytest.warns(NumaloadWarning, match=said),
+        api.mirror(striped_model, hugetlb=True) as mirror,
+    ):
+        assert mirror.report.placed
+    with pytest.raises(UsageError, match="hugetlb: only of replicas of this process"):
+        api.mirror(striped_model, hugetlb=True, shared=True)

@@ -177,6 +177,8 @@ def _ask(replicas: Sequence[Asked]) -> list[Placement]:
         )
         on[ABSENT] = max(0, pages - sum(on.values()))
         huge_pages = sum(next(nbytes) for _ in ranges)
+        # Of those that were set aside smaps says nothing in these fields.
+        huge_pages = max(huge_pages, sum(m.length for m in one.mappings if m.page == HUGE))
         sampled = sample(parts)
         found = Placement(one.nodes, pages, dict(+on), sampled, huge_pages, ranges=len(ranges))
         if one.ranges:
@@ -194,7 +196,7 @@ def _ask_ranges(asked: Asked, found: Placement, huge: Sequence[Range]) -> None:
     expected: Counter[int] = Counter()
     for file, (mapping, ranges) in enumerate(zip(asked.mappings, asked.ranges, strict=True)):
         for start, stop, node in ranges:
-            expected[node] += -(-stop // PAGE) - start // PAGE
+            expected[node] += -(-stop // mapping.page) * (mapping.page // PAGE) - start // PAGE
             there = _nodes_of(mapping.address + start, mapping.address + stop, inside)
             if there is None:  # said already
                 continue

@@ -18,7 +18,8 @@ from pages import DOCS, blocks, fences, run
 
 # Each block in a namespace of its own, as a reader would run it; one process for a page.
 RUN = "import sys\nfor block in sys.argv[1:]:\n    exec(compile(block, 'block', 'exec'), {})\n"
-PAGES = ["weights.md", "page-cache.md", "replicas.md", "store.md", "errors.md", "backends.md"]
+PAGES = ["weights.md", "page-cache.md", "replicas.md", "placement.md", "store.md", "errors.md",
+         "backends.md"]  # fmt: skip
 BACKENDS = {
     "gguf_reader": ["install", "GGUFReader"],
     "kt_kernel": import_module("numaload.backends.kt_kernel").__all__,
@@ -33,11 +34,12 @@ MEMBERS = [
     "machine.topology.Node", "replicas.views.MirrorReport", "pagecache.prewarm.PrewarmReport",
     "pagecache.residency_report.ResidencyReport", "pagecache.evict.EvictReport",
     "pagecache.evict.EvictedFile", "linux.placement.Placement", "replicas.verify.Verified",
+    "replicas.layout.Share",
 ]  # fmt: skip
 # What only other modules of numaload call: public between them, no face for users.
 INTERNAL = {
     "Weights": {"parts", "model", "workers", "read_into", "read_by", "in_files", "companions",
-                "copied", "owned"},
+                "copied", "owned", "is_apart", "nodes_of"},
     "Tensor": {"check_type", "check_native", "is_file", "file", "place_in_files", "workers",
                "read_into", "read_by", "byte_shape", "memory", "block", "check_alone", "code",
                "conversion", "fetch", "scales", "check_scales", "scale_names", "weight_name"},

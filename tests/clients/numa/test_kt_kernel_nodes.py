@@ -128,6 +128,18 @@ def test_the_replica_is_that_of_the_workers(
         assert set(by_move_pages(address, 1 << 20)) == {node}
 
 
+@pytest.mark.usefixtures("fresh", "store")
+def test_it_computes_the_same_from_a_striped_replica(path: str, wanted: list[Any]) -> None:
+    """One copy, of whose experts each node has some: kt-kernel reads it on both."""
+    api.mirror(path, shared=True, policy="stripe").close()
+    with api.attach(path, policy="stripe") as mirror:
+        assert mirror.report.placed
+        with kt_kernel.install(path, mirrors=mirror) as handle:
+            made = kt.wrapper(path, SHAPE, nodes=[0])
+            assert kt_checks.equal(kt_checks.outputs(made, SHAPE), wanted)
+            assert set(pages_of(handle, 0)) == {0, 1}
+
+
 def only_workers_of(handle: kt_kernel.Handle, others: set[int]) -> Any:
     """Earlier tests' workers live as long as their MOEs, that is as long as this process."""
     patch = pytest.MonkeyPatch()

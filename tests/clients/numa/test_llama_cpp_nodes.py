@@ -33,7 +33,7 @@ def on(node: int) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    shape = Shape(width=1024, inner=8192, layers=3, heads=8, qtype=QuantType.Q4_K)
+    shape = Shape(width=1024, inner=8192, layers=2, heads=8, qtype=QuantType.Q4_K)
     return write_llama(tmp_path_factory.mktemp("model") / "m.gguf", shape)[0]
 
 
@@ -41,7 +41,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_pages_stay_on_their_node_and_copies_land_where_it_runs(source: str) -> None:
     size = os.path.getsize(source)
     numaload.mirror(source, nodes="all", shared=True).close()
-    for node, cpus in ((1, 0), (1, 1), (0, 1)):
+    for node, cpus in ((1, 0), (0, 1)):
         path = str(Path(numaload.store.folder(source, node), "m.gguf"))
         with on(cpus):
             mapped, copied = run(path, IN_PLACE), run(path, NONE)
@@ -55,8 +55,9 @@ def test_pages_stay_on_their_node_and_copies_land_where_it_runs(source: str) -> 
 @pytest.mark.usefixtures("store")
 @pytest.mark.parametrize("strategy", ["DISABLED", "ISOLATE", "NUMACTL", "DISTRIBUTE"])
 def test_any_numa_option_lets_threads_leave_the_node_they_were_pinned_to(
-    source: str, strategy: str
+    tmp_path: Path, strategy: str
 ) -> None:
+    (source,) = write_llama(tmp_path / "m.gguf")
     numaload.mirror(source, nodes="1", shared=True).close()
     path = str(Path(numaload.store.folder(source, 1), "m.gguf"))
     numa = ["ggml_numa_strategy", f"GGML_NUMA_STRATEGY_{strategy}"]

@@ -119,16 +119,27 @@ class Layout:
         return dict(found)
 
     def run_of(self, tensor: Tensor, node: int) -> ByteRange | None:
-        """Return the bytes of its file that a node has of a tensor; None if they are no one run."""
+        """Return the bytes of its file that a node has of a tensor; None if they are no one run.
+
+        At both ends of the tensor less than a page may be on the node of what is beside it.
+        """
         file, first = tensor.place_in_files
         last = first + tensor.nbytes
-        there = [
-            (max(start, first), min(stop, last))
-            for start, stop, on in self.ranges(file, first // PAGE * PAGE, last)
-            if on == node
+        runs: list[tuple[int, int]] = []  # (end, node)
+        for _, stop, on in self.ranges(file, first // PAGE * PAGE, last):
+            if runs and runs[-1][1] == on:
+                runs.pop()
+            runs.append((stop, on))
+        if len(runs) > 1 and runs[0][0] - first < PAGE:
+            del runs[0]
+        if len(runs) > 1 and last - runs[-2][0] < PAGE:
+            del runs[-1]
+            runs[-1] = last, runs[-1][1]
+        starts = [first, *(stop for stop, _ in runs)]
+        found = [
+            (start, stop) for start, (stop, on) in zip(starts, runs, strict=False) if on == node
         ]
-        runs = _joined(there or [(first, first)])
-        return runs[0] if len(runs) == 1 else None
+        return (found or [(first, first)])[0] if len(found) < 2 else None
 
     def node_at(self, file: int, offset: int) -> int:
         """Return the node of one byte."""

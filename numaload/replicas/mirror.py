@@ -420,7 +420,7 @@ def _check_kind(
     lacks = {
         "without a holder": options.hold and any(entry.holder is None for entry in found),
         "placed, not bound": options.strict and not all(entry.bound for entry in found),
-        f"{options.policy} otherwise": others
+        "placed otherwise": others
         or any(there[g].layout(g) != one for g, one in layouts.items() if g in there),
     }
     for what, holds in lacks.items():

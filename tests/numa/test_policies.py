@@ -135,7 +135,7 @@ def test_policy_interleave_takes_turns(
     assert_placed(path, in_turns(os.path.getsize(path), turns))
     other = ",".join(f"{node}=3" if node == nodes[0] else f"{node}=1" for node in nodes)
     done = numaload("mirror", striped_model, "--policy", "interleave", "--weights", other, status=1)
-    assert "mirrored already, interleaved otherwise; release it first" in done.stderr
+    assert "mirrored already, placed otherwise; release it first" in done.stderr
 
 
 def test_policy_bind_is_one_replica_on_one_node(
@@ -266,7 +266,7 @@ def test_place_puts_each_tensor_where_its_pattern_says(
     assert set(map(tuple, row["replicas"].values())) == {()}
     assert "all checksums right" in numaload("verify", "--checksum", striped_model).stdout
     done = numaload("mirror", striped_model, "--place", ".*=interleave", status=1)
-    assert "mirrored already, mixed otherwise; release it first" in done.stderr
+    assert "mirrored already, placed otherwise; release it first" in done.stderr
     numaload("mirror", striped_model)  # beside it, and then attached first
     with api.attach(striped_model) as mirror:
         assert mirror.report.policy == "mirror"

@@ -233,3 +233,18 @@ def test_rows_of_threads_are_all_rows_once(weights: Weights) -> None:
         assert mirror.local_rows(name) == (0, 333, "rows")
         with pytest.raises(UsageError, match="threads 0"):
             mirror.rows(name, 0)
+
+
+@pytest.mark.parametrize("nodes", [(0, 1), (1, 4, 7)])
+def test_runs_of_nodes_are_all_of_a_tensor_once(weights: Weights, nodes: tuple[int, ...]) -> None:
+    """Also where less than a page at its end is on the node of the next tensor."""
+    layout = striped(weights, nodes)
+    for name in SHAPES:
+        tensor = weights[name]
+        runs = [layout.run_of(tensor, node) for node in nodes]
+        at = tensor.offset
+        for start, stop in sorted(run for run in runs if run and run[0] < run[1]):
+            assert start == at
+            at = stop
+        assert at == tensor.offset + tensor.nbytes
+    assert in_turn((0, 1)).run_of(weights["blk.0.ffn_down.weight"], 0) is None

@@ -38,7 +38,7 @@ PROT_NONE, MAP_FIXED, MAP_NORESERVE = 0, 0x10, 0x4000
 MADV_HUGEPAGE, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_COLLAPSE = 14, 22, 23, 25
 
 MLOCK_ONFAULT = 1
-PR_SET_NAME = 15  # prctl.h
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # prctl.h
 
 PAGE = mmap.PAGESIZE
 HUGE = 2 << 20
@@ -113,7 +113,7 @@ def _libc() -> ctypes.CDLL:
     library.madvise.argtypes = [_void_p, ctypes.c_size_t, _int]
     library.mincore.argtypes = [_void_p, ctypes.c_size_t, _void_p]
     library.fstatfs.argtypes = [_int, _void_p]
-    library.prctl.argtypes = [_int, ctypes.c_char_p]
+    library.prctl.argtypes = [_int, _void_p]
     return library
 
 
@@ -278,6 +278,14 @@ def name_thread(name: str) -> None:
     Before Python 3.14 its threads have the name of the process.
     """
     _libc().prctl(PR_SET_NAME, name.encode())
+
+
+def end_with_parent(number: int) -> None:
+    """Have the kernel send this process a signal when the thread that started it ends.
+
+    It stays so in the program that replaces this one, unless that gains rights. Source: prctl(2).
+    """
+    _libc().prctl(PR_SET_PDEATHSIG, number)
 
 
 def memory_at(address: int, nbytes: int) -> ctypes.Array[ctypes.c_ubyte]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numaload.pagecache.residency_report import ResidencyReport, residency
     from numaload.pipeline.stream import stream
     from numaload.replicas import catalogue as store
+    from numaload.replicas.exec import exec_programs as exec  # noqa: A004 - as the verb
     from numaload.replicas.mirror import attach, mirror
     from numaload.replicas.opening import open_model as open  # noqa: A004 - as files have
     from numaload.replicas.views import Mirror, MirrorReport
@@ -46,6 +47,7 @@ __all__ = [
     "attach",
     "errors",
     "evict",
+    "exec",
     "load_state_dict",
     "mirror",
     "open",
@@ -80,6 +82,7 @@ _PLACES: dict[str, tuple[str, str | None]] = {
     "Tensor": ("weights", "Tensor"),
     "Weights": ("weights", "Weights"),
     "open": ("replicas.opening", "open_model"),
+    "exec": ("replicas.exec", "exec_programs"),
     "store": ("replicas.catalogue", None),
 }
 

@@ -27,6 +27,7 @@
     |- ChecksumError                            .path .chunk: bytes differ from the source
     |- StoreError (OSError)                     the replica store is unsafe or unusable
     |  `- ReplicaNotFoundError                  nothing in the store for this file
+    |- ProgramError (OSError)                   .status: a program cannot be started
     |- BackendError (ImportError)               a program to work with is missing, or unknown
     |- CancelledError                           .done .total: stopped by the caller
     |- ClosedError (RuntimeError)               used after close()
@@ -45,8 +46,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from errno import EMFILE, ENFILE
+from errno import EMFILE, ENFILE, ENOENT, ENOTDIR
 from itertools import islice
+from os import strerror
 from typing import Any, NoReturn, SupportsIndex
 
 LONGEST = 2000  # characters of a message, or of a line that is printed
@@ -278,6 +280,19 @@ class StoreError(NumaloadError, OSError): ...
 
 
 class ReplicaNotFoundError(StoreError): ...
+
+
+class ProgramError(NumaloadError, OSError):
+    def __init__(self, message: str, errno: int) -> None:
+        super().__init__(errno, f"{message}: {strerror(errno)}")
+
+    @property
+    def status(self) -> int:
+        """Return what shells exit with: 127 where there is no such program, else 126."""
+        return 127 if self.errno in (ENOENT, ENOTDIR) else 126
+
+    def __str__(self) -> str:
+        return printable(self.args[1])
 
 
 class BackendError(NumaloadError, ImportError): ...

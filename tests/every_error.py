@@ -120,6 +120,7 @@ PROVOKED: dict[type[errors.NumaloadError], Provoke] = {
     errors.ChecksumError: a_flipped_bit,
     errors.StoreError: a_store_of_somebody_else,
     errors.ReplicaNotFoundError: lambda folder: api.attach(good(folder)),
+    errors.ProgramError: lambda folder: api.exec(good(folder), ["no-such-program", "{model}"]),
     errors.CancelledError: a_callback_that_says_no,
     errors.ClosedError: closed_weights,
     errors.NotCopyableError: lambda folder: copy.deepcopy(good(folder)),

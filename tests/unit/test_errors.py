@@ -59,6 +59,7 @@ EXAMPLES: list[errors.NumaloadError] = [
     errors.PlacementError("text", {0: {1: 2}}),
     errors.NodeMemoryError("text", node=1, needed=2, free=3),
     errors.ChecksumError("text", path="/m.gguf", chunk=4),
+    errors.ProgramError("text", 2),
     errors.CancelledError("text", done=5, total=6),
     errors.StalledError("text", path="/m.gguf", seconds=7.0, server="host:/export", mount="/m"),
 ]

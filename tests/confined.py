@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NUMBERS = {"mbind": 237, "set_mempolicy": 238, "get_mempolicy": 239, "move_pages": 279}
-NUMBERS |= {"cachestat": 451}
+NUMBERS |= {"cachestat": 451, "pidfd_open": 434}
 DOCKER = "mbind=EPERM,set_mempolicy=EPERM,get_mempolicy=EPERM,move_pages=EPERM"
 NO_NUMA = "mbind=ENOSYS,set_mempolicy=ENOSYS,get_mempolicy=ENOSYS,move_pages=ENOSYS"
 

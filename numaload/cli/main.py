@@ -25,8 +25,10 @@ VERBS = {
     "verify": "stored",
     "release": "stored",
     "store": "pools",
+    "exec": "exec",
     "bench": "bench",
 }
+RUNS = "exec"  # the verb with a program and its arguments behind --, which are not ours to read
 IO_TIMEOUT = "NUMALOAD_IO_TIMEOUT"  # seconds, for this process and those that it starts
 TO_TRY = """
 Three lines to try:
@@ -123,7 +125,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
         return None
     if first not in VERBS and not first.startswith("-"):
         parser.error(_no_verb(first))
-    return parser.parse_args(arguments)
+    if first != RUNS:
+        return parser.parse_args(arguments)
+    if "--" not in arguments and not {"-h", "--help"} & set(arguments):
+        parser.error("no program: write it behind --: numaload exec MODEL -- PROGRAM -m {model}")
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser.parse_args(arguments[:at])
+    options.program = arguments[at + 1 :]
+    return options
 
 
 def _no_verb(word: str) -> str:
@@ -173,7 +182,8 @@ def _add_common(verb: str, parser: argparse.ArgumentParser) -> None:
 
     if verb == "bench":
         return
-    parser.add_argument("--json", action="store_true", help="print the API's report")
+    if verb != RUNS:  # its stdout is the program's
+        parser.add_argument("--json", action="store_true", help="print the API's report")
     if verb == "nodes":  # it reads no file, and its disks are looked up in /sys
         return
     parser.add_argument(

@@ -43,7 +43,7 @@ LOOK_MS, END_S, PAUSE_S = 200, 10.0, 0.01
 
 @dataclass(frozen=True)
 class Ended:
-    """How a program ended. code: its exit status, or -n where signal n ended it."""
+    """Tell how a program ended. code: its exit status, or -n where signal n ended it."""
 
     node: int
     pid: int
@@ -191,14 +191,17 @@ def _in_front() -> bool:
 
 
 class _Programs:
-    """Programs of this thread, ended with the block. Signals may be sent from anywhere."""
+    """Hold the programs that this thread starts, and end them with the block."""
 
     def __init__(self) -> None:
         self._all: list[_Program] = []
         self._asked, self._asking = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def send(self, number: int) -> None:
-        """Have ``wait`` send a signal to all programs, also to those that are still to start."""
+        """Have ``wait`` send a signal to all programs, also to those that are still to start.
+
+        For any thread, and for signal handlers.
+        """
         with suppress(BlockingIOError):  # thousands of them wait already
             os.write(self._asking, bytes([number]))
 
@@ -253,7 +256,7 @@ class _Programs:
 
 
 class _Program:
-    """A program, from before its start until it was waited for."""
+    """Hold a program, from before its start until it was waited for."""
 
     def __init__(self, node: int) -> None:
         self.node, self.pid, self.pidfd = node, 0, -1
@@ -323,7 +326,7 @@ class _Program:
 
 
 class _Lines:
-    """Whole lines from a pipe, each behind a label; their bytes stay as they are.
+    """Pass on whole lines from a pipe, each behind a label; their bytes stay as they are.
 
     A line of more than CHUNK bytes is written as several, so that none waits for its end.
     """

@@ -443,7 +443,7 @@ def test_what_is_raised_meanwhile_ends_the_programs(store: Path, model: str) -> 
     try:
         signal.setitimer(signal.ITIMER_REAL, 2)
         with pytest.raises(KeyboardInterrupt):
-            api.exec(model, ["sh", "-c", "sleep 1000 & wait", "{model}"], labelled=True)
+            api.exec(model, ["sh", "-c", "exec sleep 1000", "{model}"], labelled=True)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

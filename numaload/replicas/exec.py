@@ -22,6 +22,7 @@ from numaload.files.reader import Progress
 from numaload.linux import syscalls
 from numaload.machine.affinity import pinned_to
 from numaload.machine.topology import topology
+from numaload.replicas.layout import MIRROR
 from numaload.replicas.mirror import attach, lacking, mirror
 from numaload.replicas.views import Mirror
 from numaload.weights import Weights, open_weights
@@ -71,7 +72,8 @@ def exec_programs(
     program: it and its arguments. In all of them ``{model}`` is replaced by the replica's first
     file, ``{folder}`` by a folder with the replica and what lies beside the source, ``{node}``,
     ``{index}`` by 0, 1, ... of the nodes, and ``{port:8080}`` by 8080 + index. All else stays.
-    nodes: where no replica is, it is built as by ``mirror(shared=True)``.
+    nodes: where no replica is, it is built as by ``mirror(shared=True)``; those of other policies
+    lie on several nodes and do not count.
     memory: "prefer" the node for what the program allocates, "bind" it there, or "none".
     labelled: each line that they write begins with ``[node N] ``, and they have nothing to read.
     forward: pass signals on to them meanwhile, in place of this process's handlers.
@@ -88,12 +90,12 @@ def exec_programs(
     chosen = machine.select(nodes)
     _check(program, memory, len(chosen))
     source = model.paths[0] if isinstance(model, Weights) else model
-    if missing := lacking(source, chosen):
+    if missing := lacking(source, chosen, MIRROR):
         with building(missing) if building else nullcontext() as progress:
             mirror(model, missing, shared=True, progress=progress).close()
     with ExitStack() as undo:
         with open_weights(source) as weights:  # nothing of the source stays open
-            found = undo.enter_context(attach(weights, chosen))
+            found = undo.enter_context(attach(weights, chosen, MIRROR))
             commands = [_filled(program, found, *which) for which in enumerate(chosen)]
         programs = undo.enter_context(_Programs())
         if forward:

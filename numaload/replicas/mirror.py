@@ -147,10 +147,13 @@ def attach(
         return made
 
 
-def lacking(path: str | os.PathLike[str], nodes: Sequence[int]) -> list[int]:
-    """Return the nodes that no replica of the model, as its files are now, serves."""
+def lacking(path: str | os.PathLike[str], nodes: Sequence[int], policy: str = "") -> list[int]:
+    """Return the nodes that no replica of the model, as its files are now, serves.
+
+    policy: only by replicas of this one.
+    """
     with open_weights(path) as weights:
-        found = store.find(weights.model())
+        found = store.find(weights.model(), policy)
     serving = by_node({group: group for group in found})
     return [node for node in nodes if node not in serving]
 

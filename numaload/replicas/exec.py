@@ -22,7 +22,8 @@ from numaload.files.reader import Progress
 from numaload.linux import syscalls
 from numaload.machine.affinity import pinned_to
 from numaload.machine.topology import topology
-from numaload.replicas.layout import MIRROR
+from numaload.replicas import store
+from numaload.replicas.layout import MIRROR, MIXED
 from numaload.replicas.mirror import attach, lacking, mirror
 from numaload.replicas.views import Mirror
 from numaload.weights import Weights, open_weights
@@ -83,14 +84,15 @@ def exec_programs(
 
     Whatever is raised meanwhile, as by Ctrl-C, ends the programs. They get SIGTERM if this thread
     ends without that.
-    Raises: UsageError; ProgramError if it cannot be started; NumaError if ``memory="bind"`` is
-    refused; what ``mirror`` raises.
+    Raises: UsageError, also where patterns placed the model's tensors; ProgramError if it cannot be
+    started; NumaError if ``memory="bind"`` is refused; what ``mirror`` raises.
     """
     machine = topology()
     chosen = machine.select(nodes)
     _check(program, memory, len(chosen))
     source = model.paths[0] if isinstance(model, Weights) else model
     if missing := lacking(source, chosen, MIRROR):
+        _refuse_mixed(source)
         with building(missing) if building else nullcontext() as progress:
             mirror(model, missing, shared=True, progress=progress).close()
     with ExitStack() as undo:
@@ -104,6 +106,17 @@ def exec_programs(
             with _beside(node, machine.cpus_of([node]), memory):
                 programs.start(node, command, labelled=labelled)
         return programs.wait(ended)
+
+
+def _refuse_mixed(source: str | os.PathLike[str]) -> None:
+    """Refuse a model of which only Weights see the replicas: more of it may not be wanted."""
+    with open_weights(source) as weights:
+        if store.find(weights.model(), MIXED):
+            path = weights.paths[0]
+            raise UsageError(
+                f"{path}: its tensors were placed by patterns, no file has all of them: give other"
+                f" programs a whole replica too (numaload mirror {path}), or release it"
+            )
 
 
 def _check(program: Sequence[str], memory: str, copies: int) -> None:

@@ -262,6 +262,8 @@ def test_place_puts_each_tensor_where_its_pattern_says(
         with pytest.raises(UsageError, match="no memory has the whole file"):
             mirror.view(nodes[0]).image()
     assert "placed by patterns" in numaload("store", "path", striped_model, status=2).stderr
+    program = ("--node", nodes[0], striped_model, "--", "cat", "{model}")
+    assert "placed by patterns" in numaload("exec", *program, status=2).stderr
     (row,) = numaload.json("status")["replicas"]
     assert set(map(tuple, row["replicas"].values())) == {()}
     assert "all checksums right" in numaload("verify", "--checksum", striped_model).stdout
@@ -294,7 +296,7 @@ def test_plan_compares_the_policies(numaload: Numaload, tmp_path: Path, nodes: l
     empty = numaload.json("plan", sparse_model(tmp_path / "small.gguf", 4 * MIB))["choices"]
     assert next(tuple(row["words"]) for row in empty["rows"] if row["fits"]) == ()
     free = max(empty["free"].values())
-    path = sparse_model(tmp_path / "large.gguf", int(free * 1.2))
+    path = sparse_model(tmp_path / "large.gguf", free + 32 * MIB)
     found = numaload.json("plan", path)
     rows = {tuple(row["words"])[:2]: row for row in found["choices"]["rows"]}
     assert not rows[()]["fits"]

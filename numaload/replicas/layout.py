@@ -297,7 +297,7 @@ def placed_by(weights: Weights, place: Place, nodes: Group, turns: Group) -> dic
     """Return the layouts that put each tensor where the first pattern in its name says.
 
     turns: for what is interleaved. On one node all but "skip" is the same.
-    Raises: UsageError for a tensor that no pattern matches.
+    Raises: UsageError for a tensor that no pattern matches, and where all are skipped.
     """
     patterns = [(re.compile(pattern), policy) for pattern, policy in place]
     copied: list[list[ByteRange]] = []
@@ -326,6 +326,8 @@ def placed_by(weights: Weights, place: Place, nodes: Group, turns: Group) -> dic
     if any(once):
         stripes = _stripes(weights, iter(ends), nodes)
         found[nodes] = Layout((), stripes, tuple(spans for _, spans in only))
+    if not found:
+        raise UsageError("place: every tensor is skipped, expected some to be placed")
     return found
 
 

@@ -187,7 +187,8 @@ def test_what_is_skipped_is_in_no_layout(weights: Weights) -> None:
     tensor, other = weights["blk.0.ffn_down.weight"], weights["blk.0.ffn_gate_exps.weight"]
     assert layouts[0,].covers(0, tensor.offset, tensor.offset + tensor.nbytes)
     assert not layouts[0,].covers(0, other.offset, other.offset + other.nbytes)
-    assert placed_by(weights, [("", "skip")], (0, 1), (0, 1)) == {}
+    with pytest.raises(UsageError, match="every tensor is skipped"):
+        placed_by(weights, [("", "skip")], (0, 1), (0, 1))
 
 
 def test_on_one_node_all_that_is_placed_is_a_copy(weights: Weights) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from numaload.dequantize import Conversion
     from numaload.files.source import SourceFile
+    from numaload.linux.lists import Group
     from numaload.machine.workers import Workers
     from numaload.weights.model import Weights
 
@@ -210,6 +211,11 @@ class Tensor:
         return nodes[0] if len(nodes) == 1 else None
 
     @property
+    def nodes(self) -> Group:
+        """Return the nodes whose memory this view is in, whose threads work on it."""
+        return self._weights.nodes
+
+    @property
     def address(self) -> int:
         """Return the address of the blocks, valid until the weights are closed."""
         self.check_type()
@@ -330,7 +336,8 @@ class Tensor:
         self.check_scales(wanted.name)
         self.code  # noqa: B018 - or an error
         what = f"tensor {self.name!r}"
-        with new_array(shape, wanted, what) if out is None else nullcontext(out) as result:
+        new = new_array(shape, wanted, what, self.nodes) if out is None else nullcontext(out)
+        with new as result:
             flat = as_output(result, wanted, prod(shape))
             if flat.size:
                 self._dequantize(wanted, flat, start, stop)
@@ -374,8 +381,7 @@ class Tensor:
             return torch_memory.converted(self._own_order(), device, wanted, self.name)
         made = kernel_dtype(name)
         kind = torch_memory.torch_dtype(made, self.name)
-        with torch_memory.promise(self.size * kind.itemsize, self.name):
-            out = torch_memory.empty(self.shape, kind)
+        with torch_memory.made(self.shape, kind, self.name, self.nodes) as out:
             self.dequantize(made, out=out)
         return torch_memory.converted(out, device, wanted, self.name, copy=False)
 

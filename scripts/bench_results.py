@@ -37,7 +37,7 @@ from numaload.weights import Tensor
 CASES = ("Q4_K:float32", "Q8_0:float32", "IQ3_S:float32", "BF16:float32", "Q4_K:bfloat16")
 PATTERN = 1 << 20  # weights that are random; the rest repeats them
 SIZES = [1 << n for n in range(20, 27)]  # bytes of output
-ROW = 4096
+ROW, LOOP = 4096, 8
 KERNEL, CLEAR = "kernel", "clear"
 
 
@@ -122,7 +122,9 @@ def tell(title: str, rates: dict[str, list[Rate]]) -> None:
 
 
 def sizes(folder: Path, rounds: int) -> None:
-    print(f"{'output':>8}{'numpy us':>12}{'again us':>12}")
+    print(
+        "us a result, and of processor time" + "".join(f"{name:>16}" for name in ("numpy", "again"))
+    )
     write(folder / "sizes.gguf", numaload.QuantType.Q4_K, max(SIZES) // 4)
     with numaload.open(folder / "sizes.gguf") as weights:
         tensor = weights["t"]
@@ -134,16 +136,20 @@ def sizes(folder: Path, rounds: int) -> None:
                 return tensor.dequantize(out=np.empty(shape, np.float32), rows=rows)
 
             runs = {"numpy": by_numpy, "again": partial(tensor.dequantize, rows=rows)}
-            took: dict[str, list[float]] = {name: [] for name in runs}
+            took: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
             for _ in range(rounds):
                 for name in random.sample(list(runs), len(runs)):
-                    begin, kept = time.perf_counter(), None
-                    for _ in range(8):
+                    clock, cpu, kept = time.perf_counter(), time.process_time(), None
+                    for _ in range(LOOP):
                         kept = runs[name]()
-                    took[name].append((time.perf_counter() - begin) / 8)
+                    spent = time.perf_counter() - clock, time.process_time() - cpu
+                    took[name].append((spent[0] / LOOP * 1e6, spent[1] / LOOP * 1e6))
                     del kept
-            cells = "".join(f"{1e6 * median(its):12.0f}" for its in took.values())
-            print(f"{size >> 20:>4} MiB{cells}", flush=True)
+            cells = "".join(
+                "{:9.0f}{:7.0f}".format(*map(median, zip(*its, strict=True)))
+                for its in took.values()
+            )
+            print(f"{size >> 20:>4} MiB{'':26}{cells}", flush=True)
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ WAY_OUT = "drop tensors not needed any more, give a smaller ahead=, or stream to
 LESS = "dequantize less of it at a time (rows=, expert=), or to a smaller dtype"
 LEAST_FREE = 4 << 20  # bytes beside the buffers: threads, and what Python needs
 WASTE = 2  # times what is needed: larger ranges are left for larger tensors
-# Bytes of a result from which on it is lent. malloc uses smaller ones again as well as this, see
-# docs/measurements.md; larger ones take up to four times as long there.
+# Bytes of a result from which on it is lent: a huge page. Up to 8 MiB malloc uses memory again as
+# fast, but of any node; larger results cost 2 to 4 times as much there (docs/measurements.md).
 LENT = HUGE
 KEPT, SHARE = 1 << 30, 16  # bytes of results that are kept at most, and what part of those free
 

@@ -21,6 +21,7 @@ from numaload.errors import NodeMemoryError
 from numaload.formats.qtypes import QuantType
 from numaload.linux.syscalls import HUGE
 from numaload.machine import buffers, memory
+from numaload.replicas.plan import PRIVATE, plan
 from numaload.samples import random_blocks
 
 COLUMNS = 4096
@@ -165,13 +166,18 @@ def test_nothing_is_kept_where_memory_is_scarce(
     assert maps(address) == []
 
 
-def test_what_is_kept_goes_before_memory_is_refused(
-    weights: numaload.Weights, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_kept_goes_before_memory_is_refused(weights: numaload.Weights) -> None:
     address = weights["Q4_K"].dequantize().ctypes.data
     assert maps(address)
     with pytest.raises(NodeMemoryError):
         memory.require(1 << 60, "a lot", "take less")
+    assert maps(address) == []
+
+
+def test_what_is_kept_goes_before_replicas_are_planned(weights: numaload.Weights) -> None:
+    address = weights["Q4_K"].dequantize().ctypes.data
+    assert maps(address)
+    plan([], numaload.topology(), kept=PRIVATE)
     assert maps(address) == []
 
 

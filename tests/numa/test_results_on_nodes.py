@@ -57,6 +57,38 @@ def check(result: Any, node: int) -> None:
     assert counted(address) == by_move_pages(address, nbytes) == {node: nbytes // PAGE}
 
 
+PROGRAM = """
+import json, sys
+import numaload as api
+sys.path[:0] = sys.argv[2:]
+from test_results_on_nodes import NAME, counted
+
+with api.mirror(sys.argv[1], nodes="all") as mirror:
+    found = {}
+    for node in mirror.nodes:
+        result = mirror.view(node)[NAME].dequantize()
+        found[node] = counted(result.ctypes.data)
+    print(json.dumps(found))
+"""
+
+
+def test_results_where_memory_cannot_be_bound(path: str, nodes: list[int], store: Path) -> None:
+    """The node's own threads are the first to touch it.
+
+    First of all tests: page cache of later ones would push unbound memory to another node.
+    """
+    folders = [str(Path(__file__).parent), str(Path(confined.__file__).parent)]
+    command = [sys.executable, confined.__file__, "--deny", DOCKER, "--"]
+    command += [sys.executable, "-W", "ignore", "-c", PROGRAM, path, *folders]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=LIMIT_S, check=False,
+        env=os.environ | {"NUMALOAD_STORE": str(store)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {int(node): counts for node, counts in json.loads(done.stdout).items()}
+    assert found == {node: {str(node): SIZE // PAGE} for node in nodes}
+
+
 @pytest.mark.parametrize("caller", ["unpinned", "on its node", "on another node"])
 def test_results_lie_on_the_node_of_the_view(caller: str, path: str, nodes: list[int]) -> None:
     before = os.sched_getaffinity(0)
@@ -124,32 +156,3 @@ def test_results_of_files_are_there_too(path: str) -> None:
     with api.open(path) as weights:
         result = weights[NAME].dequantize()
         assert sum(counted(result.ctypes.data).values()) == result.nbytes // PAGE
-
-
-PROGRAM = """
-import json, sys
-import numaload as api
-sys.path[:0] = sys.argv[2:]
-from test_results_on_nodes import NAME, counted
-
-with api.mirror(sys.argv[1], nodes="all") as mirror:
-    found = {}
-    for node in mirror.nodes:
-        result = mirror.view(node)[NAME].dequantize()
-        found[node] = counted(result.ctypes.data)
-    print(json.dumps(found))
-"""
-
-
-def test_results_where_memory_cannot_be_bound(path: str, nodes: list[int], store: Path) -> None:
-    """The node's own threads are the first to touch it."""
-    folders = [str(Path(__file__).parent), str(Path(confined.__file__).parent)]
-    command = [sys.executable, confined.__file__, "--deny", DOCKER, "--"]
-    command += [sys.executable, "-W", "ignore", "-c", PROGRAM, path, *folders]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=LIMIT_S, check=False,
-        env=os.environ | {"NUMALOAD_STORE": str(store)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = {int(node): counts for node, counts in json.loads(done.stdout).items()}
-    assert found == {node: {str(node): SIZE // PAGE} for node in nodes}

@@ -207,13 +207,12 @@ class Tensor:
     @property
     def node(self) -> int | None:
         """Return the node whose memory this view is in; None for page cache and copies."""
-        nodes = self._weights.nodes_of(self.name)
-        return nodes[0] if len(nodes) == 1 else None
+        return self.nodes[0] if len(self.nodes) == 1 else None
 
     @property
     def nodes(self) -> Group:
         """Return the nodes whose memory this view is in, whose threads work on it."""
-        return self._weights.nodes
+        return self._weights.nodes_of(self.name)
 
     @property
     def address(self) -> int:
@@ -347,7 +346,7 @@ class Tensor:
         """Make rows [start, stop), counted through all experts."""
         from numaload.dequantize import dequantize_blocks, dequantize_turned
 
-        scales, workers = self.scales, self._weights.workers()
+        scales, workers = self.scales, self.workers()
         if scales is None or not scales.turned:
             columns = self.shape[-1] if self.shape else 1
             dequantize_blocks(

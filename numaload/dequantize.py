@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import gcd, prod
@@ -17,7 +17,7 @@ from numaload.formats.qtypes import BLOCKS, FLOATS
 from numaload.kernels import registry
 from numaload.linux.mapping import MORE_ADDRESSES
 from numaload.linux.syscalls import memory_at
-from numaload.machine import memory
+from numaload.machine.buffers import result
 from numaload.machine.workers import Workers
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -34,7 +34,6 @@ LINES = 32  # rows whose floats, transposed, are whole lines of the caches
 # Bytes of output: from here on it goes past the caches. It would push out what is in them, and be
 # gone itself before somebody reads the beginning.
 LARGE = 8 << 20
-LESS = "dequantize less of it at a time (rows=, expert=), or to a smaller dtype"
 LINE = 64  # bytes of a line of the caches
 
 Blocks = NDArray[np.uint8]  # (n_blocks, type_size)
@@ -339,10 +338,18 @@ def _padding(kernel: registry.Kernel, columns: int, step: int, step_bytes: int) 
 
 
 @contextmanager
-def new_array(shape: Sequence[int], dtype: np.dtype[Any], what: str) -> Iterator[NDArray[Any]]:
-    """Make an array for floats of ``what``, to be filled inside. Raises: NodeMemoryError."""
+def new_array(
+    shape: Sequence[int], dtype: np.dtype[Any], what: str, nodes: Collection[int]
+) -> Iterator[NDArray[Any]]:
+    """Make an array for floats of ``what``, to be filled inside. nodes: where, if it is large.
+
+    Raises: NodeMemoryError.
+    """
     nbytes = prod(shape) * dtype.itemsize
-    with memory.promise(nbytes, f"{what} as {dtype.name}", LESS):
+    with result(nbytes, f"{what} as {dtype.name}", nodes) as lent:
+        if lent is not None:
+            yield lent.view(dtype).reshape(shape)
+            return
         try:
             array = np.empty(shape, dtype)
         except MemoryError as error:

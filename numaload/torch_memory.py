@@ -5,6 +5,7 @@ torch is an optional dependency: it is imported by whoever asks for a tensor.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,10 @@ from numaload.errors import UnsupportedTypeError, UsageError, printable, warn_on
 from numaload.linux.mapping import map_private
 from numaload.linux.syscalls import HUGE
 from numaload.machine import memory
+from numaload.machine.buffers import result
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -116,6 +118,16 @@ def new(shape: Sequence[int], dtype: Any, what: str) -> Any:
     """Return an uninitialized tensor if there is memory for it. Raises: NodeMemoryError."""
     require(prod(shape) * dtype.itemsize, what)
     return empty(shape, dtype)
+
+
+@contextmanager
+def made(shape: Sequence[int], dtype: Any, what: str, nodes: Collection[int] = ()) -> Iterator[Any]:
+    """Make a CPU tensor, to be filled inside. nodes: where, if it is large.
+
+    Raises: NodeMemoryError.
+    """
+    with result(prod(shape) * dtype.itemsize, f"tensor {what!r}", nodes) as lent:
+        yield empty(shape, dtype) if lent is None else of_bytes(lent, dtype, shape)
 
 
 def empty(shape: Sequence[int], dtype: Any) -> Any:

@@ -27,6 +27,7 @@ class MappedMemory(NotCopyable):
         self, address: int, length: int, reserved: tuple[int, int], page: int = PAGE
     ) -> None:
         self.address, self.length, self.page = address, length, page
+        self.nodes: tuple[int, ...] = ()  # that it is meant for, as far as that is said
         self._view: memoryview | None = memoryview(b"")
         if length:
             memory = syscalls.memory_at(address, length)

@@ -10,7 +10,7 @@ import resource
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import NamedTuple
 
@@ -179,10 +179,12 @@ def _process_limits() -> Iterator[Limit]:
 
 
 _trusted, _looked = SMALL, 0.0  # bytes that may be allocated without a look, and when it was
+_left = 0  # bytes that the last look would have left
 _promised: dict[int, tuple[int, int]] = {}  # {number of a promise: (thread, bytes left)}
 _ended: deque[tuple[int, int | None]] = deque()  # (number of a promise, bytes touched, None: all)
 _numbers = count()
 _lock = renewed(threading.RLock())  # of all these; a signal handler may allocate inside
+on_shortage: list[Callable[[], None]] = []  # what ``give_back`` calls
 os.register_at_fork(after_in_child=_promised.clear)
 
 
@@ -230,6 +232,12 @@ def promised() -> list[tuple[int, int]]:
         return list(_promised.values())
 
 
+def give_back() -> None:
+    """Give back memory of this process that is only kept to be used again."""
+    for one in on_shortage:
+        one()
+
+
 def require(
     nbytes: int, what: str, way_out: str, *, node: int | None = None, least: int = LEAST_FREE
 ) -> None:
@@ -248,18 +256,22 @@ def promise(
     node: that they are to be bound to. least: bytes that are to stay free.
     Returns: what counts them until it ends. Raises: NodeMemoryError with numbers and the way out.
     """
-    begun = time.monotonic()
+    begun, given_back = time.monotonic(), False
     while True:
         with _lock:
             if _is_trusted(nbytes, node):
                 return Promise(nbytes)
             shared, *own = _limits(node)
-            left, me = promised(), threading.get_ident()
-            total, mine = sum(n for _, n in left), sum(n for thread, n in left if thread == me)
+            others, me = promised(), threading.get_ident()
+            total, mine = sum(n for _, n in others), sum(n for thread, n in others if thread == me)
             name, free = tightest([shared._replace(free=shared.free - total), *own])
             if nbytes + least <= free:
                 _trust(free - nbytes - least)
                 return Promise(nbytes)
+        if not given_back:
+            give_back()
+            given_back = True
+            continue
         later = tightest([shared._replace(free=shared.free - mine), *own]).free
         if nbytes + least > later or time.monotonic() > begun + WAIT_S:
             break
@@ -295,5 +307,10 @@ def _is_trusted(nbytes: int, node: int | None) -> bool:
 
 def _trust(left: int) -> None:
     """Let an eighth of what is left be allocated without another look."""
-    global _trusted, _looked
-    _trusted, _looked = min(TRUSTED, left // 8), time.monotonic()
+    global _trusted, _looked, _left
+    _trusted, _looked, _left = min(TRUSTED, left // 8), time.monotonic(), left
+
+
+def left() -> int:
+    """Return what was left when memory was last looked at, 0 if it never was."""
+    return _left

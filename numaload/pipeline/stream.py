@@ -27,7 +27,7 @@ from numaload.errors import NodeMemoryError, NumaloadError, UnsupportedTypeError
 from numaload.files.reader import Progress
 from numaload.kernels import registry
 from numaload.machine import memory
-from numaload.pipeline.buffers import LEAST_FREE, WAY_OUT, Buffers
+from numaload.machine.buffers import LEAST_FREE, WAY_OUT, Buffers
 from numaload.pipeline.fill import READ, Part, Target, Work, Write, writer
 from numaload.weights import Tensor, Weights
 

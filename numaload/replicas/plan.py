@@ -123,6 +123,7 @@ def plan(
     kept: PRIVATE, HELD by a process, or STORED: then the store's tmpfs is a limit too.
     bound: see ``build``. left: bytes of each node that the budget of ``pool`` leaves.
     """
+    memory.give_back()
     per_node: Counter[int] = Counter()
     for model, layouts in builds:
         for layout in layouts.values():

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from numaload.dequantize import Conversion
     from numaload.files.source import SourceFile
+    from numaload.linux.lists import Group
     from numaload.machine.workers import Workers
     from numaload.weights.model import Weights
 
@@ -206,8 +207,12 @@ class Tensor:
     @property
     def node(self) -> int | None:
         """Return the node whose memory this view is in; None for page cache and copies."""
-        nodes = self._weights.nodes_of(self.name)
-        return nodes[0] if len(nodes) == 1 else None
+        return self.nodes[0] if len(self.nodes) == 1 else None
+
+    @property
+    def nodes(self) -> Group:
+        """Return the nodes whose memory this view is in, whose threads work on it."""
+        return self._weights.nodes_of(self.name)
 
     @property
     def address(self) -> int:
@@ -330,7 +335,8 @@ class Tensor:
         self.check_scales(wanted.name)
         self.code  # noqa: B018 - or an error
         what = f"tensor {self.name!r}"
-        with new_array(shape, wanted, what) if out is None else nullcontext(out) as result:
+        new = new_array(shape, wanted, what, self.nodes) if out is None else nullcontext(out)
+        with new as result:
             flat = as_output(result, wanted, prod(shape))
             if flat.size:
                 self._dequantize(wanted, flat, start, stop)
@@ -340,7 +346,7 @@ class Tensor:
         """Make rows [start, stop), counted through all experts."""
         from numaload.dequantize import dequantize_blocks, dequantize_turned
 
-        scales, workers = self.scales, self._weights.workers()
+        scales, workers = self.scales, self.workers()
         if scales is None or not scales.turned:
             columns = self.shape[-1] if self.shape else 1
             dequantize_blocks(
@@ -374,8 +380,7 @@ class Tensor:
             return torch_memory.converted(self._own_order(), device, wanted, self.name)
         made = kernel_dtype(name)
         kind = torch_memory.torch_dtype(made, self.name)
-        with torch_memory.promise(self.size * kind.itemsize, self.name):
-            out = torch_memory.empty(self.shape, kind)
+        with torch_memory.made(self.shape, kind, self.name, self.nodes) as out:
             self.dequantize(made, out=out)
         return torch_memory.converted(out, device, wanted, self.name, copy=False)
 

@@ -152,7 +152,7 @@ def test_every_type_dtype_range_and_thread_count(
     options, index = PARTS[part]
     for threads in THREADS:
         workers = Workers(numaload.topology().cpus, threads)
-        monkeypatch.setattr(numaload.Weights, "workers", lambda _, found=workers: found)
+        monkeypatch.setattr(numaload.Weights, "workers", lambda *_, found=workers: found)
         for dtype in DTYPES:
             expected = rounded(floats[name][index], dtype)
             assert_same(weights[name].dequantize(dtype, **options), expected)

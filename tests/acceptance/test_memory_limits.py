@@ -107,7 +107,7 @@ import numaload
 ctypes.CDLL(None).mallopt(-8, 1)  # one arena: making another takes 128 MiB for a moment
 weights = numaload.open(sys.argv[1])
 tensors = sorted(weights.values(), key=lambda tensor: tensor.size)
-tensors[-1].dequantize()  # its kernel is there, and so is each thread that needs a stack:
+there = tensors[-1].dequantize()  # so its kernel is, and each thread that needs a stack:
 workers = weights.workers()
 all_at_once = threading.Barrier(workers.count)
 for future in [workers.submit(all_at_once.wait) for _ in range(workers.count)]:
@@ -131,7 +131,7 @@ print(json.dumps(said))
 @pytest.mark.parametrize("limit", ["AS", "DATA"])
 def test_limits_of_the_process_are_named(numaload: Numaload, large: str, limit: str) -> None:
     said = numaload.python(LIMITED, large, limit)
-    assert [name for name, _ in said] == ["NodeMemoryError"] * 3
+    assert [name for name, _ in said] == ["NodeMemoryError"] * 3, said
     assert all("ulimit -" in text for _, text in said), said
 
 

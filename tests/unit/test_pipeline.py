@@ -17,8 +17,8 @@ import numaload
 from commands import evict
 from numaload.dequantize import SCATTERED
 from numaload.linux.mapping import MappedMemory, map_private
+from numaload.machine.buffers import Buffers
 from numaload.pipeline.ahead import resident
-from numaload.pipeline.buffers import Buffers
 from numaload.pipeline.fill import PART, parts
 
 MIB = 1 << 20
@@ -143,7 +143,7 @@ def test_more_memory_is_taken_for_those_who_take_their_time(
         taken.append(nbytes)
         return map_private(nbytes)
 
-    monkeypatch.setattr("numaload.pipeline.buffers.map_private", mapped)
+    monkeypatch.setattr("numaload.machine.buffers.map_private", mapped)
     monkeypatch.setattr(import_module("numaload.pipeline.stream"), "SLOW_S", slow)
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")

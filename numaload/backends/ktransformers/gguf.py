@@ -148,8 +148,7 @@ class GGUFLoader(FolderLoader):
         wanted = torch_memory.torch_dtype(_dtype_name(target_dtype), name)
         made = kernel_dtype(dtype_name(wanted))
         kind = torch_memory.torch_dtype(made, name)
-        with torch_memory.promise(prod(shape) * kind.itemsize, name):
-            out = torch_memory.empty(shape, kind)
+        with torch_memory.made(shape, kind, name, tensor.nodes) as out:
             flat = as_output(out, dtype_of(made), prod(shape))
             dequantize_blocks(
                 blocks, code, dtype_of(made), flat, tensor.workers(),

@@ -424,6 +424,8 @@ def _tell(report: MirrorReport) -> None:
         say(f"{model}: replicas were there already")
     for nodes, placement in by_replica(report.placements):
         say(f"{nodes}: {where(placement)}")
+    if report.off_node:
+        say(f"{size(report.off_node)} of rows are on a neighbour: stripes end at pages' borders")
     if report.unbound:
         note(f"{on_nodes(report.unbound)}: {PLACED}: {ALLOW}")
     for pid in report.holders:

@@ -245,6 +245,23 @@ def striped(weights: Weights, nodes: Group) -> Layout:
     return Layout((), _stripes(weights, iter(ends), nodes))
 
 
+def off_node(weights: Weights, layout: Layout) -> int:
+    """Return the bytes of a striped replica that lie on another node than their rows.
+
+    Stripes end at pages' borders, rows where they end.
+    """
+    found = 0
+    for file, tensors in enumerate(_in_files(weights)):
+        for tensor in tensors:
+            start = int(tensor.offset)
+            for stop, node in _ends(tensor, STRIPE, layout.nodes, layout.nodes):
+                there = layout.ranges(file, start // PAGE * PAGE, stop)
+                found += stop - start
+                found -= sum(min(b, stop) - max(a, start) for a, b, on in there if on == node)
+                start = stop
+    return found
+
+
 def _in_files(weights: Weights) -> list[list[Tensor]]:
     """Return the tensors of each file, as they are stored, by their offsets."""
     found: list[list[Tensor]] = [[] for _ in weights.parts]

@@ -346,7 +346,9 @@ def private(
     replicas = {group: [arena.mapping for arena in row] for group, row in built.arenas.items()}
     sums = dict.fromkeys(groups, lambda: sums_of(built.pieces, built.checksums))
     known = layouts if bound else dict.fromkeys(groups)
-    return Mirror(weights, replicas, groups, report, machine, sums, known)
+    made = Mirror(weights, replicas, groups, report, machine, sums, known)
+    report.off_node = made.off_node()
+    return made
 
 
 def _mapped(weights: Weights, machine: Topology, groups: Sequence[Group]) -> Mirror:

@@ -20,7 +20,7 @@ from numaload.machine.affinity import pinned_to
 from numaload.machine.topology import Topology, topology
 from numaload.replicas.build import Built
 from numaload.replicas.folders import link_others
-from numaload.replicas.layout import MIRROR, MIXED, Share, divided, unit_of
+from numaload.replicas.layout import MIRROR, MIXED, Share, divided, off_node, unit_of
 from numaload.replicas.lease import Lease
 from numaload.replicas.plan import nodes_of
 from numaload.replicas.verify import Checksum, Layouts, Verified, by_node, placements_of, verify
@@ -51,6 +51,7 @@ class MirrorReport:
     binding: str = ""
     unbound: list[int] = field(default_factory=list)  # placed by first touch, not bound
     holders: list[int] = field(default_factory=list)  # processes that keep the memory
+    off_node: int = 0  # bytes of stripes that lie on another node than their rows
     note: str = ""
 
     @property
@@ -143,8 +144,14 @@ class Mirror(NotCopyable):
         placed = [group for entry in entries if not entry.bound for group in entry.groups]
         report.unbound = nodes_of([group for group in placed if group in self._asked])
         report.policy = ", ".join(sorted({entry.policy for entry in entries}))
+        report.off_node = self.off_node()
         report.holders = [entry.holder.pid for entry in entries if entry.holder]
         return report
+
+    def off_node(self) -> int:
+        """Return the bytes of striped replicas that lie on another node than their rows."""
+        striped = (one for one in self._layouts.values() if one and one.stripes and not one.only)
+        return sum(off_node(self._weights, layout) for layout in striped)
 
     @property
     def _machine(self) -> Topology:

@@ -46,7 +46,7 @@ INTERNAL = {
     "Metadata": {"keys", "values", "items", "get"},
     "PrewarmHolder": {"of"},
     "PrewarmReport": {"from_dict"},
-    "Mirror": {"owns_weights", "built", "only", "model"},
+    "Mirror": {"owns_weights", "off_node", "built", "only", "model"},
     "Topology": {"copies_note"},
 }  # fmt: skip
 

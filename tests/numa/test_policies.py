@@ -109,6 +109,7 @@ def test_policy_stripe_gives_each_node_its_rows(
     assert placement["on"] == placement["expected"]
     assert placement["checked"] >= 2 * len(nodes)
     assert placement["misplaced"] == []
+    assert 0 < report["off_node"] <= len(in_stripes(striped_model, nodes)) * PAGE
     path = replica(numaload)
     assert digest(path) == digest(striped_model)
     assert os.path.basename(path) == os.path.basename(striped_model)

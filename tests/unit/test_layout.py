@@ -25,6 +25,7 @@ from numaload.replicas.layout import (
     divided,
     in_turn,
     kernel_weights,
+    off_node,
     pieces_of,
     placed_by,
     striped,
@@ -91,6 +92,9 @@ def test_stripes_are_runs_of_rows_and_experts(weights: Weights, nodes: tuple[int
     found = by_byte(layout, size)
     assert_is_sum_of_parts(layout, weights, size)
     assert are_stripes(layout.stripes[0], size, nodes)
+    elsewhere = off_node(weights, layout)
+    assert elsewhere <= 2 * PAGE * len(SHAPES) * len(nodes)
+    assert (elsewhere == 0) == (len(nodes) == 1)
     for name in SHAPES:
         tensor = weights[name]
         unit, count = unit_of(tensor, len(nodes))

@@ -103,9 +103,11 @@ class Buffers:
             with suppress(IndexError):  # another thread was faster
                 self._free.popleft()  # the oldest: its memory goes with it
 
-    def clear(self) -> None:
-        """Give back what nobody holds."""
+    def clear(self) -> bool:
+        """Give back what nobody holds; return whether there was any."""
+        there = bool(self._free)
         self._free.clear()
+        return there
 
     def close(self) -> None:
         self.most = 0

@@ -184,7 +184,7 @@ _promised: dict[int, tuple[int, int]] = {}  # {number of a promise: (thread, byt
 _ended: deque[tuple[int, int | None]] = deque()  # (number of a promise, bytes touched, None: all)
 _numbers = count()
 _lock = renewed(threading.RLock())  # of all these; a signal handler may allocate inside
-on_shortage: list[Callable[[], None]] = []  # what ``give_back`` calls
+on_shortage: list[Callable[[], bool]] = []  # what ``give_back`` calls; whether there was any
 os.register_at_fork(after_in_child=_promised.clear)
 
 
@@ -232,10 +232,9 @@ def promised() -> list[tuple[int, int]]:
         return list(_promised.values())
 
 
-def give_back() -> None:
-    """Give back memory of this process that is only kept to be used again."""
-    for one in on_shortage:
-        one()
+def give_back() -> bool:
+    """Give back memory that is only kept to be used again; return whether there was any."""
+    return any([one() for one in on_shortage])  # noqa: C419 - all of them
 
 
 def require(
@@ -269,9 +268,9 @@ def promise(
                 _trust(free - nbytes - least)
                 return Promise(nbytes)
         if not given_back:
-            give_back()
             given_back = True
-            continue
+            if give_back():
+                continue
         later = tightest([shared._replace(free=shared.free - mine), *own]).free
         if nbytes + least > later or time.monotonic() > begun + WAIT_S:
             break

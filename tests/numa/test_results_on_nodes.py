@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import confined
@@ -51,9 +50,7 @@ def counted(address: int) -> dict[int, int]:
 
 
 def check(result: Any, node: int) -> None:
-    is_array = isinstance(result, np.ndarray)
-    address = result.ctypes.data if is_array else result.data_ptr()
-    nbytes = result.nbytes if is_array else result.numel() * result.element_size()
+    address, nbytes = result.ctypes.data, result.nbytes
     assert counted(address) == by_move_pages(address, nbytes) == {node: nbytes // PAGE}
 
 
@@ -110,13 +107,6 @@ def test_memory_of_one_nodes_results_is_not_used_for_anothers(path: str, nodes: 
         for _ in range(3):
             for node in nodes:
                 check(mirror.view(node)[NAME].dequantize(), node)
-
-
-def test_torch_results_lie_there_too(path: str, nodes: list[int]) -> None:
-    pytest.importorskip("torch")
-    with api.mirror(path, nodes=nodes) as mirror:
-        for node in nodes:
-            check(mirror.view(node)[NAME].torch("bfloat16"), node)
 
 
 def test_results_beside_page_cache_that_fills_the_node(

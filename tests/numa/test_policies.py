@@ -236,14 +236,17 @@ def test_place_puts_each_tensor_where_its_pattern_says(
     assert (report["policy"], report["placed"]) == ("mixed", True)
     size = os.path.getsize(striped_model)
     assert size / 2 < report["copied"] < size
-    stripes = [page for page in in_stripes(striped_model, nodes) if page.stop - page.start > MIB]
+    stripes = in_stripes(striped_model, nodes)
     with api.open(striped_model) as source, api.attach(striped_model) as mirror:
         for node in nodes:
             view = mirror.view(node)
             for name in source:
                 assert bytes(view[name].buffer) == bytes(source[name].buffer)
             experts, start = view[EXPERTS], source[EXPERTS].offset
-            for page in stripes[len(nodes) : 2 * len(nodes)]:
+            stop = start + experts.nbytes
+            pages = [one for one in stripes if start <= one.start and one.stop <= stop]
+            assert len(pages) == len(nodes)
+            for page in pages:
                 first, last = -(-page.start // PAGE) * PAGE, page.stop // PAGE * PAGE
                 where = by_move_pages(experts.address + first - start, last - first)
                 assert where == {page.node: (last - first) // PAGE}

@@ -230,7 +230,7 @@ def _tell_choices(found: Choices, options: argparse.Namespace) -> None:
         reasons = [] if row.fits else [*map(_fits, row.lacks), row.why_not]
         for why in filter(None, reasons):
             say(f"{_named(row)}: {why}")
-    if found.nbytes > found.memory:
+    if found.best is None and 0 < found.memory < found.nbytes:
         say(
             f"larger than the memory of these nodes ({size(found.memory)}): what is mapped of it is"
             " read from storage again and again while a model runs"
@@ -450,10 +450,10 @@ def where(placement: Placement) -> str:
     huge = f", {size(placement.huge_pages)} in huge pages"
     if len(placement.asked) > 1:
         huge += f", by node: {_shares(placement)}"
-    if placement.checked:
-        huge += f"; each of {placement.checked} ranges is on its node, page by page"
     if placement.misplaced:
-        huge += f"; NOT all of them: {placement.misplaced[0]}"
+        huge += f"; NOT where it was asked for: {placement.misplaced[0]}"
+    elif placement.checked:
+        huge += f"; each of {placement.checked} ranges is on its node, page by page"
     return text + huge + (f"; ELSEWHERE by node: {others}" if others else "")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numaload.errors import NodeMemoryError, NumaError
+from numaload.errors import NodeMemoryError, NumaError, warn_once
 from numaload.linux.mapping import MappedMemory, bind, map_private
 from numaload.linux.syscalls import HUGE, memory_at
 from numaload.machine import memory
@@ -79,8 +79,14 @@ class Buffers:
             mapping = map_private(nbytes)
             if nodes:
                 mapping.nodes = nodes
-                with suppress(NumaError):  # refused: the node's own threads are the first to touch
+                try:
                     bind(mapping, nodes)
+                except NumaError as error:
+                    warn_once(
+                        "first touch",
+                        f"{error}; threads on each node place new results by first touch; in a"
+                        " container, --cap-add SYS_NICE allows binding",
+                    )
         except BaseException:
             promise.end()
             raise

@@ -157,7 +157,7 @@ def private_memory(*, bound: bool = True, hugetlb: bool = False) -> Allocate:
 
 
 def hugetlb_lacks(model: Model, layouts: Iterable[Layout]) -> str:
-    """Say which nodes have not enough huge pages set aside for these replicas, or return "".
+    """Say which nodes are not known to have enough huge pages set aside, or return "".
 
     Source: Documentation/ABI/testing/sysfs-kernel-mm-hugepages.
     """
@@ -169,9 +169,11 @@ def hugetlb_lacks(model: Model, layouts: Iterable[Layout]) -> str:
     files, lacks = SysFiles(), []
     for node, pages in sorted(needed.items()):
         folder = f"/sys/devices/system/node/node{node}/hugepages/hugepages-2048kB"
-        free = files.number(f"{folder}/free_hugepages") or 0
-        if free < pages:
-            more = pages - free + (files.number(f"{folder}/nr_hugepages") or 0)
+        free, there = (files.number(f"{folder}/{n}_hugepages") for n in ("free", "nr"))
+        if free is None or there is None:
+            lacks.append(f"how many huge pages node {node} has cannot be read ({folder})")
+        elif free < pages:
+            more = pages - free + there
             lacks.append(
                 f"node {node} has {free} free huge pages set aside, {pages} are needed (echo {more}"
                 f" | sudo tee {folder}/nr_hugepages)"

@@ -53,7 +53,8 @@ class Choices:
     """All of them, the best that fits first. Sizes are bytes.
 
     free: {node: what may be put there}; None where the kernel does not say. memory: all of the
-    nodes together. families: (names, tensors, bytes), the largest first; "*" stands for numbers.
+    nodes together, 0 where it does not say of one. families: (names, tensors, bytes), the largest
+    first; "*" stands for numbers.
     """
 
     paths: list[str]
@@ -91,6 +92,7 @@ def choices(
     options: of ``MirrorOptions``, as ``hold``.
     """
     free = {node: free_on(node, machine) for node in nodes}
+    totals = [machine.nodes[node].memory_total for node in nodes]
     ways: list[tuple[str, str, Sequence[int]]] = [(MIRROR, "node", nodes)]
     if len(nodes) > 1:
         if len(machine.groups(nodes, "socket")) < len(nodes):
@@ -100,7 +102,7 @@ def choices(
     return Choices(
         [weights.paths[0] for weights in models],
         sum(footprint(weights.model()) for weights in models),
-        sum(machine.nodes[node].memory_total for node in nodes),
+        sum(totals) if all(totals) else 0,
         free,
         _families(models),
         [

@@ -263,21 +263,23 @@ def can_bind(options: MirrorOptions, machine: Topology) -> bool:
         return True
     if options.strict:
         raise refused
-    if options.policy != MIRROR:
-        raise NumaUnavailableError(
-            f"{refused}; without binding only whole replicas of a node can be placed, by its own"
-            f" CPUs, and {options.policy} places ranges: take the policy mirror, or bind",
-            call=refused.call,
-            node=nodes[0],
-            errno=refused.errno or 0,
-        )
     bare = [node for node in nodes if not machine.nodes[node].usable_cpus]
-    if bare and len(machine.usable) > 1:
+    why = ""
+    if options.policy != MIRROR:
+        why = (
+            "only whole replicas of a node can be placed, by its own CPUs, and"
+            f" {options.policy} places ranges: take the policy mirror, or bind"
+        )
+    elif bare and len(machine.usable) > 1:
+        why = (
+            "only a node's own CPUs can place memory on it, and node"
+            f" {format_list(bare)} has none that this process may use"
+        )
+    if why:
         raise NumaUnavailableError(
-            f"{refused}; without binding only a node's own CPUs can place memory on it, and node"
-            f" {format_list(bare)} has none that this process may use",
+            f"{refused}; without binding {why}",
             call=refused.call,
-            node=bare[0],
+            node=bare[0] if bare else nodes[0],
             errno=refused.errno or 0,
         )
     warn_once(

@@ -20,7 +20,7 @@ from numaload.machine.affinity import pinned_to
 from numaload.machine.topology import Topology, topology
 from numaload.replicas.build import Built
 from numaload.replicas.folders import link_others
-from numaload.replicas.layout import MIRROR, MIXED, Share, divided, off_node, unit_of
+from numaload.replicas.layout import MIRROR, Share, divided, off_node, unit_of
 from numaload.replicas.lease import Lease
 from numaload.replicas.plan import nodes_of
 from numaload.replicas.verify import Checksum, Layouts, Verified, by_node, placements_of, verify
@@ -90,8 +90,7 @@ class Mirror(NotCopyable):
         self._views: dict[Group, Weights] = {}
         self._paths = by_node(paths or {})
         self._closed = self.owns_weights = False
-        is_mixed = any(layout is not None and layout.only for layout in layouts.values())
-        self._policy = MIXED if is_mixed else ""
+        self._is_mixed = any(layout and layout.only for layout in layouts.values())
 
     def view(self, node: int) -> Weights:
         """Return the weights on ``node`` or on its group. Raises: UsageError, ClosedError."""
@@ -110,7 +109,7 @@ class Mirror(NotCopyable):
 
     def _apart(self, group: Group) -> Weights | None:
         """Return a view of what patterns placed: its own copies, what there is once, the file."""
-        if self._policy != MIXED:
+        if not self._is_mixed:
             return None
         apart = {}
         for name, tensor in self._weights.items():
@@ -236,7 +235,7 @@ class Mirror(NotCopyable):
         """Return which of its rows a node has, and whether other nodes have the others."""
         tensor = self._weights[name].as_stored()
         group = self._groups.get(node, (node,))
-        if self._policy == MIXED:
+        if self._is_mixed:
             group = self.view(node).nodes_of(name) or (node,)  # where the file is, nothing is near
         layout = self._layouts.get(group)
         unit, count = unit_of(tensor, len(group))
@@ -263,7 +262,7 @@ class Mirror(NotCopyable):
         are the source files. ``Tensor.path`` always is the source.
         Raises: UsageError for replicas of this process alone, which have no files; ClosedError.
         """
-        if self._policy == MIXED:
+        if self._is_mixed:
             raise UsageError(
                 f"{self._weights.paths[0]}: its tensors were placed by patterns (place): no file"
                 " has all of them; Weights alone reads them, other programs need another policy"

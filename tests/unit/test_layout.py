@@ -16,7 +16,9 @@ import numaload as api
 from machines import EVERY_CPU, MACHINES
 from numaload.errors import NumaloadWarning, UsageError
 from numaload.linux.syscalls import HUGE, PAGE
+from numaload.linux.sysfs import SysFiles
 from numaload.machine.topology import topology
+from numaload.replicas.arena import hugetlb_lacks
 from numaload.replicas.layout import (
     CHUNK,
     Layout,
@@ -253,3 +255,11 @@ def test_runs_of_nodes_are_all_of_a_tensor_once(weights: Weights, nodes: tuple[i
             at = stop
         assert at == tensor.offset + tensor.nbytes
     assert in_turn((0, 1)).run_of(weights["blk.0.ffn_down.weight"], 0) is None
+
+
+def test_huge_pages_that_cannot_be_counted_are_not_called_none(
+    weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SysFiles, "number", lambda *_: None)
+    said = hugetlb_lacks(weights.model(), [Layout((0,))])
+    assert said.startswith("how many huge pages node 0 has cannot be read (/sys/devices/")

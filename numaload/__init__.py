@@ -16,6 +16,7 @@ from numaload.machine import affinity as _affinity  # noqa: F401 - reads the all
 if TYPE_CHECKING:
     from numaload import errors
     from numaload.backends.state_dict import load_state_dict
+    from numaload.doctor.diagnosis import Diagnosis, diagnose
     from numaload.formats.qtypes import QuantType
     from numaload.machine.topology import Topology, topology
     from numaload.pagecache.background import PrewarmHolder
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from numaload.weights import Tensor, Weights
 
 __all__ = [
+    "Diagnosis",
     "EvictReport",
     "Mirror",
     "MirrorReport",
@@ -45,6 +47,7 @@ __all__ = [
     "Weights",
     "__version__",
     "attach",
+    "diagnose",
     "errors",
     "evict",
     "exec",
@@ -84,6 +87,8 @@ _PLACES: dict[str, tuple[str, str | None]] = {
     "open": ("replicas.opening", "open_model"),
     "exec": ("replicas.exec", "exec_programs"),
     "store": ("replicas.catalogue", None),
+    "Diagnosis": ("doctor.diagnosis", "Diagnosis"),
+    "diagnose": ("doctor.diagnosis", "diagnose"),
 }
 
 

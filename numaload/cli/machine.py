@@ -1,4 +1,4 @@
-"""``numaload nodes`` and ``numaload status --threads``: the machine, and who runs where on it."""
+"""``numaload nodes``, and the threads of a process: the machine, and who runs where on it."""
 
 from __future__ import annotations
 
@@ -150,37 +150,10 @@ def _grouped(keys: Iterable[K], ids: Iterable[int]) -> dict[K, str]:
     return {key: format_list(numbers) for key, numbers in groups.items()}
 
 
-def add_threads_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--threads",
-        metavar="PID",
-        type=int,
-        help="which thread of this process may run where, and which get in each other's way",
-    )
-
-
-def show_threads(options: argparse.Namespace) -> int:
-    from numaload.doctor.findings import inspect_threads
-    from numaload.errors import UsageError
-
-    if options.files:
-        raise UsageError("--threads is about a process: it takes no FILE")
-    seen = inspect_threads(options.threads)
-    if options.json:
-        print_json(seen)
-        return 0
-    print_report(seen)
-    return 0
-
-
-def print_report(seen: ThreadReport) -> None:
+def print_threads(seen: ThreadReport) -> None:
+    """Print a line per pool of threads."""
     header = ["threads", "name", "CPUs", "node", "last on", "have work", "CPU time", "waited"]
     print_table(header, [_row(seen, pool) for pool in seen.pools])
-    for finding in seen.findings:
-        say(f"{finding.kind}: {finding.text}")
-        say(f"  to mend it: {finding.fix}")
-    if not seen.findings:
-        say("no thread gets in another one's way")
 
 
 def _row(seen: ThreadReport, pool: ThreadPool) -> list[Any]:

@@ -27,6 +27,7 @@ VERBS = {
     "store": "pools",
     "exec": "exec",
     "bench": "bench",
+    "doctor": "doctor",
 }
 RUNS = "exec"  # the verb with a program and its arguments behind --, which are not ours to read
 IO_TIMEOUT = "NUMALOAD_IO_TIMEOUT"  # seconds, for this process and those that it starts

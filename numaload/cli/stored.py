@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from numaload.cli import machine, pagecache, prewarming
+from numaload.cli import pagecache, prewarming
 from numaload.cli.output import (
     complain,
     count,
@@ -48,7 +48,6 @@ def add_verbs(verbs: Any) -> None:
         )
         parser.set_defaults(run=run)
         if run is status:
-            machine.add_threads_option(parser)
             pagecache.add_options(parser)
         if run is verify:
             parser.add_argument(
@@ -130,8 +129,6 @@ def _siblings(path: str) -> list[str]:
 
 
 def status(options: argparse.Namespace) -> int:
-    if options.threads is not None:
-        return machine.show_threads(options)
     if options.ready:
         return _ready(options)
     given = dict.fromkeys(path for file in options.files for path in _siblings(file))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from machines import EVERY_CPU, MACHINES
-from numaload.cli.machine import print_report
+from numaload.cli.machine import print_threads
 from numaload.doctor.findings import ThreadReport, inspect_threads
 from numaload.doctor.pools import ThreadPool, overloaded, pools, watch
 from numaload.linux.cgroups import cpu_quota
@@ -282,7 +282,7 @@ def test_the_table_and_the_findings(tmp_path: Path, capsys: pytest.CaptureFixtur
         thread("py\x1b[31m", "0-3", main=True, cpu=2, cpu_s=1.25),
         *several(2, "numaload", "0-1", cpu=1, cpu_s=0.5, waited_s=0.25), thread("lost", ""),
     ]  # fmt: skip
-    print_report(seen(found, machine(ONE, tmp_path)))
+    print_threads(seen(found, machine(ONE, tmp_path)))
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split("  ")[0] == "threads"
     assert [row.split() for row in rows[:3]] == [
@@ -291,7 +291,7 @@ def test_the_table_and_the_findings(tmp_path: Path, capsys: pytest.CaptureFixtur
         ["1", "lost", "unknown", "unknown", "unknown", "0", "0.0", "s", "0.0", "s"],
     ]
     assert rows[3:] == ["no thread gets in another one's way"]
-    print_report(seen(found, machine(ONE, tmp_path), busy=found, quota=1.0))
+    print_threads(seen(found, machine(ONE, tmp_path), busy=found, quota=1.0))
     assert capsys.readouterr().out.splitlines()[4].startswith("quota: 4 threads have work (1 of py")
 
 

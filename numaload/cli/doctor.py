@@ -1,0 +1,172 @@
+"""``numaload doctor``: why a model is slow to load, what that costs, and what mends it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from numaload.cli.output import complain, count, print_json, say, size
+
+if TYPE_CHECKING:
+    from numaload.doctor.check import Finding
+    from numaload.doctor.diagnosis import Diagnosis
+
+CLEAN, FINDINGS, COULD_NOT_LOOK = 0, 1, 3  # exit status
+DOCS = "docs/findings.md"
+NARROWEST, WIDEST = 40, 100  # columns of text
+LABEL = 8  # columns of "  mend  "
+
+
+def add_verbs(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "doctor",
+        help="why a model is slow to load: what costs how many seconds, and what mends it",
+        description="Find what makes a model slow to load. Nothing is changed, and nothing stays in"
+        " RAM that was not there before. Exit status: 0 nothing found, 1 findings, 3 could not"
+        " look.",
+    )
+    parser.add_argument("file", metavar="FILE", nargs="?", help="any file of the model")
+    parser.add_argument(
+        "--pid",
+        metavar="PID",
+        type=int,
+        help="a process that uses the model: where its memory and its threads are",
+    )
+    parser.add_argument(
+        "--deep",
+        action="store_true",
+        help="also check every tensor, split and checksum, and measure bandwidths: reads all",
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="print one block to paste into an issue, without names of people and machines",
+    )
+    parser.set_defaults(run=doctor)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from numaload.doctor.diagnosis import diagnose
+    from numaload.errors import NumaError, ReadError, UsageError
+
+    try:
+        found = diagnose(options.file, pid=options.pid, deep=options.deep)
+    except UsageError:
+        raise
+    except (NumaError, ReadError) as error:
+        complain(error)
+        return COULD_NOT_LOOK
+    if options.json:
+        print_json(found)
+    elif options.report:
+        from numaload.doctor.paste import block
+
+        print(block(found))
+    else:
+        show(found)
+    return FINDINGS if found.findings else CLEAN
+
+
+def show(found: Diagnosis) -> None:
+    """Print what was found for a terminal: the most expensive first."""
+    columns = _columns()
+    if found.threads is not None:
+        from numaload.cli.machine import print_threads
+
+        print_threads(found.threads)
+    for line in heading(found):
+        _wrap(line, columns)
+    for number, finding in enumerate(found.findings, 1):
+        say("")
+        _show_finding(number, finding, columns)
+    if found.unknown:
+        say("")
+        _wrap("could not look at:", columns)
+        for one in found.unknown:
+            _wrap(f"{one.id} {one.title}: {one.why}", columns, "  ", "    ")
+    if found.findings:
+        say("")
+        _wrap(f"More about each number: {DOCS}", columns)
+
+
+def heading(found: Diagnosis) -> list[str]:
+    """Say how long the file takes to load, and how much of that can be saved."""
+    lines = []
+    if found.path is not None:
+        resident = "" if found.resident is None else f", {size(found.resident)} of it in RAM"
+        name = os.path.basename(found.path)
+        lines.append(f"{name}: {size(found.size)} on {found.storage}{resident}")
+    if found.speeds.why_not:
+        lines.append(f"its speed could not be measured: {found.speeds.why_not}")
+    if not found.findings:
+        return [*lines, _all_well(found)]
+    if found.load_s is not None and found.best_s is not None:
+        lines.append(
+            f"a program that maps it has it in {seconds(found.load_s)}; what the disk gives would"
+            f" take {seconds(found.best_s)}"
+        )
+    priced = [finding for finding in found.findings if finding.price]
+    lost = f"; the first {_cost(priced[0])}" if priced else ""
+    lines.append(f"{count(len(found.findings), 'thing')} to mend{lost}")
+    return lines
+
+
+def _all_well(found: Diagnosis) -> str:
+    if found.load_s is None:
+        return "nothing to mend"
+    if not found.best_s or not found.load_s:
+        return f"nothing to mend; this file loads in {seconds(found.load_s)}"
+    share = min(1.0, found.best_s / found.load_s)
+    return (
+        f"nothing to mend; this file loads in {seconds(found.load_s)}, {share:.0%} of what the disk"
+        " gives"
+    )
+
+
+def _show_finding(number: int, finding: Finding, columns: int) -> None:
+    _wrap(f"{number}. {finding.id} {finding.title}: {_cost(finding)}", columns, "", "   ")
+    for label, text in (("seen", finding.seen), ("why", finding.why)):
+        _wrap(text, columns, f"   {label:<5}", " " * LABEL)
+    root = " (needs root)" if finding.root else ""
+    _wrap(finding.fix + root, columns, f"   {'mend':<5}", " " * LABEL)
+    if finding.undo:
+        _wrap(finding.undo + root, columns, f"   {'undo':<5}", " " * LABEL)
+
+
+def _cost(finding: Finding) -> str:
+    if finding.price is None:
+        return "price unknown"
+    each = "" if finding.price.on == "each load" else f" of {finding.price.on}"
+    return f"costs {seconds(finding.price.seconds)}{each} ({finding.price.how})"
+
+
+def seconds(number: float) -> str:
+    """Write seconds for people, with two digits that count."""
+    if number >= 7200:
+        return f"{number / 3600:.1f} h"
+    if number >= 120:
+        return f"{number / 60:.0f} min"
+    return f"{number:.0f} s" if number >= 10 else f"{number:.1f} s"
+
+
+def _wrap(text: str, columns: int, first: str = "", rest: str = "") -> None:
+    """Print a paragraph. A command of one word, such as a path, is not broken."""
+    for line in textwrap.wrap(
+        text,
+        columns,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ):
+        say(line)
+
+
+def _columns() -> int:
+    try:
+        columns = os.get_terminal_size().columns
+    except OSError:
+        columns = 80
+    return max(NARROWEST, min(WIDEST, columns))

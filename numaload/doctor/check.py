@@ -1,0 +1,100 @@
+"""What every check of the doctor has: it looks, explains, prices, mends and undoes.
+
+A check is made for one ``System`` and used once: ``available``, then ``measure``, and where that
+found something, the rest. What it found it keeps in itself. No method changes anything.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    from numaload.doctor.system import System
+
+MEASURED, ESTIMATED = "measured", "estimated"
+# What the seconds are lost on: reading the file once, or using every weight of it once.
+LOAD, PASS = "each load", "each pass over the weights"
+
+
+class Unknown(Exception):  # noqa: N818 - it is an answer, not a failure
+    """Raise it where what a check looks at cannot be read: that is not the same as "none"."""
+
+
+class Price(NamedTuple):
+    """Seconds that are lost on this file. how: MEASURED or ESTIMATED. on: LOAD or PASS."""
+
+    seconds: float
+    how: str = ESTIMATED
+    on: str = LOAD
+
+
+class Finding(NamedTuple):
+    """One thing to mend. ``price`` is None where no file was given, or nobody can tell."""
+
+    id: str
+    title: str
+    seen: str
+    why: str
+    price: Price | None
+    fix: str  # a command, or what to do
+    undo: str  # a command; empty: there is nothing to undo
+    root: bool  # whether the command needs root
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._asdict() | {"price": self.price and self.price._asdict()}
+
+
+class Check(ABC):
+    """One thing that can make a model slow to load or to use.
+
+    ``id``: stable, NL and three digits, a section in docs/findings.md. ``title``: what is wrong, in
+    a few words. ``source``: where its threshold comes from, with year and month.
+    """
+
+    id: ClassVar[str]
+    title: ClassVar[str]
+    source: ClassVar[str]
+    root: ClassVar[bool] = False  # whether the command that mends it needs root
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+
+    def available(self) -> bool:
+        """Return whether there is anything to look at: a file, a GPU, several nodes."""
+        return True
+
+    @abstractmethod
+    def measure(self) -> str:
+        """Look; return what is wrong in a sentence with figures, "" where nothing is.
+
+        Raises: Unknown where it cannot be read.
+        """
+
+    @abstractmethod
+    def explain(self) -> str:
+        """Say why it matters, to somebody who does not know the term."""
+
+    def price(self) -> Price | None:
+        """Return the seconds that it costs on this file; None where nobody can tell."""
+        return None
+
+    @abstractmethod
+    def fix(self) -> str:
+        """Return the command that mends it, or say what to do."""
+
+    def undo(self) -> str:
+        """Return the command that takes the remedy back; "" where it changes nothing lasting."""
+        return ""
+
+    def finding(self, seen: str) -> Finding:
+        return Finding(
+            self.id,
+            self.title,
+            seen,
+            self.explain(),
+            self.price(),
+            self.fix(),
+            self.undo(),
+            self.root,
+        )

@@ -1,0 +1,7 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from numaload.doctor.check import Check
+
+CHECKS: tuple[type[Check], ...] = ()

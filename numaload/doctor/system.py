@@ -1,0 +1,265 @@
+"""What the doctor looks at: a machine, the files of a model, and a process.
+
+Every root can be replaced by a tree that was recorded or constructed, and every property by
+assigning to it: that is how checks are tested.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
+
+from numaload.doctor.check import Unknown
+from numaload.doctor.findings import ThreadReport, inspect_threads
+from numaload.doctor.speeds import AHEAD, Budget, Speeds, measure_speeds
+from numaload.errors import NumaError, NumaloadError, check_limits, reason
+from numaload.files.residency import Residency, give_back, overlaps, residency
+from numaload.files.source import SourceFile, absolute, model_paths
+from numaload.linux.mounts import Mount, mount_of
+from numaload.linux.syscalls import binding
+from numaload.linux.sysfs import MOST, number_in
+from numaload.machine.devices import Device, FileDevice, Gpu, device_of, disk_of, gpus
+from numaload.machine.memory import fields
+from numaload.machine.threads import environment
+from numaload.machine.topology import Topology, topology
+from numaload.weights import Weights
+from numaload.weights.opening import open_weights
+
+QUICK, DEEP = Budget(0.9, 240 << 20), Budget(6.0, 4 << 30)
+
+
+class System:
+    """path: any file of the model, or None. pid: of the process, or None.
+
+    Properties raise Unknown where the kernel does not say. Close it.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        *,
+        pid: int | None = None,
+        root: str = "/",
+        deep: bool = False,
+    ) -> None:
+        self.path = None if path is None else absolute(path)
+        self.pid, self.deep = pid, deep
+        self.root = root.rstrip("/")
+        self.sys, self.proc = f"{self.root}/sys", f"{self.root}/proc"
+
+    # What is read of the tree.
+
+    def text(self, path: str) -> str:
+        """Return a file's text, stripped; path: from the root. Raises: Unknown."""
+        try:
+            with open(self.root + path, encoding="utf-8", errors="replace") as file:
+                return file.read(MOST).strip("\0 \t\n")
+        except OSError as error:
+            check_limits(error, path)
+            raise Unknown(f"{path}: {reason(error)}") from error
+
+    def number(self, path: str) -> int:
+        """Return the number in a file. Raises: Unknown, also for a word such as max."""
+        text = self.text(path)
+        found = number_in(text)
+        if found is None:
+            raise Unknown(f"{path}: {text[:40]!r} is no number")
+        return found
+
+    def exists(self, path: str) -> bool:
+        return os.path.exists(self.root + path)
+
+    def fields(self, path: str) -> dict[str, int]:
+        """Return the ``Name: 12 kB`` lines of a file, in bytes. Raises: Unknown where none is."""
+        found = fields(self.root + path)
+        if not found:
+            raise Unknown(f"{path}: cannot be read")
+        return found
+
+    # The file.
+
+    @cached_property
+    def files(self) -> list[SourceFile]:
+        """Open the files of the model. Raises: ReadError."""
+        if self.path is None:
+            return []
+        try:
+            paths = model_paths(self.path)
+        except NumaloadError:  # named as one of several, of which some are missing
+            paths = [self.path]
+        opened = [SourceFile(self.path)]
+        for path in paths:
+            if os.path.basename(path) != os.path.basename(self.path):
+                try:
+                    opened.append(SourceFile(path))
+                except NumaloadError:
+                    continue  # a check says what is missing
+        return opened
+
+    @cached_property
+    def damage(self) -> str:
+        """Say why the file is no model that can be used, or return an empty string."""
+        return self._opened[1]
+
+    @cached_property
+    def weights(self) -> Weights | None:
+        """Return the model's tensors; None where there is no file, or it is damaged."""
+        return self._opened[0]
+
+    @cached_property
+    def _opened(self) -> tuple[Weights | None, str]:
+        if self.path is None:
+            return None, ""
+        with suppress(NumaloadError):
+            _ = self.residency  # before the header is read
+        try:
+            return open_weights(self.path), ""
+        except NumaloadError as error:
+            return None, str(error)
+
+    @cached_property
+    def size(self) -> int:
+        """Return the bytes of all files of the model; 0 without one."""
+        return sum(file.size for file in self.files)
+
+    @cached_property
+    def residency(self) -> list[Residency]:
+        return [residency(file) for file in self.files]
+
+    @cached_property
+    def absent(self) -> int:
+        """Return how many bytes of the model are not in RAM. Raises: Unknown."""
+        if not all(found.known for found in self.residency):
+            raise Unknown("what of the file is in RAM: the kernel tells its owner only")
+        return sum(found.size - found.resident for found in self.residency)
+
+    @cached_property
+    def device(self) -> Device:
+        """Return what the file lies on. Raises: ReadError."""
+        largest = self._largest
+        return device_of(
+            largest.path,
+            network=largest.is_network,
+            sys_root=self.sys,
+            proc_root=self.proc,
+            numbers=largest.device,
+        )
+
+    @cached_property
+    def disks(self) -> FileDevice:
+        """Return the disks under the file, and their nodes. Raises: ReadError."""
+        largest = self._largest
+        return disk_of(largest.path, self.sys, self.proc, numbers=largest.device)
+
+    @cached_property
+    def mount(self) -> Mount | None:
+        """Return the mount that the file is on; None where the table does not say."""
+        largest = self._largest
+        major, minor = largest.device
+        return mount_of(largest.path, self.proc, f"{major}:{minor}")
+
+    @property
+    def _largest(self) -> SourceFile:
+        if not self.files:
+            raise Unknown("no FILE was given")
+        return max(self.files, key=lambda file: file.size)
+
+    @cached_property
+    def speeds(self) -> Speeds:
+        """Measure how fast the file is read, within a second, and leave no trace in RAM."""
+        if not self.files:
+            return Speeds()
+        return measure_speeds(self.files, self.residency, self.device, DEEP if self.deep else QUICK)
+
+    @property
+    def load_seconds(self) -> float | None:
+        """Return how long a program that maps the file takes to have it; None: not known."""
+        return self._seconds(self.speeds.mapped)
+
+    @property
+    def best_seconds(self) -> float | None:
+        """Return how long it takes at what the disk gives; None: not known."""
+        return self._seconds(self.speeds.disk)
+
+    def _seconds(self, rate: float | None) -> float | None:
+        """Add what is absent at this rate to what is in RAM at the speed of a copy from there."""
+        if not self.size:
+            return None
+        try:
+            absent = self.absent
+        except Unknown:
+            return None
+        if absent and not rate:
+            return None
+        warm = self.speeds.warm
+        copied = (self.size - absent) / warm if warm else 0.0
+        return copied + (absent / rate if absent and rate else 0.0)
+
+    # The machine.
+
+    @cached_property
+    def machine(self) -> Topology:
+        return topology(self.sys, self.proc)
+
+    @cached_property
+    def gpus(self) -> list[Gpu]:
+        return gpus(self.sys, self.proc)
+
+    @cached_property
+    def meminfo(self) -> dict[str, int]:
+        """Return /proc/meminfo in bytes. Raises: Unknown."""
+        return self.fields("/proc/meminfo")
+
+    @cached_property
+    def binding(self) -> str:
+        """Return by what memory is bound here: libnuma.so.1, or system calls."""
+        return binding().name
+
+    @cached_property
+    def processor(self) -> str:
+        """Return the processor's name as /proc/cpuinfo has it; empty where that is hidden."""
+        try:
+            rows = self.text("/proc/cpuinfo").splitlines()
+        except Unknown:
+            return ""
+        names = (row.partition(":")[2].strip() for row in rows if row.startswith("model name"))
+        return next(names, "")
+
+    @cached_property
+    def threads(self) -> ThreadReport:
+        """Watch the process for a tenth of a second. Raises: NumaError, UsageError."""
+        return inspect_threads(self.pid)
+
+    @cached_property
+    def uid(self) -> int:
+        return os.geteuid()
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """Return the variables of the process, or else of this one. Raises: Unknown."""
+        if self.pid is None:
+            return dict(os.environ)
+        try:
+            found = environment(self.pid)
+        except NumaError as error:
+            raise Unknown(str(error)) from error
+        if found is None:
+            raise Unknown(f"the variables of process {self.pid} are not shown")
+        return found
+
+    def close(self) -> None:
+        """Close the files, and give back the headers that were read."""
+        if "_opened" in self.__dict__ and "residency" in self.__dict__:
+            heads = [part.header.data_start for part in self.weights.parts] if self.weights else []
+            for file, found, head in zip(self.files, self.residency, heads, strict=False):
+                if found.known:
+                    give_back(file, overlaps(found.absent, 0, head + AHEAD))
+        closing: Sequence[SourceFile | Weights | None] = (
+            *self.__dict__.get("files", ()),
+            self.__dict__.get("_opened", (None, ""))[0],
+        )
+        for one in closing:
+            if one is not None:
+                one.close()

@@ -48,17 +48,29 @@ class Numaload:
         """The same in a process that is confined so: deny, cgroup, user, membind."""
         return replace(self, confined=Confined(**limits))
 
-    def __call__(self, *words: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run a verb; its exit status must be ``status``."""
+    def __call__(
+        self, *words: object, status: int | Sequence[int] = 0
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a verb; its exit status must be ``status``, or one of several."""
         done = subprocess.run(
             self.command(*words), capture_output=True, text=True, env=self.environment,
             timeout=LIMIT_S, check=False,
         )  # fmt: skip
-        assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
+        expected = [status] if isinstance(status, int) else status
+        assert done.returncode in expected, (
+            f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
+        )
         return done
 
-    def json(self, *words: object, status: int = 0) -> Any:
+    def json(self, *words: object, status: int | Sequence[int] = 0) -> Any:
         return json.loads(self(*words, "--json", status=status).stdout)
+
+    def doctor(self, *words: object) -> Any:
+        """What the doctor found; its exit status must tell whether that is anything."""
+        done = self("doctor", *words, "--json", status=(0, 1))
+        found = json.loads(done.stdout)
+        assert done.returncode == bool(found["findings"])
+        return found
 
     def start(self, *words: object, **options: Any) -> subprocess.Popen[str]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options

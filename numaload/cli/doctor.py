@@ -8,10 +8,12 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from numaload.cli.output import complain, count, print_json, say, size
+from numaload.errors import printable
 
 if TYPE_CHECKING:
     from numaload.doctor.check import Finding
     from numaload.doctor.diagnosis import Diagnosis
+    from numaload.doctor.findings import ThreadReport
 
 CLEAN, FINDINGS, COULD_NOT_LOOK = 0, 1, 3  # exit status
 DOCS = "docs/findings.md"
@@ -75,7 +77,9 @@ def show(found: Diagnosis) -> None:
     if found.threads is not None:
         from numaload.cli.machine import print_threads
 
+        say(title(found.threads))
         print_threads(found.threads)
+        say("")
     for line in heading(found):
         _wrap(line, columns)
     for number, finding in enumerate(found.findings, 1):
@@ -89,6 +93,11 @@ def show(found: Diagnosis) -> None:
     if found.findings:
         say("")
         _wrap(f"More about each number: {DOCS}", columns)
+
+
+def title(seen: ThreadReport) -> str:
+    """Name a process, by its main thread if that is still there: it has the program's name."""
+    return f"process {seen.pid}: {seen.main.name}" if seen.main else f"process {seen.pid}"
 
 
 def heading(found: Diagnosis) -> list[str]:
@@ -148,13 +157,15 @@ def seconds(number: float) -> str:
         return f"{number / 3600:.1f} h"
     if number >= 120:
         return f"{number / 60:.0f} min"
+    if 0 < number < 0.1:
+        return f"{number * 1e3:.2g} ms"
     return f"{number:.0f} s" if number >= 10 else f"{number:.1f} s"
 
 
 def _wrap(text: str, columns: int, first: str = "", rest: str = "") -> None:
     """Print a paragraph. A command of one word, such as a path, is not broken."""
     for line in textwrap.wrap(
-        text,
+        printable(text),
         columns,
         initial_indent=first,
         subsequent_indent=rest,

@@ -23,8 +23,8 @@ WORKED_S, SHARE = 1.0, 0.1
 OPENMP = (*BINDING, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
 
 
-class Finding(NamedTuple):
-    """``kind``: main-pinned, shared, overloaded, crowded, quota, spread or far."""
+class ThreadFinding(NamedTuple):
+    """``kind``: main-pinned, shared, overloaded, quota, crowded, spread or far."""
 
     kind: str
     text: str
@@ -76,7 +76,7 @@ class ThreadReport:
         return [thread for thread in self.threads if thread.tid in self.runnable]
 
     @cached_property
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[ThreadFinding]:
         found = [finding for check in CHECKS for finding in check(self)]
         return [f._replace(text=printable(f.text), fix=printable(f.fix)) for f in found]
 
@@ -103,6 +103,12 @@ class ThreadReport:
         }
 
 
+def hardest(found: Sequence[Thread]) -> list[Thread]:
+    """Return the threads that worked over their lives, and not far less than the busiest one."""
+    most = max((thread.cpu_s for thread in found), default=0.0)
+    return [thread for thread in found if thread.cpu_s >= max(WORKED_S, SHARE * most)]
+
+
 def inspect_threads(pid: int | None = None) -> ThreadReport:
     """Watch a process, by default this one, for a tenth of a second.
 
@@ -120,7 +126,7 @@ def inspect_threads(pid: int | None = None) -> ThreadReport:
     )
 
 
-def _main_pinned(seen: ThreadReport) -> Iterator[Finding]:
+def _main_pinned(seen: ThreadReport) -> Iterator[ThreadFinding]:
     """Find a main thread on one core: OpenMP libraries pin the thread that loads them."""
     main, wide = seen.main, seen.cpus
     if main is None or not main.cpus:
@@ -130,7 +136,7 @@ def _main_pinned(seen: ThreadReport) -> Iterator[Finding]:
     if main.cpus < wide and main.cpus <= core_of(min(main.cpus)):
         why = f", as OpenMP pins it with {seen.bound_by}" if seen.bound_by else ""
         unset = "unset that, or " if seen.bound_by else ""
-        yield Finding(
+        yield ThreadFinding(
             "main-pinned",
             f"the main thread may run on {_cpus(main.cpus)} only{why}, of {_cpus(wide)}: the"
             " threads and processes that it starts inherit that",
@@ -140,12 +146,12 @@ def _main_pinned(seen: ThreadReport) -> Iterator[Finding]:
         )
 
 
-def _too_many_runnable(seen: ThreadReport) -> Iterator[Finding]:
+def _too_many_runnable(seen: ThreadReport) -> Iterator[ThreadFinding]:
     """Find CPUs for which more threads have work just now than there are CPUs."""
     for cpus, inside in seen.overloads:
         several = len({id(seen.pool_of[thread.tid]) for thread in inside}) > 1
         waited = sum(thread.waited_s for thread in inside)
-        yield Finding(
+        yield ThreadFinding(
             "shared" if several else "overloaded",
             f"{len(inside)} threads have work for {_cpus(cpus)} ({seen.told(inside)}): they wait"
             f" for each other, {waited:.1f} s so far",
@@ -154,11 +160,11 @@ def _too_many_runnable(seen: ThreadReport) -> Iterator[Finding]:
         )
 
 
-def _beyond_quota(seen: ThreadReport) -> Iterator[Finding]:
+def _beyond_quota(seen: ThreadReport) -> Iterator[ThreadFinding]:
     """Find more threads with work than the cgroup's quota has CPUs."""
     quota = seen.quota
     if quota is not None and len(seen.busy) > max(1, quota):
-        yield Finding(
+        yield ThreadFinding(
             "quota",
             f"{len(seen.busy)} threads have work ({seen.told(seen.busy)}), but the cgroup allows"
             f" {quota:.4g} CPUs' time: once that is used up, all of them must wait",
@@ -167,16 +173,15 @@ def _beyond_quota(seen: ThreadReport) -> Iterator[Finding]:
         )
 
 
-def _crowded(seen: ThreadReport) -> Iterator[Finding]:
+def _crowded(seen: ThreadReport) -> Iterator[ThreadFinding]:
     """Find pools with more threads than CPUs, if all of them work at the same time."""
     told = {thread.tid for _, inside in seen.overloads for thread in inside}
     for pool in seen.pools:
-        most = max(thread.cpu_s for thread in pool.threads)
-        worked = [t for t in pool.threads if t.cpu_s >= max(WORKED_S, SHARE * most)]
+        worked = hardest(pool.threads)
         if told.issuperset(_ids(worked)):
             continue
         for cpus, inside in overloaded(worked):
-            yield Finding(
+            yield ThreadFinding(
                 "crowded",
                 f"{len(inside)} threads of {pool} work on {_cpus(cpus)}",
                 _remedy(seen, cpus, inside, several=False),
@@ -184,7 +189,7 @@ def _crowded(seen: ThreadReport) -> Iterator[Finding]:
             )
 
 
-def _spread(seen: ThreadReport) -> Iterator[Finding]:
+def _spread(seen: ThreadReport) -> Iterator[ThreadFinding]:
     """Find pools whose threads the kernel may move from node to node."""
     wide: dict[tuple[int, ...], list[ThreadPool]] = {}
     for pool in seen.pools:
@@ -192,7 +197,7 @@ def _spread(seen: ThreadReport) -> Iterator[Finding]:
             wide.setdefault(pool.nodes, []).append(pool)
     for nodes, its in wide.items():
         inside = [thread for pool in its for thread in pool.threads]
-        yield Finding(
+        yield ThreadFinding(
             "spread",
             f"{seen.told(inside)} may run on nodes {format_list(nodes)}: the kernel may move"
             " them away from the memory that they first touched",
@@ -202,13 +207,13 @@ def _spread(seen: ThreadReport) -> Iterator[Finding]:
         )
 
 
-def _far(seen: ThreadReport) -> Iterator[Finding]:
+def _far(seen: ThreadReport) -> Iterator[ThreadFinding]:
     """Find cpusets that allow CPUs of one node and memory of another."""
     has_memory = {node.id for node in seen.machine.nodes.values() if node.has_memory}
     for pool in seen.pools:
         nodes, mems = has_memory.intersection(pool.nodes), pool.threads[0].mems
         if nodes and mems and not nodes & mems:
-            yield Finding(
+            yield ThreadFinding(
                 "far",
                 f"{seen.told(pool.threads)} may run on node {format_list(nodes)} only, and have"
                 f" memory of node {format_list(mems)} only (cpuset)",

@@ -35,6 +35,7 @@ INDIVISIBLE = 16 << 20  # bytes of a file that one node may have to fill alone
 Range = tuple[int, int]  # (address, bytes)
 NodeRange = tuple[int, int, int]  # (first byte, end, node) of a mapping
 # Words of numa_maps. File names cannot look like these: their blanks are escaped.
+POLICY = re.compile(r"[0-9a-f]+ (.+?)(?: (?:file=(\S+)|heap|stack|huge|\w+=\d).*)?$")
 NODE_PAGES = re.compile(r" N(\d+)=(\d+)(?!\S)")
 KERNEL_PAGE = re.compile(r" kernelpagesize_kB=(\d+)")
 HUGE_FIELDS = ("AnonHugePages:", "ShmemPmdMapped:", "FilePmdMapped:")  # of smaps
@@ -226,10 +227,15 @@ def _nodes_of(start: int, stop: int, huge: Collection[int]) -> dict[int, int] | 
 
 
 class Area(NamedTuple):
-    """One line of numa_maps, or paragraph of smaps: a mapped range as the kernel divides them."""
+    """One line of numa_maps, or paragraph of smaps: a mapped range as the kernel divides them.
+
+    policy, file: as numa_maps has them, blanks escaped; no file is anonymous memory.
+    """
 
     start: int
     counts: dict[int, int]
+    policy: str = ""
+    file: str = ""
 
 
 def _inside(areas: Sequence[Area], ranges: Sequence[Range]) -> Iterator[Counter[int]]:
@@ -302,7 +308,10 @@ def parse_numa_maps(lines: Iterable[str]) -> list[Area]:
             unit = KERNEL_PAGE.search(line)
             scale = (int(unit[1]) << 10) // PAGE if unit else 1
             start = int(line.partition(" ")[0], 16)
-            areas.append(Area(start, {node: pages * scale for node, pages in counts.items()}))
+            words = POLICY.match(line.rstrip("\n"))
+            policy, file = (words[1], words[2] or "") if words else ("", "")
+            scaled = {node: pages * scale for node, pages in counts.items()}
+            areas.append(Area(start, scaled, policy, file))
     return areas
 
 

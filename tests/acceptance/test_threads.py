@@ -1,7 +1,7 @@
 """docs/threads.md: its blocks of code run as they stand there, and do what it says.
 
-Where threads may run is asked of the kernel in the process itself, and ``numaload status
---threads`` must say the same from outside.
+Where threads may run is asked of the kernel in the process itself, and ``numaload doctor --pid``
+must say the same from outside.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from commands import LIMIT_S, Numaload
-from numaload.doctor.findings import Finding
+from numaload.doctor.findings import ThreadFinding
+from numaload.doctor.process import CHECKS
 
 PAGE = (Path(__file__).parents[2] / "docs/threads.md").read_text(encoding="utf-8")
 HERE = sorted(os.sched_getaffinity(0))
@@ -37,10 +38,10 @@ def kernel():
     return {tid: sorted(os.sched_getaffinity(tid)) for tid in tids}
 
 def seen():
-    # what status says, and that the kernel says so, too
-    words = [sys.executable, "-m", "numaload", "status", "--threads", str(os.getpid()), "--json"]
+    # what the doctor says, and that the kernel says so, too
+    words = [sys.executable, "-m", "numaload", "doctor", "--pid", str(os.getpid()), "--json"]
     before = kernel()
-    found = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
+    found = json.loads(subprocess.run(words, capture_output=True).stdout)["threads"]
     after = kernel()
     for thread in found["threads"]:
         tid = thread["tid"]
@@ -400,6 +401,8 @@ between = [t for t in others(seen()) if t["name"].startswith("PTThreadPool")]
 
 
 def test_the_findings_are_explained() -> None:
-    (kinds,) = re.findall(r"``kind``: (.+)\.", Finding.__doc__ or "")
-    explained = re.findall(r"^\| `([a-z-]+)` \|", PAGE, re.MULTILINE)
-    assert explained == kinds.replace(" or ", ", ").split(", ")
+    (kinds,) = re.findall(r"``kind``: (.+)\.", ThreadFinding.__doc__ or "")
+    explained = re.findall(r"^\| (NL\d{3}) \| `([a-z-]+)` \|", PAGE, re.MULTILINE)
+    assert [kind for _, kind in explained] == kinds.replace(" or ", ", ").split(", ")
+    checks = {kind: check.id for check in CHECKS if (kind := getattr(check, "kind", ""))}
+    assert {kind: number for number, kind in explained} == checks

@@ -116,7 +116,7 @@ def test_every_verb_shows_names_of_what_is_not_there_escaped(
         (EVIL,), ("inspect", "m", EVIL), (f"--{EVIL}",), ("prewarm", "m", "--threads", EVIL),
         ("prewarm", "m", "--chunk", "9" * 5000), ("prewarm", "m", "--way", EVIL),
         ("mirror", "m", "--nodes", EVIL), ("prewarm", "m", "--io-timeout", EVIL),
-        ("status", "--threads", "9" * 4000), ("bench", "dequant", "--qtype", EVIL),
+        ("doctor", "--pid", "9" * 4000), ("bench", "dequant", "--qtype", EVIL),
         ("bench", "dequant", "--plot", EVIL), ("bench", "read", "m", "--threads", "9" * 5000),
     ],
     ids=lambda words: words[0] if words[0].isprintable() else "verb",
@@ -153,11 +153,14 @@ def test_names_of_processes_are_shown_escaped(numaload: Numaload) -> None:
     ) as process:  # fmt: skip
         assert process.stdout
         process.stdout.readline()
-        done = run(numaload, "status", "--threads", process.pid)
+        shown = [run(numaload, "doctor", "--pid", process.pid, *how) for how in ((), ("--report",))]
         process.kill()
-    assert done.returncode == 0
-    assert safe(done.stdout + done.stderr)
-    assert r"\x1b[2J\u202e\udcff%s\n" in done.stdout
+    for done in shown:
+        assert done.returncode in (0, 1)
+        assert safe(done.stdout + done.stderr)
+    name = r"\x1b[2J\u202e\udcff%s\n"
+    assert shown[0].stdout.startswith(f"process {process.pid}: {name}\n")
+    assert f"1  {name} (main)" in shown[0].stdout
 
 
 @pytest.fixture

@@ -78,7 +78,22 @@ NUMA_MAPS: dict[str, tuple[str, dict[int, int]]] = {
 @pytest.mark.parametrize(("line", "counts"), NUMA_MAPS.values(), ids=NUMA_MAPS)
 def test_numa_maps_lines(line: str, counts: dict[int, int]) -> None:
     areas = parse_numa_maps([line + "\n"])
-    assert [tuple(area) for area in areas] == ([(0x7F0000000000, counts)] if counts else [])
+    assert [area[:2] for area in areas] == ([(0x7F0000000000, counts)] if counts else [])
+
+
+@pytest.mark.parametrize(
+    ("line", "policy", "file"),
+    [
+        ("7f00 default heap anon=3 N1=3 kernelpagesize_kB=4", "default", ""),
+        ("7f00 prefer (many):0-1 anon=3 N1=3 kernelpagesize_kB=4", "prefer (many):0-1", ""),
+        ("7f00 bind=static:0 huge anon=3 N1=3 kernelpagesize_kB=2048", "bind=static:0", ""),
+        (r"7f00 weighted interleave:0 file=/\040 N0=2", "weighted interleave:0", r"/\040"),
+        ("7f00 local N0=2", "local", ""),
+    ],
+)  # fmt: skip
+def test_policies_and_files_of_numa_maps(line: str, policy: str, file: str) -> None:
+    (area,) = parse_numa_maps([line + "\n"])
+    assert (area.policy, area.file) == (policy, file)
 
 
 SMAPS = """\

@@ -107,9 +107,14 @@ def machine_available(proc_root: str = "/proc") -> Limit | None:
     return None
 
 
-def cgroup_limits(sys_root: str = "/sys", proc_root: str = "/proc") -> Iterator[Limit]:
-    """Yield the room under every memory limit above this process; page cache counts as room."""
-    for folder, version in folders("memory", sys_root, proc_root):
+def cgroup_limits(
+    sys_root: str = "/sys", proc_root: str = "/proc", process: str = "self"
+) -> Iterator[Limit]:
+    """Yield the room under every memory limit above a process; page cache counts as room.
+
+    process: its id, as a folder of ``proc_root``.
+    """
+    for folder, version in folders("memory", sys_root, proc_root, process):
         limits = _limits_1(folder) if version == 1 else _limits_2(folder)
         limits = {name: limit for name, limit in limits.items() if limit < NO_LIMIT}
         # What is used is asked only where that is limited: the kernel counts it then.

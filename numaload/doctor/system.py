@@ -269,6 +269,13 @@ class System:
             raise Unknown(f"the variables of process {self.pid} are not shown")
         return found
 
+    @cached_property
+    def cmdline(self) -> list[str]:
+        """Return the words that the process was started by; none without one. Raises: Unknown."""
+        if self.pid is None:
+            return []
+        return self.text(f"/proc/{self.pid}/cmdline").split("\0")
+
     def close(self) -> None:
         """Close the files, and give back the headers that were read."""
         if "_opened" in self.__dict__ and "residency" in self.__dict__:

@@ -8,10 +8,10 @@ import json
 import os
 import re
 import stat
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from numaload.errors import ReadError, StoreError, reason, warn_once
+from numaload.errors import ReadError, ReplicaNotFoundError, StoreError, reason, warn_once
 from numaload.machine import userdir
 
 PARTS = ".parts"  # ends the names of files that are not whole: nobody takes them for models
@@ -84,7 +84,8 @@ def write(name: str, manifest: bytes, files: Links, store: int, *, held: bool = 
 def link_others(folder: str, source: str) -> None:
     """Link everything in ``source`` that a replica's folder has no file for.
 
-    Links that lead to what is no more there are taken away. Raises: StoreError, ReadError.
+    Links that lead to what is no more there are taken away. Raises: StoreError, ReadError;
+    ReplicaNotFoundError where the replica was released meanwhile, and its folder with it.
     """
     try:
         names = [name for name in os.listdir(source) if not name.startswith(".")]
@@ -92,15 +93,26 @@ def link_others(folder: str, source: str) -> None:
         raise ReadError(reason(error), path=source) from error
     if len(names) > MOST_LINKS:
         raise StoreError(f"{source}: {len(names)} files, expected at most {MOST_LINKS} to link")
-    with userdir.named(folder), userdir.folder(folder, None) as inside:
-        there = set(os.listdir(inside))
-        for name in there.difference(names):
-            if _is_link_to(name, inside, {source}):
-                with suppress(FileNotFoundError):
-                    os.unlink(name, dir_fd=inside)
-        for name in set(names).difference(there):
-            with suppress(FileExistsError):
-                os.symlink(os.path.join(source, name), name, dir_fd=inside)
+    try:
+        with userdir.folder(folder, None) as inside:
+            _link_others(inside, source, names)
+    except FileNotFoundError as error:
+        raise ReplicaNotFoundError(
+            f"{folder}: the replica was released since it was attached, its folder is gone"
+        ) from error
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot link the source's files: {reason(error)}") from error
+
+
+def _link_others(inside: int, source: str, names: Collection[str]) -> None:
+    there = set(os.listdir(inside))
+    for name in there.difference(names):
+        if _is_link_to(name, inside, {source}):
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=inside)
+    for name in set(names).difference(there):
+        with suppress(FileExistsError):
+            os.symlink(os.path.join(source, name), name, dir_fd=inside)
 
 
 def _is_link_to(name: str, folder: int, sources: Container[str]) -> bool:

@@ -103,6 +103,7 @@ def test_threads_that_allocate_at_the_same_time_are_not_killed(large: str, call:
 LIMITED = """
 import ctypes, json, resource, sys, threading
 import numaload
+import numaload.files.copy, numaload.pipeline  # which take memory of their own
 
 ctypes.CDLL(None).mallopt(-8, 1)  # one arena: making another takes 128 MiB for a moment
 weights = numaload.open(sys.argv[1])

@@ -400,6 +400,13 @@ def test_no_folder_for_files_of_several(store: Path, tmp_path: Path) -> None:
             mirror.folder(mirror.nodes[0])
 
 
+def test_a_folder_that_somebody_released_is_named(store: Path, models: list[str]) -> None:
+    with api.mirror(models[0], nodes="local", shared=True) as mirror:
+        reclaim.release(stored.entries())
+        with pytest.raises(ReplicaNotFoundError, match="was released since it was attached"):
+            mirror.folder(mirror.nodes[0])
+
+
 def test_open_reads_the_nearest_replica(store: Path, models: list[str]) -> None:
     a = models[0]
     with pytest.raises(ReplicaNotFoundError, match="no replica"):

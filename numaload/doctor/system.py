@@ -7,28 +7,48 @@ assigning to it: that is how checks are tested.
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import accumulate
 
 from numaload.doctor.check import Unknown
 from numaload.doctor.findings import ThreadReport, inspect_threads
+from numaload.doctor.opinion import second_opinion
 from numaload.doctor.speeds import AHEAD, Budget, Speeds, measure_speeds
 from numaload.errors import NumaError, NumaloadError, check_limits, reason
-from numaload.files.residency import Residency, give_back, overlaps, residency
+from numaload.files.residency import (
+    Residency,
+    between,
+    cached_on,
+    give_back,
+    merged,
+    overlaps,
+    present,
+    residency,
+)
 from numaload.files.source import SourceFile, absolute, model_paths
 from numaload.linux.mounts import Mount, mount_of
 from numaload.linux.placement import Area, parse_numa_maps
-from numaload.linux.syscalls import binding
+from numaload.linux.syscalls import PAGE, binding
 from numaload.linux.sysfs import MOST, number_in
+from numaload.machine import userdir
 from numaload.machine.devices import Device, FileDevice, Gpu, device_of, disk_of, gpus
 from numaload.machine.memory import fields
+from numaload.machine.probe import why_not_bound
 from numaload.machine.threads import environment
 from numaload.machine.topology import Topology, topology
+from numaload.pagecache.residency_report import spread
+from numaload.replicas import store
+from numaload.replicas.entry import Entry
 from numaload.weights import Weights
 from numaload.weights.opening import open_weights
 
 QUICK, DEEP = Budget(0.9, 240 << 20), Budget(6.0, 4 << 30)
+PLACES, PLACE = 512, 64 << 10  # of a model whose nodes are asked for, and bytes of each
+RECORDED = "this is a recorded machine: only the one that runs numaload can be asked"
 
 
 class System:
@@ -137,6 +157,34 @@ class System:
         return sum(found.size - found.resident for found in self.residency)
 
     @cached_property
+    def cache_nodes(self) -> dict[int, int]:
+        """Return {node: bytes} of what of the model is in RAM, by a sample. Raises: Unknown."""
+        on: Counter[int] = Counter()
+        for file, found in zip(self.files, self.residency, strict=True):
+            if not found.known:
+                raise Unknown("what of the file is in RAM: the kernel tells its owner only")
+            counts = cached_on(file, _sampled(found, max(8, PLACES // len(self.files))))
+            total = sum(counts.values())
+            on.update({node: found.resident * n // total for node, n in counts.items()})
+        return dict(sorted(on.items()))
+
+    @cached_property
+    def replicas(self) -> list[Entry]:
+        """Return what the store has of these files, as they are or were. Raises: StoreError."""
+        paths = {file.path for file in self.files}
+        where = userdir.path()
+        if not paths or not os.path.isdir(where):
+            return []
+        with userdir.named(where):
+            folder = os.open(where, userdir.DIRECTORY)
+        try:
+            found = [store.read(name, folder) for name in store.entry_names(folder)]
+        finally:
+            os.close(folder)
+        entries = [one for one in found if isinstance(one, Entry) and store.reachable(one)]
+        return [entry for entry in entries if not paths.isdisjoint(entry.model.paths)]
+
+    @cached_property
     def device(self) -> Device:
         """Return what the file lies on. Raises: ReadError."""
         largest = self._largest
@@ -219,6 +267,21 @@ class System:
         return binding().name
 
     @cached_property
+    def refused(self) -> str:
+        """Say why memory cannot be bound to nodes here; "" where it can. Raises: NumaError."""
+        if self.root:
+            raise Unknown(RECORDED)
+        error = why_not_bound(self.machine.all)
+        return "" if error is None else str(error)
+
+    @cached_property
+    def opinion(self) -> str:
+        """Return what libnuma says of the nodes, in a sentence."""
+        if self.root:
+            raise Unknown(RECORDED)
+        return second_opinion(self.machine)
+
+    @cached_property
     def processor(self) -> str:
         """Return the processor's name as /proc/cpuinfo has it; empty where that is hidden."""
         try:
@@ -290,3 +353,17 @@ class System:
         for one in closing:
             if one is not None:
                 one.close()
+
+
+def _sampled(found: Residency, places: int) -> Residency:
+    """Return so many places of what is in RAM as if they were all; they are chosen by chance."""
+    if found.resident <= places * PLACE:
+        return found
+    ranges = list(present(found))
+    starts = list(accumulate((stop - start for start, stop in ranges), initial=0))
+    chosen = []
+    for at in spread(0, found.resident, places):
+        i = bisect_right(starts, at) - 1
+        start = ranges[i][0] + (at - starts[i]) // PAGE * PAGE
+        chosen.append((start, min(start + PLACE, ranges[i][1])))
+    return Residency(found.size, tuple(between(merged(chosen), 0, found.size)))

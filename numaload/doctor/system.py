@@ -7,12 +7,14 @@ assigning to it: that is how checks are tested.
 from __future__ import annotations
 
 import os
+import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 from numaload.doctor.check import Unknown
 from numaload.doctor.findings import ThreadReport, inspect_threads
@@ -257,6 +259,20 @@ class System:
         return gpus(self.sys, self.proc)
 
     @cached_property
+    def nvml(self) -> Any:
+        """Return nvidia-ml-py, started; None without it or its driver, and on another tree."""
+        if self.root:
+            return None
+        try:
+            with warnings.catch_warnings():  # an older package of this name calls itself deprecated
+                warnings.simplefilter("ignore")
+                import pynvml
+            pynvml.nvmlInit()
+        except Exception:  # noqa: BLE001 - no package, or NVMLError of whichever version
+            return None
+        return pynvml
+
+    @cached_property
     def meminfo(self) -> dict[str, int]:
         """Return /proc/meminfo in bytes. Raises: Unknown."""
         return self.fields("/proc/meminfo")
@@ -341,6 +357,8 @@ class System:
 
     def close(self) -> None:
         """Close the files, and give back the headers that were read."""
+        if self.__dict__.get("nvml") is not None:
+            self.nvml.nvmlShutdown()
         if "_opened" in self.__dict__ and "residency" in self.__dict__:
             heads = [part.header.data_start for part in self.weights.parts] if self.weights else []
             for file, found, head in zip(self.files, self.residency, heads, strict=False):

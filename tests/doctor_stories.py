@@ -6,7 +6,7 @@ measure is given, since a tree has no disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ class Story(NamedTuple):
 
 
 def told(
-    root: Path, machine: Machine, size: int, files: Mapping[str, str] | None = None, **said: Any
+    root: Path, machine: Machine, size: int, files: dict[str, str] | None = None, **said: Any
 ) -> System:
     """Return a system that is healthy but for this."""
     cpus = ",".join(cpus for cpus, _ in machine.nodes.values() if cpus)
@@ -69,7 +69,7 @@ def told(
     return system
 
 
-def _disk(root: Path, name: str, numbers: str, queue: Mapping[str, str]) -> FileDevice:
+def _disk(root: Path, name: str, numbers: str, queue: dict[str, str]) -> FileDevice:
     """Write a disk with its queue, and return the file's place on it."""
     folder = root / "sys/devices/pci0000:00" / name
     for leaf, text in queue.items():
@@ -179,7 +179,7 @@ def container(root: Path) -> System:
 
 
 def nfs_with_a_small_rsize(root: Path) -> System:
-    mount = Mount("0:45", "/models", "nfs4", NFS.format(32768, "10.0.0.2"), "filer:/models")
+    mount = Mount("0:45", "/models", "nfs4", NFS.format(8192, "10.0.0.2"), "filer:/models")
     return told(
         root,
         XEON,

@@ -9,7 +9,7 @@ from typing import Any
 from machines import EVERY_CPU, XEON, Machine
 from numaload.doctor.check import Check, Finding
 from numaload.doctor.speeds import Speeds
-from numaload.doctor.system import System
+from numaload.doctor.system import DiskUse, System
 from numaload.machine.devices import Device, FileDevice
 from numaload.machine.topology import topology
 
@@ -46,6 +46,7 @@ def constructed(
         "disks": FileDevice("/models/model.gguf", "ext4", "nvme0n1", ("nvme0n1",), (0,), ""),
         "mount": None,
         "speeds": FAST,
+        "disk_use": DiskUse(0.0, 0.0),
         "machine": topology(**roots, allowed=EVERY_CPU),
         "binding": "libnuma.so.1",
         "refused": "",

@@ -7,6 +7,7 @@ assigning to it: that is how checks are tested.
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from bisect import bisect_right
 from collections import Counter
@@ -14,13 +15,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from numaload.doctor.check import Unknown
 from numaload.doctor.findings import ThreadReport, inspect_threads
 from numaload.doctor.opinion import second_opinion
-from numaload.doctor.speeds import AHEAD, Budget, Speeds, measure_speeds
+from numaload.doctor.speeds import Budget, Speeds, measure_speeds, reach
 from numaload.errors import NumaError, NumaloadError, check_limits, reason
+from numaload.files.network import limit_now
 from numaload.files.residency import (
     Residency,
     between,
@@ -31,7 +33,7 @@ from numaload.files.residency import (
     present,
     residency,
 )
-from numaload.files.source import SourceFile, absolute, model_paths
+from numaload.files.source import SourceFile, absolute, io_timeout, model_paths
 from numaload.linux.mounts import Mount, mount_of
 from numaload.linux.placement import Area, parse_numa_maps
 from numaload.linux.syscalls import PAGE, binding
@@ -51,6 +53,16 @@ from numaload.weights.opening import open_weights
 QUICK, DEEP = Budget(0.9, 240 << 20), Budget(6.0, 4 << 30)
 PLACES, PLACE = 512, 64 << 10  # of a model whose nodes are asked for, and bytes of each
 RECORDED = "this is a recorded machine: only the one that runs numaload can be asked"
+WAIT_S = 15.0  # for an answer of a network, where nothing else is said
+LOOK_S = 0.1  # between two looks at what disks did
+SECTOR = 512  # bytes, of /proc/diskstats
+
+
+class DiskUse(NamedTuple):
+    """What others have disks do. ``busy``: share of the time in which one had something to do."""
+
+    rate: float  # bytes a second
+    busy: float
 
 
 class System:
@@ -108,15 +120,20 @@ class System:
         """Open the files of the model. Raises: ReadError."""
         if self.path is None:
             return []
+        with io_timeout(limit_now() or WAIT_S):
+            return self._open(self.path)
+
+    @staticmethod
+    def _open(path: str) -> list[SourceFile]:
         try:
-            paths = model_paths(self.path)
+            paths = model_paths(path)
         except NumaloadError:  # named as one of several, of which some are missing
-            paths = [self.path]
-        opened = [SourceFile(self.path)]
-        for path in paths:
-            if os.path.basename(path) != os.path.basename(self.path):
+            paths = [path]
+        opened = [SourceFile(path)]
+        for other in paths:
+            if os.path.basename(other) != os.path.basename(path):
                 try:
-                    opened.append(SourceFile(path))
+                    opened.append(SourceFile(other))
                 except NumaloadError:
                     continue  # a check says what is missing
         return opened
@@ -138,7 +155,7 @@ class System:
         with suppress(NumaloadError):
             _ = self.residency  # before the header is read
         try:
-            return open_weights(self.path), ""
+            return open_weights(self.path, io_timeout=limit_now() or WAIT_S), ""
         except NumaloadError as error:
             return None, str(error)
 
@@ -222,6 +239,8 @@ class System:
         """Measure how fast the file is read, within a second, and leave no trace in RAM."""
         if not self.files:
             return Speeds()
+        with suppress(Unknown, NumaloadError):
+            _ = self.disk_use  # before the doctor has the disks do something
         return measure_speeds(self.files, self.residency, self.device, DEEP if self.deep else QUICK)
 
     @property
@@ -247,6 +266,36 @@ class System:
         warm = self.speeds.warm
         copied = (self.size - absent) / warm if warm else 0.0
         return copied + (absent / rate if absent and rate else 0.0)
+
+    @cached_property
+    def disk_use(self) -> DiskUse:
+        """Watch the file's disks for a tenth of a second, in which the doctor reads nothing.
+
+        Raises: Unknown.
+        """
+        if not self.disks.disks:
+            raise Unknown(self.disks.why)
+        before, begin = self._disk_counts(), time.perf_counter()
+        time.sleep(LOOK_S)
+        after, seconds = self._disk_counts(), time.perf_counter() - begin
+        moved = sum(after[name][0] - before[name][0] for name in before) * SECTOR
+        worked = max(after[name][1] - before[name][1] for name in before) / 1e3
+        return DiskUse(max(0.0, moved / seconds), min(1.0, max(0.0, worked / seconds)))
+
+    def _disk_counts(self) -> dict[str, tuple[int, int]]:
+        """Return {disk: (sectors read and written, ms at work)} of the disks under the file.
+
+        Documentation/admin-guide/iostats.rst: the 3rd, 7th and 10th field. Raises: Unknown.
+        """
+        rows = (row.split() for row in self.text("/proc/diskstats").splitlines())
+        named = {row[2]: row[3:] for row in rows if len(row) >= 13}
+        try:
+            return {
+                name: (int(named[name][2]) + int(named[name][6]), int(named[name][9]))
+                for name in self.disks.disks
+            }
+        except (KeyError, ValueError) as error:
+            raise Unknown(f"/proc/diskstats does not tell of {error}") from error
 
     # The machine.
 
@@ -361,9 +410,12 @@ class System:
             self.nvml.nvmlShutdown()
         if "_opened" in self.__dict__ and "residency" in self.__dict__:
             heads = [part.header.data_start for part in self.weights.parts] if self.weights else []
-            for file, found, head in zip(self.files, self.residency, heads, strict=False):
+            device = self.__dict__.get("device", Device("unknown", "", ""))
+            for file, found in zip(self.files, self.residency, strict=True):
+                # Of a damaged file nobody knows how much of it was taken for its header.
+                stop = max(heads) + reach(device) if heads else file.size
                 if found.known:
-                    give_back(file, overlaps(found.absent, 0, head + AHEAD))
+                    give_back(file, overlaps(found.absent, 0, stop))
         closing: Sequence[SourceFile | Weights | None] = (
             *self.__dict__.get("files", ()),
             self.__dict__.get("_opened", (None, ""))[0],

@@ -29,10 +29,8 @@ def say_holes(
     make them of zeros that are meant, so it is no error. One system call tells of most files that
     there is none. Networks are not asked, and pages that were read once are none to the kernel.
     """
-    if file.asked is not None or start + LEAST > file.size or _is_full(file):
-        return
-    holes = list(_holes(file, start))
-    named = _inside(tensors, holes) if holes else []
+    holes = find_holes(file, start)
+    named = tensors_in(tensors, holes) if holes else []
     if not holes or (tensors and not named):
         return
     nbytes = sum(stop - begin for begin, stop in holes)
@@ -43,6 +41,13 @@ def say_holes(
     )
     text = f"{nbytes} bytes from byte {holes[0][0]} on{where} are on no disk and read as zeros"
     warn_once(f"hole {file.path}", f"{file.path}: {text}: {why}")
+
+
+def find_holes(file: SourceFile, start: int = 0) -> list[tuple[int, int]]:
+    """Return (start, stop) of the holes of at least 1 MiB; none of a network's file is known."""
+    if file.asked is not None or start + LEAST > file.size or _is_full(file):
+        return []
+    return list(_holes(file, start))
 
 
 def _is_full(file: SourceFile) -> bool:
@@ -72,10 +77,10 @@ def _holes(file: SourceFile, at: int) -> Iterator[tuple[int, int]]:
         return
 
 
-def _inside(
-    tensors: Sequence[TensorInfo | SafeTensorInfo], holes: list[tuple[int, int]]
+def tensors_in(
+    tensors: Sequence[TensorInfo | SafeTensorInfo], holes: Sequence[tuple[int, int]]
 ) -> list[str]:
-    """Return the names of tensors with bytes in a hole."""
+    """Return the names of tensors with bytes in one of these ascending ranges."""
     found = []
     for tensor in tensors:
         before = bisect_left(holes, (tensor.offset + tensor.nbytes, 0))

@@ -106,6 +106,11 @@ class IntoMemory(NotCopyable):
         if direct and file.size >= PAGE and not file.is_network:
             self._open()
 
+    @property
+    def is_direct(self) -> bool:
+        """Return whether whole pages are read past the page cache: some file systems refuse."""
+        return self._direct
+
     def _open(self) -> None:
         """Open a second descriptor: O_DIRECT belongs to one, and others use the file's own."""
         try:

@@ -65,6 +65,7 @@ def test_what_cannot_be_read_is_neither_raised_nor_none(
     assert found.unknown
 
 
+@pytest.mark.filterwarnings("ignore:.*shows no node")
 def test_no_check_raises_on_an_empty_tree(tmp_path: Path) -> None:
     assert examine(System(None, root=str(tmp_path))).findings == ()
 

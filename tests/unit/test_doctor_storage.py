@@ -1,0 +1,507 @@
+"""What the doctor finds in storage, on constructed machines; each finding with its remedy."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gguf_builder as gb
+import safetensors_builder as sb
+from commands import evict, resident
+from doctor_systems import FAST, GIB, NVME, constructed, looked
+from machines import ONE
+from numaload.doctor import storage
+from numaload.doctor.check import Check, Finding, Unknown
+from numaload.doctor.speeds import Speeds
+from numaload.doctor.system import DiskUse, System
+from numaload.errors import ReadError
+from numaload.linux.mounts import Mount
+from numaload.machine.devices import Device, FileDevice
+
+MIB = 1 << 20
+SIZE = 30 * 10**9
+PATH = "/models/model.gguf"
+QUEUE = "/sys/block/nvme0n1/queue"
+PCI = "/sys/class/nvme/nvme0/device"
+# A machine with one NVMe SSD that has nothing to mend.
+HEALTHY: dict[str, str] = {
+    f"{QUEUE}/read_ahead_kb": "4096\n",
+    f"{QUEUE}/rotational": "0\n",
+    f"{PCI}/current_link_speed": "16.0 GT/s PCIe\n",
+    f"{PCI}/current_link_width": "4\n",
+    f"{PCI}/max_link_speed": "16.0 GT/s PCIe\n",
+    f"{PCI}/max_link_width": "4\n",
+    f"{PCI}/power_state": "D0\n",
+    "/proc/diskstats": " 259 0 nvme0n1 1 0 8 1 0 0 0 0 0 1 1\n",
+}
+SLOW = Speeds(disk=3.0e9, mapped=1.0e9, warm=12e9)  # loses 20 s of these bytes
+NFS_OPTIONS = "rw,vers=4.2,rsize={rsize},namlen=255,hard,proto=tcp{more},addr=10.0.0.2"
+SERVER = Device("network", "server:/m", "nfs4")
+BDI = "/sys/class/bdi/0:45/read_ahead_kb"
+
+
+def nfs(rsize: int = MIB, more: str = "", source: str = "server:/m") -> Mount:
+    return Mount("0:45", "/models", "nfs4", NFS_OPTIONS.format(rsize=rsize, more=more), source)
+
+
+def system(root: Path, files: dict[str, str] | None = None, **said: Any) -> System:
+    return constructed(root, ONE, HEALTHY | (files or {}), **{"size": SIZE} | said)
+
+
+def on_nfs(root: Path, mount: Mount | None = None, **said: Any) -> System:
+    return system(
+        root,
+        {BDI: "15360\n"} | said.pop("files", {}),
+        **{
+            "mount": mount or nfs(),
+            "device": SERVER,
+            "disks": FileDevice(PATH, "nfs4", "", (), (), "no block device: nfs4"),
+            "speeds": Speeds(disk=1.0e9, mapped=0.9e9, warm=12e9),
+        }
+        | said,
+    )
+
+
+def found(check: type[Check], where: System) -> Finding:
+    finding = looked(check, where)
+    assert finding is not None
+    assert len(finding.title) < 60
+    return finding
+
+
+def seconds(finding: Finding) -> float:
+    assert finding.price is not None
+    return round(finding.price.seconds, 1)
+
+
+def test_nothing_is_found_on_a_healthy_machine(tmp_path: Path) -> None:
+    for check in storage.CHECKS:
+        assert looked(check, system(tmp_path)) is None, check.id
+
+
+def test_without_a_file_nothing_is_looked_at(tmp_path: Path) -> None:
+    for check in storage.CHECKS:
+        assert not check(constructed(tmp_path, ONE)).available(), check.id
+
+
+KINDS = ("nvme", "hdd", "raid", "network", "share", "unknown", "memory")
+
+
+@pytest.mark.parametrize("text", [None, "", "words\0\x1b[31m", "-1", "9" * 30])
+def test_hidden_and_odd_files_are_unknown_at_most(tmp_path: Path, text: str | None) -> None:
+    files = dict.fromkeys(HEALTHY, text) if text is not None else {}
+    where = constructed(tmp_path, ONE, files, size=SIZE)
+    for kind in KINDS:
+        where.device = Device(kind, "nvme0n1", "nfs4" if kind == "network" else "ext4", 1)
+        odd = Mount("259:0", "/models", where.device.file_system, "=,rsize=x,addr", "")
+        slow = Speeds(disk=0.05e9, mapped=0.01e9)
+        for where.mount, where.speeds in ((None, SLOW), (odd, slow), (odd, Speeds()), (odd, FAST)):
+            for check in storage.CHECKS:
+                with suppress(Unknown):
+                    looked(check, where)
+
+
+def test_slow_mapping(tmp_path: Path) -> None:
+    finding = found(storage.Mapped, system(tmp_path, speeds=SLOW))
+    assert "1.00 GB/s, the disk gives 3.00 GB/s; 27.9 GiB are not in RAM" in finding.seen
+    assert (seconds(finding), finding.price and finding.price.how) == (20.0, "measured")
+    assert finding.fix == f"numaload prewarm {PATH}"
+    assert finding.undo == f"numaload evict {PATH}"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"absent": 0},
+        {"speeds": Speeds(disk=3.0e9)},
+        {"speeds": Speeds(disk=3.0e9, mapped=2.5e9)},
+        {"size": 10**8},  # that would save less than half a second
+    ],
+)
+def test_a_mapping_that_costs_nothing(tmp_path: Path, said: dict[str, Any]) -> None:
+    assert looked(storage.Mapped, system(tmp_path, **{"speeds": SLOW} | said)) is None
+
+
+def test_a_small_read_ahead_claims_the_seconds_of_a_slow_mapping(tmp_path: Path) -> None:
+    where = system(tmp_path, {f"{QUEUE}/read_ahead_kb": "128\n"}, speeds=SLOW)
+    finding = found(storage.ReadAhead, where)
+    assert f"{QUEUE}/read_ahead_kb is 128, expected 4096" in finding.seen
+    assert seconds(finding) == 20.0
+    assert finding.fix == f"echo 4096 > {QUEUE}/read_ahead_kb"
+    assert finding.undo == f"echo 128 > {QUEUE}/read_ahead_kb"
+    assert finding.root
+    assert looked(storage.Mapped, where) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "place", "wanted"),
+    [
+        (Device("hdd", "sda1", "ext4", 1), "/sys/block/sda/queue/read_ahead_kb", 1024),
+        (Device("raid", "md0", "xfs", 4), "/sys/block/md0/queue/read_ahead_kb", 4096),
+        (Device("network", "s:/m", "nfs4"), BDI, 15360),
+        (Device("share", "models", "virtiofs"), BDI, 4096),
+        (Device("nvme", "nvme0n1", "btrfs", 1), BDI, 4096),
+    ],
+)
+def test_which_read_ahead_counts(tmp_path: Path, device: Device, place: str, wanted: int) -> None:
+    where = system(
+        tmp_path,
+        {place: "128\n"},
+        device=device,
+        disks=FileDevice(PATH, device.file_system, "", (), (), "no block device"),
+        mount=nfs()._replace(kind=device.file_system),
+        speeds=SLOW,
+    )
+    assert found(storage.ReadAhead, where).fix == f"echo {wanted} > {place}"
+
+
+def test_a_read_ahead_that_is_hidden_is_unknown(tmp_path: Path) -> None:
+    with pytest.raises(Unknown, match="read_ahead_kb"):
+        looked(storage.ReadAhead, constructed(tmp_path, ONE, size=SIZE, speeds=SLOW, mount=nfs()))
+
+
+def test_small_requests_of_nfs(tmp_path: Path) -> None:
+    finding = found(storage.SmallReads, on_nfs(tmp_path, nfs(65536)))
+    assert "server:/m (nfs4, mounted at /models) has rsize=65536" in finding.seen
+    assert seconds(finding) == 15.0  # of 21.5 s no more than half of what the reading takes
+    assert finding.fix == (
+        "umount /models && mount -t nfs4 -o rw,vers=4.2,rsize=1048576,hard,proto=tcp"
+        " server:/m /models"
+    )
+    assert finding.undo == finding.fix.replace("1048576", "65536")
+
+
+def test_one_connection_of_nfs(tmp_path: Path) -> None:
+    finding = found(storage.OneConnection, on_nfs(tmp_path))
+    assert "one connection to the server, which gives 1.00 GB/s" in finding.seen
+    assert seconds(finding) == 9.0
+    assert "nconnect=8 server:/m /models" in finding.fix
+    assert "nconnect" not in finding.undo
+
+
+@pytest.mark.parametrize(
+    ("mount", "said"),
+    [
+        (nfs(more=",nconnect=4"), {}),
+        (nfs(), {"size": 10**8}),
+        (nfs(), {"speeds": Speeds(disk=0.11e9)}),  # what the network gives
+        (nfs(source="localhost:/m")._replace(options="rw,rsize=4096"), {}),
+        (Mount("0:45", "/models", "ceph", "rw", "server:/m"), {}),
+    ],
+)
+def test_mounts_that_want_no_other_options(
+    tmp_path: Path, mount: Mount, said: dict[str, Any]
+) -> None:
+    for check in (storage.SmallReads, storage.OneConnection):
+        assert looked(check, on_nfs(tmp_path, mount, **said)) is None
+
+
+def test_a_mount_that_hides_its_options_is_unknown(tmp_path: Path) -> None:
+    with pytest.raises(Unknown, match="rsize"):
+        looked(storage.SmallReads, on_nfs(tmp_path, nfs()._replace(options="rw")))
+
+
+def test_a_network_leaves_out_what_its_options_cost(tmp_path: Path) -> None:
+    """What a local disk would save, less the seconds that other findings claim."""
+    finding = found(storage.FarAway, on_nfs(tmp_path))
+    assert "0.90 GB/s, of a local NVMe at some 3.00 GB/s" in finding.seen
+    assert seconds(finding) == round(SIZE / 0.9e9 - SIZE / 3e9 - 9.0, 1)
+    assert finding.fix.startswith(f"mkdir -p ~/models && cp {PATH} ~/models/")
+    assert finding.undo == "rm ~/models/model.gguf"
+    slow: dict[str, Any] = {"speeds": Speeds(disk=1.0e9, mapped=0.1e9), "files": {BDI: "128\n"}}
+    both = on_nfs(tmp_path, **slow)
+    assert seconds(found(storage.ReadAhead, both)) == 270.0
+    assert seconds(found(storage.FarAway, both)) == 300 - 10 - 270.0 - 9.0
+    assert looked(storage.Mapped, both) is None
+
+
+@pytest.mark.parametrize("kind", ["9p", "virtiofs"])
+def test_a_share_is_slower_than_a_disk(tmp_path: Path, kind: str) -> None:
+    where = on_nfs(
+        tmp_path, Mount("0:45", "/m", kind, "", "m"), device=Device("share", "m", kind),
+        speeds=Speeds(mapped=0.2e9),
+    )  # fmt: skip
+    assert seconds(found(storage.FarAway, where)) == 140.0
+    assert looked(storage.FarAway, on_nfs(tmp_path, speeds=FAST)) is None
+
+
+@pytest.mark.parametrize(
+    "mount",
+    [
+        nfs(source="127.0.0.1:/")._replace(options="rw,vers=3,rsize=1048576,addr=127.0.0.1"),
+        nfs(source="localhost:/")._replace(options="rw"),
+        Mount("0:45", "/models", "fuse", "rw", "hf-mount"),
+        Mount("0:45", "/models", "fuse.rclone", "rw", "remote:"),
+    ],
+)
+def test_a_mount_of_the_hub(tmp_path: Path, mount: Mount) -> None:
+    where = on_nfs(tmp_path, mount)
+    finding = found(storage.HubMount, where)
+    assert mount.source in finding.seen
+    assert seconds(finding) == round(SIZE / 0.9e9 - SIZE / 3e9, 1)
+    assert f"cp {PATH} ~/models/" in finding.fix
+    assert "hf download" in finding.fix
+    for other in (storage.FarAway, storage.SmallReads, storage.OneConnection, storage.Mapped):
+        assert looked(other, where) is None
+
+
+def test_a_hub_mount_of_which_nothing_is_known(tmp_path: Path) -> None:
+    mount = Mount("0:45", "/models", "fuse", "rw", "hf-mount")
+    assert found(storage.HubMount, on_nfs(tmp_path, mount, speeds=Speeds())).price is None
+    for said in ({"speeds": FAST}, {"absent": 0, "speeds": Speeds()}, {"mount": nfs()}):
+        assert looked(storage.HubMount, on_nfs(tmp_path, **{"mount": mount} | said)) is None
+
+
+def test_a_hard_disk(tmp_path: Path) -> None:
+    disk: dict[str, Any] = {"device": Device("hdd", "sda1", "ext4", 1, rotational=True)}
+    where = system(tmp_path, **disk, speeds=Speeds(disk=0.15e9, mapped=0.14e9))
+    finding = found(storage.HardDisk, where)
+    assert "hard disk (sda1, ext4) gives 0.15 GB/s" in finding.seen
+    assert seconds(finding) == 140.0
+    assert finding.fix.startswith(f"numaload mirror {PATH}")
+    assert finding.undo == f"numaload release {PATH}"
+    busy = system(
+        tmp_path, **disk, speeds=Speeds(disk=0.15e9), disk_use=DiskUse(10e6, 0.5)
+    )  # half of its time is claimed by those who use it
+    assert seconds(found(storage.Busy, busy)) == 100.0
+    assert seconds(found(storage.HardDisk, busy)) == 40.0
+
+
+@pytest.mark.parametrize("said", [{"absent": 0}, {"speeds": Speeds()}, {"device": NVME}])
+def test_a_hard_disk_that_costs_nothing(tmp_path: Path, said: dict[str, Any]) -> None:
+    disk: dict[str, Any] = {
+        "device": Device("hdd", "sda", "ext4", 1),
+        "speeds": Speeds(disk=0.15e9),
+    }
+    assert looked(storage.HardDisk, system(tmp_path, **disk | said)) is None
+
+
+def test_a_busy_disk(tmp_path: Path) -> None:
+    finding = found(storage.Busy, system(tmp_path, disk_use=DiskUse(1.0e9, 0.9)))
+    assert "1.00 GB/s, and keep it busy 90% of the time" in finding.seen
+    assert seconds(finding) == 2.5  # a quarter of 10 s
+    assert "iotop" in finding.fix
+    quiet = DiskUse(0.1e9, 1.0)  # an SSD that is asked often has not much to do
+    assert looked(storage.Busy, system(tmp_path, disk_use=quiet)) is None
+
+
+def test_what_disks_do_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = system(tmp_path)
+    del where.disk_use
+    row = " 259 0 nvme0n1 1 0 {} 1 0 0 {} 0 0 {} 1\n"
+
+    def time_passes(seconds: float) -> None:
+        (tmp_path / "proc/diskstats").write_text(row.format(2008, 4000, 51))
+
+    monkeypatch.setattr("numaload.doctor.system.time.sleep", time_passes)
+    ticks = iter([1.0, 1.1])
+    monkeypatch.setattr("numaload.doctor.system.time.perf_counter", lambda: next(ticks))
+    assert where.disk_use.rate == pytest.approx(6000 * 512 / 0.1)
+    assert where.disk_use.busy == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("text", ["", "words", " 8 0 sda 1 0 8 1 0 0 0 0 0 1 1\n"])
+def test_disks_of_which_nothing_is_told(tmp_path: Path, text: str) -> None:
+    where = system(tmp_path, {"/proc/diskstats": text})
+    del where.disk_use
+    with pytest.raises(Unknown):
+        looked(storage.Busy, where)
+
+
+def punched(path: Path, size: int = 12 * MIB) -> Path:
+    """A model of three tensors of 4 MiB; the second is a hole."""
+    rows = [gb.tensor(name, (MIB,), offset=4 * MIB * at) for at, name in enumerate("abc")]
+    raw = gb.build([], rows, os.urandom(size))
+    with path.open("wb") as file:
+        file.write(raw[: -8 * MIB])
+        file.seek(4 * MIB, os.SEEK_CUR)
+        file.write(raw[-4 * MIB :])
+    return path
+
+
+def test_a_file_with_a_hole(tmp_path: Path) -> None:
+    where = System(str(punched(tmp_path / "m.gguf")))
+    finding = found(storage.NotWhole, where)
+    assert "4.0 MiB from byte" in finding.seen
+    assert finding.seen.endswith("in tensors b")
+    assert finding.price is None
+    assert finding.fix.endswith(f"sha256sum {tmp_path}/m.gguf")
+    where.close()
+
+
+def test_a_damaged_file_of_the_hub_s_cache(tmp_path: Path) -> None:
+    where = system(tmp_path, _opened=(None, "m.gguf: ends early"))
+    where.path = "/c/models--org--some--name/snapshots/abc/q4/m.gguf"
+    finding = found(storage.NotWhole, where)
+    assert finding.seen == "m.gguf: ends early"
+    assert finding.fix == "hf download org/some--name q4/m.gguf --force-download"
+
+
+LAYERS = {
+    "/sys/block/dm-0/queue/read_ahead_kb": "4096\n",
+    "/sys/block/dm-0/dm/uuid": "CRYPT-LUKS2-0a-secret\n",
+    "/sys/block/dm-0/dm/name": "se cret\n",
+    "/sys/block/dm-0/slaves/md0/x": "",
+    "/sys/block/md0/md/degraded": "0\n",
+    "/sys/block/md0/slaves/nvme0n1p3/x": "",
+}
+CRYPT: dict[str, Any] = {
+    "device": Device("nvme", "dm-0", "ext4", 1),
+    "disks": FileDevice(PATH, "ext4", "dm-0", ("nvme0n1",), (0,), ""),
+    "speeds": Speeds(disk=0.5e9, mapped=0.5e9, warm=12e9),
+}
+
+
+def test_slow_decryption(tmp_path: Path) -> None:
+    finding = found(storage.Encrypted, system(tmp_path, LAYERS, **CRYPT))
+    assert "with se cret (dm-crypt) gives 0.50 GB/s, such disks some 2.00 GB/s" in finding.seen
+    assert seconds(finding) == 45.0
+    assert "--perf-no_read_workqueue --perf-no_write_workqueue 'se cret'" in finding.fix
+    assert finding.undo == "cryptsetup refresh 'se cret'"
+    for said in ({"speeds": FAST}, {"device": Device("hdd", "dm-0", "ext4", 1)}):
+        assert looked(storage.Encrypted, system(tmp_path, LAYERS, **CRYPT | said)) is None
+    (tmp_path / "sys/block/dm-0/dm/uuid").write_text("LVM-1\n")
+    assert looked(storage.Encrypted, system(tmp_path, **CRYPT)) is None
+
+
+def test_encryption_that_is_hidden_is_unknown(tmp_path: Path) -> None:
+    with pytest.raises(Unknown):
+        looked(storage.Encrypted, system(tmp_path, **CRYPT))
+
+
+def test_a_degraded_array_claims_first(tmp_path: Path) -> None:
+    where = system(tmp_path, LAYERS | {"/sys/block/md0/md/degraded": "1\n"}, **CRYPT)
+    finding = found(storage.Degraded, where)
+    assert finding.seen == "/sys/block/md0/md/degraded is 1"
+    assert seconds(finding) == 30.0
+    assert "mdadm --manage /dev/md0 --add" in finding.fix
+    assert seconds(found(storage.Encrypted, where)) == 15.0
+    assert looked(storage.Degraded, system(tmp_path, LAYERS, **CRYPT)) is None
+
+
+LOOP = {
+    "/sys/block/loop3/queue/x": "",
+    "/sys/block/loop3/loop/dio": "0\n",
+    "/sys/block/loop3/loop/backing_file": "/images/models.img\n",
+}
+
+
+def test_a_loop_device_without_direct_reads(tmp_path: Path) -> None:
+    disks = FileDevice(PATH, "ext4", "loop3", ("loop3",), (), "a virtual device")
+    said: dict[str, Any] = {"device": Device("unknown", "loop3", "ext4", 1), "disks": disks}
+    finding = found(storage.Loop, system(tmp_path, LOOP, **said))
+    assert finding.seen == "loop3 reads /images/models.img without direct I/O"
+    assert seconds(finding) == 2.5  # a copy at 12 GB/s
+    assert finding.fix == "losetup --direct-io=on /dev/loop3"
+    assert finding.undo == "losetup --direct-io=off /dev/loop3"
+    direct = LOOP | {"/sys/block/loop3/loop/dio": "1\n"}
+    assert looked(storage.Loop, system(tmp_path, direct, **said)) is None
+
+
+def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
+    silent = Speeds(why_not="m.gguf: no answer for 15 s from server:/m", stalled_s=15.0)
+    finding = found(storage.Silent, on_nfs(tmp_path, speeds=silent))
+    assert "no answer for 15 s" in finding.seen
+    assert finding.price is None
+    assert finding.fix.endswith("umount -f -l /models")
+    refused = Speeds(why_not="its file system maps no files")
+    assert looked(storage.Silent, on_nfs(tmp_path, speeds=refused)) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "seen", "fix"),
+    [
+        ({f"{PCI}/current_link_width": "2\n"}, "16 GT/s x2 of 16 GT/s x4", "seat the SSD"),
+        ({f"{PCI}/current_link_speed": "8.0 GT/s PCIe\n"}, "8 GT/s x4 of", "seat the SSD"),
+        (
+            {f"{PCI}/current_link_speed": "8.0 GT/s PCIe\n", f"{PCI}/power_state": "D3hot\n"},
+            "; unproven, as the device sleeps",
+            "seat the SSD",
+        ),
+        (
+            {
+                f"{PCI}/current_link_speed": "8.0 GT/s PCIe\n",
+                f"{PCI}/../max_link_speed": "8.0 GT/s PCIe\n",
+                f"{PCI}/../max_link_width": "16\n",
+            },
+            "its slot gives no more",
+            "no setting mends it",
+        ),
+    ],
+)
+def test_a_link_that_is_too_slow(
+    tmp_path: Path, files: dict[str, str], seen: str, fix: str
+) -> None:
+    finding = found(storage.SlowLink, system(tmp_path, files))
+    assert seen in finding.seen
+    assert seconds(finding) == 5.0
+    assert finding.fix.startswith(fix)
+    assert not finding.undo
+
+
+def test_a_link_that_is_not_what_limits(tmp_path: Path) -> None:
+    narrow = {f"{PCI}/current_link_width": "2\n"}
+    where = system(tmp_path, narrow, speeds=Speeds(disk=1.0e9))
+    assert looked(storage.SlowLink, where) is None
+    with pytest.raises(Unknown, match="is no link"):
+        looked(storage.SlowLink, system(tmp_path, {f"{PCI}/current_link_speed": "Unknown\n"}))
+
+
+def whole(path: Path) -> System:
+    rows: dict[str, sb.Row] = {"a": ("U8", (20 * MIB,)), "b": ("U8", (5000,))}
+    path.write_bytes(sb.build(sb.table(rows), os.urandom(20 * MIB + 5000)))
+    evict([str(path)])
+    return System(str(path), deep=True)
+
+
+def test_every_byte_is_read_and_given_back(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    where = whole(path)
+    assert looked(storage.Unreadable, where) is None
+    where.close()
+    assert resident(path) == 0
+    assert not storage.Unreadable(System(str(path))).available()
+
+
+def test_a_part_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = whole(tmp_path / "m.safetensors")
+
+    def read(_: object, view: memoryview, offset: int, way: str) -> None:
+        if offset:
+            raise ReadError("Input/output error", path="m", offset=offset + 4096)
+
+    monkeypatch.setattr("numaload.files.ways.IntoMemory.read", read)
+    finding = found(storage.Unreadable, where)
+    monkeypatch.undo()
+    assert f"bytes {16 * MIB} to" in finding.seen
+    assert "cannot be read (m: Input/output error at byte 16781312), in tensors" in finding.seen
+    assert finding.seen.endswith("in tensors a, b")
+    assert "sha256sum" in finding.fix
+    where.close()
+
+
+def test_checksums_of_the_store_and_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = tmp_path / "blobs" / ("0" * 64)
+    blob.parent.mkdir()
+    link = tmp_path / "m.safetensors"
+    link.symlink_to(blob)
+    where = whole(link)
+    assert f"the hub's is {'0' * 64}" in found(storage.Unreadable, where).seen
+    size = blob.stat().st_size
+    sums = [[(0, 16 * MIB, 1), (16 * MIB, size, 2)]]
+    monkeypatch.setattr(storage, "_stored_sums", lambda _: sums)
+    seen = found(storage.Unreadable, where).seen
+    assert f"bytes 0 to {16 * MIB} differ from what replicas were built from" in seen
+    assert "SHA-256" not in seen
+    where.close()
+
+
+def test_how_small_and_large_sizes_are_written() -> None:
+    assert storage._size(3 * MIB) == "3.0 MiB"
+    assert storage._size(3 * GIB) == "3.0 GiB"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from doctor_systems import GIB, constructed
-from machines import CXL, MEMORYLESS, NPS1, NPS4, ONE, SNC2_IN_ORDER, XEON, Machine, Pci
+from machines import CXL, MEMORYLESS, NPS1, NPS4, ONE, SNC2_IN_ORDER, XEON, Machine
 from numaload.doctor.speeds import Speeds
 from numaload.doctor.system import System
 from numaload.linux.mounts import Mount
@@ -21,9 +21,11 @@ from numaload.machine.devices import Device, FileDevice
 THP, CPUS = "/sys/kernel/mm/transparent_hugepage", "/sys/devices/system/cpu"
 POOL = "/sys/kernel/mm/hugepages/hugepages-2048kB"
 NFS = "rw,vers=4.2,rsize={},namlen=255,hard,proto=tcp,nconnect=8,addr={}"
-GEN5, GEN1 = "32.0 GT/s PCIe", "2.5 GT/s PCIe"
+GEN5 = "32.0 GT/s PCIe"
 FLAGS = "fpu sse2 avx avx2 fma f16c avx512f avx512bw avx512vl"
 SWAPS = "Filename Type Size Used Priority\n"
+
+NVME_PCI = "/sys/class/nvme/nvme0/device"
 
 # What every check reads, on a machine with nothing to mend.
 HEALTHY: dict[str, str] = {
@@ -46,6 +48,14 @@ HEALTHY: dict[str, str] = {
     f"{POOL}/nr_hugepages": "0\n",
     f"{POOL}/free_hugepages": "0\n",
     f"{POOL}/resv_hugepages": "0\n",
+    "/sys/block/nvme0n1/queue/read_ahead_kb": "4096\n",
+    f"{NVME_PCI}/current_link_speed": "16.0 GT/s PCIe\n",
+    f"{NVME_PCI}/max_link_speed": "16.0 GT/s PCIe\n",
+    f"{NVME_PCI}/current_link_width": "4\n",
+    f"{NVME_PCI}/max_link_width": "4\n",
+    f"{NVME_PCI}/power_state": "D0\n",
+    "/sys/class/net/eth0/operstate": "up\n",
+    "/sys/class/net/eth0/device/numa_node": "0\n",
 }
 
 
@@ -67,6 +77,21 @@ def told(
     if "gpus" not in said:
         del system.gpus
     return system
+
+
+def _pci(root: Path, folder: Path, files: dict[str, str], driver: str = "") -> None:
+    """Write a device of PCI, below its port if that is in the path."""
+    for leaf, text in files.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / leaf).write_text(f"{text}\n")
+    links = {root / f"sys/bus/pci/devices/{folder.name}": folder}
+    if driver:
+        there = root / f"sys/bus/pci/drivers/{driver}"
+        there.mkdir(parents=True)
+        links[folder / "driver"] = there
+    for link, target in links.items():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(target)
 
 
 def _disk(root: Path, name: str, numbers: str, queue: dict[str, str]) -> FileDevice:
@@ -92,25 +117,20 @@ def _meminfo(total: int, available: int, swap: int = 0, swap_free: int = 0) -> s
 
 
 def team_with_a_hub_mount(root: Path) -> System:
-    """20 GB from a mount that a program of this machine serves; GPU in a slot with fewer lanes."""
-    card = Pci("0x030200", 1, XEON.nodes[1][0], "nvidia")
-    machine = replace(XEON, pci={"0000:ae:00.0": card})
-    link = "/sys/devices/pci0000:00/0000:ae:00.0"
-    files = {
-        f"{link}/current_link_speed": GEN5,
-        f"{link}/max_link_speed": GEN5,
-        f"{link}/current_link_width": "4",
-        f"{link}/max_link_width": "16",
-        "/sys/class/bdi/0:45/read_ahead_kb": "15360\n",
-    }
-    options = NFS.format(1 << 20, "127.0.0.1")
+    """20 GB from a mount that a program of this machine serves; a GPU that lacks lanes."""
+    port = root / "sys/devices/pci0000:00/0000:ad:00.0"
+    link = {"current_link_speed": GEN5, "max_link_speed": GEN5, "max_link_width": "16"}
+    card = {"class": "0x030200", "vendor": "0x10de", "device": "0x2330", "numa_node": "1"}
+    card |= {"local_cpulist": XEON.nodes[1][0], "aer_dev_correctable": "TOTAL_ERR_COR 0"}
+    _pci(root, port, link | {"class": "0x060400", "vendor": "0x8086", "current_link_width": "4"})
+    _pci(root, port / "0000:ae:00.0", link | card | {"current_link_width": "4"}, "nvidia")
     return told(
         root,
-        machine,
+        XEON,
         20 * GIB,
-        files,
+        {"/sys/class/bdi/0:45/read_ahead_kb": "15360\n"},
         device=Device("network", "127.0.0.1:/hub", "nfs4"),
-        mount=Mount("0:45", "/models", "nfs4", options, "127.0.0.1:/hub"),
+        mount=Mount("0:45", "/models", "nfs4", NFS.format(1 << 20, "127.0.0.1"), "127.0.0.1:/hub"),
         disks=FileDevice("/models/model.gguf", "nfs4", "", (), (), "no block device: nfs4"),
         speeds=Speeds(0.12e9, 0.11e9, 9e9, 100 << 20, 0.9),
     )

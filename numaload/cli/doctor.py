@@ -19,6 +19,14 @@ CLEAN, FINDINGS, COULD_NOT_LOOK = 0, 1, 3  # exit status
 DOCS = "docs/findings.md"
 NARROWEST, WIDEST = 40, 100  # columns of text
 LABEL = 8  # columns of "  mend  "
+CONTINUED = " \\"  # ends a line of a command that goes on
+# Remedies that begin with one of these are commands, the others sentences.
+COMMANDS = {
+    "apk", "apt-get", "cat", "cp", "cpupower", "cryptsetup", "dnf", "docker", "echo", "export",
+    "hf", "losetup", "mdadm", "migratepages", "mkdir", "mount", "mv", "nvidia-smi", "numaload",
+    "pacman", "ps", "rm", "sudo", "swapoff", "swapon", "sysctl", "taskset", "umount", "unset",
+    "yum", "zypper",
+}  # fmt: skip
 
 
 def add_verbs(verbs: Any) -> None:
@@ -111,26 +119,28 @@ def heading(found: Diagnosis) -> list[str]:
         lines.append(f"its speed could not be measured: {found.speeds.why_not}")
     if not found.findings:
         return [*lines, _all_well(found)]
-    if found.load_s is not None and found.best_s is not None:
+    if found.load_s and found.best_s:
         lines.append(
-            f"a program that maps it has it in {seconds(found.load_s)}; what the disk gives would"
-            f" take {seconds(found.best_s)}"
+            f"a program that maps it has it in {seconds(found.load_s)}; at what the storage gives"
+            f" it would be {seconds(found.best_s)}"
         )
-    priced = [finding for finding in found.findings if finding.price]
-    lost = f"; the first {_cost(priced[0])}" if priced else ""
-    lines.append(f"{count(len(found.findings), 'thing')} to mend{lost}")
+    number = len(found.findings)
+    most = ", the most expensive first" if number > 1 else ""
+    lines.append(f"{count(number, 'thing')} to mend{most}")
     return lines
 
 
 def _all_well(found: Diagnosis) -> str:
     if found.load_s is None:
         return "nothing to mend"
-    if not found.best_s or not found.load_s:
+    if not found.load_s:
+        return "nothing to mend; this file is in RAM"
+    if not found.best_s:
         return f"nothing to mend; this file loads in {seconds(found.load_s)}"
     share = min(1.0, found.best_s / found.load_s)
     return (
-        f"nothing to mend; this file loads in {seconds(found.load_s)}, {share:.0%} of what the disk"
-        " gives"
+        f"nothing to mend; this file loads in {seconds(found.load_s)}, {share:.0%} of what the"
+        " storage gives"
     )
 
 
@@ -138,10 +148,26 @@ def _show_finding(number: int, finding: Finding, columns: int) -> None:
     _wrap(f"{number}. {finding.id} {finding.title}: {_cost(finding)}", columns, "", "   ")
     for label, text in (("seen", finding.seen), ("why", finding.why)):
         _wrap(text, columns, f"   {label:<5}", " " * LABEL)
-    root = " (needs root)" if finding.root else ""
-    _wrap(finding.fix + root, columns, f"   {'mend':<5}", " " * LABEL)
-    if finding.undo:
-        _wrap(finding.undo + root, columns, f"   {'undo':<5}", " " * LABEL)
+    for label, text in (("mend", finding.fix), ("undo", finding.undo)):
+        if text:
+            _show_remedy(label, text, columns)
+    if finding.root:
+        _wrap("this needs root", columns, " " * LABEL)
+
+
+def _show_remedy(label: str, text: str, columns: int) -> None:
+    """Print what to do. A command is continued so that it can be pasted as it stands."""
+    first, rest = f"   {label:<5}", " " * LABEL
+    if text.partition(" ")[0] not in COMMANDS:
+        _wrap(text, columns, first, rest)
+        return
+    command, _, remark = text.partition("  # ")
+    lines = _wrapped(command, columns - len(CONTINUED), first, rest)
+    for line in lines[:-1]:
+        say(f"{line}{CONTINUED}")
+    say(lines[-1])
+    if remark:
+        _wrap(f"# {remark}", columns, rest, f"{rest}# ")
 
 
 def _cost(finding: Finding) -> str:
@@ -155,7 +181,7 @@ def seconds(number: float) -> str:
     """Write seconds for people, with two digits that count."""
     if number >= 7200:
         return f"{number / 3600:.1f} h"
-    if number >= 120:
+    if number >= 600:
         return f"{number / 60:.0f} min"
     if 0 < number < 0.1:
         return f"{number * 1e3:.2g} ms"
@@ -163,16 +189,21 @@ def seconds(number: float) -> str:
 
 
 def _wrap(text: str, columns: int, first: str = "", rest: str = "") -> None:
-    """Print a paragraph. A command of one word, such as a path, is not broken."""
-    for line in textwrap.wrap(
+    """Print a paragraph."""
+    for line in _wrapped(text, columns, first, rest):
+        say(line)
+
+
+def _wrapped(text: str, columns: int, first: str, rest: str) -> list[str]:
+    """Cut a paragraph into lines, between words only: a path is not broken."""
+    return textwrap.wrap(
         printable(text),
         columns,
         initial_indent=first,
         subsequent_indent=rest,
         break_long_words=False,
         break_on_hyphens=False,
-    ):
-        say(line)
+    )
 
 
 def _columns() -> int:

@@ -254,18 +254,14 @@ class System:
         return self._seconds(self.speeds.disk)
 
     def _seconds(self, rate: float | None) -> float | None:
-        """Add what is absent at this rate to what is in RAM at the speed of a copy from there."""
-        if not self.size:
-            return None
+        """Return how long what is absent takes at this rate: what is in RAM is only mapped."""
         try:
             absent = self.absent
         except Unknown:
             return None
-        if absent and not rate:
-            return None
-        warm = self.speeds.warm
-        copied = (self.size - absent) / warm if warm else 0.0
-        return copied + (absent / rate if absent and rate else 0.0)
+        if not absent:
+            return 0.0 if self.size else None
+        return absent / rate if rate else None
 
     @cached_property
     def disk_use(self) -> DiskUse:

@@ -29,6 +29,10 @@ from numaload.replicas.layout import CHUNK, Layout, asked_of, pieces_of
 from numaload.replicas.plan import MemoryBudget
 
 PIECE = 1 << 20  # bytes that are copied, and hashed while they are in a core's caches
+# Bytes of huge pages that are made just before they are filled: clearing them brings them into the
+# caches too. 16 MiB at a time took 6 % longer.
+STEP = 4 << 20
+Prepare = Callable[[int, int], None]  # has pages under [start, stop) of the file
 MAX_THREADS = 8  # per node, that copy; a memory controller is busy with fewer
 
 
@@ -220,18 +224,18 @@ class _Build:
         leader = groups[(self.starts[which] + index) // len(groups[0]) % len(groups)]
         self._sit(self._node(leader, which, index))
 
-        def read(view: memoryview) -> int | None:
-            segments = list(self._segments(chunk))
+        def read(view: memoryview, prepare: Prepare) -> int | None:
+            segments, source = list(self._segments(chunk)), self.sources[which]
             if not any(absent for *_, absent in segments):
-                source = self.sources[which]
                 return _hashed(
-                    view, lambda part, at: source.read(part, chunk.offset + at, BUFFERED)
+                    view, chunk, prepare, lambda part, at: source.read(part, at, BUFFERED)
                 )
+            prepare(chunk.offset, chunk.stop)
             for start, stop, absent in segments:
                 part = view[start - chunk.offset : stop - chunk.offset]
                 with part:
                     name = way.name if absent else BUFFERED
-                    self.sources[which].read(part, start, name)
+                    source.read(part, start, name)
             return None
 
         self.sums[which][index] = self._fill(leader, chunk, read)
@@ -262,22 +266,27 @@ class _Build:
         if at < chunk.stop:
             yield at, chunk.stop, False
 
-    def _fill(self, group: Group, chunk: Chunk, write: Callable[[memoryview], int | None]) -> int:
+    def _fill(
+        self, group: Group, chunk: Chunk, write: Callable[[memoryview, Prepare], int | None]
+    ) -> int:
         """Fill a chunk; return the XXH3-64 of what is in the arena then.
 
-        write: may have hashed it already.
+        write: has pages prepared before it fills them. It may have hashed all of it already.
         """
         arena = self.arenas[group][chunk.which]
+
+        def prepare(start: int, stop: int) -> None:
+            # No more at a time than there are CPUs: else all are half done before one can read.
+            with self.busy:
+                arena.prepare(start, stop)
+
         ranges = arena.layout.ranges(chunk.which, chunk.offset, chunk.stop)
         # Released at once: a view in the traceback of an error would keep the whole arena.
         with (
             self.budget.taken(ranges) if self.budget else nullcontext(),
             arena.mapping.view(chunk.offset, chunk.nbytes, write=True) as view,
         ):
-            # No more at a time than there are CPUs: else all are half done before one can read.
-            with self.busy:
-                arena.prepare(chunk.offset, chunk.stop)
-            found = write(view)
+            found = write(view, prepare)
             if found is not None:
                 return found
             with self.busy:
@@ -298,11 +307,11 @@ class _Build:
         source = self.arenas[leader][chunk.which].mapping
 
         def copy(part: memoryview, at: int) -> None:
-            with source.view(chunk.offset + at, len(part)) as read:
+            with source.view(at, len(part)) as read:
                 # Of its ways to copy this is the one that lets other threads of Python run.
                 np.copyto(np.frombuffer(part, np.uint8), np.frombuffer(read, np.uint8))
 
-        found = self._fill(group, chunk, lambda view: _hashed(view, copy))
+        found = self._fill(group, chunk, lambda view, prepare: _hashed(view, chunk, prepare, copy))
         self._compare(group, chunk, found)
         self.reading.advance(chunk.nbytes)
 
@@ -336,11 +345,20 @@ class _Build:
         return dropped
 
 
-def _hashed(view: memoryview, copy: Callable[[memoryview, int], None]) -> int:
-    """Have every piece copied from RAM, hash it while it is in the caches; return the XXH3-64."""
-    found = xxhash.xxh3_64()
-    for start in range(0, len(view), PIECE):
-        with view[start : start + PIECE] as part:
-            copy(part, start)
+def _hashed(
+    view: memoryview, chunk: Chunk, prepare: Prepare, copy: Callable[[memoryview, int], None]
+) -> int:
+    """Have every piece copied from RAM, hash it while it is in the caches; return the XXH3-64.
+
+    copy: fills the part that begins at this byte of the file.
+    """
+    found, at = xxhash.xxh3_64(), chunk.offset
+    while at < chunk.stop:
+        if at == chunk.offset or at % STEP == 0:
+            prepare(at, min(chunk.stop, at - at % STEP + STEP))
+        end = min(chunk.stop, at - at % PIECE + PIECE)
+        with view[at - chunk.offset : end - chunk.offset] as part:
+            copy(part, at)
             found.update(part)
+        at = end
     return found.intdigest()

@@ -45,7 +45,7 @@ def test_nothing_is_found_where_all_is_well(
     found = examine(told(tmp_path, machine, 4 * GIB))
     assert [finding.id for finding in found.findings] == []
     show(found)
-    assert "nothing to mend; this file loads in 1.5 s, 97% of what the disk gives" in (
+    assert "nothing to mend; this file loads in 1.5 s, 97% of what the storage gives" in (
         capsys.readouterr().out.replace("\n", " ")
     )
 

@@ -5,10 +5,12 @@ An idle GPU lowers its link, which is no finding. Nothing here wakes a GPU that 
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import time
 from abc import abstractmethod
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from numaload.doctor.check import Check, Price, Unknown
@@ -107,12 +109,10 @@ class SlowLink(_PcieLink):
         links = _links(self.system, gpu)
         if all(link.speed >= link.most_speed for link in links):
             return ""
-        proof = "under a copy"
-        if copied := self._under_copy(gpu):
-            links = copied
-        elif _is_busy(self.system, gpu):
-            proof = "unproven: no copy was made, but the GPU is at work"
-        else:
+        copied, proof = self._under_copy(gpu), "unproven: no copy was made, but the GPU is at work"
+        if copied:
+            links, proof = copied, "under a copy"
+        elif not _is_busy(self.system, gpu):
             return ""
         slowest = min(links, key=lambda link: _rate(link.speed, link.width))
         now = _rate(slowest.speed, slowest.width)
@@ -144,10 +144,7 @@ class SlowLink(_PcieLink):
         return max(seen, key=lambda links: min(_rate(one.speed, one.width) for one in links))
 
     def explain(self) -> str:
-        return (
-            "All weights reach the GPU over PCIe. The card and its slot use a lower speed than both"
-            " can do: for a poor contact, a riser, or a setting of the BIOS."
-        )
+        return "All weights reach the GPU over PCIe. A bad contact or the BIOS can slow it down."
 
     def fix(self) -> str:
         return "set the slot to Auto or its highest PCIe generation in the BIOS; reseat the card"
@@ -170,16 +167,10 @@ class NarrowLink(_PcieLink):
         return f"x{slowest.width} of x{slowest.most_width} lanes"
 
     def explain(self) -> str:
-        return (
-            "Each lane carries a part of what is copied to the GPU. The card and the port above it"
-            " can both use more lanes than they do."
-        )
+        return "Each lane carries a part of what is copied. Card and port can use more of them."
 
     def fix(self) -> str:
-        return (
-            "reseat the card and its riser; move it to a slot with all lanes wired (see the board's"
-            " manual); in the BIOS, do not bifurcate its slot"
-        )
+        return "reseat the card; use a slot with all lanes; do not bifurcate it in the BIOS"
 
 
 class LinkErrors(_EachGpu):
@@ -219,10 +210,7 @@ class LinkErrors(_EachGpu):
         return "What arrives damaged is sent again, which takes time, and a link may fail for good."
 
     def fix(self) -> str:
-        return (
-            "reseat the card; replace its riser or cable; if that does not help, set its slot one"
-            " PCIe generation lower in the BIOS"
-        )
+        return "reseat the card; replace its riser or cable; or lower the slot's PCIe generation"
 
 
 class _Nodes(Check):
@@ -281,10 +269,7 @@ class FarStorage(_Nodes):
         return ", ".join(known), sorted(set(known.values()))
 
     def explain(self) -> str:
-        return (
-            "The file crosses from socket to socket on its way to the GPU. From memory beside the"
-            " GPU it is copied fastest: the program should run and allocate there."
-        )
+        return "The file crosses between sockets on its way. It should be staged beside the GPU."
 
     def price(self) -> Price:
         # Assumed: a program that is not bound has half of its staging memory on the wrong node.
@@ -310,10 +295,7 @@ class FarCpus(_Nodes):
         return f"CPUs {format_list(allowed)} may be used; {self.named(self.cards)}"
 
     def explain(self) -> str:
-        return (
-            "Memory is taken where the program runs. What is copied to the GPU then lies in"
-            " another socket's memory, from where it takes about three times as long."
-        )
+        return "Memory is taken where the program runs. From there copies cross between sockets."
 
     def price(self) -> Price | None:
         share = sum(_share(self.system, gpu) for gpu in self.cards)
@@ -321,6 +303,120 @@ class FarCpus(_Nodes):
 
     def fix(self) -> str:
         return f"numactl --cpunodebind={self.wanted} --membind={self.wanted} PROGRAM"
+
+
+class FarPeers(_Nodes):
+    id, title = "NL406", "The GPUs of one model are on different sockets"
+    source = "nvidia-smi topo -m: SYS is a way between sockets (nvml.h), 2026-11"
+    between, links = 50, range(18)  # NVML_TOPOLOGY_SYSTEM, NVML_NVLINK_MAX_LINKS
+    spare = 1 << 30  # bytes of each GPU for what is no weight, assumed
+
+    def available(self) -> bool:
+        return bool(self.system.size) and len(_gpus(self.system)) > 1 and super().available()
+
+    def measure(self) -> str:
+        used, sockets = _used(self.system), dict[str, list[Gpu]]()
+        cards = max(([gpu for gpu in used if gpu.id.startswith(one)] for one in VISIBLE), key=len)
+        for gpu in cards if len(cards) > 1 else ():
+            node = self.system.machine.nodes.get(-1 if gpu.node is None else gpu.node)
+            if node is None or not node.packages:
+                raise Unknown(f"the socket of GPU {gpu.address}: it is not shown")
+            sockets.setdefault(f"socket {format_list(node.packages)}", []).append(gpu)
+        if len(sockets) < 2 or self._joined(cards):
+            return ""
+        best = max(sockets.values(), key=self._room)
+        fits = self.system.size <= self._room(best)
+        self.chosen = best if fits else [gpu for group in sockets.values() for gpu in group]
+        if self.chosen == cards:  # all are needed, and neighbours are beside each other
+            return ""
+        rows = (", ".join(gpu.address for gpu in group) for group in sockets.values())
+        return "; ".join(f"{one}: {row}" for one, row in zip(sockets, rows, strict=True))
+
+    def _room(self, cards: list[Gpu]) -> int:
+        return sum((_memory(self.system, gpu) or MEMORY) - self.spare for gpu in cards)
+
+    def _joined(self, cards: list[Gpu]) -> bool:
+        """Return whether NVLink or XGMI joins them, or no socket parts them. Raises: Unknown."""
+        system = self.system
+        if cards[0].id.startswith(AMD):
+            hives = {_text(system, f"{_folder(gpu)}/xgmi_hive_info/xgmi_hive_id") for gpu in cards}
+            return len(hives) == 1 and hives != {""}
+        handles = [_handle(system, gpu) for gpu in cards]
+        if None in handles:
+            raise Unknown(
+                "whether NVLink joins the GPUs: NVML does not tell (numaload[gpu] asks it)"
+            )
+        ways = [_nvml(system, cards[0], "TopologyCommonAncestor", one) for one in handles[1:]]
+        states = ({_nvml(system, gpu, "NvLinkState", n) for n in self.links} for gpu in cards)
+        beside = all((way or self.between) < self.between for way in ways)
+        return beside or all(1 in state for state in states)
+
+    def explain(self) -> str:
+        return "What one GPU computes the next one needs. The way between sockets is a slow one."
+
+    def fix(self) -> str:
+        vendor = self.chosen[0].id[:4]
+        cards = [gpu for gpu in _gpus(self.system) if gpu.id.startswith(vendor) and gpu.driver]
+        numbers = ",".join(str(cards.index(gpu)) for gpu in self.chosen)
+        order = "CUDA_DEVICE_ORDER=PCI_BUS_ID " if vendor == NVIDIA else ""
+        return f"export {order}{VISIBLE[vendor]}={numbers}"
+
+    def undo(self) -> str:
+        words = self.fix().split()[1:]
+        return _as_before(self.system, [word.partition("=")[0] for word in words])
+
+
+class Mps(Check):
+    id, title = "NL407", "MPS is asked for, but does not run or limits the GPU"
+    source = "NVIDIA MPS r615, Environment Variables and Quick Start, 2026-11"
+    pipes, threads = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+    memory = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
+    files = ("control", "nvidia-cuda-mps-control.pid")  # the daemon's socket and its number
+
+    def available(self) -> bool:
+        return any(gpu.driver == "nvidia" for gpu in _gpus(self.system))
+
+    def measure(self) -> str:
+        told, pid = self.system.environment, self.system.pid
+        asked = [name for name in (self.pipes, self.threads, self.memory) if told.get(name)]
+        folder = told.get(self.pipes) or "/tmp/nvidia-mps"  # noqa: S108 - NVIDIA's default
+        if not asked or folder == os.devnull:  # no directory: MPS is not wanted
+            return ""
+        root = "" if pid is None else f"/proc/{pid}/root"
+        if not folder.startswith("/") or not self.system.exists(f"{root}/"):
+            raise Unknown(f"{folder}: the process may see other files there")
+        if not any(self.system.exists(f"{root}{folder}/{name}") for name in self.files):
+            quoted = shlex.quote(folder)
+            control = f"{self.pipes}={quoted} nvidia-cuda-mps-control"
+            self.do = f"mkdir -p {quoted} && CUDA_MPS_LOG_DIRECTORY={quoted} {control} -d"
+            self.back = f"echo quit | {control}"
+            return f"no control daemon in {folder}; set: {', '.join(asked)}"
+        limits = [name for name in asked if name != self.pipes and self._binds(name, told[name])]
+        self.do, self.back = f"unset {' '.join(limits)}", _as_before(self.system, limits)
+        return ", ".join(f"{name}={told[name]}" for name in limits)
+
+    def _binds(self, name: str, text: str) -> bool:
+        """Return whether it leaves less than the GPU, or than the model. Raises: Unknown."""
+        percent = number_in(text.partition(".")[0])
+        if name == self.threads and percent is not None:
+            return percent < 100
+        found = re.findall(r"([0-9]{1,4})=([0-9]{1,9})([MG])", text.upper())  # 0=1G,1=512MB
+        if len(found) <= text.count(","):
+            raise Unknown(f"what {name}={text} means")
+        limits = {int(n): int(most) << (30 if unit == "G" else 20) for n, most, unit in found}
+        size, chosen = self.system.size, self.system.environment.get(VISIBLE[NVIDIA])
+        cards = [gpu for gpu in _gpus(self.system) if gpu.driver == "nvidia"]
+        count = len(cards if chosen is None else chosen.split(","))
+        return sum(limits.get(n, size) for n in range(count)) < size  # without a limit: enough
+
+    def explain(self) -> str:
+        return "Without the daemon of MPS programs take turns. Its limits hold on an idle GPU too."
+
+    def fix(self) -> str:
+        return self.do
+
+    def undo(self) -> str:
+        return self.back
 
 
 class NoDriver(_EachGpu):
@@ -372,10 +468,7 @@ class NotPersistent(_EachGpu):
         return text
 
     def explain(self) -> str:
-        return (
-            "Without persistence mode the driver lets go of a GPU when its last program ends. The"
-            " next one waits until the GPU is initialised again."
-        )
+        return "The driver lets go of a GPU when its last program ends. The next one waits for it."
 
     def fix(self) -> str:
         return self._set(1)
@@ -403,15 +496,23 @@ def _computes(system: System, gpu: Gpu) -> bool:
         return system.exists(f"{listed}/{gpu.address}")
     if gpu.id.startswith(AMD) and gpu.kind != "accelerator" and gpu.driver not in PASSED_ON:
         # AMD's cards have a PCIe switch of their own above the GPU; processors' graphics do not.
-        return _vendor(system, f"{_folder(gpu)}/..") == f"0x{AMD}"
+        return _text(system, f"{_folder(gpu)}/../vendor") == f"0x{AMD}"
     return gpu.id.startswith((NVIDIA, AMD)) and gpu.driver not in PASSED_ON
 
 
-def _vendor(system: System, folder: str) -> str:
+def _text(system: System, path: str) -> str:
+    """Return a file's text; "" where it cannot be read."""
     try:
-        return system.text(f"{folder}/vendor")
+        return system.text(path)
     except Unknown:
         return ""
+
+
+def _as_before(system: System, names: list[str]) -> str:
+    """Return the commands that give these variables what they are now."""
+    now = system.environment
+    rows = (f"export {n}={shlex.quote(now[n])}" if n in now else f"unset {n}" for n in names)
+    return "; ".join(rows)
 
 
 def _used(system: System) -> list[Gpu]:
@@ -458,10 +559,9 @@ def _memory(system: System, gpu: Gpu) -> int | None:
     told = _nvml(system, gpu, "MemoryInfo")
     if told is not None:
         return int(told.total)
-    try:
+    with suppress(Unknown):
         return system.number(f"{_folder(gpu)}/mem_info_vram_total")  # of amdgpu
-    except Unknown:
-        return None
+    return None
 
 
 def _way(system: System, gpu: Gpu) -> list[str]:
@@ -480,7 +580,7 @@ def _links(system: System, gpu: Gpu) -> list[_Link]:
             continue
         speed, width = _end(system, way[i], "current")
         most_speed, most_width = _end(system, way[i], "max")
-        sure = i + 1 < len(way) and _vendor(system, way[i + 1]) not in MADE_UP_PORTS
+        sure = i + 1 < len(way) and _text(system, f"{way[i + 1]}/vendor") not in MADE_UP_PORTS
         if sure:
             slot_speed, slot_width = _end(system, way[i + 1], "max")
             most_speed, most_width = min(most_speed, slot_speed), min(most_width, slot_width)
@@ -504,26 +604,17 @@ def _rate(speed: float, width: int) -> float:
 
 
 def _is_suspended(system: System, gpu: Gpu) -> bool:
-    try:
-        return system.text(f"{_folder(gpu)}/power/runtime_status") == "suspended"
-    except Unknown:
-        return False
+    return _text(system, f"{_folder(gpu)}/power/runtime_status") == "suspended"
 
 
 def _is_off(system: System, gpu: Gpu) -> bool:
     """Return whether NVIDIA's driver has not initialised it: its names are question marks then."""
-    try:
-        return "??" in system.text(f"/proc/driver/nvidia/gpus/{gpu.address}/information")
-    except Unknown:
-        return False
+    return "??" in _text(system, f"/proc/driver/nvidia/gpus/{gpu.address}/information")
 
 
 def _is_at_top(system: System, gpu: Gpu) -> bool | None:
     """Return whether amdgpu has the link in its highest state; None where it has no several."""
-    try:
-        states = system.text(f"{_folder(gpu)}/pp_dpm_pcie").splitlines()
-    except Unknown:
-        return None
+    states = _text(system, f"{_folder(gpu)}/pp_dpm_pcie").splitlines()
     return states[-1].endswith("*") if len(states) > 1 else None
 
 
@@ -548,21 +639,17 @@ def _handle(system: System, gpu: Gpu) -> Any:
     asleep = any(_is_off(system, one) or _is_suspended(system, one) for one in nvidia)
     if gpu not in nvidia or asleep or system.nvml is None:
         return None
-    try:
+    with suppress(Exception):  # NVMLError of whichever version
         return system.nvml.nvmlDeviceGetHandleByPciBusId(gpu.address)
-    except Exception:  # noqa: BLE001 - NVMLError of whichever version
-        return None
+    return None
 
 
 def _nvml(system: System, gpu: Gpu, name: str, *more: Any) -> Any:
     """Ask NVML for this about a GPU; None where it does not say."""
     handle = _handle(system, gpu)
-    if handle is None:
-        return None
-    try:
-        return getattr(system.nvml, f"nvmlDeviceGet{name}")(handle, *more)
-    except Exception:  # noqa: BLE001 - NotSupported, or a driver older than the question
-        return None
+    with suppress(Exception):  # NotSupported, or a driver older than the question
+        return handle and getattr(system.nvml, f"nvmlDeviceGet{name}")(handle, *more)
+    return None
 
 
 CHECKS: tuple[type[Check], ...] = (
@@ -571,6 +658,8 @@ CHECKS: tuple[type[Check], ...] = (
     LinkErrors,
     FarStorage,
     FarCpus,
+    FarPeers,
+    Mps,
     NoDriver,
     NotPersistent,
 )

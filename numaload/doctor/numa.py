@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -439,35 +438,6 @@ class NoMemory(_Nodes):
             "move memory modules so that each node has some; or choose fewer nodes in the BIOS:"
             " NPS1, SNC off"
         )
-
-
-def interconnect_command(processor: str) -> str:
-    """Return the command that counts, for ten seconds, what comes from other nodes' memory.
-
-    processor: its name as in /proc/cpuinfo. Source of the events: Linux
-    tools/perf/pmu-events/arch/x86, 2026-11.
-    """
-    events = _events(processor)
-    return f"perf stat -a --per-socket -e {','.join(events)} -- sleep 10"
-
-
-def _events(processor: str) -> tuple[str, ...]:
-    if "EPYC" in processor:  # caches filled from memory of the own node, of others
-        series = re.search(r"EPYC (\d)\w\w(\d)", processor)
-        if series and series[2] in "12":  # Zen and Zen 2, as EPYC 7551 and 7702
-            return (
-                "ls_refills_from_sys.ls_mabresp_lcl_dram",
-                "ls_refills_from_sys.ls_mabresp_rmt_dram",
-            )
-        if series and series[2] == "3":  # Zen 3, as EPYC 7763
-            return "ls_any_fills_from_sys.mem_io_local", "ls_any_fills_from_sys.mem_io_remote"
-        return "ls_any_fills_from_sys.dram_io_near", "ls_any_fills_from_sys.dram_io_far"
-    if "Xeon" in processor and re.search(r" E[57]-", processor):
-        return ("unc_q_txl_flits_g0.data",)  # flits of QPI, 8 bytes each
-    if "Xeon" in processor:  # flits of UPI, 64/9 bytes each; reads of memory by whose it is
-        reads = "unc_cha_requests.reads"
-        return "unc_upi_txl_flits.all_data", f"{reads}_local", f"{reads}_remote"
-    return "node-loads", "node-load-misses"  # perf-list(1), generic
 
 
 def _nodes_of(entries: Iterable[Entry]) -> set[int]:

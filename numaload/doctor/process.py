@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import NamedTuple
 
-from numaload.doctor.check import ESTIMATED, PASS, Check, Price, Unknown
+from numaload.doctor.check import ESTIMATED, PASS, Check, Finding, Price, Unknown
 from numaload.doctor.findings import ThreadFinding, hardest
 from numaload.linux.lists import format_list, parse_list
 from numaload.linux.placement import Area
@@ -164,6 +164,10 @@ class _Memory(Check):
             return f"numaload exec --node {min(home)} {model} -- PROGRAM -m {{model}}"
         nodes = format_list(home)
         return f"numactl --cpunodebind={nodes} --membind={nodes} PROGRAM"
+
+    def finding(self, seen: str) -> Finding:
+        """Add what crosses between nodes, which is counted only where something was found."""
+        return super().finding(f"{seen}; {self.system.interconnect}")
 
     def undo(self) -> str:
         home, found = self.misplaced.home, self.misplaced.found

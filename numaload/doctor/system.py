@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from numaload.doctor.check import Unknown
 from numaload.doctor.findings import ThreadReport, inspect_threads
+from numaload.doctor.interconnect import observe
 from numaload.doctor.opinion import second_opinion
 from numaload.doctor.speeds import Budget, Speeds, measure_speeds, reach
 from numaload.errors import NumaError, NumaloadError, check_limits, reason
@@ -375,6 +376,11 @@ class System:
         if not found:  # every process has some
             raise Unknown(f"{path}: empty")
         return found
+
+    @cached_property
+    def interconnect(self) -> str:
+        """Return what perf counts between nodes and of the process; it takes 0.5 s."""
+        return RECORDED if self.root else observe(self)
 
     @cached_property
     def uid(self) -> int:

@@ -17,8 +17,10 @@ from numaload.doctor import gpu as subject
 from numaload.doctor.check import ESTIMATED, Check, Price, Unknown
 from numaload.doctor.gpu import (
     FarCpus,
+    FarPeers,
     FarStorage,
     LinkErrors,
+    Mps,
     NarrowLink,
     NoDriver,
     NotPersistent,
@@ -112,8 +114,8 @@ class Nvml:
         self.asked.append(address)
         return address
 
-    def __getattr__(self, name: str) -> Callable[[str], Any]:
-        return lambda _handle: self.said[name.removeprefix("nvmlDeviceGet")]
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda _handle, *_more: self.said[name.removeprefix("nvmlDeviceGet")]
 
 
 BUSY = {"PerformanceState": 2, "UtilizationRates": SimpleNamespace(gpu=97)}
@@ -514,6 +516,158 @@ def test_one_node_and_nodes_that_are_unknown_are_no_finding(tmp_path: Path) -> N
     system = found(tmp_path, size=SIZE, disks=disk(1), allowed=NODE0)
     assert looked(FarCpus, system) is None
     assert looked(FarStorage, system) is None
+
+
+# NL406: the ways between GPUs.
+
+PCI_ONLY = {"TopologyCommonAncestor": 50, "NvLinkState": 0}
+
+
+def put_far(root: Path) -> None:
+    """Write a GPU on each socket, and a third beside the second."""
+    put_card(root)
+    put_card(root, second=True, node=1)
+    said = {"vendor": "0x10de", "device": "0x2330", "class": "0x030200", "numa_node": "1"}
+    put(root, "0000:b0:00.0", "nvidia", said)
+
+
+@pytest.mark.parametrize(
+    ("before", "undo"),
+    [
+        ({}, "unset CUDA_DEVICE_ORDER; unset CUDA_VISIBLE_DEVICES"),
+        (
+            {"CUDA_VISIBLE_DEVICES": "0,1,2"},
+            "unset CUDA_DEVICE_ORDER; export CUDA_VISIBLE_DEVICES=0,1,2",
+        ),
+    ],
+)
+@pytest.mark.parametrize("said", [PCI_ONLY, {"NvLinkState": 0}, {}])
+def test_gpus_on_different_sockets(
+    tmp_path: Path, said: dict[str, int], before: dict[str, str], undo: str
+) -> None:
+    put_far(tmp_path)
+    finding = looked(FarPeers, found(tmp_path, size=SIZE, nvml=Nvml(**said), environment=before))
+    assert finding is not None
+    assert finding.seen == f"socket 0: {CARD}; socket 1: {SECOND}, 0000:b0:00.0"
+    assert finding.fix == "export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=1,2"
+    assert finding.undo == undo
+    assert finding.price is None
+
+
+@pytest.mark.parametrize(("order", "fix"), [("1,0,2", "1,2,0"), ("0,1,2", ""), ("", ""), ("0", "")])
+def test_a_model_that_needs_all_gpus_needs_their_order(
+    tmp_path: Path, order: str, fix: str
+) -> None:
+    put_far(tmp_path)
+    told = {"CUDA_VISIBLE_DEVICES": order}
+    nvml = Nvml(**PCI_ONLY, MemoryInfo=SimpleNamespace(total=80 * GIB))
+    finding = looked(FarPeers, found(tmp_path, size=159 * GIB, nvml=nvml, environment=told))
+    assert (finding.fix.rpartition("=")[2] if finding else "") == fix
+
+
+@pytest.mark.parametrize(
+    "said", [PCI_ONLY | {"NvLinkState": 1}, PCI_ONLY | {"TopologyCommonAncestor": 40}]
+)
+def test_gpus_that_are_joined_are_no_finding(tmp_path: Path, said: dict[str, int]) -> None:
+    put_far(tmp_path)
+    assert looked(FarPeers, found(tmp_path, size=SIZE, nvml=Nvml(**said))) is None
+
+
+@pytest.mark.parametrize(("node", "nvml"), [(1, None), (-1, Nvml(**PCI_ONLY))])
+def test_links_and_sockets_that_nobody_tells_are_unknown(
+    tmp_path: Path, node: int, nvml: Nvml | None
+) -> None:
+    put_card(tmp_path)
+    put_card(tmp_path, second=True, node=node)
+    with pytest.raises(Unknown):
+        looked(FarPeers, found(tmp_path, size=SIZE, nvml=nvml))
+
+
+@pytest.mark.parametrize(
+    ("hives", "fix"),
+    [
+        (("1", "1"), ""),
+        (("1", "2"), "export HIP_VISIBLE_DEVICES=0"),
+        (("", ""), "export HIP_VISIBLE_DEVICES=0"),
+    ],
+)
+def test_amd_gpus_of_one_hive_are_joined(tmp_path: Path, hives: tuple[str, str], fix: str) -> None:
+    for node, address in enumerate((CARD, SECOND)):
+        said = {"vendor": "0x1002", "device": "0x74a1", "class": "0x120000", "numa_node": str(node)}
+        put(tmp_path, address, "amdgpu", said)
+        if hives[node]:
+            folder = tmp_path / f"sys/bus/pci/devices/{address}/xgmi_hive_info"
+            folder.mkdir()
+            (folder / "xgmi_hive_id").write_text(hives[node])
+    finding = looked(FarPeers, found(tmp_path, size=SIZE))
+    assert (finding.fix if finding else "") == fix
+
+
+# NL407: MPS.
+
+PIPES, THREADS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+MEM_LIMIT = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
+
+
+@pytest.mark.parametrize(
+    ("told", "folder"),
+    [({PIPES: "/run/an mps"}, "'/run/an mps'"), ({THREADS: "100"}, "/tmp/nvidia-mps")],  # noqa: S108
+)
+def test_mps_without_its_daemon(tmp_path: Path, told: dict[str, str], folder: str) -> None:
+    put_card(tmp_path)
+    finding = looked(Mps, found(tmp_path, environment=told))
+    assert finding is not None
+    assert finding.seen.startswith("no control daemon in /")
+    control = f"{PIPES}={folder} nvidia-cuda-mps-control"
+    assert finding.fix == f"mkdir -p {folder} && CUDA_MPS_LOG_DIRECTORY={folder} {control} -d"
+    assert finding.undo == f"echo quit | {control}"
+
+
+@pytest.mark.parametrize(
+    ("told", "limit"),
+    [
+        ({THREADS: "50"}, THREADS),
+        ({THREADS: "99.5"}, THREADS),
+        ({THREADS: "100", PIPES: "/tmp/nvidia-mps"}, ""),  # noqa: S108
+        ({MEM_LIMIT: "0=9G"}, MEM_LIMIT),
+        ({MEM_LIMIT: "0=512mb, 1=1GB", "CUDA_VISIBLE_DEVICES": "GPU-1,GPU-2"}, MEM_LIMIT),
+        ({MEM_LIMIT: "0=10G"}, ""),
+        ({MEM_LIMIT: "1=1G"}, ""),
+        ({PIPES: "/dev/null", THREADS: "50"}, ""),
+        ({PIPES: ""}, ""),
+    ],
+)
+def test_limits_of_mps(tmp_path: Path, told: dict[str, str], limit: str) -> None:
+    put_card(tmp_path)
+    files = {"/tmp/nvidia-mps/control": ""}  # noqa: S108
+    finding = looked(Mps, found(tmp_path, files=files, size=SIZE, environment=told))
+    assert (finding.seen if finding else "") == (f"{limit}={told[limit]}" if limit else "")
+    if finding:
+        assert finding.fix == f"unset {limit}"
+        assert finding.undo.startswith(f"export {limit}=")
+        assert finding.price is None
+
+
+@pytest.mark.parametrize(
+    "told", [{THREADS: "half"}, {MEM_LIMIT: "0=9"}, {MEM_LIMIT: "0=9G,1"}, {PIPES: "mps"}]
+)
+def test_words_for_mps_are_unknown(tmp_path: Path, told: dict[str, str]) -> None:
+    put_card(tmp_path)
+    files = {"/tmp/nvidia-mps/control": ""}  # noqa: S108
+    with pytest.raises(Unknown):
+        looked(Mps, found(tmp_path, files=files, size=SIZE, environment=told))
+
+
+def test_mps_is_looked_for_where_the_process_sees_it(tmp_path: Path) -> None:
+    put_card(tmp_path)
+    system = found(tmp_path, environment={PIPES: "/mps"})
+    system.pid = 7
+    with pytest.raises(Unknown):  # its root is hidden
+        looked(Mps, system)
+    (tmp_path / "proc/7/root/mps").mkdir(parents=True)
+    assert looked(Mps, system) is not None
+    (tmp_path / "proc/7/root/mps/control").touch()
+    assert looked(Mps, system) is None
 
 
 # NL408 and NL409: the driver.

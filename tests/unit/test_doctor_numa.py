@@ -44,7 +44,6 @@ from numaload.doctor.numa import (
     Refused,
     StaleReplicas,
     ZoneReclaim,
-    interconnect_command,
 )
 from numaload.doctor.system import System
 from numaload.errors import NumaloadError
@@ -526,25 +525,3 @@ def test_a_store_that_cannot_be_read_is_an_error(
             _ = system.replicas
     finally:
         system.close()
-
-
-# The interconnect.
-
-
-@pytest.mark.parametrize(
-    ("processor", "event"),
-    [
-        ("Intel(R) Xeon(R) Platinum 8480+", "unc_upi_txl_flits.all_data"),
-        ("Intel(R) Xeon(R) CPU E5-2690 v3 @ 2.60GHz", "unc_q_txl_flits_g0.data"),
-        ("AMD EPYC 7702 64-Core Processor", "ls_refills_from_sys.ls_mabresp_rmt_dram"),
-        ("AMD EPYC 7763 64-Core Processor", "ls_any_fills_from_sys.mem_io_remote"),
-        ("AMD EPYC 7R13 Processor", "ls_any_fills_from_sys.mem_io_remote"),
-        ("AMD EPYC 9654 96-Core Processor", "ls_any_fills_from_sys.dram_io_far"),
-        ("", "node-load-misses"),
-    ],
-)
-def test_interconnect_command(processor: str, event: str) -> None:
-    command = interconnect_command(processor)
-    assert command.startswith("perf stat -a --per-socket -e ")
-    assert event in command
-    assert command.endswith(" -- sleep 10")

@@ -82,11 +82,12 @@ def process(root: Path, threads: ThreadReport, maps: str | None = None, **said: 
 
 def test_memory_where_no_thread_may_run(tmp_path: Path) -> None:
     maps = line({0: 10 * GIB, 1: 2 * GIB}) + model_line({0: 4 * GIB})
-    found = looked(RemoteShare, process(tmp_path, at(NODE_1, BOTH), maps, size=GIB))
+    system = process(tmp_path, at(NODE_1, BOTH), maps, size=GIB)
+    found = looked(RemoteShare, system)
     assert found is not None
     assert found.seen == (
         "its threads work on node 1, but 14336 MiB of 16384 MiB (88%) of its memory and the"
-        " model's pages lie on node 0"
+        f" model's pages lie on node 0; {system.interconnect}"
     )
     assert found.price == Price(14 * GIB / LOCAL_RATE, ESTIMATED, PASS)
     assert found.fix == (
@@ -182,11 +183,12 @@ def test_threads_on_several_nodes_are_started_by_numactl(tmp_path: Path) -> None
     ],
 )
 def test_memory_from_before_it_was_bound(maps: str, threads: ThreadReport, tmp_path: Path) -> None:
-    found = looked(BoundLate, process(tmp_path, threads, maps))
+    system = process(tmp_path, threads, maps)
+    found = looked(BoundLate, system)
     assert found is not None
     assert found.seen == (
         "the process is bound to node 1 now, but 1024 MiB of 2048 MiB (50%) of its anonymous"
-        " memory lie on node 0"
+        f" memory lie on node 0; {system.interconnect}"
     )
     assert found.fix.startswith(f"migratepages {PID} 0 1; next time start it so: numaload exec")
     assert found.undo == f"migratepages {PID} 1 0"

@@ -338,7 +338,9 @@ def sample(ranges: Sequence[Range], samples: int = SAMPLES) -> dict[int, int]:
     except NumaError as error:
         warn_once("move_pages", f"{error}; placement is verified by numa_maps alone")
         return {}
-    return dict(Counter(max(node, ABSENT) for node in nodes))
+    counts = Counter(nodes)
+    absent = sum(counts.pop(node) for node in list(counts) if node < 0)
+    return dict(counts) | ({ABSENT: absent} if absent else {})
 
 
 def _huge_bytes(ranges: Sequence[Range], known: list[list[Range]] | None) -> Iterator[int]:

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import mmap
 import os
+from array import array
 from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
 from typing import NamedTuple
@@ -165,11 +166,12 @@ def get_mempolicy() -> tuple[int, list[int]]:
 
 def pages_nodes(addresses: Sequence[int]) -> list[int]:
     """Return each page's node by move_pages; a negative errno where none (-2: not in RAM)."""
-    count = len(addresses)
-    pages, status = (_void_p * count)(*addresses), (_int * count)(*[-(1 << 20)] * count)
-    if binding().calls["move_pages"](0, count, pages, None, status, 0) < 0:
-        raise _failed("move_pages", f"asking for {count} pages")
-    return list(status)
+    # Arrays: ctypes' own take three times as long to make and to read as the call itself.
+    pages, status = array("Q", addresses), array("i", [-(1 << 20)]) * len(addresses)
+    where = (pages.buffer_info()[0], None, status.buffer_info()[0])
+    if binding().calls["move_pages"](0, len(pages), *where, 0) < 0:
+        raise _failed("move_pages", f"asking for {len(pages)} pages")
+    return status.tolist()
 
 
 def move_pages(addresses: Sequence[int], nodes: Sequence[int]) -> list[int]:

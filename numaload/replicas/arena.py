@@ -59,7 +59,7 @@ class Arena(NotCopyable):
         """Have huge pages under [start, stop) before it is filled.
 
         Private memory was advised when it was mapped. Shared memory gets them, without root and
-        whatever the mount says, by collapsing a range that holds one touched byte per 2 MiB:
+        whatever the mount says, by collapsing a range that holds one written byte per 2 MiB:
         three times as fast as filling small pages, nine times as fast as collapsing full ones.
         Raises: NodeMemoryError where the tmpfs is full.
         """
@@ -70,7 +70,7 @@ class Arena(NotCopyable):
 
     def _prepare(self, start: int, stop: int) -> None:
         if self.fd is not None:
-            self._collapse(start, stop)
+            self._collapse(self.fd, start, stop)
         if self.fd is not None or self._by_policy or self.mapping.page == HUGE:
             self._populate(start, stop)
 
@@ -114,21 +114,25 @@ class Arena(NotCopyable):
             free=free,
         )
 
-    def _collapse(self, start: int, stop: int) -> None:
+    def _collapse(self, fd: int, start: int, stop: int) -> None:
         """Make huge pages; the kernel makes each on the node of the page that is there."""
         first, last = -(-start // HUGE) * HUGE, stop // HUGE * HUGE
         if first >= last:
             return
-        for offset in range(first, last, HUGE):
-            self._populate(offset, offset + PAGE)
+        try:
+            for offset in range(first, last, HUGE):
+                # Not through the mapping: a page that is mapped must be unmapped on every CPU.
+                os.pwrite(fd, b"\0", offset)
+        except OSError as error:
+            raise self._ran_out(last - first, reason(error)) from error
         failed = syscalls.madvise(
             self.mapping.address + first, last - first, syscalls.MADV_COLLAPSE
         )
         if failed:
-            reason = "needs Linux 6.1" if failed == errno.EINVAL else os.strerror(failed)
+            why = "needs Linux 6.1" if failed == errno.EINVAL else os.strerror(failed)
             warn_once(
                 "collapse",
-                f"no huge pages for shared replicas (MADV_COLLAPSE: {reason}); small ones are used,"
+                f"no huge pages for shared replicas (MADV_COLLAPSE: {why}); small ones are used,"
                 " filling is about 3 times slower",
             )
 

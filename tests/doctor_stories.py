@@ -49,6 +49,7 @@ HEALTHY: dict[str, str] = {
     f"{POOL}/free_hugepages": "0\n",
     f"{POOL}/resv_hugepages": "0\n",
     "/sys/block/nvme0n1/queue/read_ahead_kb": "4096\n",
+    "/sys/block/nvme0n1/queue/scheduler": "[none] mq-deadline\n",
     f"{NVME_PCI}/current_link_speed": "16.0 GT/s PCIe\n",
     f"{NVME_PCI}/max_link_speed": "16.0 GT/s PCIe\n",
     f"{NVME_PCI}/current_link_width": "4\n",

@@ -67,6 +67,7 @@ class Speeds(NamedTuple):
     seconds: float = 0.0
     why_not: str = ""  # why something could not be measured
     stalled_s: float = 0.0  # that a network was waited for in vain
+    direct: bool = True  # whether what was read of the disk went past the page cache
 
 
 def measure_speeds(
@@ -142,6 +143,7 @@ class _Meter:
         self.file, self.found, self.device, self.budget = file, found, device, budget
         self.nbytes = 0
         self.taken: list[ByteRange] = []  # also what could not be read to its end
+        self.direct = True
         self.lock = threading.Lock()
 
     def run(self) -> Speeds:
@@ -171,7 +173,7 @@ class _Meter:
         disk, mapped, warm = (rates.get(name) for name in SHARES)
         if disk and mapped:
             disk = max(disk, mapped)  # it gives at least that
-        return Speeds(disk, mapped, warm, why_not=why, stalled_s=stalled_s)
+        return Speeds(disk, mapped, warm, why_not=why, stalled_s=stalled_s, direct=self.direct)
 
     def _share(self, way: str) -> tuple[float, int]:
         """Return until when this way may read, and how many bytes."""
@@ -204,6 +206,7 @@ class _Meter:
                 each = max(SHORT, min(CHUNK, each))
                 chunks = _chunks(list(_cut(ranges, done, None)), left, each, each)
                 rate = max(rate, self._together(source, chunks, views, until) or 0.0)
+            self.direct = source.is_direct
         return rate
 
     def _alone(

@@ -438,6 +438,48 @@ class NotWhole(_OfFile):
         return _again(self.system.path or "")
 
 
+class Scheduler(_OnDisks):
+    id, title, root = "NL110", "An NVMe disk has a scheduler for hard disks", True
+    source = "Linux Documentation/block/bfq-iosched.rst: it is for slow devices, 2026-11"
+    why = (
+        "bfq puts requests into an order that saves a hard disk from seeking, and waits for more of"
+        " the same program. NVMe is fastest without."
+    )
+
+    def measure(self) -> str:
+        names = [name for name in _layers(self) if name.startswith("nvme")]
+        self.places = [f"/sys/block/{name}/queue/scheduler" for name in names]
+        self.places = [p for p in self.places if "[bfq]" in self.system.text(p)]
+        return ", ".join(f"{place} is bfq" for place in self.places)
+
+    def fix(self) -> str:
+        return " && ".join(f"echo none > {place}" for place in self.places)
+
+    def undo(self) -> str:
+        return " && ".join(f"echo bfq > {place}" for place in self.places)
+
+
+class NotDirect(_OnDisks):
+    id, title = "NL111", "The file system refuses reads past the page cache"
+    source = "open(2), O_DIRECT: EINVAL where a file system has none, 2026-11"
+    why = (
+        "Copies and replicas of the file are then read through the page cache: every byte is copied"
+        " once more, and pushes something else out of RAM."
+    )
+
+    def measure(self) -> str:
+        if self.system.speeds.direct:
+            return ""
+        return f"{self.system.device.file_system} refuses O_DIRECT for this file"
+
+    def price(self) -> Price | None:
+        warm = self.system.speeds.warm  # one copy more, at the speed of one from RAM
+        return Price(self.system.absent / warm, ESTIMATED) if warm else None
+
+    def fix(self) -> str:
+        return "keep models on ext4, xfs or btrfs; of ZFS, 2.3 and later read so (direct=standard)"
+
+
 class Encrypted(_OnDisks):
     id, title, root = "NL112", "The disk is slow below its encryption", True
     source = "cryptsetup(8), --perf-no_read_workqueue; Linux 5.9, 2020-10"
@@ -750,6 +792,8 @@ CHECKS: tuple[type[Check], ...] = (
     HardDisk,
     Busy,
     NotWhole,
+    Scheduler,
+    NotDirect,
     Encrypted,
     Loop,
     Silent,

@@ -31,6 +31,7 @@ PCI = "/sys/class/nvme/nvme0/device"
 HEALTHY: dict[str, str] = {
     f"{QUEUE}/read_ahead_kb": "4096\n",
     f"{QUEUE}/rotational": "0\n",
+    f"{QUEUE}/scheduler": "[none] mq-deadline kyber bfq\n",
     f"{PCI}/current_link_speed": "16.0 GT/s PCIe\n",
     f"{PCI}/current_link_width": "4\n",
     f"{PCI}/max_link_speed": "16.0 GT/s PCIe\n",
@@ -507,3 +508,25 @@ def test_checksums_of_the_store_and_of_the_hub(
 def test_how_small_and_large_sizes_are_written() -> None:
     assert storage._size(3 * MIB) == "3.0 MiB"
     assert storage._size(3 * GIB) == "3.0 GiB"
+
+
+def test_a_scheduler_for_hard_disks(tmp_path: Path) -> None:
+    place = f"{QUEUE}/scheduler"
+    finding = found(storage.Scheduler, system(tmp_path, {place: "none mq-deadline [bfq]\n"}))
+    assert finding.seen == f"{place} is bfq"
+    assert (finding.fix, finding.undo) == (f"echo none > {place}", f"echo bfq > {place}")
+    assert finding.root
+    for text in ("[none] bfq", "[mq-deadline] none bfq"):
+        assert looked(storage.Scheduler, system(tmp_path, {place: text})) is None
+    (tmp_path / place.lstrip("/")).unlink()
+    with pytest.raises(Unknown):
+        storage.Scheduler(
+            constructed(tmp_path / "other", ONE, {f"{QUEUE}/x": ""}, size=SIZE)
+        ).measure()
+
+
+def test_a_file_system_without_direct_reads(tmp_path: Path) -> None:
+    finding = found(storage.NotDirect, system(tmp_path, speeds=FAST._replace(direct=False)))
+    assert finding.seen == "ext4 refuses O_DIRECT for this file"
+    assert seconds(finding) == pytest.approx(SIZE / 12e9, abs=0.1)
+    assert looked(storage.NotDirect, system(tmp_path)) is None

@@ -19,7 +19,7 @@ from pages import DOCS, blocks, fences, run
 # Each block in a namespace of its own, as a reader would run it; one process for a page.
 RUN = "import sys\nfor block in sys.argv[1:]:\n    exec(compile(block, 'block', 'exec'), {})\n"
 PAGES = ["weights.md", "page-cache.md", "replicas.md", "placement.md", "store.md", "exec.md",
-         "errors.md", "backends.md"]  # fmt: skip
+         "doctor.md", "errors.md", "backends.md"]  # fmt: skip
 BACKENDS = {
     "gguf_reader": ["install", "GGUFReader"],
     "kt_kernel": import_module("numaload.backends.kt_kernel").__all__,
@@ -34,7 +34,7 @@ MEMBERS = [
     "machine.topology.Node", "replicas.views.MirrorReport", "pagecache.prewarm.PrewarmReport",
     "pagecache.residency_report.ResidencyReport", "pagecache.evict.EvictReport",
     "pagecache.evict.EvictedFile", "linux.placement.Placement", "replicas.verify.Verified",
-    "replicas.layout.Share", "replicas.exec.Ended",
+    "replicas.layout.Share", "replicas.exec.Ended", "doctor.diagnosis.Diagnosis",
 ]  # fmt: skip
 # What only other modules of numaload call: public between them, no face for users.
 INTERNAL = {
@@ -71,7 +71,7 @@ def test_a_public_name_has_a_heading(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["open", "prewarm", "prewarm_async", "residency", "evict",
-                                  "mirror", "attach", "exec"])  # fmt: skip
+                                  "mirror", "attach", "exec", "diagnose"])  # fmt: skip
 def test_every_parameter_is_explained(name: str) -> None:
     parameters = inspect.signature(getattr(api, name)).parameters
     said = section(name)

@@ -234,7 +234,7 @@ def hard_disk_with_little_read_ahead(root: Path) -> System:
 
 STORIES: dict[str, Story] = {
     "team-with-a-hub-mount": Story(team_with_a_hub_mount, "NL105", "cp "),
-    "q4-on-a-hard-disk": Story(q4_on_a_hard_disk, "NL107", "SSD"),
+    "q4-on-a-hard-disk": Story(q4_on_a_hard_disk, "NL201", "smaller quantization"),
     "epyc-without-libnuma": Story(epyc_without_libnuma, "NL301", "apt-get install"),
     "snc2": Story(snc2, "NL303", "--per socket"),
     "nps4": Story(nps4, "NL303", "--per socket"),

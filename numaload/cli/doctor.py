@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 CLEAN, FINDINGS, COULD_NOT_LOOK = 0, 1, 3  # exit status
 DOCS = "docs/findings.md"
 NARROWEST, WIDEST = 40, 100  # columns of text
-LABEL = 8  # columns of "  mend  "
+LABEL = 8  # columns of "   seen "
+SHELL = re.compile(r"[|&;<>]")  # in commands that one sudo does not reach to the end of
 CONTINUED = " \\"  # ends a line of a command that goes on
 # Remedies that begin with one of these are commands, the others sentences.
 COMMANDS = {
@@ -100,7 +103,7 @@ def show(found: Diagnosis) -> None:
             _wrap(f"{one.id} {one.title}: {one.why}", columns, "  ", "    ")
     if found.findings:
         say("")
-        _wrap(f"More about each number: {DOCS}", columns)
+        _wrap(f"More about each of these, by its NL number: {DOCS}", columns)
 
 
 def title(seen: ThreadReport) -> str:
@@ -121,9 +124,11 @@ def heading(found: Diagnosis) -> list[str]:
         return [*lines, _all_well(found)]
     if found.load_s and found.best_s:
         lines.append(
-            f"a program that maps it has it in {seconds(found.load_s)}; at what the storage gives"
-            f" it would be {seconds(found.best_s)}"
+            f"loading it takes {seconds(found.load_s)} now, by a program that maps it;"
+            f" {seconds(found.best_s)} at the full speed of this storage"
         )
+    elif found.load_s == 0:
+        lines.append("loading it needs no disk now: all of it is in RAM")
     number = len(found.findings)
     most = ", the most expensive first" if number > 1 else ""
     lines.append(f"{count(number, 'thing')} to mend{most}")
@@ -145,23 +150,25 @@ def _all_well(found: Diagnosis) -> str:
 
 
 def _show_finding(number: int, finding: Finding, columns: int) -> None:
-    _wrap(f"{number}. {finding.id} {finding.title}: {_cost(finding)}", columns, "", "   ")
+    _wrap(f"{number}. {finding.id} {finding.title}", columns, "", "   ")
+    _wrap(_cost(finding), columns, f"   {'cost':<5}", " " * LABEL)
     for label, text in (("seen", finding.seen), ("why", finding.why)):
         _wrap(text, columns, f"   {label:<5}", " " * LABEL)
-    for label, text in (("mend", finding.fix), ("undo", finding.undo)):
+    for label, text in (("fix", finding.fix), ("undo", finding.undo)):
         if text:
-            _show_remedy(label, text, columns)
-    if finding.root:
-        _wrap("this needs root", columns, " " * LABEL)
+            _show_remedy(label, text, columns, root=finding.root)
 
 
-def _show_remedy(label: str, text: str, columns: int) -> None:
+def _show_remedy(label: str, text: str, columns: int, *, root: bool) -> None:
     """Print what to do. A command is continued so that it can be pasted as it stands."""
     first, rest = f"   {label:<5}", " " * LABEL
     if text.partition(" ")[0] not in COMMANDS:
-        _wrap(text, columns, first, rest)
+        _wrap(f"{text} (as root)" if root else text, columns, first, rest)
         return
     command, _, remark = text.partition("  # ")
+    if root and os.geteuid():
+        simple = not SHELL.search(command)
+        command = f"sudo {command if simple else f'sh -c {shlex.quote(command)}'}"
     lines = _wrapped(command, columns - len(CONTINUED), first, rest)
     for line in lines[:-1]:
         say(f"{line}{CONTINUED}")
@@ -172,9 +179,8 @@ def _show_remedy(label: str, text: str, columns: int) -> None:
 
 def _cost(finding: Finding) -> str:
     if finding.price is None:
-        return "price unknown"
-    each = "" if finding.price.on == "each load" else f" of {finding.price.on}"
-    return f"costs {seconds(finding.price.seconds)}{each} ({finding.price.how})"
+        return "not known in seconds"
+    return f"{seconds(finding.price.seconds)} {finding.price.on} ({finding.price.how})"
 
 
 def seconds(number: float) -> str:

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from numaload.doctor.system import System
 
 MEASURED, ESTIMATED = "measured", "estimated"
-# What the seconds are lost on: reading the file once, or using every weight of it once.
-LOAD, PASS = "each load", "each pass over the weights"
+# What the seconds are lost on: reading the file once, using every weight of it once, or putting a
+# replica on every node.
+LOAD, PASS, COPY = "each load", "each time all weights are used", "each mirror"
+PASSES = 10  # that follow a load, at least: an answer of ten words by a dense model
 
 
 class Unknown(Exception):  # noqa: N818 - it is an answer, not a failure
@@ -22,11 +24,16 @@ class Unknown(Exception):  # noqa: N818 - it is an answer, not a failure
 
 
 class Price(NamedTuple):
-    """Seconds that are lost on this file. how: MEASURED or ESTIMATED. on: LOAD or PASS."""
+    """Seconds that are lost on this file. how: by a rate that was MEASURED now, or ESTIMATED."""
 
     seconds: float
     how: str = ESTIMATED
-    on: str = LOAD
+    on: str = LOAD  # or PASS, COPY
+
+    @property
+    def weight(self) -> float:
+        """Return the seconds by which findings are put in order."""
+        return self.seconds * (PASSES if self.on == PASS else 1)
 
 
 class Finding(NamedTuple):

@@ -57,11 +57,6 @@ class Diagnosis:
     machine: tuple[str, ...] = ()  # it in a few lines
     threads: ThreadReport | None = None  # of the process
 
-    @property
-    def lost_s(self) -> float:
-        """Return the seconds that all findings with a price cost together."""
-        return sum(finding.price.seconds for finding in self.findings if finding.price)
-
     def to_dict(self) -> dict[str, Any]:
         rows = [finding.to_dict() for finding in self.findings]
         return {
@@ -70,7 +65,6 @@ class Diagnosis:
             "speeds": self.speeds._asdict(),
             "findings": rows,
             "unknown": [one._asdict() for one in self.unknown],
-            "lost_s": self.lost_s,
         }
 
 
@@ -112,7 +106,7 @@ def examine(system: System, checks: Iterable[type[Check]] = CHECKS) -> Diagnosis
         except (Unknown, NumaloadError, OSError) as error:
             unknown.append(NotSeen(check.id, check.title, str(error)))
     # Sorting is stable: where nobody knows the price, the order is that of the checks.
-    found.sort(key=lambda finding: -finding.price.seconds if finding.price else 0.0)
+    found.sort(key=lambda finding: -finding.price.weight if finding.price else 0.0)
     speeds = system.speeds if size else Speeds()
     return Diagnosis(
         path=system.path,

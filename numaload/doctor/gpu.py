@@ -30,6 +30,7 @@ SPEED = re.compile(r"([0-9]{1,3}(?:\.[0-9])?) GT/s")
 PAYLOAD = 0.8  # of a link's coded bytes: 12.7 of 15.75 GB/s over Gen3 x16 (llama.cpp #16000)
 # Bytes a second from memory beside the GPU, and from another socket's (llama.cpp #16000).
 NEAR, FAR = 12.7e9, 4.5e9
+SLOW = 1e9  # bytes a second of storage
 MEMORY = 24 << 30  # bytes of a GPU that does not say: as in a card for workstations
 
 
@@ -243,6 +244,9 @@ class FarStorage(_Nodes):
         bound = allowed <= near or not allowed & near  # to the GPU; elsewhere: that is NL405
         if kind == "memory" or not self.cards or bound or not self.system.absent:
             return ""
+        rate = self.system.speeds.disk
+        if rate and rate < SLOW:  # so slow that even the longer way waits for it
+            return ""
         name, nodes = self._network() if kind == "network" else self._disks()
         cpus = [self.system.machine.nodes[n].cpus for n in nodes if n in self.system.machine.nodes]
         if not all(cpus) or any(one & near for one in cpus):
@@ -269,7 +273,7 @@ class FarStorage(_Nodes):
         return ", ".join(known), sorted(set(known.values()))
 
     def explain(self) -> str:
-        return "The file crosses between sockets on its way. It should be staged beside the GPU."
+        return "The file crosses between sockets on its way to the GPU's memory."
 
     def price(self) -> Price:
         # Assumed: a program that is not bound has half of its staging memory on the wrong node.
@@ -279,7 +283,8 @@ class FarStorage(_Nodes):
     def fix(self) -> str:
         machine, path = self.system.machine, shlex.quote(self.system.path or "")
         node = machine.nearest(self.cards[0].node or 0, machine.usable)
-        return f"numaload exec --node {node} {path} -- PROGRAM {{model}}"
+        remark = "{model} stays as it is; the program runs, and has memory, beside the GPU"
+        return f"numaload exec --node {node} {path} -- PROGRAM -m {{model}}  # {remark}"
 
 
 class FarCpus(_Nodes):

@@ -206,7 +206,7 @@ class LargerThanRam(_Lacking):
 
 class NoRoomForCopy(_Lacking):
     id, title = "NL202", "RAM has no room for a copy of the model beside its cache"
-    source = "the issue that asked for doctor, 2026-11: 1.5 times the model"
+    source = "assumed: a copy evicts while half of the file is still to be read, 2026-11"
     case = (LOAD, False)
     how = ESTIMATED  # the engine copies the weights; what it evicts is read again
     why = (
@@ -387,11 +387,11 @@ class SwapInUse(_Memory):
 
 
 class SmallTmpfs(_Memory):
-    id, title = "NL206", "The tmpfs of the store is too small for a replica"
+    id, title = "NL206", "Shared memory is too small for a replica"
     source = "Linux Documentation/filesystems/tmpfs.rst: size, 2026-11"
     why = (
-        "Replicas are files in shared memory. Its size is limited apart from RAM, in containers"
-        " to 64 MiB by default."
+        "numaload mirror keeps replicas as files in shared memory, whose size is limited apart from"
+        " RAM. Loads from the page cache need none of it."
     )
     # No price: the page cache may serve loads as well as a replica does.
 
@@ -418,7 +418,7 @@ class SmallTmpfs(_Memory):
         return f"a replica has {_gib(system.size)}; {seen}"
 
     def fix(self) -> str:
-        return self.ways
+        return f"give it more: {self.ways}"
 
     def undo(self) -> str:
         return self.remount if "remount" in self.ways else ""

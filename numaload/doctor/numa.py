@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import ClassVar
 
-from numaload.doctor.check import ESTIMATED, LOAD, PASS, Check, Price, Unknown
+from numaload.doctor.check import COPY, ESTIMATED, PASS, Check, Price, Unknown
 from numaload.errors import NumaloadError
 from numaload.files.source import Identity
 from numaload.linux.lists import format_list
@@ -28,18 +28,18 @@ MIRRORED, MIRRORED_INSIDE = 1 - 11.6 / 18.1, 1 - 1 / 1.112
 # Passes more where all weights are on one node of two sockets: 2.9 tokens a second against 11.6
 # (llama.cpp #27986, 2026-08).
 ON_ONE_NODE = 11.6 / 2.9 - 1
-COPY = 10e9  # bytes a second at which replicas are filled from RAM; assumed, some threads a node
+COPIED = 10e9  # bytes a second at which replicas are filled from RAM; assumed, some threads a node
 FAR = 30e9  # bytes a second of memory without CPUs; assumed: CXL over eight lanes of PCIe 5.0
 
 REMOTE = 20  # distance from which on a node is not near: Linux include/linux/topology.h, 2026-11
 
 # {word of /etc/os-release: (command that installs libnuma, command that removes it)}
 PACKAGES = {
-    "debian": (f"{LIBNUMA_HINT} -y", "apt-get remove -y libnuma1"),
-    "fedora": ("dnf install -y numactl-libs", "dnf remove -y numactl-libs"),
-    "rhel": ("dnf install -y numactl-libs", "dnf remove -y numactl-libs"),
-    "suse": ("zypper install -y libnuma1", "zypper remove -y libnuma1"),
-    "arch": ("pacman -S --noconfirm numactl", "pacman -R --noconfirm numactl"),
+    "debian": ("apt-get install -y libnuma1", "apt-get remove libnuma1"),
+    "fedora": ("dnf install -y numactl-libs", "dnf remove numactl-libs"),
+    "rhel": ("dnf install -y numactl-libs", "dnf remove numactl-libs"),
+    "suse": ("zypper install -y libnuma1", "zypper remove libnuma1"),
+    "arch": ("pacman -S --noconfirm numactl", "pacman -R numactl"),
     "alpine": ("apk add numactl", "apk del numactl"),
 }
 
@@ -161,9 +161,9 @@ class NoLibnuma(_Nodes):
     id, title = "NL301", "libnuma is missing: engines do not mirror or bind"
     source = "ktransformers CMake USE_NUMA, vllm #55416, llama.cpp #27986, 2026-09"
     why = (
-        "Engines such as ktransformers, vLLM and forks of llama.cpp ask libnuma to place"
-        " weights. Without it they go on silently, with one copy that most threads read from"
-        " another node."
+        "Engines such as ktransformers, vLLM and forks of llama.cpp ask libnuma to place weights."
+        " Some go on silently without it, with one copy for all nodes. Restart them after it is"
+        " installed; numaload mirror and exec need none."
     )
     root, first = True, (StaleReplicas, Refused)
 
@@ -172,8 +172,8 @@ class NoLibnuma(_Nodes):
             return ""
         self.share, count = self.mirrored, len(self.system.machine.all)
         return (
-            f"{LIBNUMA} does not load; of one copy {(count - 1) / count:.0%} of the weights are"
-            f" remote for each of {count} nodes (numaload itself binds by {self.system.binding})"
+            f"{LIBNUMA} does not load; of a single copy each of {count} nodes reads"
+            f" {(count - 1) / count:.0%} from others"
         )
 
     def fix(self) -> str:
@@ -212,12 +212,12 @@ class OtherOpinion(_Nodes):
 
 
 class ManyNodes(_Nodes):
-    id, title = "NL303", "Sockets are split into nodes: a mirror takes more copies"
+    id, title = "NL303", "A mirror takes more copies than there are sockets"
     source = "ktransformers #1147, #637: a copy per SNC node, out of memory, 2025"
     why = (
-        "Nodes inside a socket are nearly as near as the own one. They are good for many"
-        " processes, each on its node. For one engine try --per socket, NPS1 or SNC off in"
-        " the BIOS, or --policy stripe."
+        "The BIOS splits each socket into nodes (NPS of AMD, SNC of Intel). Memory of another node"
+        " in the same socket is almost as fast, so one copy for each socket, spread over its nodes,"
+        " is enough. Splitting pays for several processes, one on each node."
     )
 
     def available(self) -> bool:
@@ -236,9 +236,10 @@ class ManyNodes(_Nodes):
         if self.nodes <= 2 and not short:
             return ""
         lacks = f"; {_gib(size)} do not fit on node {format_list(short)}" if short else ""
+        made, enough = _copies(self.nodes, size), _copies(self.sockets, size)
         return (
-            f"{self.nodes} nodes in {_count(self.sockets, 'socket')}{self._mode()}:"
-            f" {self.nodes} copies where {self.sockets} would do{lacks}"
+            f"{self.nodes} nodes in {_count(self.sockets, 'socket')}{self._mode()}: numaload mirror"
+            f" makes {made} where {enough} would do{lacks}"
         )
 
     def _mode(self) -> str:
@@ -252,7 +253,7 @@ class ManyNodes(_Nodes):
         """Return how long the copies take that are too many."""
         if not self.system.size:
             return None
-        return Price((self.nodes - self.sockets) * self.system.size / COPY, ESTIMATED, LOAD)
+        return Price((self.nodes - self.sockets) * self.system.size / COPIED, ESTIMATED, COPY)
 
     def fix(self) -> str:
         return f"numaload mirror {'--per socket' if self.fits else '--policy stripe'} {self.file}"
@@ -326,8 +327,8 @@ class LeftOut(_Nodes):
     id, title = "NL306", "This process may use only some of the nodes"
     source = "Linux Documentation/admin-guide/cgroup-v2.rst, cpuset, 2026-11"
     why = (
-        "Memory and bandwidth of the other nodes are not used. That is right only for a model"
-        " that fits on the nodes that are left."
+        "Memory and bandwidth of the other nodes are not used. That is right for a model that fits"
+        " on the nodes that may be used, with an engine that runs on their CPUs."
     )
 
     def available(self) -> bool:
@@ -344,8 +345,8 @@ class LeftOut(_Nodes):
     def fix(self) -> str:
         cpus = frozenset[int]().union(*(node.cpus for node in self._whole()))
         return (
-            f"{self._update(cpus, (node.id for node in self._whole()))}; outside of containers:"
-            " start it without taskset, numactl and a cpuset"
+            f"{self._update(cpus, (node.id for node in self._whole()))}  # on the host, of docker;"
+            " elsewhere start it without taskset, numactl or a cpuset"
         )
 
     def undo(self) -> str:
@@ -446,6 +447,11 @@ def _nodes_of(entries: Iterable[Entry]) -> set[int]:
 
 def _gib(nbytes: float) -> str:
     return f"{nbytes / 2**30:.1f} GiB"
+
+
+def _copies(count: int, size: int) -> str:
+    each = "1 copy" if count == 1 else f"{count} copies"
+    return f"{each} ({_gib(count * size)})" if size else each
 
 
 def _count(number: int, noun: str) -> str:

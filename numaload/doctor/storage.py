@@ -93,7 +93,8 @@ class _OfFile(Check):
 
     @property
     def copying(self) -> str:
-        return f"mkdir -p ~/models && cp {self.paths} ~/models/"
+        where = f"on a local disk with {_size(self.system.size)} free; load it from there"
+        return f"mkdir -p ~/models && cp {self.paths} ~/models/  # or a folder {where}"
 
 
 def _price(check: Check) -> Price | None:
@@ -296,7 +297,7 @@ class _Elsewhere(_OfFile):
             return "" if silent else "it was not measured"
         if self.rate > LOCAL / 2 or self.lost(self.rate, LOCAL) < LEAST_S:
             return ""
-        return f"a program reads it at {_gb(self.rate)}, of a local NVMe at some {_gb(LOCAL)}"
+        return f"it comes at {_gb(self.rate)}; a local NVMe disk typically gives {_gb(LOCAL)}"
 
     def price(self) -> Price | None:
         if self.rate is None:
@@ -310,11 +311,11 @@ class _Elsewhere(_OfFile):
 
 
 class HubMount(_Elsewhere):
-    id, title = "NL105", "The file comes through a mount of the hub or a store"
+    id, title = "NL105", "The file comes through a server on this machine"
     source = "hf-mount 0.6, README and src/nfs.rs: read on demand, 2026-08"
     why = (
-        "That program fetches the file from the network as it is read, and every byte goes"
-        " through this machine twice."
+        "A program of this machine fetches the file from the network as it is read: each load waits"
+        " for that again."
     )
 
     def available(self) -> bool:
@@ -322,10 +323,13 @@ class HubMount(_Elsewhere):
 
     def measure(self) -> str:
         figures = self.figures()
-        return figures and f"{self.system.mount} is served by a program of this machine: {figures}"
+        return (
+            figures and f"{self.system.mount} is served, or tunnelled, by this machine: {figures}"
+        )
 
     def fix(self) -> str:
-        return f"{self.copying}  # or: hf download ORG/NAME --local-dir ~/models"
+        name = os.path.basename(self.system.path or "")
+        return f"{self.copying}; or: hf download ORG/NAME {quote(name)} --local-dir ~/models"
 
 
 class FarAway(_Elsewhere):
@@ -342,16 +346,13 @@ class FarAway(_Elsewhere):
         return figures and f"{self.system.device}: {figures}"
 
     def fix(self) -> str:
-        return f"{self.copying}  # or keep it in RAM: numaload mirror {self.path}"
+        return f"{self.copying}; or keep it in RAM: numaload mirror {self.path}"
 
 
 class HardDisk(_OfFile):
     id, title = "NL107", "The file is on a hard disk"
     source = "assumed: a SATA SSD gives 0.5 GB/s, 2026-11"
-    why = (
-        "A hard disk is fast only where one program reads in order. What is in RAM need not be"
-        " read again."
-    )
+    why = "Each load from a hard disk takes several times as long as from an SSD."
 
     def available(self) -> bool:
         return super().available() and self.system.device.kind == "hdd"
@@ -360,17 +361,26 @@ class HardDisk(_OfFile):
         rate = self.system.speeds.disk
         if self.lost(rate, SSD) < LEAST_S:
             return ""
-        return f"{self.system.device} gives {_gb(rate)}, a SATA SSD some {_gb(SSD)}"
+        return f"{self.system.device} gives {_gb(rate)}; a SATA SSD typically gives {_gb(SSD)}"
 
     def price(self) -> Price | None:
         others = self.claimed(Busy, Degraded)
         return Price(max(0.0, self.lost(self.system.speeds.disk, SSD) - others), ESTIMATED)
 
     def fix(self) -> str:
-        return f"numaload mirror {self.path}  # keeps it in RAM; or move it to an SSD"
+        move = f"move it to an SSD with {_size(self.system.size)} free"
+        if not self._fits():
+            return move
+        return f"{move}; or keep it in RAM for further loads: numaload mirror {self.path}"
 
     def undo(self) -> str:
-        return f"numaload release {self.path}"
+        return f"numaload release {self.path}" if self._fits() else ""
+
+    def _fits(self) -> bool:
+        """Return whether RAM has room for it; True where that is not known."""
+        with suppress(Unknown):
+            return self.system.meminfo.get("MemAvailable", self.system.size) >= self.system.size
+        return True
 
 
 class _OnDisks(_OfFile):

@@ -64,7 +64,7 @@ def test_pools_that_fight_are_found(kind: str, numaload: Numaload) -> None:
     lines = text.splitlines()
     assert lines[0].startswith(f"process {busy.pid}: python")
     assert all(len(line) <= 80 for line in lines)
-    assert f"{IDS[kind]} {numbered['title']}: price unknown" in text
+    assert f"{IDS[kind]} {numbered['title']}\n   cost not known in seconds\n" in text
     assert f"   seen {len(names)} threads have work for CPU" in text
     assert f"torch.set_num_threads({len(HERE)})" in " ".join(text.split())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -22,6 +23,8 @@ HIDDEN = {
     "mounts-and-cgroup": f"{EMPTY} /proc/$$/mountinfo; {EMPTY} /proc/$$/cgroup",
     "page-counts": f"{EMPTY} /proc/$$/numa_maps; {EMPTY} /proc/$$/smaps",
 }
+
+OF_THE_MOMENT = {"NL101", "NL108", "NL507"}  # others read the disk, or keep the machine busy
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +50,27 @@ def test_a_replica_is_made_without_what_is_hidden(
     assert "pages there (100 %)" in said[1]
     assert len([line for line in said[2].splitlines() if line.startswith("all: ")]) == 1
     assert "all checksums right" in numaload("verify", model).stdout
+
+
+@pytest.mark.parametrize(
+    "hidden", [*HIDDEN.values(), "mount -t tmpfs none /proc", "mount -t tmpfs none /dev"],
+    ids=[*HIDDEN, "all-of-proc", "all-of-dev"],
+)  # fmt: skip
+def test_the_doctor_finds_nothing_more_where_less_is_shown(
+    numaload: Numaload, model: str, hidden: str
+) -> None:
+    """Nor does it end with anything but its own exit statuses."""
+    ids = []
+    for line in ("", hidden):
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", f'set -e; {line or ":"}; exec "$@"', "sh",
+             *numaload.command("doctor", model, "--json")],
+            capture_output=True, text=True, env=numaload.environment, timeout=LIMIT_S, check=False,
+        )  # fmt: skip
+        assert done.returncode in (0, 1), done.stderr
+        assert "Traceback" not in done.stderr
+        ids.append({finding["id"] for finding in json.loads(done.stdout)["findings"]})
+    assert ids[1] <= ids[0] | OF_THE_MOMENT
 
 
 def test_huge_page_files_are_in_memory(numaload: Numaload, model: str, tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ def folder(tmp_path: Path) -> Path:
 VERBS: list[Sequence[str]] = [
     ("inspect", "--metadata"), ("nodes",), ("plan",), ("mirror",), ("status", "--tensors"),
     ("verify",), ("release",), ("prewarm",), ("prewarm", "--tensors", EVIL), ("evict",),
-    ("prewarm", "--lock"), ("release",), ("bench", "read", "--ways", EVIL),
+    ("prewarm", "--lock"), ("release",), ("doctor", "--deep"), ("doctor", "--report"),
+    ("bench", "read", "--ways", EVIL),
 ]  # fmt: skip
 
 

@@ -1,0 +1,67 @@
+"""``numaload doctor`` as a command: its exit statuses, and the block to paste."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+import numaload as api
+from commands import Numaload
+from numaload.doctor.paste import redacted
+
+
+@pytest.mark.parametrize(
+    "words", [["--pid", "x"], ["--pid", "0"], ["a.gguf", "b.gguf"], ["--deeper"]]
+)
+def test_what_cannot_be_understood_is_usage(numaload: Numaload, words: list[str]) -> None:
+    assert numaload("doctor", *words, status=2).stdout == ""
+
+
+def test_the_command_says_what_the_call_returns(numaload: Numaload, model: str) -> None:
+    found = json.loads(numaload("doctor", model, "--json", status=(0, 1)).stdout)
+    called = api.diagnose(model).to_dict()
+    assert found.keys() == called.keys()
+    assert found["size"] == called["size"]
+    assert found["path"] == os.path.abspath(model)
+    assert found["threads"] is None
+
+
+def test_the_machine_alone_is_looked_at(numaload: Numaload) -> None:
+    found = json.loads(numaload("doctor", "--json", status=(0, 1)).stdout)
+    assert (found["path"], found["size"], found["load_s"]) == (None, 0, None)
+    assert found["checked"] > 5
+
+
+def test_the_block_to_paste_names_nobody(numaload: Numaload, model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "of-somebody"
+    folder.mkdir()
+    shutil.copyfile(model, folder / "secret-weights.gguf")
+    with (folder / "secret-weights.gguf").open("r+b") as file:
+        file.truncate(1 << 20)  # so that there is a finding, with the path in it
+    done = numaload("doctor", folder / "secret-weights.gguf", "--report", status=1)
+    lines = done.stdout.splitlines()
+    assert (lines[0], lines[-1]) == ("```", "```")
+    assert "NL109" in done.stdout
+    for word in ("of-somebody", "secret", str(tmp_path), socket.gethostname()):
+        assert word not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("filer.example.org:/models (nfs4)", "SERVER:/models (nfs4)"),
+        ("served by 10.1.2.3 and 127.0.0.1:/x", "served by ADDRESS and SERVER:/x"),
+        ("fe80:0:0:1:2:3:4:5 is there", "ADDRESS is there"),
+        (
+            "/data/anna/Qwen-00001-of-00002.gguf: cut short",
+            "FOLDER/MODEL-00001-of-00002.gguf: cut short",
+        ),
+    ],
+)
+def test_names_are_replaced(text: str, expected: str) -> None:
+    assert redacted(text, "/data/anna/Qwen-00001-of-00002.gguf") == expected

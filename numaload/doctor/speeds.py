@@ -206,7 +206,7 @@ class _Meter:
                 each = max(SHORT, min(CHUNK, each))
                 chunks = _chunks(list(_cut(ranges, done, None)), left, each, each)
                 rate = max(rate, self._together(source, chunks, views, until) or 0.0)
-            self.direct = source.is_direct
+            self.direct = not source.is_refused
         return rate
 
     def _alone(

@@ -103,6 +103,7 @@ class IntoMemory(NotCopyable):
 
     def __init__(self, file: SourceFile, *, direct: bool, quiet: bool = False) -> None:
         self.file, self._fd, self._direct, self._quiet = file, -1, False, quiet
+        self.is_refused = False  # by the file system, which has no direct reads
         if direct and file.size >= PAGE and not file.is_network:
             self._open()
 
@@ -122,6 +123,7 @@ class IntoMemory(NotCopyable):
 
     def _refuse(self, error: OSError) -> None:
         self._direct = False  # the descriptor stays: other threads may be reading from it
+        self.is_refused = error.errno in NOT_DIRECT
         if self._quiet:
             return
         warn_once(

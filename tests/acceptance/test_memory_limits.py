@@ -101,9 +101,10 @@ def test_threads_that_allocate_at_the_same_time_are_not_killed(large: str, call:
 
 
 LIMITED = """
-import ctypes, json, resource, sys, threading
+import ctypes, json, resource, sys, threading, time
 import numaload
 import numaload.files.copy, numaload.pipeline  # which take memory of their own
+from numaload.machine.memory import TRUSTED_S
 
 ctypes.CDLL(None).mallopt(-8, 1)  # one arena: making another takes 128 MiB for a moment
 weights = numaload.open(sys.argv[1])
@@ -118,6 +119,7 @@ with open("/proc/self/statm") as file:
 column = 0 if sys.argv[2] == "AS" else 5
 limit = int(columns[column]) * resource.getpagesize() + (8 << 20)
 resource.setrlimit(getattr(resource, "RLIMIT_" + sys.argv[2]), (limit, limit))
+time.sleep(2 * TRUSTED_S)  # for so long the last look at limits counts
 said = []
 for call in (tensors[-1].dequantize, lambda: list(numaload.stream(weights)),
              lambda: numaload.open(sys.argv[1], copy=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from importlib import metadata
 
@@ -71,10 +72,12 @@ class NoLibnuma(Check):
 
 
 class _Llama(Check):
-    """A process of llama.cpp's programs, on several nodes."""
+    """A process of llama.cpp's programs. ``several``: only on several nodes."""
+
+    several = True
 
     def available(self) -> bool:
-        if self.system.pid is None or not _several_nodes(self.system):
+        if self.system.pid is None or (self.several and not _several_nodes(self.system)):
             return False
         return os.path.basename(self.system.cmdline[0]).startswith("llama")
 
@@ -176,6 +179,73 @@ class OneNode(_Llama):
         return f"start it with {self.option} again"
 
 
+class LazyTables(_Llama):
+    id, title, several = (
+        "NL604",
+        "llama.cpp reads large tables from the disk as it needs rows",
+        False,
+    )
+    source = "llama.cpp --lazy-mode, src/llama-model-loader.cpp: above 4 GiB, 2026-09"
+    TABLE = re.compile(r"per_layer_token_embd|engram")  # of which only single rows are read
+    LARGE = 4 << 30  # bytes of a tensor
+
+    def measure(self) -> str:
+        mode, option = self._value(("--lazy-mode",), "LLAMA_ARG_LAZY_MODE")
+        weights = self.system.weights
+        if mode in ("off", "none") or weights is None or not self.system.absent:
+            return ""
+        tables = [t for t in weights.values() if self.TABLE.search(t.name)]
+        large = [t for t in tables if mode == "on" or t.nbytes > self.LARGE]
+        if not large:
+            return ""
+        nbytes = sum(table.nbytes for table in large)
+        said = option or "--lazy-mode is auto"
+        return f"{said}: {', '.join(t.name for t in large)} ({nbytes / 1e9:.1f} GB) stay mapped"
+
+    def explain(self) -> str:
+        return (
+            "Whatever the load mode and mlock say, each token reads its rows from the mapped file:"
+            " from the disk, where they are not in RAM. Do not mirror such tables to every node."
+        )
+
+    def fix(self) -> str:
+        return f"numaload prewarm {self._path}"
+
+    def undo(self) -> str:
+        return f"numaload evict {self._path}"
+
+
+class LockLimit(_Llama):
+    id, title, several = "NL607", "llama.cpp may not lock the model in RAM", False
+    source = "proc_pid_limits(5), Max locked memory; llama.cpp --mlock warns once, 2026-08"
+    LIMIT = re.compile(r"Max locked memory +(\d+|unlimited)")
+
+    def measure(self) -> str:
+        mode, option = self._value(("-lm", "--load-mode"), "LLAMA_ARG_LOAD_MODE")
+        asked = "--mlock" if "--mlock" in self.system.cmdline else option * ("mlock" in mode)
+        if not asked or not self.system.size:
+            return ""
+        match = self.LIMIT.search(self.system.text(f"/proc/{self.system.pid}/limits"))
+        if match is None:
+            raise Unknown(f"/proc/{self.system.pid}/limits does not tell what may be locked")
+        self.old = match[1]
+        if self.old == "unlimited" or int(self.old) >= self.system.size:
+            return ""
+        return (
+            f"{asked}, but {int(self.old) / 1e9:.3f} GB may be locked, of a model of"
+            f" {self.system.size / 1e9:.1f} GB"
+        )
+
+    def explain(self) -> str:
+        return "It warns once and goes on: the kernel may drop weights, or swap them out."
+
+    def fix(self) -> str:
+        return "ulimit -l unlimited in the shell that starts it; of a service LimitMEMLOCK=infinity"
+
+    def undo(self) -> str:
+        return f"ulimit -l {int(self.old) >> 10}"
+
+
 class Pinning(Check):
     id, title = "NL605", "OpenMP variables pin whatever imports torch"
     source = "measured in docs/threads.md, 2026-10"
@@ -267,6 +337,8 @@ CHECKS: tuple[type[Check], ...] = (
     NoLibnuma,
     RandomAdvice,
     OneNode,
+    LazyTables,
+    LockLimit,
     Pinning,
     NoNumactl,
     UnusedReplica,

@@ -298,3 +298,43 @@ def test_vllm_binds_by_numactl_alone(
     if finding:
         assert finding.seen == "--numa-bind was given, and numactl is not on its PATH"
         assert finding.root
+
+
+def test_tables_that_stay_on_the_disk(tmp_path: Path) -> None:
+    table = SimpleNamespace(name="per_layer_token_embd.weight", nbytes=5 << 30)
+    other = SimpleNamespace(name="blk.0.ffn_up.weight", nbytes=6 << 30)
+    weights = SimpleNamespace(values=lambda: [table, other])
+    said: dict[str, Any] = {
+        "size": 20 * 10**9,
+        "_opened": (weights, ""),
+        "weights": weights,
+        "on": ONE,
+    }
+    finding = found(engines.LazyTables, process(tmp_path, "llama-server", **said))
+    assert finding.seen == ("--lazy-mode is auto: per_layer_token_embd.weight (5.4 GB) stay mapped")
+    assert finding.fix == "numaload prewarm /models/model.gguf"
+    table.nbytes = 1 << 30
+    assert looked(engines.LazyTables, process(tmp_path, "llama-server", **said)) is None
+    words = ("llama-server", "--lazy-mode", "on")
+    assert looked(engines.LazyTables, process(tmp_path, *words, **said)) is not None
+    words = ("llama-server", "--lazy-mode", "off")
+    assert looked(engines.LazyTables, process(tmp_path, *words, **said)) is None
+    words = ("llama-server", "--lazy-mode", "on")
+    assert looked(engines.LazyTables, process(tmp_path, *words, **said | {"absent": 0})) is None
+
+
+def test_a_limit_of_locked_memory(tmp_path: Path) -> None:
+    def looked_at(limit: str, *words: str) -> Finding | None:
+        files = {f"/proc/{PID}/limits": f"Max locked memory         {limit}   {limit}   bytes\n"}
+        system = process(tmp_path, "llama-server", *words, files=files, size=10**10, on=ONE)
+        return looked(engines.LockLimit, system)
+
+    finding = looked_at("8388608", "--mlock")
+    assert finding is not None
+    assert "0.008 GB may be locked, of a model of 10.0 GB" in finding.seen
+    assert finding.undo == "ulimit -l 8192"
+    assert looked_at("8388608", "--load-mode", "mmap+mlock") is not None
+    assert looked_at("8388608") is None
+    assert looked_at("unlimited", "--mlock") is None
+    with pytest.raises(Unknown):
+        looked_at("?", "--mlock")

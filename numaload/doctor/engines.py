@@ -182,7 +182,7 @@ class OneNode(_Llama):
 class LazyTables(_Llama):
     id, title, several = (
         "NL604",
-        "llama.cpp reads large tables from the disk as it needs rows",
+        "llama.cpp reads large tables from the disk row by row",
         False,
     )
     source = "llama.cpp --lazy-mode, src/llama-model-loader.cpp: above 4 GiB, 2026-09"

@@ -130,8 +130,8 @@ def heading(found: Diagnosis) -> list[str]:
     elif found.load_s == 0:
         lines.append("loading it needs no disk now: all of it is in RAM")
     number = len(found.findings)
-    most = ", the most expensive first" if number > 1 else ""
-    lines.append(f"{count(number, 'thing')} to mend{most}")
+    order = ": first what costs most, each token of an answer counted" if number > 1 else ""
+    lines.append(f"{count(number, 'thing')} to mend{order}")
     return lines
 
 
@@ -180,7 +180,8 @@ def _show_remedy(label: str, text: str, columns: int, *, root: bool) -> None:
 def _cost(finding: Finding) -> str:
     if finding.price is None:
         return "not known in seconds"
-    return f"{seconds(finding.price.seconds)} {finding.price.on} ({finding.price.how})"
+    how = {"measured": "by speeds measured now"}.get(finding.price.how, finding.price.how)
+    return f"{seconds(finding.price.seconds)} for {finding.price.on} ({how})"
 
 
 def seconds(number: float) -> str:

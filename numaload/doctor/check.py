@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MEASURED, ESTIMATED = "measured", "estimated"
 # What the seconds are lost on: reading the file once, using every weight of it once, or putting a
 # replica on every node.
-LOAD, PASS, COPY = "each load", "each time all weights are used", "each mirror"
+LOAD, PASS, COPY = "each load", "each token of a dense model", "each mirror"
 PASSES = 10  # that follow a load, at least: an answer of ten words by a dense model
 
 

@@ -194,13 +194,13 @@ class LargerThanRam(_Lacking):
     source = "Linux Documentation/filesystems/proc.rst: MemAvailable, 2026-11"
     why = (
         "Weights that do not fit into RAM are dropped and read from the disk again whenever they"
-        " are used. Layers on a GPU need no RAM."
+        " are used."
     )
 
     def fix(self) -> str:
         return (
-            "use a smaller quantization of the model, or end what else takes memory; what then"
-            f" fits: numaload plan {self.file}"
+            f"see what fits: numaload plan {self.file}; then use a smaller quantization, put layers"
+            " on a GPU, which need no RAM, or end what else takes memory"
         )
 
 

@@ -162,8 +162,8 @@ class NoLibnuma(_Nodes):
     source = "ktransformers CMake USE_NUMA, vllm #55416, llama.cpp #27986, 2026-09"
     why = (
         "Engines such as ktransformers, vLLM and forks of llama.cpp ask libnuma to place weights."
-        " Some go on silently without it, with one copy for all nodes. Restart them after it is"
-        " installed; numaload mirror and exec need none."
+        " Some go on silently without it, with one copy for all nodes; one that was built without"
+        " it must be built again. numaload mirror and numaload exec work without it."
     )
     root, first = True, (StaleReplicas, Refused)
 
@@ -172,13 +172,15 @@ class NoLibnuma(_Nodes):
             return ""
         self.share, count = self.mirrored, len(self.system.machine.all)
         return (
-            f"{LIBNUMA} does not load; of a single copy each of {count} nodes reads"
-            f" {(count - 1) / count:.0%} from others"
+            f"{LIBNUMA} does not load; with one copy of the weights each of {count} nodes reads"
+            f" {(count - 1) / count:.0%} of it from another node's memory"
         )
 
     def fix(self) -> str:
         other = f"{LIBNUMA_HINT}, or the package of this distribution that has {LIBNUMA}"
-        return self._commands()[0] or other
+        command = self._commands()[0]
+        remark = "where the engine runs; then restart it with its NUMA option"
+        return f"{command}  # {remark}" if command else other
 
     def undo(self) -> str:
         return self._commands()[1]

@@ -93,8 +93,10 @@ class _OfFile(Check):
 
     @property
     def copying(self) -> str:
-        where = f"on a local disk with {_size(self.system.size)} free; load it from there"
-        return f"mkdir -p ~/models && cp {self.paths} ~/models/  # or a folder {where}"
+        where = (
+            f"~ must be on a local disk with {_size(self.system.size)} free; then load that file"
+        )
+        return f"mkdir -p ~/models && cp {self.paths} ~/models/  # {where}"
 
 
 def _price(check: Check) -> Price | None:

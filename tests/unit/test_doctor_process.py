@@ -274,7 +274,7 @@ def test_what_people_see_of_a_process(tmp_path: Path, capsys: pytest.CaptureFixt
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"process {PID}: a\\x1b0"
     assert lines[1].startswith("threads  name")
-    assert "43 ms each time all weights are used (estimated)" in " ".join(lines)
+    assert "43 ms for each token of a dense model (estimated)" in " ".join(lines)
     assert all(row.isprintable() and len(row) <= 80 for row in lines)
 
 

@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import struct
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
+
+from commands import evict
+from witness import PAGE
 
 SECTOR = 512
 CONTROL = "/dev/mapper/control"
@@ -24,6 +31,8 @@ SKIP_LOCKFS = 1 << 10  # a file system on a broken disk cannot be frozen first
 FIEMAP, FIEMAP_EXTENT = struct.Struct("QQ4I"), struct.Struct("5Q4I")
 FS_IOC_FIEMAP = 0xC020660B
 BLKFLSBUF = 0x1261
+# Ordinary users, who may start a guest and are root in it, do not have it in their PATH.
+MKFS = shutil.which("mkfs.ext4", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
 class Segment(NamedTuple):
@@ -125,3 +134,64 @@ def place_on_disk(path: str, offset: int) -> int:
         fcntl.ioctl(file, FS_IOC_FIEMAP, request)
     logical, physical, *_ = FIEMAP_EXTENT.unpack_from(request, FIEMAP.size)
     return int(physical + offset - logical)
+
+
+class Volume(NamedTuple):
+    """A model on a file system whose disk fails as told."""
+
+    disk: MappedDisk
+    mount: Path
+    files: list[str]
+
+    @property
+    def model(self) -> str:
+        return self.files[0]
+
+    def break_file(self, path: str, start: int, nbytes: int = PAGE) -> None:
+        """No byte of these of this file can be read any more; nothing of it is in RAM."""
+        evict(self.files)
+        self.disk.fail(place_on_disk(path, start), nbytes)
+
+    def break_all(self) -> None:
+        self._forget()
+        self.disk.fail()
+
+    def repair(self, originals: list[str]) -> None:
+        """As it was in the beginning, and nothing of it in RAM."""
+        self.disk.work()
+        for path, original in zip(self.files, originals, strict=True):
+            if os.path.getsize(path) != os.path.getsize(original):
+                shutil.copyfile(original, path)
+        self._forget()
+
+    def _forget(self) -> None:
+        evict(self.files)
+        Path("/proc/sys/vm/drop_caches").write_text("3")  # names and inodes too
+        self.disk.forget()
+
+
+def shell(*words: object) -> None:
+    subprocess.run([str(word) for word in words], check=True)
+
+
+def mounted(disk: MappedDisk, folder: Path, originals: list[str]) -> Volume:
+    # Without a journal nothing but our reads touches the failing blocks.
+    shell(MKFS, "-q", "-F", "-m", "0", "-O", "^has_journal", disk.path)
+    folder.mkdir(exist_ok=True)
+    shell("mount", "-o", "noatime", disk.path, folder)
+    files = [str(folder / os.path.basename(path)) for path in originals]
+    for path, original in zip(files, originals, strict=True):
+        shutil.copyfile(original, path)
+    os.sync()
+    return Volume(disk, folder, files)
+
+
+def need_disk(serial: str) -> str:
+    disk = disk_of(serial)
+    if os.environ.get("NUMALOAD_GUEST") != "storage" or os.geteuid() != 0:
+        pytest.skip("needs the guest named storage, and root in it")
+    if MKFS is None:
+        pytest.skip("needs mkfs.ext4: sudo apt-get install -y e2fsprogs")
+    assert disk, f"no disk {serial} in this guest: numa-vm --disk"
+    assert os.path.exists(CONTROL), "no device-mapper in this guest: numa-vm --modules dm-mod"
+    return disk

@@ -26,9 +26,9 @@ CONTINUED = " \\"  # ends a line of a command that goes on
 # Remedies that begin with one of these are commands, the others sentences.
 COMMANDS = {
     "apk", "apt-get", "cat", "cp", "cpupower", "cryptsetup", "dnf", "docker", "echo", "export",
-    "hf", "losetup", "mdadm", "migratepages", "mkdir", "mount", "mv", "nvidia-smi", "numaload",
-    "pacman", "ps", "rm", "sudo", "swapoff", "swapon", "sysctl", "taskset", "umount", "unset",
-    "yum", "zypper",
+    "hf", "losetup", "mdadm", "migratepages", "mkdir", "mount", "mv", "numactl", "numaload",
+    "nvidia-smi", "pacman", "ps", "rm", "sudo", "swapoff", "swapon", "sysctl", "taskset",
+    "umount", "unset", "yum", "zypper",
 }  # fmt: skip
 
 

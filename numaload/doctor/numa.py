@@ -372,6 +372,11 @@ class _Cached(_Nodes):
         return on if sum(on.values()) > self.LEAST * self.system.size else {}
 
     def fix(self) -> str:
+        if self.system.device.kind == "memory":  # of tmpfs: evicting would lose it
+            names = [file.path for file in self.system.files] or [self.system.path or ""]
+            pairs = [(shlex.quote(name), shlex.quote(f"{name}.new")) for name in names]
+            copy = "numactl --interleave=all cp {0} {1} && mv {1} {0}"
+            return " && ".join(copy.format(*pair) for pair in pairs)
         warm = f"numaload prewarm --nodes all --policy interleave {self.file}"
         return f"numaload evict {self.file} && {warm}"
 

@@ -190,13 +190,13 @@ class _Meter:
         """Read by one thread, then by as many as the plan has; the faster of both counts."""
         way = make_plan(MEMORY, self.device, length(self.found.absent)).way
         threads = min(way.threads, MOST_THREADS)
-        until, nbytes = self._share("disk")
-        now, before = time.perf_counter(), self.nbytes
         share = ALONE if threads > 1 else 1.0
         with ExitStack() as opened:
             source = IntoMemory(self.file, direct=True, quiet=True)
             opened.callback(source.close)
             views = [opened.enter_context(_buffer()) for _ in range(threads)]
+            until, nbytes = self._share("disk")  # what memory took is not the disk's time
+            now, before = time.perf_counter(), self.nbytes
             chunks = _chunks(ranges, int(share * nbytes))
             rate = self._alone(source, chunks, views[0], now + share * (until - now))
             done = self.nbytes - before

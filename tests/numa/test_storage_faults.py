@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 import numaload as api
-from blockdevices import CONTROL, SECTOR, MappedDisk, disk_of, place_on_disk
+from blockdevices import SECTOR, MappedDisk, Volume, disk_of, mounted, need_disk, shell
 from commands import LIMIT_S, Numaload, evict, resident, used_bytes, wait_for
 from numaload.demo import write_model
 from numaload.files.residency import cached_on, residency
@@ -30,69 +28,6 @@ MIB = 1 << 20
 EIO = os.strerror(errno.EIO)
 SLOW_MS = 100  # for a request, of which one read of 8 MiB makes 64
 NAME = "blk.0.attn_q.weight"
-# Ordinary users, who may start a guest and are root in it, do not have it in their PATH.
-MKFS = shutil.which("mkfs.ext4", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-
-
-class Volume(NamedTuple):
-    """A model on a file system whose disk fails as told."""
-
-    disk: MappedDisk
-    mount: Path
-    files: list[str]
-
-    @property
-    def model(self) -> str:
-        return self.files[0]
-
-    def break_file(self, path: str, start: int, nbytes: int = PAGE) -> None:
-        """No byte of these of this file can be read any more; nothing of it is in RAM."""
-        evict(self.files)
-        self.disk.fail(place_on_disk(path, start), nbytes)
-
-    def break_all(self) -> None:
-        self._forget()
-        self.disk.fail()
-
-    def repair(self, originals: list[str]) -> None:
-        """As it was in the beginning, and nothing of it in RAM."""
-        self.disk.work()
-        for path, original in zip(self.files, originals, strict=True):
-            if os.path.getsize(path) != os.path.getsize(original):
-                shutil.copyfile(original, path)
-        self._forget()
-
-    def _forget(self) -> None:
-        evict(self.files)
-        Path("/proc/sys/vm/drop_caches").write_text("3")  # names and inodes too
-        self.disk.forget()
-
-
-def shell(*words: object) -> None:
-    subprocess.run([str(word) for word in words], check=True)
-
-
-def mounted(disk: MappedDisk, folder: Path, originals: list[str]) -> Volume:
-    # Without a journal nothing but our reads touches the failing blocks.
-    shell(MKFS, "-q", "-F", "-m", "0", "-O", "^has_journal", disk.path)
-    folder.mkdir(exist_ok=True)
-    shell("mount", "-o", "noatime", disk.path, folder)
-    files = [str(folder / os.path.basename(path)) for path in originals]
-    for path, original in zip(files, originals, strict=True):
-        shutil.copyfile(original, path)
-    os.sync()
-    return Volume(disk, folder, files)
-
-
-def need_disk(serial: str) -> str:
-    disk = disk_of(serial)
-    if os.environ.get("NUMALOAD_GUEST") != "storage" or os.geteuid() != 0:
-        pytest.skip("needs the guest named storage, and root in it")
-    if MKFS is None:
-        pytest.skip("needs mkfs.ext4: sudo apt-get install -y e2fsprogs")
-    assert disk, f"no disk {serial} in this guest: numa-vm --disk"
-    assert os.path.exists(CONTROL), "no device-mapper in this guest: numa-vm --modules dm-mod"
-    return disk
 
 
 @pytest.fixture(scope="module")

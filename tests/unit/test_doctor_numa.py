@@ -52,6 +52,7 @@ from numaload.files.residency import present
 from numaload.files.source import SourceFile
 from numaload.linux.syscalls import NO_CALLS, PAGE, SYSTEM_CALLS
 from numaload.machine import userdir
+from numaload.machine.devices import Device
 from numaload.machine.topology import topology
 from numaload.replicas import store
 from numaload.replicas.entry import Entry
@@ -367,6 +368,16 @@ def test_page_cache_on_one_node(
         " numaload prewarm --nodes all --policy interleave /models/model.gguf"
     )
     assert not finding.undo
+
+
+def test_a_file_in_tmpfs_cannot_be_evicted(tmp_path: Path) -> None:
+    memory = Device("memory", "tmpfs", "tmpfs")
+    system = constructed(tmp_path, TWO, size=SIZE, cache_nodes={0: SIZE}, device=memory)
+    system.path = "/models/a model.gguf"
+    assert found(CacheOnOneNode, system).fix == (
+        "numactl --interleave=all cp '/models/a model.gguf' '/models/a model.gguf.new'"
+        " && mv '/models/a model.gguf.new' '/models/a model.gguf'"
+    )
 
 
 @pytest.mark.parametrize(

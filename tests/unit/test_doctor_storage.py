@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import safetensors_builder as sb
 from commands import evict, resident
 from doctor_systems import FAST, GIB, NVME, constructed, looked
 from machines import ONE
-from numaload.doctor import storage
+from numaload.doctor import speeds, storage
 from numaload.doctor.check import Check, Finding, Unknown
 from numaload.doctor.speeds import Speeds
-from numaload.doctor.system import DiskUse, System
+from numaload.doctor.system import QUICK, DiskUse, System
 from numaload.errors import ReadError
+from numaload.files.residency import residency
+from numaload.files.source import SourceFile
 from numaload.linux.mounts import Mount
 from numaload.machine.devices import Device, FileDevice
 
@@ -533,3 +537,30 @@ def test_a_file_system_without_direct_reads(tmp_path: Path) -> None:
     assert finding.seen == "ext4 refuses O_DIRECT for this file"
     assert seconds(finding) == pytest.approx(SIZE / 12e9, abs=0.1)
     assert looked(storage.NotDirect, system(tmp_path)) is None
+
+
+def test_getting_memory_is_not_the_disk_s_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an emulated machine it took all of it, and one short read was all that was measured."""
+    left: list[float] = []
+    buffer = speeds._buffer
+
+    @contextmanager
+    def slow() -> Iterator[memoryview]:
+        with buffer() as view:
+            time.sleep(0.1)
+            yield view
+
+    def alone(
+        _meter: object, _source: object, _chunks: object, _view: object, until: float
+    ) -> None:
+        left.append(until - time.perf_counter())
+
+    monkeypatch.setattr(speeds, "_buffer", slow)
+    monkeypatch.setattr(speeds._Meter, "_alone", alone)
+    (tmp_path / "file").write_bytes(bytes(MIB))
+    with SourceFile(str(tmp_path / "file")) as file:
+        meter = speeds._Meter(file, residency(file), NVME, QUICK)
+        meter._disk([(0, MIB)])
+    assert left[0] == pytest.approx(speeds.SHARES["disk"] * QUICK.seconds, abs=0.05)

@@ -35,6 +35,7 @@ from numaload.files.residency import (
     residency,
 )
 from numaload.files.source import SourceFile, absolute, io_timeout, model_paths
+from numaload.formats.shards import is_layout
 from numaload.linux.mounts import Mount, mount_of
 from numaload.linux.placement import Area, parse_numa_maps
 from numaload.linux.syscalls import PAGE, binding
@@ -130,13 +131,17 @@ class System:
             paths = model_paths(path)
         except NumaloadError:  # named as one of several, of which some are missing
             paths = [path]
-        opened = [SourceFile(path)]
-        for other in paths:
-            if os.path.basename(other) != os.path.basename(path):
-                try:
-                    opened.append(SourceFile(other))
-                except NumaloadError:
-                    continue  # a check says what is missing
+        named = {os.path.basename(each): each for each in paths}
+        if not is_layout(path):  # else its files are meant
+            named[os.path.basename(path)] = path
+        opened: list[SourceFile] = []
+        for each in named.values():
+            try:
+                opened.append(SourceFile(each))
+            except NumaloadError:
+                if each == path or len(named) == 1:
+                    raise
+                continue  # a check says what is missing
         return opened
 
     @cached_property

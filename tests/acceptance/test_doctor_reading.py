@@ -111,17 +111,17 @@ def test_safetensors_of_several_files(tmp_path: Path) -> None:
     paths = []
     for i in (1, 2, 3):
         rows: dict[str, sb.Row] = {f"w{i}": ("U8", (4 * MIB,))}
-        path = tmp_path / f"model-{i:05d}-of-00003.safetensors"
-        path.write_bytes(sb.build(sb.table(rows), os.urandom(4 * MIB)))
-        paths.append(str(path))
+        shard = tmp_path / f"model-{i:05d}-of-00003.safetensors"
+        shard.write_bytes(sb.build(sb.table(rows), os.urandom(4 * MIB)))
+        paths.append(str(shard))
     evict(paths)
-    for deep in (False, True):
-        found = diagnose(paths[1], deep=deep)
+    for path, deep in ((paths[1], False), (paths[1], True), (str(tmp_path), False)):
+        found = diagnose(path, deep=deep)
         assert found.size == sum(map(os.path.getsize, paths))
         assert found.speeds.disk
         assert "NL109" not in ids(found)
         assert "NL117" not in ids(found)
-        assert [resident(path) for path in paths] == [0, 0, 0]
+        assert [resident(each) for each in paths] == [0, 0, 0]
 
 
 def ids(found: Diagnosis) -> list[str]:

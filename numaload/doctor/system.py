@@ -138,10 +138,9 @@ class System:
         for each in named.values():
             try:
                 opened.append(SourceFile(each))
-            except NumaloadError:
+            except NumaloadError:  # noqa: PERF203 - a check says what is missing
                 if each == path or len(named) == 1:
                     raise
-                continue  # a check says what is missing
         return opened
 
     @cached_property

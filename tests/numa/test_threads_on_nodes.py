@@ -119,7 +119,7 @@ def test_a_pool_on_all_nodes_is_found(numaload: Numaload, nodes: list[int]) -> N
     assert "NL706" in text
     plain = " ".join(text.split())
     assert f"seen {finding['text']} why" in plain
-    assert f"mend {finding['fix']}" in plain
+    assert f"fix {finding['fix']}" in plain
 
 
 def test_memory_of_another_node_is_found(numaload: Numaload, nodes: list[int]) -> None:

@@ -146,11 +146,14 @@ def test_the_report_is_json(cold: list[str]) -> None:
 def test_without_cachestat_the_answer_is_the_same(
     cold: list[str], numaload: Numaload, deny: str
 ) -> None:
-    read_tensor(cold[0], NAME)
-    alone = numaload.within(deny=deny).json("status", cold[0], "--tensors")["page_cache"]
-    usual = numaload.json("status", cold[0], "--tensors")["page_cache"]
-    assert [row.pop("how") for row in alone] == ["mincore"] * len(cold)
-    assert {row.pop("how") for row in usual} <= {"cachestat", "mincore"}
+    for _ in range(5):  # between two looks the kernel may drop pages that nobody uses
+        read_tensor(cold[0], NAME)
+        alone = numaload.within(deny=deny).json("status", cold[0], "--tensors")["page_cache"]
+        usual = numaload.json("status", cold[0], "--tensors")["page_cache"]
+        assert [row.pop("how") for row in alone] == ["mincore"] * len(cold)
+        assert {row.pop("how") for row in usual} <= {"cachestat", "mincore"}
+        if alone == usual:
+            break
     assert alone == usual
     assert alone[0]["resident"] > 0
 

@@ -52,6 +52,7 @@ def constructed(
         "refused": "",
         "opinion": "libnuma agrees on CPUs and distances",
         "cache_nodes": {},
+        "stored": [],
         "replicas": [],
         "interconnect": "perf counts 0.02 GB/s over UPI, 1.5 million cache misses a second",
         "uid": 1000,

@@ -9,14 +9,11 @@ from importlib import metadata
 
 from numaload.doctor.check import ESTIMATED, Check, Price, Unknown
 from numaload.doctor.system import System
-from numaload.errors import StoreError, check_limits, reason
+from numaload.errors import check_limits, reason
 from numaload.files.source import Identity
 from numaload.linux.lists import format_list
-from numaload.machine import userdir
 from numaload.machine.affinity import BINDING, binding_variables, binds_threads
 from numaload.machine.threads import nodes_of
-from numaload.replicas import store
-from numaload.replicas.entry import Entry
 from numaload.replicas.layout import MIRROR
 
 LARGEST = 64 << 20  # bytes of an extension that are searched
@@ -346,18 +343,12 @@ CHECKS: tuple[type[Check], ...] = (
 
 
 def replica_nodes(system: System) -> tuple[int, ...]:
-    """Return the nodes that have a replica of these very files. Raises: Unknown."""
+    """Return the nodes that have a replica of these very files. Raises: StoreError."""
     wanted = sorted(Identity.of(os.fstat(file.fd))[:-1] for file in system.files)
-    try:
-        with userdir.existing() as folder:
-            found = [store.read(name, folder) for name in store.entry_names(folder)]
-    except StoreError as error:
-        raise Unknown(str(error)) from error
     nodes: set[int] = set()
-    for entry in found:
-        if not isinstance(entry, Entry) or entry.policy != MIRROR or not store.reachable(entry):
-            continue
-        if sorted(one[:-1] for one in entry.model.identities) == wanted:
+    for entry in system.stored:
+        its = sorted(one[:-1] for one in entry.model.identities)
+        if entry.policy == MIRROR and its == wanted:
             nodes.update(entry.nodes)
     return tuple(sorted(nodes))
 

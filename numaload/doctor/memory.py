@@ -20,7 +20,6 @@ from numaload.linux.mounts import OCTAL, mount_of
 from numaload.linux.sysfs import SysFiles, number_in
 from numaload.machine import logout, userdir
 from numaload.machine.memory import Limit, cgroup_limits, machine_available, node_free, tightest
-from numaload.replicas import store
 from numaload.replicas.entry import Entry
 from numaload.replicas.layout import MIXED
 
@@ -79,17 +78,12 @@ def lacks(system: System, free: int) -> Lack | None:
 
 
 def stored(system: System) -> list[Entry]:
-    """Return what the store has of the model, or of all where none was given. It is only read."""
-    if not os.path.exists(f"{userdir.path()}/{userdir.MARKER}"):
-        return []
-    with userdir.existing() as folder:
-        found = [store.read(name, folder) for name in store.entry_names(folder)]
-    entries = [one for one in found if isinstance(one, Entry) and store.reachable(one)]
+    """Return what the store has of the model, or of all where none was given."""
     if system.path is None:
-        return entries
+        return system.stored
     return [
         entry
-        for entry in entries
+        for entry in system.stored
         if system.path in entry.model.paths and entry.model.size == system.size
     ]
 

@@ -7,13 +7,14 @@ import os
 import platform
 import re
 import socket
+from ipaddress import ip_address
 
 from numaload._version import __version__
 from numaload.doctor.diagnosis import Diagnosis
 from numaload.errors import printable
 
-ADDRESS = re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}\b|\b(?:[0-9a-f]{1,4}:){3,7}[0-9a-f]{1,4}\b")
-SERVER = re.compile(r"[\w.-]+(?=:/)")  # of server:/export
+ADDRESS = re.compile(r"[0-9a-fA-F]*[:.][0-9a-fA-F:.]+[0-9a-fA-F]")  # and others, as of PCI
+SERVER = re.compile(r"[\w.:\[\]-]+:/[^\s,;()]*")  # server:/export
 
 
 def block(found: Diagnosis) -> str:
@@ -48,7 +49,16 @@ def redacted(text: str, path: str | None) -> str:
     for name, word in names:
         if len(name) > 2 and name != "root":
             text = text.replace(name, word)
-    return SERVER.sub("SERVER", ADDRESS.sub("ADDRESS", text))
+    return ADDRESS.sub(_address, SERVER.sub("SERVER:/EXPORT", text))
+
+
+def _address(match: re.Match[str]) -> str:
+    """Replace what is an address of a network; 6.1.0.5 may be a version, and goes too."""
+    try:
+        ip_address(match[0])
+    except ValueError:
+        return match[0]
+    return "ADDRESS"
 
 
 def _user() -> str:

@@ -19,15 +19,12 @@ import xxhash
 from numaload.doctor.check import ESTIMATED, MEASURED, Check, Price, Unknown
 from numaload.doctor.speeds import pieces
 from numaload.doctor.system import System
-from numaload.errors import NumaloadError, ReadError
+from numaload.errors import NumaloadError, ReadError, StoreError
 from numaload.files.holes import find_holes, tensors_in
 from numaload.files.residency import ByteRange
 from numaload.files.source import SourceFile, real_path
 from numaload.formats.splits import some
 from numaload.linux.sysfs import SysFiles
-from numaload.machine import userdir
-from numaload.replicas import store
-from numaload.replicas.entry import Entry
 from numaload.replicas.layout import MIXED
 from numaload.replicas.verify import Checksum
 
@@ -682,7 +679,7 @@ class Unreadable(_OfFile):
     def measure(self) -> str:
         weights = self.system.weights
         files = [part.file for part in weights.parts] if weights else self.system.files
-        sums = _stored_sums(files)
+        sums = _stored_sums(self.system, files)
         return "; ".join(said for i, file in enumerate(files) for said in self._read(i, file, sums))
 
     def _read(self, i: int, file: SourceFile, sums: Sequence[Sequence[Checksum]]) -> Iterator[str]:
@@ -711,15 +708,13 @@ class Unreadable(_OfFile):
         return f"{_again(self.system.path or '')}; for the disk: smartctl -a, as root"
 
 
-def _stored_sums(files: Sequence[SourceFile]) -> Sequence[Sequence[Checksum]]:
+def _stored_sums(system: System, files: Sequence[SourceFile]) -> Sequence[Sequence[Checksum]]:
     """Return the checksums that the store has of these files, a row for each, or nothing."""
     wanted = [file.opened[:-1] for file in files]
-    with suppress(NumaloadError), userdir.existing() as folder:
-        for name in store.entry_names(folder):
-            entry = store.read(name, folder)
-            if not isinstance(entry, Entry) or entry.policy == MIXED:
-                continue
-            if [one[:-1] for one in entry.model.identities] == wanted:
+    with suppress(StoreError):
+        for entry in system.stored:
+            its = [one[:-1] for one in entry.model.identities]
+            if entry.policy != MIXED and its == wanted:
                 return entry.sums()
     return ()
 

@@ -106,7 +106,15 @@ class System:
         return found
 
     def exists(self, path: str) -> bool:
-        return os.path.exists(self.root + path)
+        """Return whether it is there. Raises: Unknown where that is not shown."""
+        try:
+            os.stat(self.root + path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            check_limits(error, path)
+            raise Unknown(f"{path}: {reason(error)}") from error
+        return True
 
     def fields(self, path: str) -> dict[str, int]:
         """Return the ``Name: 12 kB`` lines of a file, in bytes. Raises: Unknown where none is."""
@@ -193,20 +201,22 @@ class System:
         return dict(sorted(on.items()))
 
     @cached_property
+    def stored(self) -> list[Entry]:
+        """Return what is in the store. It is only read: nothing is swept or moved.
+
+        Raises: StoreError where it cannot be read.
+        """
+        if not os.path.exists(f"{userdir.path()}/{userdir.MARKER}"):
+            return []
+        with userdir.existing() as folder:  # of a folder with that file it changes nothing
+            found = [store.read(name, folder) for name in store.entry_names(folder)]
+        return [one for one in found if isinstance(one, Entry) and store.reachable(one)]
+
+    @cached_property
     def replicas(self) -> list[Entry]:
         """Return what the store has of these files, as they are or were. Raises: StoreError."""
         paths = {file.path for file in self.files}
-        where = userdir.path()
-        if not paths or not os.path.isdir(where):
-            return []
-        with userdir.named(where):
-            folder = os.open(where, userdir.DIRECTORY)
-        try:
-            found = [store.read(name, folder) for name in store.entry_names(folder)]
-        finally:
-            os.close(folder)
-        entries = [one for one in found if isinstance(one, Entry) and store.reachable(one)]
-        return [entry for entry in entries if not paths.isdisjoint(entry.model.paths)]
+        return [entry for entry in self.stored if not paths.isdisjoint(entry.model.paths)]
 
     @cached_property
     def device(self) -> Device:

@@ -54,9 +54,13 @@ def test_the_block_to_paste_names_nobody(numaload: Numaload, model: str, tmp_pat
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("filer.example.org:/models (nfs4)", "SERVER:/models (nfs4)"),
-        ("served by 10.1.2.3 and 127.0.0.1:/x", "served by ADDRESS and SERVER:/x"),
-        ("fe80:0:0:1:2:3:4:5 is there", "ADDRESS is there"),
+        ("filer.example.org:/of/anna (nfs4)", "SERVER:/EXPORT (nfs4)"),
+        ("served by 10.1.2.3 and [fe80::1]:/x", "served by ADDRESS and SERVER:/EXPORT"),
+        ("fe80::1 and fe80:0:0:1:2:3:4:5 are there", "ADDRESS and ADDRESS are there"),
+        (
+            "GPU 0000:ae:00.0: 2.5 GT/s, read_ahead_kb is 128",
+            "GPU 0000:ae:00.0: 2.5 GT/s, read_ahead_kb is 128",
+        ),
         (
             "/data/anna/Qwen-00001-of-00002.gguf: cut short",
             "FOLDER/MODEL-00001-of-00002.gguf: cut short",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -16,7 +16,7 @@ from numaload.doctor.check import ESTIMATED, LOAD, Check, Finding, Unknown
 from numaload.doctor.system import System
 from numaload.files.source import SourceFile
 from numaload.machine.topology import topology
-from numaload.replicas import store
+from numaload.replicas.entry import Entry
 from numaload.replicas.layout import INTERLEAVE, MIRROR
 
 PID = 42
@@ -217,7 +217,6 @@ def test_copies_are_no_fault_where_they_are_placed_or_are_none(
 )
 def test_replicas_that_a_process_does_not_use_are_found(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     stored: list[int],
     changes: dict[str, Any],
     node: int | None,
@@ -228,12 +227,9 @@ def test_replicas_that_a_process_does_not_use_are_found(
     with SourceFile(str(path)) as file:
         its = [file.identity()]
         entry = _Entry(changes.get("policy", MIRROR), stored, changes.get("identities", its))
-        monkeypatch.setattr(engines, "Entry", _Entry)
-        monkeypatch.setattr(store, "entry_names", lambda _: ["one"] if stored else [])
-        monkeypatch.setattr(store, "read", lambda *_: entry)
-        monkeypatch.setattr(store, "reachable", lambda _: True)
         system = process(tmp_path / "machine", "llama-cli", files=mapped, path=str(path))
         system.files = [file]
+        system.stored = cast("list[Entry]", [entry] if stored else [])
         finding = looked(engines.UnusedReplica, system)
     assert (finding is None) == (node is None)
     if finding:

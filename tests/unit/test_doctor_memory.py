@@ -584,5 +584,7 @@ def test_a_store_of_somebody_else_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     folder = tmp_path / f"numaload-{os.geteuid()}"
     folder.mkdir(mode=0o755)
     (folder / "numaload-store").touch()
+    system = on(tmp_path, meminfo(10 * GIB), size=13 * GIB)
+    del system.stored
     with pytest.raises(NumaloadError, match="0755"):
-        looked(memory.LargerThanRam, on(tmp_path, meminfo(10 * GIB), size=13 * GIB))
+        looked(memory.LargerThanRam, system)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -514,6 +515,8 @@ def test_the_store_is_looked_at_and_left_alone(
     (tmp_path / "other.gguf").write_bytes(b"")
     other = replace(other, model=identify([str(tmp_path / "other.gguf")]))
     where.mkdir()
+    (where / userdir.MARKER).touch()
+    monkeypatch.setattr(userdir, "existing", lambda: nullcontext(0))
     monkeypatch.setattr(store, "entry_names", lambda _: ["mine", "other", "damaged"])
     monkeypatch.setattr(
         store, "read", lambda name, _: {"mine": mine, "other": other}.get(name, "damaged")
@@ -524,13 +527,14 @@ def test_the_store_is_looked_at_and_left_alone(
         assert system.replicas == [mine]
     finally:
         system.close()
-    assert not list(where.iterdir())
+    assert [path.name for path in where.iterdir()] == [userdir.MARKER]
 
 
 def test_a_store_that_cannot_be_read_is_an_error(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / userdir.MARKER).touch()
     (tmp_path / "link").symlink_to("there")
     monkeypatch.setattr(userdir, "path", lambda: str(tmp_path / "link"))
     system = System(str(model))

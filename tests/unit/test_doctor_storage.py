@@ -505,7 +505,7 @@ def test_checksums_of_the_store_and_of_the_hub(
     assert f"the hub's is {'0' * 64}" in found(storage.Unreadable, where).seen
     size = blob.stat().st_size
     sums = [[(0, 16 * MIB, 1), (16 * MIB, size, 2)]]
-    monkeypatch.setattr(storage, "_stored_sums", lambda _: sums)
+    monkeypatch.setattr(storage, "_stored_sums", lambda *_: sums)
     seen = found(storage.Unreadable, where).seen
     assert f"bytes 0 to {16 * MIB} differ from what replicas were built from" in seen
     assert "SHA-256" not in seen

@@ -118,15 +118,20 @@ def _map(length: int, prot: int, flags: int, fd: int = -1, *, page: int = PAGE) 
     return MappedMemory(address, length, (start, total), page)
 
 
-def bind(mapping: MappedMemory, nodes: Collection[int]) -> None:
+def bind(
+    mapping: MappedMemory, nodes: Collection[int], start: int = 0, stop: int | None = None
+) -> None:
     """Bind pages that are not there yet: strictly to one node, or in turn to each of several.
 
-    Raises: NumaError.
+    The kernel moves no bound page to the node whose CPUs read it (numa_balancing).
+    Whole pages are bound. Raises: NumaError.
     """
-    if mapping.length:
-        size = -(-mapping.length // mapping.page) * mapping.page
+    start -= start % mapping.page
+    stop = mapping.length if stop is None else stop
+    if start < stop:
+        size = -(-(stop - start) // mapping.page) * mapping.page
         mode = syscalls.MPOL_BIND if len(nodes) == 1 else syscalls.MPOL_INTERLEAVE
-        syscalls.mbind(mapping.address, size, mode, nodes)
+        syscalls.mbind(mapping.address + start, size, mode, nodes)
 
 
 def populate_write(mapping: MappedMemory, start: int, stop: int) -> None:

@@ -87,11 +87,9 @@ class Arena(NotCopyable):
                 self._prepare(first, last)
         finally:
             syscalls.set_mempolicy(syscalls.MPOL_DEFAULT, ())
-
-    def settle(self) -> None:
-        """Set the policy once filled, so that pages read back from swap are on these nodes."""
-        if self._by_policy:
-            bind(self.mapping, self.layout.nodes)
+        # Else numa_balancing moves them to the nodes whose threads copy from here, before all is
+        # filled. Pages that are read back from swap come to these nodes too.
+        bind(self.mapping, self.layout.nodes, start, stop)
 
     def _populate(self, start: int, stop: int) -> None:
         """Allocate pages: on a full tmpfs that is an error, but touching them would be SIGBUS."""

@@ -92,9 +92,6 @@ def build(
         job.run()
         for file in files:
             file.check_unchanged()
-        for arenas in job.arenas.values():
-            for arena in arenas:
-                arena.settle()
         placements = _prove(job.arenas, bound=bound)
     except BaseException:
         for arenas in job.arenas.values():

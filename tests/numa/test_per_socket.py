@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pytest
 import numaload as api
 from commands import Numaload, sparse_model
 from confined import DOCKER
+from numaload.replicas.arena import private_memory
+from numaload.replicas.layout import Layout
 from witness import PAGE, by_move_pages, cpus_of
 
 MIB = 1 << 20
@@ -94,6 +98,27 @@ def test_private_and_unbound(small: str) -> None:
             tensor = mirror.view(node)["big.weight"]
             assert tensor.node is None
             assert half_each(shares(tensor.address, tensor.nbytes), socket)
+
+
+def test_pages_stay_where_threads_of_another_node_read_them() -> None:
+    """While it is filled: the kernel moved all of such memory to its readers within a second."""
+    balancing = Path("/proc/sys/kernel/numa_balancing").read_text()
+    assert balancing.strip() == "1"  # Debian's default
+    arena, cpus = private_memory()(16 * MIB, Layout((0, 1)), 0), os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, cpus_of(0))
+        arena.prepare(0, 8 * MIB)
+        arena.prepare(8 * MIB, 16 * MIB)
+        os.sched_setaffinity(0, cpus_of(2))
+        with arena.mapping.view(0, 16 * MIB) as view:
+            bytes_there, end = np.frombuffer(view, np.uint8), time.monotonic() + 3
+            while time.monotonic() < end:
+                assert not bytes_there[::PAGE].any()
+            del bytes_there
+        assert by_move_pages(arena.mapping.address, 16 * MIB) == {0: 2048, 1: 2048}
+    finally:
+        os.sched_setaffinity(0, cpus)
+        arena.close()
 
 
 def test_interleaved_by_first_touch(numaload: Numaload, small: str) -> None:

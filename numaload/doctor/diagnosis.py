@@ -8,7 +8,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from numaload.doctor import cpu, engines, gpu, memory, numa, process, storage
+from numaload.doctor import (
+    cpu,
+    disks,
+    engines,
+    gpu,
+    memory,
+    numa,
+    process,
+    reading,
+    storage,
+)
 from numaload.doctor.check import Check, Finding, Unknown
 from numaload.doctor.findings import ThreadReport
 from numaload.doctor.speeds import Speeds
@@ -17,6 +27,8 @@ from numaload.errors import NumaloadError
 
 # Every check, by subject.
 CHECKS: tuple[type[Check], ...] = (
+    *reading.CHECKS,
+    *disks.CHECKS,
     *storage.CHECKS,
     *memory.CHECKS,
     *numa.CHECKS,

@@ -15,10 +15,10 @@ import safetensors_builder as sb
 from commands import KEPT, Numaload, evict, resident
 from doctor_systems import constructed
 from machines import ONE
+from numaload.doctor import disks, reading, storage
 from numaload.doctor import speeds as measuring
 from numaload.doctor.diagnosis import Diagnosis, diagnose, examine
 from numaload.doctor.speeds import Speeds, measure_speeds
-from numaload.doctor.storage import CHECKS
 from numaload.doctor.system import QUICK, System
 from numaload.errors import NumaError, StalledError
 from numaload.files.residency import length, overlaps, residency
@@ -31,6 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*are on no disk and read as zeros"),
 ]
 MIB = 1 << 20
+CHECKS = (*reading.CHECKS, *disks.CHECKS, *storage.CHECKS)
 MOST_BYTES, MOST_S = 256 * 10**6, 1.0
 SLOW_MACHINE_S = 2.0  # more, where others use disk and CPUs at the same time
 

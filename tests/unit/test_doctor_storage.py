@@ -16,7 +16,7 @@ import safetensors_builder as sb
 from commands import evict, resident
 from doctor_systems import FAST, GIB, NVME, constructed, looked
 from machines import ONE
-from numaload.doctor import speeds, storage
+from numaload.doctor import disks, reading, speeds, storage
 from numaload.doctor.check import Check, Finding, Unknown
 from numaload.doctor.speeds import Speeds
 from numaload.doctor.system import QUICK, DiskUse, System
@@ -29,6 +29,7 @@ from numaload.machine.devices import Device, FileDevice
 MIB = 1 << 20
 SIZE = 30 * 10**9
 PATH = "/models/model.gguf"
+CHECKS = (*reading.CHECKS, *disks.CHECKS, *storage.CHECKS)
 QUEUE = "/sys/block/nvme0n1/queue"
 PCI = "/sys/class/nvme/nvme0/device"
 # A machine with one NVMe SSD that has nothing to mend.
@@ -84,12 +85,12 @@ def seconds(finding: Finding) -> float:
 
 
 def test_nothing_is_found_on_a_healthy_machine(tmp_path: Path) -> None:
-    for check in storage.CHECKS:
+    for check in CHECKS:
         assert looked(check, system(tmp_path)) is None, check.id
 
 
 def test_without_a_file_nothing_is_looked_at(tmp_path: Path) -> None:
-    for check in storage.CHECKS:
+    for check in CHECKS:
         assert not check(constructed(tmp_path, ONE)).available(), check.id
 
 
@@ -105,13 +106,13 @@ def test_hidden_and_odd_files_are_unknown_at_most(tmp_path: Path, text: str | No
         odd = Mount("259:0", "/models", where.device.file_system, "=,rsize=x,addr", "")
         slow = Speeds(disk=0.05e9, mapped=0.01e9)
         for where.mount, where.speeds in ((None, SLOW), (odd, slow), (odd, Speeds()), (odd, FAST)):
-            for check in storage.CHECKS:
+            for check in CHECKS:
                 with suppress(Unknown):
                     looked(check, where)
 
 
 def test_slow_mapping(tmp_path: Path) -> None:
-    finding = found(storage.Mapped, system(tmp_path, speeds=SLOW))
+    finding = found(reading.Mapped, system(tmp_path, speeds=SLOW))
     assert "1.00 GB/s, the disk gives 3.00 GB/s; 27.9 GiB are not in RAM" in finding.seen
     assert (seconds(finding), finding.price and finding.price.how) == (20.0, "measured")
     assert finding.fix == f"numaload prewarm {PATH}"
@@ -128,18 +129,18 @@ def test_slow_mapping(tmp_path: Path) -> None:
     ],
 )
 def test_a_mapping_that_costs_nothing(tmp_path: Path, said: dict[str, Any]) -> None:
-    assert looked(storage.Mapped, system(tmp_path, **{"speeds": SLOW} | said)) is None
+    assert looked(reading.Mapped, system(tmp_path, **{"speeds": SLOW} | said)) is None
 
 
 def test_a_small_read_ahead_claims_the_seconds_of_a_slow_mapping(tmp_path: Path) -> None:
     where = system(tmp_path, {f"{QUEUE}/read_ahead_kb": "128\n"}, speeds=SLOW)
-    finding = found(storage.ReadAhead, where)
+    finding = found(reading.ReadAhead, where)
     assert f"{QUEUE}/read_ahead_kb is 128, expected 4096" in finding.seen
     assert seconds(finding) == 20.0
     assert finding.fix == f"echo 4096 > {QUEUE}/read_ahead_kb"
     assert finding.undo == f"echo 128 > {QUEUE}/read_ahead_kb"
     assert finding.root
-    assert looked(storage.Mapped, where) is None
+    assert looked(reading.Mapped, where) is None
 
 
 @pytest.mark.parametrize(
@@ -161,19 +162,19 @@ def test_which_read_ahead_counts(tmp_path: Path, device: Device, place: str, wan
         mount=nfs()._replace(kind=device.file_system),
         speeds=SLOW,
     )
-    assert found(storage.ReadAhead, where).fix == f"echo {wanted} > {place}"
+    assert found(reading.ReadAhead, where).fix == f"echo {wanted} > {place}"
 
 
 def test_a_read_ahead_that_is_hidden_is_unknown(tmp_path: Path) -> None:
     with pytest.raises(Unknown, match="read_ahead_kb"):
-        looked(storage.ReadAhead, constructed(tmp_path, ONE, size=SIZE, speeds=SLOW, mount=nfs()))
+        looked(reading.ReadAhead, constructed(tmp_path, ONE, size=SIZE, speeds=SLOW, mount=nfs()))
 
 
 def test_small_requests_of_nfs(tmp_path: Path) -> None:
-    finding = found(storage.SmallReads, on_nfs(tmp_path, nfs(65536)))
+    finding = found(reading.SmallReads, on_nfs(tmp_path, nfs(65536)))
     assert "server:/m (nfs4, mounted at /models) has rsize=65536" in finding.seen
     assert seconds(finding) == 21.5
-    tiny = found(storage.SmallReads, on_nfs(tmp_path, nfs(4096)))
+    tiny = found(reading.SmallReads, on_nfs(tmp_path, nfs(4096)))
     assert seconds(tiny) == 22.5  # no more than three quarters of what the reading takes
     assert finding.fix == (
         "umount /models && mount -t nfs4 -o rw,vers=4.2,rsize=1048576,hard,proto=tcp"
@@ -183,7 +184,7 @@ def test_small_requests_of_nfs(tmp_path: Path) -> None:
 
 
 def test_one_connection_of_nfs(tmp_path: Path) -> None:
-    finding = found(storage.OneConnection, on_nfs(tmp_path))
+    finding = found(reading.OneConnection, on_nfs(tmp_path))
     assert "one connection to the server, which gives 1.00 GB/s" in finding.seen
     assert seconds(finding) == 9.0
     assert "nconnect=8 server:/m /models" in finding.fix
@@ -203,27 +204,27 @@ def test_one_connection_of_nfs(tmp_path: Path) -> None:
 def test_mounts_that_want_no_other_options(
     tmp_path: Path, mount: Mount, said: dict[str, Any]
 ) -> None:
-    for check in (storage.SmallReads, storage.OneConnection):
+    for check in (reading.SmallReads, reading.OneConnection):
         assert looked(check, on_nfs(tmp_path, mount, **said)) is None
 
 
 def test_a_mount_that_hides_its_options_is_unknown(tmp_path: Path) -> None:
     with pytest.raises(Unknown, match="rsize"):
-        looked(storage.SmallReads, on_nfs(tmp_path, nfs()._replace(options="rw")))
+        looked(reading.SmallReads, on_nfs(tmp_path, nfs()._replace(options="rw")))
 
 
 def test_a_network_leaves_out_what_its_options_cost(tmp_path: Path) -> None:
     """What a local disk would save, less the seconds that other findings claim."""
-    finding = found(storage.FarAway, on_nfs(tmp_path))
+    finding = found(reading.FarAway, on_nfs(tmp_path))
     assert "0.90 GB/s; a local NVMe disk typically gives 3.00 GB/s" in finding.seen
     assert seconds(finding) == round(SIZE / 0.9e9 - SIZE / 3e9 - 9.0, 1)
     assert finding.fix.startswith(f"mkdir -p ~/models && cp {PATH} ~/models/")
     assert finding.undo == "rm ~/models/model.gguf"
     slow: dict[str, Any] = {"speeds": Speeds(disk=1.0e9, mapped=0.1e9), "files": {BDI: "128\n"}}
     both = on_nfs(tmp_path, **slow)
-    assert seconds(found(storage.ReadAhead, both)) == 270.0
-    assert seconds(found(storage.FarAway, both)) == 300 - 10 - 270.0 - 9.0
-    assert looked(storage.Mapped, both) is None
+    assert seconds(found(reading.ReadAhead, both)) == 270.0
+    assert seconds(found(reading.FarAway, both)) == 300 - 10 - 270.0 - 9.0
+    assert looked(reading.Mapped, both) is None
 
 
 @pytest.mark.parametrize("kind", ["9p", "virtiofs"])
@@ -232,8 +233,8 @@ def test_a_share_is_slower_than_a_disk(tmp_path: Path, kind: str) -> None:
         tmp_path, Mount("0:45", "/m", kind, "", "m"), device=Device("share", "m", kind),
         speeds=Speeds(mapped=0.2e9),
     )  # fmt: skip
-    assert seconds(found(storage.FarAway, where)) == 140.0
-    assert looked(storage.FarAway, on_nfs(tmp_path, speeds=FAST)) is None
+    assert seconds(found(reading.FarAway, where)) == 140.0
+    assert looked(reading.FarAway, on_nfs(tmp_path, speeds=FAST)) is None
 
 
 @pytest.mark.parametrize(
@@ -247,38 +248,38 @@ def test_a_share_is_slower_than_a_disk(tmp_path: Path, kind: str) -> None:
 )
 def test_a_mount_of_the_hub(tmp_path: Path, mount: Mount) -> None:
     where = on_nfs(tmp_path, mount)
-    finding = found(storage.HubMount, where)
+    finding = found(reading.HubMount, where)
     assert mount.source in finding.seen
     assert seconds(finding) == round(SIZE / 0.9e9 - SIZE / 3e9, 1)
     assert f"cp {PATH} ~/models/" in finding.fix
     assert "hf download" in finding.fix
-    for other in (storage.FarAway, storage.SmallReads, storage.OneConnection, storage.Mapped):
+    for other in (reading.FarAway, reading.SmallReads, reading.OneConnection, reading.Mapped):
         assert looked(other, where) is None
 
 
 def test_a_hub_mount_of_which_nothing_is_known(tmp_path: Path) -> None:
     mount = Mount("0:45", "/models", "fuse", "rw", "hf-mount")
-    assert found(storage.HubMount, on_nfs(tmp_path, mount, speeds=Speeds())).price is None
+    assert found(reading.HubMount, on_nfs(tmp_path, mount, speeds=Speeds())).price is None
     for said in ({"speeds": FAST}, {"absent": 0, "speeds": Speeds()}, {"mount": nfs()}):
-        assert looked(storage.HubMount, on_nfs(tmp_path, **{"mount": mount} | said)) is None
+        assert looked(reading.HubMount, on_nfs(tmp_path, **{"mount": mount} | said)) is None
 
 
 def test_a_hard_disk(tmp_path: Path) -> None:
     disk: dict[str, Any] = {"device": Device("hdd", "sda1", "ext4", 1, rotational=True)}
     where = system(tmp_path, **disk, speeds=Speeds(disk=0.15e9, mapped=0.14e9))
-    finding = found(storage.HardDisk, where)
+    finding = found(disks.HardDisk, where)
     assert "hard disk (sda1, ext4) gives 0.15 GB/s" in finding.seen
     assert seconds(finding) == 140.0
     assert finding.fix == "move it to an SSD with 27.9 GiB free"  # RAM has no room for it
     assert not finding.undo
     roomy = system(tmp_path, **disk, speeds=where.speeds, meminfo={"MemAvailable": SIZE})
-    assert found(storage.HardDisk, roomy).fix.endswith(f"numaload mirror {PATH}")
-    assert found(storage.HardDisk, roomy).undo == f"numaload release {PATH}"
+    assert found(disks.HardDisk, roomy).fix.endswith(f"numaload mirror {PATH}")
+    assert found(disks.HardDisk, roomy).undo == f"numaload release {PATH}"
     busy = system(
         tmp_path, **disk, speeds=Speeds(disk=0.15e9), disk_use=DiskUse(10e6, 0.5)
     )  # half of its time is claimed by those who use it
-    assert seconds(found(storage.Busy, busy)) == 100.0
-    assert seconds(found(storage.HardDisk, busy)) == 40.0
+    assert seconds(found(disks.Busy, busy)) == 100.0
+    assert seconds(found(disks.HardDisk, busy)) == 40.0
 
 
 @pytest.mark.parametrize("said", [{"absent": 0}, {"speeds": Speeds()}, {"device": NVME}])
@@ -287,16 +288,16 @@ def test_a_hard_disk_that_costs_nothing(tmp_path: Path, said: dict[str, Any]) ->
         "device": Device("hdd", "sda", "ext4", 1),
         "speeds": Speeds(disk=0.15e9),
     }
-    assert looked(storage.HardDisk, system(tmp_path, **disk | said)) is None
+    assert looked(disks.HardDisk, system(tmp_path, **disk | said)) is None
 
 
 def test_a_busy_disk(tmp_path: Path) -> None:
-    finding = found(storage.Busy, system(tmp_path, disk_use=DiskUse(1.0e9, 0.9)))
+    finding = found(disks.Busy, system(tmp_path, disk_use=DiskUse(1.0e9, 0.9)))
     assert "1.00 GB/s, and keep it busy 90% of the time" in finding.seen
     assert seconds(finding) == 2.5  # a quarter of 10 s
     assert "iotop" in finding.fix
     quiet = DiskUse(0.1e9, 1.0)  # an SSD that is asked often has not much to do
-    assert looked(storage.Busy, system(tmp_path, disk_use=quiet)) is None
+    assert looked(disks.Busy, system(tmp_path, disk_use=quiet)) is None
 
 
 def test_what_disks_do_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +320,7 @@ def test_disks_of_which_nothing_is_told(tmp_path: Path, text: str) -> None:
     where = system(tmp_path, {"/proc/diskstats": text})
     del where.disk_use
     with pytest.raises(Unknown):
-        looked(storage.Busy, where)
+        looked(disks.Busy, where)
 
 
 def punched(path: Path, size: int = 12 * MIB) -> Path:
@@ -367,30 +368,30 @@ CRYPT: dict[str, Any] = {
 
 
 def test_slow_decryption(tmp_path: Path) -> None:
-    finding = found(storage.Encrypted, system(tmp_path, LAYERS, **CRYPT))
+    finding = found(disks.Encrypted, system(tmp_path, LAYERS, **CRYPT))
     assert "with se cret (dm-crypt) gives 0.50 GB/s, such disks some 2.00 GB/s" in finding.seen
     assert seconds(finding) == 45.0
     assert "--perf-no_read_workqueue --perf-no_write_workqueue 'se cret'" in finding.fix
     assert finding.undo == "cryptsetup refresh 'se cret'"
     for said in ({"speeds": FAST}, {"device": Device("hdd", "dm-0", "ext4", 1)}):
-        assert looked(storage.Encrypted, system(tmp_path, LAYERS, **CRYPT | said)) is None
+        assert looked(disks.Encrypted, system(tmp_path, LAYERS, **CRYPT | said)) is None
     (tmp_path / "sys/block/dm-0/dm/uuid").write_text("LVM-1\n")
-    assert looked(storage.Encrypted, system(tmp_path, **CRYPT)) is None
+    assert looked(disks.Encrypted, system(tmp_path, **CRYPT)) is None
 
 
 def test_encryption_that_is_hidden_is_unknown(tmp_path: Path) -> None:
     with pytest.raises(Unknown):
-        looked(storage.Encrypted, system(tmp_path, **CRYPT))
+        looked(disks.Encrypted, system(tmp_path, **CRYPT))
 
 
 def test_a_degraded_array_claims_first(tmp_path: Path) -> None:
     where = system(tmp_path, LAYERS | {"/sys/block/md0/md/degraded": "1\n"}, **CRYPT)
-    finding = found(storage.Degraded, where)
+    finding = found(disks.Degraded, where)
     assert finding.seen == "/sys/block/md0/md/degraded is 1"
     assert seconds(finding) == 30.0
     assert "mdadm --manage /dev/md0 --add" in finding.fix
-    assert seconds(found(storage.Encrypted, where)) == 15.0
-    assert looked(storage.Degraded, system(tmp_path, LAYERS, **CRYPT)) is None
+    assert seconds(found(disks.Encrypted, where)) == 15.0
+    assert looked(disks.Degraded, system(tmp_path, LAYERS, **CRYPT)) is None
 
 
 LOOP = {
@@ -401,25 +402,25 @@ LOOP = {
 
 
 def test_a_loop_device_without_direct_reads(tmp_path: Path) -> None:
-    disks = FileDevice(PATH, "ext4", "loop3", ("loop3",), (), "a virtual device")
-    said: dict[str, Any] = {"device": Device("unknown", "loop3", "ext4", 1), "disks": disks}
-    finding = found(storage.Loop, system(tmp_path, LOOP, **said))
+    below = FileDevice(PATH, "ext4", "loop3", ("loop3",), (), "a virtual device")
+    said: dict[str, Any] = {"device": Device("unknown", "loop3", "ext4", 1), "disks": below}
+    finding = found(disks.Loop, system(tmp_path, LOOP, **said))
     assert finding.seen == "loop3 reads /images/models.img without direct I/O"
     assert seconds(finding) == 2.5  # a copy at 12 GB/s
     assert finding.fix == "losetup --direct-io=on /dev/loop3"
     assert finding.undo == "losetup --direct-io=off /dev/loop3"
     direct = LOOP | {"/sys/block/loop3/loop/dio": "1\n"}
-    assert looked(storage.Loop, system(tmp_path, direct, **said)) is None
+    assert looked(disks.Loop, system(tmp_path, direct, **said)) is None
 
 
 def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
     silent = Speeds(why_not="m.gguf: no answer for 15 s from server:/m", stalled_s=15.0)
-    finding = found(storage.Silent, on_nfs(tmp_path, speeds=silent))
+    finding = found(reading.Silent, on_nfs(tmp_path, speeds=silent))
     assert "no answer for 15 s" in finding.seen
     assert finding.price is None
     assert finding.fix.endswith("umount -f -l /models")
     refused = Speeds(why_not="its file system maps no files")
-    assert looked(storage.Silent, on_nfs(tmp_path, speeds=refused)) is None
+    assert looked(reading.Silent, on_nfs(tmp_path, speeds=refused)) is None
 
 
 @pytest.mark.parametrize(
@@ -446,7 +447,7 @@ def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
 def test_a_link_that_is_too_slow(
     tmp_path: Path, files: dict[str, str], seen: str, fix: str
 ) -> None:
-    finding = found(storage.SlowLink, system(tmp_path, files))
+    finding = found(disks.SlowLink, system(tmp_path, files))
     assert seen in finding.seen
     assert seconds(finding) == 5.0
     assert finding.fix.startswith(fix)
@@ -456,9 +457,9 @@ def test_a_link_that_is_too_slow(
 def test_a_link_that_is_not_what_limits(tmp_path: Path) -> None:
     narrow = {f"{PCI}/current_link_width": "2\n"}
     where = system(tmp_path, narrow, speeds=Speeds(disk=1.0e9))
-    assert looked(storage.SlowLink, where) is None
+    assert looked(disks.SlowLink, where) is None
     with pytest.raises(Unknown, match="is no link"):
-        looked(storage.SlowLink, system(tmp_path, {f"{PCI}/current_link_speed": "Unknown\n"}))
+        looked(disks.SlowLink, system(tmp_path, {f"{PCI}/current_link_speed": "Unknown\n"}))
 
 
 def whole(path: Path) -> System:
@@ -513,30 +514,30 @@ def test_checksums_of_the_store_and_of_the_hub(
 
 
 def test_how_small_and_large_sizes_are_written() -> None:
-    assert storage._size(3 * MIB) == "3.0 MiB"
-    assert storage._size(3 * GIB) == "3.0 GiB"
+    assert storage.size_of(3 * MIB) == "3.0 MiB"
+    assert storage.size_of(3 * GIB) == "3.0 GiB"
 
 
 def test_a_scheduler_for_hard_disks(tmp_path: Path) -> None:
     place = f"{QUEUE}/scheduler"
-    finding = found(storage.Scheduler, system(tmp_path, {place: "none mq-deadline [bfq]\n"}))
+    finding = found(disks.Scheduler, system(tmp_path, {place: "none mq-deadline [bfq]\n"}))
     assert finding.seen == f"{place} is bfq"
     assert (finding.fix, finding.undo) == (f"echo none > {place}", f"echo bfq > {place}")
     assert finding.root
     for text in ("[none] bfq", "[mq-deadline] none bfq"):
-        assert looked(storage.Scheduler, system(tmp_path, {place: text})) is None
+        assert looked(disks.Scheduler, system(tmp_path, {place: text})) is None
     (tmp_path / place.lstrip("/")).unlink()
     with pytest.raises(Unknown):
-        storage.Scheduler(
+        disks.Scheduler(
             constructed(tmp_path / "other", ONE, {f"{QUEUE}/x": ""}, size=SIZE)
         ).measure()
 
 
 def test_a_file_system_without_direct_reads(tmp_path: Path) -> None:
-    finding = found(storage.NotDirect, system(tmp_path, speeds=FAST._replace(direct=False)))
+    finding = found(disks.NotDirect, system(tmp_path, speeds=FAST._replace(direct=False)))
     assert finding.seen == "ext4 refuses O_DIRECT for this file"
     assert seconds(finding) == pytest.approx(SIZE / 12e9, abs=0.1)
-    assert looked(storage.NotDirect, system(tmp_path)) is None
+    assert looked(disks.NotDirect, system(tmp_path)) is None
 
 
 def test_getting_memory_is_not_the_disk_s_time(

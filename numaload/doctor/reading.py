@@ -1,0 +1,305 @@
+"""How the file is read: through a mapping, from NFS, or by way of a server."""
+
+from __future__ import annotations
+
+import os
+import re
+from shlex import quote
+
+from numaload.doctor.check import ESTIMATED, MEASURED, Check, Price, Unknown
+from numaload.doctor.storage import GIB, LEAST_S, OfFile, gb, size_of, whole_disk
+
+CLEARLY = 0.75  # of what the disk gives: a mapping that is slower than this is slow
+LOCAL = 3.0e9  # bytes a second of a local NVMe SSD (PCIe 3.0 x4)
+NFS = ("nfs", "nfs4")
+LOOPBACK = re.compile(r"127\.[0-9.]+|::1|localhost")
+HUB = re.compile(r"\b(hf-mount|s3fs|mountpoint-s3|gcsfuse|goofys|geesefs|rclone|blobfuse2?)\b")
+WINDOWS = {"hdd": 1024, "ssd": 1024, "nfs": 15360}  # KiB to read ahead; of others:
+WINDOW = 4096
+
+
+class Mapped(OfFile):
+    id, title = "NL101", "Mapping the file reads it slower than the disk gives"
+    source = "measured in docs/storage.md, 2026-10: one thread that touches pages"
+    why = (
+        "A program that maps the file waits for the disk page by page, with one thread;"
+        " numaload reads large pieces before the program asks for them."
+    )
+
+    def measure(self) -> str:
+        speeds = self.system.speeds
+        if not slow_mapping(self) or self.claimed(ReadAhead, HubMount, FarAway):
+            return ""
+        return (
+            f"page by page it comes at {gb(speeds.mapped)}, the disk gives {gb(speeds.disk)};"
+            f" {size_of(self.system.absent)} are not in RAM"
+        )
+
+    def price(self) -> Price | None:
+        speeds = self.system.speeds
+        return Price(self.lost(speeds.mapped, speeds.disk), MEASURED)
+
+    def fix(self) -> str:
+        return f"numaload prewarm {self.path}"
+
+    def undo(self) -> str:
+        return f"numaload evict {self.path}"
+
+
+def slow_mapping(check: OfFile) -> bool:
+    """Return whether a mapping is read clearly slower than the disk gives."""
+    mapped, disk = check.system.speeds.mapped, check.system.speeds.disk
+    if not mapped or not disk or mapped > CLEARLY * disk:
+        return False
+    return check.lost(mapped, disk) >= LEAST_S
+
+
+class ReadAhead(OfFile):
+    """The kernel reads ahead of a mapping as far as the disk, or the file system, is set to."""
+
+    id, title, root = "NL102", "The kernel reads too little ahead", True
+    source = (
+        "Azure NetApp Files, Linux NFS read-ahead: 15 times rsize, 128 KiB since Linux 5.4,"
+        " 2026-11; 4 MiB: docs/storage.md, 2026-10"
+    )
+    why = (
+        "While a program reads on, the kernel fetches what comes next. With a small window the"
+        " device is idle between two requests."
+    )
+
+    def available(self) -> bool:
+        return super().available() and self.system.device.kind != "memory"
+
+    def measure(self) -> str:
+        if not slow_mapping(self):
+            return ""
+        self.place = self._place()
+        self.old = self.system.number(self.place)
+        device = self.system.device
+        self.wanted = WINDOWS.get("nfs" if device.file_system in NFS else device.kind, WINDOW)
+        if self.old >= self.wanted:
+            return ""
+        speeds = self.system.speeds
+        return (
+            f"{self.place} is {self.old}, expected {self.wanted} or more: page by page the file"
+            f" comes at {gb(speeds.mapped)}, large reads get {gb(speeds.disk)}"
+        )
+
+    def _place(self) -> str:
+        """Return the file that counts: the block device's, or else the file system's own."""
+        top = whole_disk(self.system)
+        if top and self.system.device.file_system != "btrfs":
+            return f"/sys/block/{top}/queue/read_ahead_kb"
+        if self.system.mount is None:
+            raise Unknown("how far is read ahead: the mount of the file is not shown")
+        return f"/sys/class/bdi/{self.system.mount.device}/read_ahead_kb"
+
+    def price(self) -> Price | None:
+        speeds = self.system.speeds
+        return Price(self.lost(speeds.mapped, speeds.disk), MEASURED)
+
+    def fix(self) -> str:
+        return f"echo {self.wanted} > {quote(self.place)}"
+
+    def undo(self) -> str:
+        return f"echo {self.old} > {quote(self.place)}"
+
+
+class _OfNfs(OfFile):
+    """A check of a mount of NFS whose server is another machine."""
+
+    root = True
+
+    def available(self) -> bool:
+        mount = self.system.mount if super().available() else None
+        return mount is not None and mount.kind in NFS and not _hub(self)
+
+    def price(self) -> Price | None:
+        seconds = self.seconds()
+        return None if seconds is None else Price(seconds, ESTIMATED)
+
+    def seconds(self) -> float | None:
+        raise NotImplementedError
+
+    def remounted(self, **changed: str) -> str:
+        """Return the command that mounts it again: NFS does not change these in a remount."""
+        mount = self.system.mount
+        if mount is None:
+            raise Unknown("the mount of the file is not shown")
+        options = _options(self) | changed
+        shown = ",".join(
+            f"{k}={v}" if v else k for k, v in options.items() if k not in OF_THE_KERNEL
+        )
+        point, source = quote(mount.point), quote(mount.source)
+        return f"umount {point} && mount -t {mount.kind} -o {quote(shown)} {source} {point}"
+
+    def undo(self) -> str:
+        return self.remounted()
+
+
+# Options of NFS that the kernel shows and mount.nfs finds by itself.
+OF_THE_KERNEL = (
+    "addr", "clientaddr", "mountaddr", "mountport", "mountproto", "mountvers", "namlen",
+)  # fmt: skip
+
+
+class SmallReads(_OfNfs):
+    id, title = "NL103", "NFS asks for small pieces"
+    source = "nfs(5), rsize: the largest is 1 MiB; Linux servers give that by default, 2026-11"
+    why = "rsize is how much one request to the NFS server asks for; each costs its time."
+    LEAST = 1 << 20  # bytes
+    # A request costs the client and the server this much, however large it is.
+    REQUEST_S = 50e-6
+    MOST = 0.75  # of the time: what is left is the network's and the disk's behind it
+
+    def measure(self) -> str:
+        if not self.system.absent:
+            return ""
+        text = _options(self).get("rsize", "")
+        if not text.isdecimal() or not int(text):
+            raise Unknown("the mount table does not tell rsize")
+        self.rsize = int(text)
+        if self.rsize >= self.LEAST:
+            return ""
+        return f"{self.system.mount} has rsize={self.rsize}, expected {self.LEAST}"
+
+    def seconds(self) -> float | None:
+        absent = self.system.absent
+        more = (absent / self.rsize - absent / self.LEAST) * self.REQUEST_S
+        return min(more, self.MOST * self.disk_s) if self.disk_s else more
+
+    def fix(self) -> str:
+        return self.remounted(rsize=str(self.LEAST))
+
+
+class OneConnection(_OfNfs):
+    id, title = "NL104", "NFS uses one connection"
+    source = "Azure NetApp Files, Linux NFS mount options: nconnect=8 takes 30 % less, 2026-11"
+    why = (
+        "One TCP connection is served by one CPU, and some networks limit each connection;"
+        " nconnect spreads requests over several."
+    )
+    LARGE = GIB  # bytes to read, from which it matters
+    FAST = 0.3e9  # bytes a second: below it the network itself, of 1 or 2.5 Gbit/s, is the limit
+    SAVED = 0.3  # of the time
+
+    def measure(self) -> str:
+        rate, options = self.system.speeds.disk, _options(self)
+        if "nconnect" in options or options.get("proto", "tcp").startswith("udp"):
+            return ""
+        if self.system.absent < self.LARGE or (rate and rate < self.FAST):
+            return ""
+        reads = f", which gives {gb(rate)}" if rate else ""
+        return f"{self.system.mount} has no nconnect: one connection to the server{reads}"
+
+    def seconds(self) -> float | None:
+        if not self.disk_s:
+            return None
+        return self.SAVED * max(0.0, self.disk_s - self.claimed(SmallReads))
+
+    def fix(self) -> str:
+        return self.remounted(nconnect="8") + "  # after all mounts of this server are unmounted"
+
+
+class _Elsewhere(OfFile):
+    """A file that is not on a disk of this machine."""
+
+    def figures(self) -> str:
+        """Say how slow it is compared with a local disk, "" where it is about as fast."""
+        if self.rate is None:
+            silent = self.system.speeds.stalled_s or not self.system.absent
+            return "" if silent else "it was not measured"
+        if self.rate > LOCAL / 2 or self.lost(self.rate, LOCAL) < LEAST_S:
+            return ""
+        return f"it comes at {gb(self.rate)}; a local NVMe disk typically gives {gb(LOCAL)}"
+
+    def price(self) -> Price | None:
+        if self.rate is None:
+            return None
+        others = self.claimed(ReadAhead, SmallReads, OneConnection)
+        return Price(max(0.0, self.lost(self.rate, LOCAL) - others), ESTIMATED)
+
+    def undo(self) -> str:
+        names = [file.path for file in self.system.files] or [self.system.path or ""]
+        return "rm " + " ".join(f"~/models/{quote(os.path.basename(name))}" for name in names)
+
+
+class HubMount(_Elsewhere):
+    id, title = "NL105", "The file comes through a server on this machine"
+    source = "hf-mount 0.6, README and src/nfs.rs: read on demand, 2026-08"
+    why = (
+        "A program of this machine fetches the file from the network as it is read: each load waits"
+        " for that again."
+    )
+
+    def available(self) -> bool:
+        return super().available() and _hub(self)
+
+    def measure(self) -> str:
+        figures = self.figures()
+        return (
+            figures and f"{self.system.mount} is served, or tunnelled, by this machine: {figures}"
+        )
+
+    def fix(self) -> str:
+        name = os.path.basename(self.system.path or "")
+        return f"{self.copying}; or: hf download ORG/NAME {quote(name)} --local-dir ~/models"
+
+
+class FarAway(_Elsewhere):
+    id, title = "NL106", "The file is on a network or a shared folder"
+    source = "assumed: a local NVMe SSD (PCIe 3.0 x4) gives 3 GB/s, 2026-11"
+    why = "Each load asks another machine for all of the file again, unless RAM still has it."
+
+    def available(self) -> bool:
+        far = super().available() and self.system.device.kind in ("network", "share")
+        return far and not _hub(self)
+
+    def measure(self) -> str:
+        figures = self.figures()
+        return figures and f"{self.system.device}: {figures}"
+
+    def fix(self) -> str:
+        return f"{self.copying}; or keep it in RAM: numaload mirror {self.path}"
+
+
+class Silent(OfFile):
+    id, title = "NL114", "The server does not answer"
+    source = "docs/storage.md, network file systems, 2026-10"
+    why = "A program that reads such a file waits until the server is back, maybe for ever."
+
+    def measure(self) -> str:
+        return self.system.speeds.why_not if self.system.speeds.stalled_s else ""
+
+    def fix(self) -> str:
+        point = quote(self.system.mount.point) if self.system.mount else "MOUNTPOINT"
+        return f"see whether the server is reachable; to give it up: umount -f -l {point}"
+
+
+def _hub(check: Check) -> bool:
+    """Return whether a program of this machine serves the file from the hub or another store."""
+    mount = check.system.mount
+    if mount is None:
+        return False
+    if mount.kind in NFS:
+        host = _options(check).get("addr") or mount.source.partition(":/")[0]
+        return LOOPBACK.fullmatch(host) is not None
+    return mount.kind.startswith("fuse") and HUB.search(f"{mount.kind} {mount.source}") is not None
+
+
+def _options(check: Check) -> dict[str, str]:
+    """Return the options of the file's mount: {name: value, or ""}."""
+    mount = check.system.mount
+    words = (word.partition("=") for word in (mount.options if mount else "").split(",") if word)
+    return {name: value for name, _, value in words}
+
+
+CHECKS: tuple[type[Check], ...] = (
+    Mapped,
+    ReadAhead,
+    SmallReads,
+    OneConnection,
+    HubMount,
+    FarAway,
+    Silent,
+)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from numaload._version import __version__
 from numaload.machine import affinity as _affinity  # noqa: F401 - reads the allowed CPUs, see there
+from numaload.trace import span as _span
 
 if TYPE_CHECKING:
     from numaload import errors
@@ -107,10 +108,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'numaload' has no attribute {name!r}")
     from importlib import import_module
 
-    with _first_use:
-        import_module("numaload.forks")
-    module, attribute = _PLACES[name]
-    found = import_module(f"numaload.{module}")
+    with _span("import"):
+        with _first_use:
+            import_module("numaload.forks")
+        module, attribute = _PLACES[name]
+        found = import_module(f"numaload.{module}")
     value = found if attribute is None else getattr(found, attribute)
     globals()[name] = value
     return value

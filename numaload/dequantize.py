@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from numaload import trace
 from numaload.errors import NodeMemoryError, UnsupportedTypeError, UsageError, warn_once
 from numaload.formats.qtypes import BLOCKS, FLOATS
 from numaload.kernels import registry
@@ -203,11 +204,13 @@ def dequantize_blocks(
     byte_order: str = "little",
     scales: GivenScales | None = None,
     first: int = 0,
+    nodes: Collection[int] = (),
 ) -> None:
     """Turn ``blocks`` (n_blocks, type_size) into ``out``, flat, n_blocks * block_size of ``dtype``.
 
     Bit-exact with ggml's to_float. float16 and bfloat16: rounded to nearest even, too large is inf.
-    name, byte_order, scales, first: see ``Conversion``. Raises: UnsupportedTypeError, UsageError.
+    name, byte_order, scales, first: see ``Conversion``. nodes: of the memory, for spans.
+    Raises: UnsupportedTypeError, UsageError.
     """
     convert = Conversion(code, dtype, name=name, byte_order=byte_order, scales=scales)
     _check(blocks, code, out, convert.what)
@@ -218,7 +221,8 @@ def dequantize_blocks(
 
     def task(start: int, stop: int) -> None:
         part = out[start * step : stop * step]
-        convert(flat[start * nbytes : stop * nbytes], part, past_caches, first + start * step)
+        with trace.span("convert", (stop - start) * nbytes, nodes, tensor=name):
+            convert(flat[start * nbytes : stop * nbytes], part, past_caches, first + start * step)
 
     if n_steps:
         workers.ranges(task, n_steps, max(1, GRAIN // step))
@@ -281,6 +285,7 @@ def _check(blocks: Blocks, code: registry.Code, out: NDArray[Any], what: str) ->
         )
 
 
+@trace.spanned("kernel")
 def _kernel(code: registry.Code, dtype_name: str, what: str) -> registry.Kernel:
     try:
         kernel = registry.load(code, dtype_name)

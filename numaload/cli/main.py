@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from numaload import trace
 from numaload._version import __version__
 from numaload.cli import interrupts
 
@@ -100,7 +101,8 @@ def _status(arguments: list[str]) -> int:
         print(f"numaload {__version__}")
         return 0
     try:
-        options = _parse(arguments)
+        with trace.span("import"):
+            options = _parse(arguments)
     except SystemExit:  # of argparse, which may have printed help
         sys.stdout.flush()
         raise
@@ -112,7 +114,8 @@ def _status(arguments: list[str]) -> int:
         os.environ[IO_TIMEOUT] = f"{options.io_timeout:g}"
     interrupts.guard()
     show_warnings()
-    return int(options.run(options))
+    with trace.span("command"):
+        return int(options.run(options))
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace | None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from numaload import trace
 from numaload.files.plan import BUFFERED, DIRECT, MEMORY, ReadMethod, ReadPlan, make_plan
 from numaload.files.reader import Chunk, Progress, Reading
 from numaload.files.residency import Residency, give_back, present, residency
@@ -50,6 +51,7 @@ def _check_room(nbytes: int, state: str) -> None:
     memory.require(nbytes + nbytes // PAGE_TABLES, "a copy of the files", way_out)
 
 
+@trace.spanned("plan")
 def plan_for(files: Sequence[SourceFile], before: Sequence[Residency]) -> ReadPlan:
     """Plan how the absent bytes of these files are read into memory."""
     absent = [sum(stop - start for start, stop in found.absent) for found in before]
@@ -118,10 +120,14 @@ class _Work:
         if self.absent and way.name == DIRECT:
             # Pages are cleared before the disk is asked, by no more threads than there are CPUs:
             # reading would clear them one by one, while the disk waits.
-            with job.busy:
+            with job.busy, trace.span("prepare", chunk.nbytes):
                 populate_write(mapping, chunk.offset, chunk.stop)
         # Released at once: a view in the traceback of an error would keep the whole copy.
-        with mapping.view(chunk.offset, chunk.nbytes, write=True) as view:
+        stage, path = "read" if self.absent else "copy", job.files[chunk.which].path
+        with (
+            mapping.view(chunk.offset, chunk.nbytes, write=True) as view,
+            trace.span(stage, chunk.nbytes, file=path),
+        ):
             self.sources[chunk.which].read(view, chunk.offset, way.name)
         if self.absent and job.before[chunk.which].known:  # or it may be what others had read
             job.files[chunk.which].drop_cache(chunk.offset, chunk.nbytes)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from numaload import trace
 from numaload.errors import NumaloadError, StoreError, check_limits, reason, warn_once
 from numaload.files.source import Identity, SourceFile, digest, reach
 from numaload.formats.splits import is_there
@@ -78,6 +79,7 @@ def identify(paths: Sequence[str]) -> Model:
     return Model(tuple(os.path.abspath(path) for path in paths), tuple(identities))
 
 
+@trace.spanned("store")
 def remember(model: Model) -> None:
     """Note that this user uses the model. If that fails, only ``mirror`` without FILE suffers."""
     try:

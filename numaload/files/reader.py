@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
+from numaload import trace
 from numaload.errors import CancelledError
 from numaload.files.plan import CHUNK, STRIPES, ReadMethod, ReadPlan, Tried
 from numaload.linux.syscalls import PAGE
@@ -98,7 +99,8 @@ class Reading:
     def _read(
         self, chunks: Iterator[Chunk], way: ReadMethod, work: Work, cpus: frozenset[int], name: str
     ) -> None:
-        from numaload.machine.workers import Workers, finish  # a resident file needs no threads
+        with trace.importing("numaload.machine.workers"):  # a resident file needs no threads
+            from numaload.machine.workers import Workers, finish
 
         def reading() -> None:
             while not self.token.cancelled():
@@ -134,7 +136,8 @@ class Reading:
         with self.lock:
             due = self.begin + self.taken / self.rate
             self.taken += nbytes
-        self.token.wait(max(0.0, due - time.monotonic()))
+        with trace.span("wait"):
+            self.token.wait(max(0.0, due - time.monotonic()))
 
     def advance(self, nbytes: int) -> None:
         """Count it, and wait until the callback was told: no thread runs far ahead of it."""

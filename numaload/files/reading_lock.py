@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
+from numaload import trace
 from numaload.errors import CancelledError, StoreError, UsageError, reason, warn_once
 from numaload.files.reader import Progress
 from numaload.files.source import SourceFile
@@ -56,8 +57,9 @@ def reading_lock(
         waiting = _Waiting(file, files, progress, total)
         try:
             begin = time.monotonic()
-            while not _taken(waiting):
-                waiting.pause(time.monotonic() - begin)
+            with trace.span("wait"):
+                while not _taken(waiting):
+                    waiting.pause(time.monotonic() - begin)
         except KeyboardInterrupt:
             raise waiting.cancelled("interrupted") from None
         token = _holding.set(True)

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from numaload import trace
 from numaload.errors import NumaError
 from numaload.files.source import SourceFile
 from numaload.linux import syscalls
@@ -169,7 +170,8 @@ def residency(file: SourceFile, start: int = 0, stop: int | None = None) -> Resi
     """
     stop = file.size if stop is None else min(stop, file.size)
     start = min(start, stop)
-    return file.ask(_residency, file, start, stop, patient=True)
+    with trace.span("residency", stop - start, file=file.path):
+        return file.ask(_residency, file, start, stop, patient=True)
 
 
 def _residency(file: SourceFile, start: int, stop: int) -> Residency:

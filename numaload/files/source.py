@@ -14,6 +14,7 @@ try:
 except ImportError:  # a Python with its own set of hashes
     from hashlib import blake2b
 
+from numaload import trace
 from numaload.errors import (
     CancelledError,
     FileChangedError,
@@ -200,6 +201,7 @@ class SourceFile(NotCopyable):
         """Whether reading waits for another machine, or for a FUSE server."""
         return self.asked is not None
 
+    @trace.spanned("identify")
     def identity(self) -> Identity:
         head = bytearray(min(HEAD_BYTES, self.size))
         self.read_into(memoryview(head), 0)
@@ -265,6 +267,10 @@ class SourceFile(NotCopyable):
 
     def drop_cache(self, offset: int, nbytes: int) -> None:
         """Give page cache back. Pages that someone maps or writes stay. Raises: ReadError."""
+        with trace.span("drop", nbytes, file=self.path):
+            self._drop_cache(offset, nbytes)
+
+    def _drop_cache(self, offset: int, nbytes: int) -> None:
         if self.asked is not None:
             brief = self.asked._replace(seconds=DROP_S)
             with suppress(OSError, CancelledError):  # StalledError included

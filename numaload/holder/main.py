@@ -73,6 +73,9 @@ class Host:
 
     def keep(self, published: Published) -> None:
         """Wait for SIGTERM, and look once a second whether what was published is still there."""
+        from numaload.trace import flush
+
+        flush()
         while not self.ended and signal.sigtimedwait({signal.SIGTERM}, INTERVAL_S) is None:
             # A full tmpfs, say: a second later again. No error makes it give memory up.
             with suppress(Exception):

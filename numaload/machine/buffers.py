@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from numaload import trace
 from numaload.errors import NodeMemoryError, NumaError, warn_once
 from numaload.linux.mapping import MappedMemory, bind, map_private
 from numaload.linux.syscalls import HUGE, memory_at
@@ -148,6 +149,7 @@ def result(
         with memory.promise(nbytes, what, LESS):
             yield None
         return
-    lent, promise = _results.take(nbytes, what, nodes)
+    with trace.span("prepare", nbytes, nodes):
+        lent, promise = _results.take(nbytes, what, nodes)
     with promise or nullcontext():
         yield lent

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from numaload import trace
 from numaload.errors import NumaError, NumaUnavailableError
 from numaload.linux import syscalls
 from numaload.linux.mapping import bind, map_private
@@ -16,6 +17,7 @@ from numaload.linux.syscalls import PAGE
 from numaload.machine import memory
 
 
+@trace.spanned("probe")
 def why_not_bound(nodes: Collection[int]) -> NumaUnavailableError | None:
     """Return None where memory binds to each of these nodes, else what keeps it from that.
 

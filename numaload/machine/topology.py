@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from numaload import trace
 from numaload.errors import UsageError
 from numaload.linux.cgroups import cpu_quota
 from numaload.linux.lists import Group, format_list, parse_map, select
@@ -185,6 +186,7 @@ class Topology:
         }
 
 
+@trace.spanned("topology")
 def topology(
     sys_root: str = "/sys", proc_root: str = "/proc", allowed: frozenset[int] | None = None
 ) -> Topology:

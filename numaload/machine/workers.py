@@ -18,6 +18,7 @@ from functools import partial
 from queue import Empty
 from typing import Any, TypeVar
 
+from numaload import trace
 from numaload.errors import NumaError
 from numaload.linux.syscalls import name_thread
 from numaload.machine.affinity import pin
@@ -62,10 +63,10 @@ class Workers:
         except NumaError as error:
             self._refused = error  # raised from here it would break the pool and lose its name
 
-    def _run(self, token: CancelToken, task: list[Callable[[], T]]) -> T:
+    def _run(self, token: CancelToken, task: list[Callable[[], T]], parent: Any) -> T:
         if self._refused is not None:
             raise copy(self._refused)  # which would keep what the task was given
-        with token:
+        with token, trace.under(parent):
             return task.pop()()
 
     def submit(
@@ -77,7 +78,8 @@ class Workers:
         task: list[Callable[[], T]] = [partial(function, *arguments)]
         try:
             with _alone():
-                return self._pool.submit(self._run, token or CancelToken(), task)
+                told = token or CancelToken(), task, trace.current()
+                return self._pool.submit(self._run, *told)
         except RuntimeError as error:
             task.clear()  # it stays in the pool's queue, and would keep what it was given
             if "shutdown" in str(error) and not self._closed:  # the main thread has ended

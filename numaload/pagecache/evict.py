@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from numaload import trace
 from numaload.errors import reason
 from numaload.files.residency import asked_by, cached_bytes, residency
 from numaload.files.source import Identity, SourceFile, real_path
@@ -100,8 +101,9 @@ def evict(what: Source | Sequence[Source]) -> EvictReport:
     paths = {real(path): path for paths in models_of(what) for path in paths}
     done = []
     for path in paths.values():
-        with SourceFile(path) as file:
+        with SourceFile(path) as file, trace.span("evict", file=path) as span:
             done.append(_evict(file))
+            span.nbytes = done[-1].given_back
     return EvictReport(done)
 
 

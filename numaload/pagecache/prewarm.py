@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from numaload import trace
 from numaload.errors import SplitError, UsageError, check_limits
 from numaload.files import known
 from numaload.files.residency import (
@@ -53,6 +54,7 @@ class PrewarmOptions(NamedTuple):
     force: bool = False
 
 
+@trace.spanned("prewarm")
 def prewarm(
     what: Source | Sequence[Source],
     *,
@@ -249,9 +251,10 @@ class _Prewarming(NamedTuple):
     def _in_turn(self, report: PrewarmReport, seen: _Seen) -> _Seen:
         """Read what no other process of this user reads meanwhile."""
         try:
-            from numaload.files.holes import say_holes
-            from numaload.files.reading_lock import reading_lock
-            from numaload.pagecache import reading  # noqa: F401 - with all that it needs
+            with trace.importing("numaload.pagecache.reading"):
+                from numaload.files.holes import say_holes
+                from numaload.files.reading_lock import reading_lock
+                from numaload.pagecache import reading  # noqa: F401 - with all that it needs
         except OSError as error:
             check_limits(error, self.files[0].path)
             raise
@@ -275,10 +278,11 @@ class _Prewarming(NamedTuple):
             budget.check()
         biggest = max(range(len(self.files)), key=lambda i: length(seen.absent[i]))
         file = self.files[biggest]
-        device = device_of(file.path, network=file.is_network, numbers=file.device)
-        plan = make_plan(
-            CACHE, device, seen.nbytes, forced=options.forced or Forced(), seen=seen.known
-        )
+        with trace.span("plan", seen.nbytes):
+            device = device_of(file.path, network=file.is_network, numbers=file.device)
+            plan = make_plan(
+                CACHE, device, seen.nbytes, forced=options.forced or Forced(), seen=seen.known
+            )
         if self.announce:
             self.announce(plan)
         read = partial(

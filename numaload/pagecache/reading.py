@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from numaload import trace
 from numaload.errors import NodeMemoryError, NumaUnavailableError, warn_once
 from numaload.files.plan import CHUNK, ReadMethod, ReadPlan
 from numaload.files.reader import Chunk, Progress, Reading
@@ -197,7 +198,9 @@ class _Threads:
         if self.placing and not self.own.bound:
             node = self.placing.nodes[chunk.offset // CHUNK % len(self.placing.nodes)]
             pin(self.placing.machine.cpus_of([node]))
-        self.own.into.read(self.files[chunk.which], chunk.offset, chunk.stop, way.name)
+        file, nodes = self.files[chunk.which], self.placing.nodes if self.placing else ()
+        with trace.span("read", chunk.nbytes, nodes, file.path):
+            self.own.into.read(file, chunk.offset, chunk.stop, way.name)
         with self.reading.lock:
             more = self.budget.look(self.reading.done + chunk.nbytes, chunk)
         if not more:

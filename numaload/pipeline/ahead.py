@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from numaload import trace
 from numaload.errors import CancelledError, warn_once
 from numaload.files.plan import CACHE, CHUNK, ReadMethod, make_plan
 from numaload.files.residency import residency
@@ -67,7 +68,7 @@ class Ahead:
             return
         for _ in range(max(1, min(way.threads, self.window // CHUNK))):
             thread = threading.Thread(
-                target=self._run, args=(way,), name="numaload-ahead", daemon=True
+                target=self._run, args=(way, trace.current()), name="numaload-ahead", daemon=True
             )
             self._threads.append(thread)  # before it runs: Ctrl-C may come at any time
             try:
@@ -137,9 +138,9 @@ class Ahead:
             if thread.ident is not None:
                 thread.join()
 
-    def _run(self, way: ReadMethod) -> None:
+    def _run(self, way: ReadMethod, parent: Any) -> None:
         name_thread("numaload-ahead")
-        with self._token:
+        with self._token, trace.under(parent):
             self._read(way)
 
     def _read(self, way: ReadMethod) -> None:
@@ -148,7 +149,9 @@ class Ahead:
             self._active += 1
         try:
             while (absent := self._next(own)) is not None:
-                into.read(absent.file, absent.start, absent.stop, way.name)
+                nbytes, path = absent.stop - absent.start, absent.file.path
+                with trace.span("read", nbytes, file=path):
+                    into.read(absent.file, absent.start, absent.stop, way.name)
         except (OSError, CancelledError):
             self._token.cancel()
         finally:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from numaload import trace
 from numaload.dequantize import DTYPES, LARGE, SCATTERED, rows_at_once
 from numaload.dtypes import NAMES
 from numaload.errors import CancelledError, ReadError, UsageError
@@ -217,13 +218,15 @@ class Work:
     def start(self, target: Target, cut: Iterable[Part], write: Write) -> list[Future[None]]:
         """Hand a tensor's parts to the threads, which take parts and tensors in order."""
         todo, ready = iter(cut), self._ready(target)
+        stage, tensor = "copy" if target.is_copy else "convert", target.tensor
 
         def work() -> None:
             while (part := self._next(todo)) is not None:
                 try:
                     ready(part)
-                    _naming(target.tensor, write, part)
                     nbytes = target.bytes_of(part.place.size)
+                    with trace.span(stage, nbytes, tensor.nodes, tensor=tensor.name):
+                        _naming(tensor, write, part)
                     self.ahead.took(nbytes)
                     self.steps.add(nbytes)
                 finally:

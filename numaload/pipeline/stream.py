@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from numaload import trace
 from numaload.dequantize import DTYPES
 from numaload.dtypes import (
     ITEMS,
@@ -261,7 +262,8 @@ class _Result:
         """Wait until the tensor is ready. Raises: what making it raised."""
         if self.error is not None:
             raise self.error
-        self.work.finish(self.futures)
+        with trace.span("wait", tensor=self.tensor.name):
+            self.work.finish(self.futures)
 
     def value(self) -> Any:
         """Return the array or the torch tensor. Raises: UnsupportedTypeError."""

@@ -12,6 +12,7 @@ from itertools import accumulate
 
 import xxhash
 
+from numaload import trace
 from numaload.errors import ChecksumError
 from numaload.files.copy import plan_for
 from numaload.files.plan import BUFFERED, DIRECT, ReadMethod, ReadPlan
@@ -103,6 +104,7 @@ def build(
     return Built(*done, seconds, bound, job.given_back, plan=job.plan)
 
 
+@trace.spanned("prove")
 def _prove(arenas: dict[Group, list[Arena]], *, bound: bool) -> dict[Group, Placement]:
     """Ask the kernel where every page is. Raises: PlacementError."""
     asked = [
@@ -223,14 +225,16 @@ class _Build:
 
         def read(view: memoryview, prepare: Prepare) -> int | None:
             segments, source = list(self._segments(chunk)), self.sources[which]
+            path = self.files[which].path
             if not any(absent for *_, absent in segments):
-                return _hashed(
-                    view, chunk, prepare, lambda part, at: source.read(part, at, BUFFERED)
-                )
+                with trace.span("copy", chunk.nbytes, leader, path):
+                    return _hashed(
+                        view, chunk, prepare, lambda part, at: source.read(part, at, BUFFERED)
+                    )
             prepare(chunk.offset, chunk.stop)
             for start, stop, absent in segments:
                 part = view[start - chunk.offset : stop - chunk.offset]
-                with part:
+                with part, trace.span("read" if absent else "copy", len(part), leader, path):
                     name = way.name if absent else BUFFERED
                     source.read(part, start, name)
             return None
@@ -274,7 +278,7 @@ class _Build:
 
         def prepare(start: int, stop: int) -> None:
             # No more at a time than there are CPUs: else all are half done before one can read.
-            with self.busy:
+            with self.busy, trace.span("prepare", stop - start, group):
                 arena.prepare(start, stop)
 
         ranges = arena.layout.ranges(chunk.which, chunk.offset, chunk.stop)
@@ -286,7 +290,7 @@ class _Build:
             found = write(view, prepare)
             if found is not None:
                 return found
-            with self.busy:
+            with self.busy, trace.span("hash", chunk.nbytes, group):
                 return xxhash.xxh3_64_intdigest(view)
 
     def _copy(self, leader: Group, group: Group, chunk: Chunk) -> None:
@@ -308,7 +312,10 @@ class _Build:
                 # Of its ways to copy this is the one that lets other threads of Python run.
                 np.copyto(np.frombuffer(part, np.uint8), np.frombuffer(read, np.uint8))
 
-        found = self._fill(group, chunk, lambda view, prepare: _hashed(view, chunk, prepare, copy))
+        with trace.span("copy", chunk.nbytes, group, self.files[chunk.which].path):
+            found = self._fill(
+                group, chunk, lambda view, prepare: _hashed(view, chunk, prepare, copy)
+            )
         self._compare(group, chunk, found)
         self.reading.advance(chunk.nbytes)
 

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Collection, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from numaload import trace
 from numaload.errors import ReadError, ReplicaNotFoundError, StoreError, reason, warn_once
 from numaload.machine import userdir
 
@@ -46,7 +47,8 @@ def alone(store: int, *, wait: bool = False) -> Iterator[bool]:
         free = userdir.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if wait and not free:
             warn_once("building", "another process is building replicas; waiting for it")
-            free = userdir.flock(lock, fcntl.LOCK_EX)
+            with trace.span("wait"):
+                free = userdir.flock(lock, fcntl.LOCK_EX)
         yield free
     finally:
         try:

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from numaload import trace
 from numaload.errors import (
     NumaloadError,
     NumaUnavailableError,
@@ -58,6 +59,7 @@ from numaload.replicas.views import Mirror, report_of
 from numaload.weights import Weights, open_weights
 
 
+@trace.spanned("mirror")
 def mirror(
     weights: Weights | str | os.PathLike[str],
     nodes: str | int | Sequence[int] = "all",
@@ -127,6 +129,7 @@ def mirror(
         return made
 
 
+@trace.spanned("attach")
 def attach(
     path: str | os.PathLike[str] | Weights,
     nodes: str | int | Sequence[int] | None = None,
@@ -508,6 +511,7 @@ def _mirror_shared(
     return done
 
 
+@trace.spanned("publish")
 def _publish(model: known.Model, built: Built, folder: int, options: MirrorOptions) -> None:
     hold, pool, keep = options.hold, options.pool, options.keep
     try:
@@ -539,6 +543,7 @@ def _attach_shared(weights: Weights, needed: Sequence[int] | None, policy: str) 
     return _attach(weights, groups, found)
 
 
+@trace.spanned("attach")
 def _attach(
     weights: Weights,
     groups: Sequence[Group],

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from numaload import trace
 from numaload.errors import NodeMemoryError, StoreError
 from numaload.files.known import Model
 from numaload.linux.lists import Group
@@ -109,6 +110,7 @@ class MirrorPlan:
         return {"builds": builds, "needs": needs} | rest
 
 
+@trace.spanned("plan")
 def plan(
     builds: Sequence[Build],
     machine: Topology,
@@ -248,7 +250,7 @@ class MemoryBudget:
             self._wait(node, pending)
 
     def _wait(self, node: int, pending: int) -> None:
-        with self.finished:
+        with self.finished, trace.span("wait", nodes=(node,)):
             self.finished.wait_for(lambda: self.pending[node] < pending)
 
     def _is_trusted(self, node: int, nbytes: int) -> bool:

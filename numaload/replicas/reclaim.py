@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from numaload import trace
 from numaload.errors import StoreError, UsageError, warn_once
 from numaload.holder.process import HolderProcess
 from numaload.linux.users import users_of
@@ -64,6 +65,7 @@ def sweep() -> list[str]:
     return []
 
 
+@trace.spanned("store")
 def _sweep(store: int) -> list[str]:
     """Clear what killed processes left; return why replicas stay, if any do."""
     left = [name for name in userdir.listed(store) if userdir.ENTRY.fullmatch(name[1:])]

@@ -33,6 +33,7 @@ from dataclasses import replace
 from errno import EEXIST, ENOENT, ENOTEMPTY
 from functools import lru_cache
 
+from numaload import trace
 from numaload.errors import (
     ReplicaNotFoundError,
     StoreError,
@@ -64,6 +65,7 @@ def entries() -> list[Entry]:
     return found
 
 
+@trace.spanned("store")
 def scan() -> tuple[list[Entry], dict[str, str]]:
     """Return the entries, oldest first, and {name: why} of those that cannot be read."""
     found: list[Entry] = []
@@ -82,6 +84,7 @@ def scan() -> tuple[list[Entry], dict[str, str]]:
     return sorted(found, key=lambda entry: entry.created), damaged
 
 
+@trace.spanned("store")
 def take_over() -> None:
     """Move entries here that an earlier version made, and a holder of that may make again."""
     with userdir.earlier() as old:
@@ -157,6 +160,7 @@ def find_of(opened: Sequence[Identity], policy: str = "") -> dict[Group, Entry]:
     )
 
 
+@trace.spanned("store")
 def _reached(chosen: Callable[[Entry], bool]) -> dict[Group, Entry]:
     found: list[Entry] = []
     take_over()
@@ -238,6 +242,7 @@ def _publish_held(entry: Entry, links: list[tuple[str, str, int]], store: int) -
     raise StoreError(f"{where}: its holder wrote no manifest that can be read: {published}")
 
 
+@trace.spanned("store")
 def mark(entry: Entry, *, pool: str = "", keep: bool = False) -> None:
     """Put an entry into another pool, or have it kept; the caller holds the lock.
 

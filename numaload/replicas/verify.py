@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from numaload import trace
 from numaload.errors import ChecksumError
 from numaload.files.source import SourceFile
 from numaload.linux.lists import Group
@@ -62,6 +63,7 @@ Checksum = tuple[int, int, int]  # first byte, end, XXH3-64 of a piece of a file
 Layouts = Mapping[Group, Layout | None]  # None: placed by first touch, on any of the nodes
 
 
+@trace.spanned("prove")
 def placements_of(replicas: Replicas, layouts: Layouts) -> dict[Group, Placement]:
     """Ask where the replicas are now, all pages; maps them into this process first."""
     for group, mappings in replicas.items():
@@ -82,6 +84,7 @@ def by_node(found: Mapping[Group, T]) -> dict[int, T]:
     return dict(sorted({node: found[group] for group in shared_first for node in group}.items()))
 
 
+@trace.spanned("verify")
 def verify(
     replicas: Replicas,
     paths: Sequence[str],
@@ -151,6 +154,9 @@ def _check(
     last: int,
 ) -> None:
     for start, stop, expected in sums[first:last]:
-        with mapping.view(start, stop - start) as view:
+        with (
+            trace.span("hash", stop - start, where[0]),
+            mapping.view(start, stop - start) as view,
+        ):
             if xxhash.xxh3_64_intdigest(view) != expected:
                 wrong.append((*where, start // CHUNK))

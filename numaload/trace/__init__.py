@@ -12,14 +12,18 @@ import sys
 from _thread import get_native_id
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from time import monotonic_ns
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 VARIABLE = "NUMALOAD_TRACE"  # the file for Perfetto
 OPENTELEMETRY = "opentelemetry.trace"  # imported by whoever uses it, never for our sake
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Event = dict[str, Any]  # a complete event ("ph": "X") of the Chrome trace event format
 
+_file: Any = None  # a TraceFile
 _takers: tuple[Callable[[Event], object], ...] = ()
 _modules = sys.modules
 
@@ -27,7 +31,9 @@ _modules = sys.modules
 class _Off:
     """Stand for every span while nobody takes any."""
 
-    __slots__ = ("nbytes",)
+    __slots__ = ("file", "nbytes")
+    is_on = False
+    file: str | None
     nbytes: int | None
 
     def __enter__(self) -> _Off:
@@ -40,25 +46,28 @@ class _Off:
 class Span:
     """A stage of the work, from entering to leaving the ``with``.
 
-    nbytes: may be set inside, where it is not known before.
+    nbytes, file: may be set inside, where they are not known before.
     """
 
-    __slots__ = ("_begin", "_told", "file", "name", "nbytes", "node", "tensor")
+    __slots__ = ("_begin", "_told", "file", "name", "nbytes", "nodes", "tensor")
+    is_on = True
 
     def __init__(
         self,
         name: str,
         nbytes: int | None,
-        node: int | None,
+        nodes: Collection[int],
         file: str | None,
         tensor: str | None,
     ) -> None:
-        self.name, self.nbytes, self.node, self.file, self.tensor = name, nbytes, node, file, tensor
+        self.name, self.nbytes, self.nodes, self.file = name, nbytes, nodes, file
+        self.tensor = tensor
 
     @property
     def attributes(self) -> dict[str, int | str]:
         """Return those that are known, by their names in a trace file."""
-        every = {"bytes": self.nbytes, "node": self.node, "file": self.file, "tensor": self.tensor}
+        node = next(iter(self.nodes)) if len(self.nodes) == 1 else None
+        every = {"bytes": self.nbytes, "node": node, "file": self.file, "tensor": self.tensor}
         return {name: value for name, value in every.items() if value is not None}
 
     def __enter__(self) -> Span:
@@ -95,22 +104,36 @@ _OFF = _Off()
 def span(
     name: str,
     nbytes: int | None = None,
-    node: int | None = None,
+    nodes: Collection[int] = (),
     file: str | None = None,
     tensor: str | None = None,
 ) -> Span | _Off:
     """Return a span of this stage; docs/tracing.md lists all.
 
-    node: left out (None) where it is none or several. file: a path.
+    nodes: that it is for; only one alone is told. file: a path.
     """
     if not _takers and OPENTELEMETRY not in _modules:
         return _OFF
-    return Span(name, nbytes, node, file, tensor)
+    return Span(name, nbytes, nodes, file, tensor)
 
 
-def only(nodes: Collection[int]) -> int | None:
-    """Return the node of spans for work on these: the one, or None."""
-    return next(iter(nodes)) if len(nodes) == 1 else None
+def importing(module: str) -> Span | _Off:
+    """Return a span of importing this module here; of none where that was done before."""
+    return _OFF if module in _modules else span("import")
+
+
+def spanned(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function: each call of it is a span of this stage."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            with span(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def current() -> Any:
@@ -133,6 +156,12 @@ def _under(parent: Any) -> Iterator[None]:
 def under(parent: Any) -> Any:
     """Nest spans of this thread under ``parent``, which is another thread's ``current()``."""
     return _OFF if parent is None else _under(parent)
+
+
+def flush() -> None:
+    """Write the spans that wait for that to the trace file: before a long time without any."""
+    if _file is not None:
+        _file.write()
 
 
 @contextmanager
@@ -158,4 +187,5 @@ if os.environ.get(VARIABLE):
     # From the root: programs started later, such as holders, work in other folders.
     with suppress(OSError):  # the working directory is gone
         os.environ[VARIABLE] = os.path.abspath(os.environ[VARIABLE])
-    _takers = (TraceFile(os.environ[VARIABLE]).add,)
+    _file = TraceFile(os.environ[VARIABLE])
+    _takers = (_file.add,)

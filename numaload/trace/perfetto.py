@@ -108,11 +108,12 @@ def _short(value: Any) -> Any:
 
 
 def _process_name() -> str:
-    """Return the kernel's name of this process, and that of the script that Python runs."""
-    name, script = "python", os.path.basename(sys.argv[0]) if sys.argv else ""
+    """Return the kernel's name of this process, and its script, or of ours the verb."""
+    script = [os.path.basename(sys.argv[0])] if sys.argv else []
+    name = "python"
     with suppress(OSError), open("/proc/self/comm", encoding="utf-8", errors="replace") as file:
         name = file.read().strip()
-    return name if script in ("", name) else f"{name} {script}"
+    return " ".join([name, *(sys.argv[1:2] if script == [name] == ["numaload"] else script)])
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from numaload import trace
 from numaload.errors import ClosedError, FormatError, SplitError
 from numaload.files.holes import say_holes
 from numaload.files.reader import Progress
@@ -48,7 +49,7 @@ def open_weights(
     left of it.
     """
     given = absolute(os.fsdecode(path))
-    with waiting(io_timeout):
+    with waiting(io_timeout), trace.span("open", file=given):
         reach(given)
         return _opened(given, progress, copy=copy)
 
@@ -92,7 +93,9 @@ def read_header(
     Raises: ReadError, and the parser's FormatErrors with what name and folder say of the reason.
     """
     try:
-        header = parse(read_at or file.read_at, file.size, file.path)
+        with trace.span("parse", file=file.path) as span:
+            header = parse(read_at or file.read_at, file.size, file.path)
+            span.nbytes = header.data_start
     except FormatError as error:
         why = unfinished(file.path)
         error.add(f"; {why}" if why else "")

@@ -7,6 +7,7 @@ from math import prod
 from operator import index
 from typing import TYPE_CHECKING, Any
 
+from numaload import trace
 from numaload.dtypes import KERNEL_DTYPES, NAMES, dtype_name, item_shape, kernel_dtype
 from numaload.errors import UnknownQuantTypeError, UnsupportedTypeError, UsageError, printable
 from numaload.formats.gguf import TensorInfo
@@ -326,21 +327,25 @@ class Tensor:
         Bit-exact with ggml. Raises: UnsupportedTypeError (naming the tensor, its type and why),
         UnknownQuantTypeError, UsageError, NodeMemoryError where a new array does not fit.
         """
-        from numaload.dequantize import as_output, dtype_of, new_array
-
         if not scaled:
             return self.as_stored().dequantize(dtype, out, rows, expert)
-        wanted = dtype_of(dtype)
-        start, stop, shape = self._selection(rows, expert)
-        self.check_scales(wanted.name)
-        self.code  # noqa: B018 - or an error
-        what = f"tensor {self.name!r}"
-        new = new_array(shape, wanted, what, self.nodes) if out is None else nullcontext(out)
-        with new as result:
-            flat = as_output(result, wanted, prod(shape))
-            if flat.size:
-                self._dequantize(wanted, flat, start, stop)
-        return result
+        with trace.span("dequantize", nodes=self.nodes, tensor=self.name) as span:
+            with trace.importing("numaload.dequantize"):
+                from numaload.dequantize import as_output, dtype_of, new_array
+
+            wanted = dtype_of(dtype)
+            start, stop, shape = self._selection(rows, expert)
+            if span.is_on:
+                span.nbytes = self.nbytes * prod(shape) // max(1, self.size)
+            self.check_scales(wanted.name)
+            self.code  # noqa: B018 - or an error
+            what = f"tensor {self.name!r}"
+            new = new_array(shape, wanted, what, self.nodes) if out is None else nullcontext(out)
+            with new as result:
+                flat = as_output(result, wanted, prod(shape))
+                if flat.size:
+                    self._dequantize(wanted, flat, start, stop)
+            return result
 
     def _dequantize(self, dtype: np.dtype[Any], flat: NDArray[Any], start: int, stop: int) -> None:
         """Make rows [start, stop), counted through all experts."""
@@ -352,6 +357,7 @@ class Tensor:
             dequantize_blocks(
                 self.blocks[start:stop].reshape(-1, self.block[1]), self.code, dtype, flat, workers,
                 name=self.name, byte_order=self.byte_order, scales=scales, first=start * columns,
+                nodes=self.nodes,
             )  # fmt: skip
             return
         matrices = self.blocks.reshape(*scales.shape[:2], -1)

@@ -100,8 +100,17 @@ def _status(arguments: list[str]) -> int:
     if arguments in (["--version"], ["-V"]):  # before anything that takes time to load
         print(f"numaload {__version__}")
         return 0
+    if not trace.span("command").is_on:
+        return _run_verb(arguments)
+    from numaload.trace.imports import spanned_imports
+
+    with spanned_imports():
+        return _run_verb(arguments)
+
+
+def _run_verb(arguments: list[str]) -> int:
     try:
-        with trace.span("import"):
+        with trace.span("import"):  # above all
             options = _parse(arguments)
     except SystemExit:  # of argparse, which may have printed help
         sys.stdout.flush()

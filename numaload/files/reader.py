@@ -119,7 +119,8 @@ class Reading:
 
         workers = Workers(cpus, way.threads, name, hands_on=True)
         try:
-            jobs = [workers.submit(reading, token=self.token) for _ in range(way.threads)]
+            with trace.span("threads"):
+                jobs = [workers.submit(reading, token=self.token) for _ in range(way.threads)]
             finish(jobs, self.token, self.steps)
             workers.close()
         except BaseException as error:

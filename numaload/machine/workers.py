@@ -78,8 +78,8 @@ class Workers:
         task: list[Callable[[], T]] = [partial(function, *arguments)]
         try:
             with _alone():
-                told = token or CancelToken(), task, trace.current()
-                return self._pool.submit(self._run, *told)
+                parent = trace.current()
+                return self._pool.submit(self._run, token or CancelToken(), task, parent)
         except RuntimeError as error:
             task.clear()  # it stays in the pool's queue, and would keep what it was given
             if "shutdown" in str(error) and not self._closed:  # the main thread has ended
@@ -129,7 +129,8 @@ class Workers:
     def close(self) -> None:
         self._closed = True
         if os.getpid() == self.pid:  # a forked child has none of the threads
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            with trace.span("threads"):
+                self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager

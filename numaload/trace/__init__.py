@@ -1,7 +1,7 @@
 """Spans: which stage of the work took how long, for how many bytes, on which node.
 
-``with span("read", nbytes=n, node=1):`` stands around a stage, or around one chunk of it. Spans go
-to a file for Perfetto (NUMALOAD_TRACE), to OpenTelemetry where the program uses that, and to
+``with span("read", nbytes=n, nodes=[1]):`` stands around a stage, or around one chunk of it. Spans
+go to a file for Perfetto (NUMALOAD_TRACE), to OpenTelemetry where the program uses that, and to
 ``recording``. Where none of these is, a span is one shared object that does nothing.
 """
 
@@ -16,8 +16,9 @@ from functools import wraps
 from time import monotonic_ns
 from typing import Any, ParamSpec, TypeVar
 
+from numaload.errors import printable, warn_once
+
 VARIABLE = "NUMALOAD_TRACE"  # the file for Perfetto
-OPENTELEMETRY = "opentelemetry.trace"  # imported by whoever uses it, never for our sake
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -26,6 +27,8 @@ Event = dict[str, Any]  # a complete event ("ph": "X") of the Chrome trace event
 _file: Any = None  # a TraceFile
 _takers: tuple[Callable[[Event], object], ...] = ()
 _modules = sys.modules
+_watched = "opentelemetry.trace"  # a program that uses OpenTelemetry has imported it; "": never
+_imported: Any = None  # numaload.trace.telemetry, once it is needed
 
 
 class _Off:
@@ -67,23 +70,20 @@ class Span:
     def attributes(self) -> dict[str, int | str]:
         """Return those that are known, by their names in a trace file."""
         node = next(iter(self.nodes)) if len(self.nodes) == 1 else None
-        every = {"bytes": self.nbytes, "node": node, "file": self.file, "tensor": self.tensor}
-        return {name: value for name, value in every.items() if value is not None}
+        texts = {"file": self.file, "tensor": self.tensor}  # names that need not be text
+        shown = {name: printable(text) for name, text in texts.items() if text is not None}
+        counts = {"bytes": self.nbytes, "node": node}
+        return {name: count for name, count in counts.items() if count is not None} | shown
 
     def __enter__(self) -> Span:
-        self._told = None
-        if OPENTELEMETRY in _modules:
-            from numaload.trace import telemetry
-
-            self._told = telemetry.begin(self.name)
+        telemetry = _telemetry()
+        self._told = telemetry.begin(self.name) if telemetry else None
         self._begin = monotonic_ns()
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _: object) -> None:
         end = monotonic_ns()
-        if self._told is not None:
-            from numaload.trace import telemetry
-
+        if self._told is not None and (telemetry := _telemetry()):
             seconds = (end - self._begin) / 1e9
             telemetry.end(self._told, self.name, seconds, self.attributes, error)
         if not _takers:
@@ -112,7 +112,7 @@ def span(
 
     nodes: that it is for; only one alone is told. file: a path.
     """
-    if not _takers and OPENTELEMETRY not in _modules:
+    if not _takers and (_watched not in _modules or not _telemetry()):
         return _OFF
     return Span(name, nbytes, nodes, file, tensor)
 
@@ -138,24 +138,32 @@ def spanned(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def current() -> Any:
     """Return what spans that begin here are nested under; None where nobody would know."""
-    if OPENTELEMETRY not in _modules:
-        return None
-    from numaload.trace import telemetry
-
-    return telemetry.current()
-
-
-@contextmanager
-def _under(parent: Any) -> Iterator[None]:
-    from numaload.trace import telemetry
-
-    with telemetry.under(parent):
-        yield
+    telemetry = _telemetry()
+    return telemetry.current() if telemetry else None
 
 
 def under(parent: Any) -> Any:
     """Nest spans of this thread under ``parent``, which is another thread's ``current()``."""
-    return _OFF if parent is None else _under(parent)
+    telemetry = _telemetry()
+    return _OFF if parent is None or not telemetry else telemetry.under(parent)
+
+
+def _telemetry() -> Any:
+    """Return the module that hands spans to OpenTelemetry; None where nobody uses it here."""
+    global _watched, _imported  # noqa: PLW0603 - there is one process
+    if _watched not in _modules:
+        return None
+    if _imported is not None:
+        return _imported if _imported.is_used() else None
+    try:
+        from numaload.trace import telemetry
+    except ImportError as error:
+        _watched = ""
+        fix = "pip install -U 'numaload[otel]'"
+        warn_once("opentelemetry", f"no spans for OpenTelemetry: {error}; {fix}")
+        return None
+    _imported = telemetry
+    return telemetry if telemetry.is_used() else None
 
 
 def flush() -> None:

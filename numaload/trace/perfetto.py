@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, flock
 from typing import Any
@@ -24,10 +24,11 @@ from typing import Any
 from numaload.errors import printable, reason, warn_once
 
 MOST = 10_000  # events kept in memory
-LONGEST_TEXT = 200  # characters of a name in an event; so an event is shorter than TAIL
-TAIL = 1 << 16
+TAIL = 1 << 16  # bytes: more than an event has
 LOCK_S, PAUSE_S = 5.0, 0.01  # adding takes milliseconds
 HEAD, END = b'[\n{"name":"process_name","ph":"M",', b"\n]\n"
+
+Waiting = tuple[dict[str, Any], str]  # an event, and the name of its thread
 
 
 class TraceFile:
@@ -40,7 +41,7 @@ class TraceFile:
         self.path = path
         # Appending and taking are atomic: no lock, which a fork or a signal handler might find
         # closed.
-        self._waiting: deque[tuple[dict[str, Any], str]] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._names: dict[int, str] = {}  # of threads, as written
         self._begun = self._refused = False
         atexit.register(self.write)
@@ -62,15 +63,15 @@ class TraceFile:
 
     def write(self) -> None:
         """Add to the file what has not been written yet."""
-        lines = list(self._lines())
-        if not lines or self._refused:
+        events = list(self._taken())
+        if not events or self._refused:
             return
         try:
             with _locked(self.path) as fd:
-                _append(fd, lines)
+                _append(fd, list(self._lines(events)))
         except BlockingIOError:
             text = f"another process has had it locked for {LOCK_S:.0f} s"
-            self._warn("locked", f"{text}: {len(lines)} events are lost")
+            self._warn("locked", f"{text}: {len(events)} spans are lost")
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path, or no trace
             self._refused = True
             why = reason(error) if isinstance(error, OSError) else str(error)
@@ -79,32 +80,29 @@ class TraceFile:
     def _warn(self, key: str, text: str) -> None:
         warn_once(f"trace {key}", f"NUMALOAD_TRACE: {printable(self.path, 1000)}: {text}")
 
-    def _lines(self) -> Iterator[bytes]:
-        """Take the events that wait; new names of the process and of threads come before them."""
-        if self._waiting and not self._names:
+    def _taken(self) -> Iterator[Waiting]:
+        """Take the events that wait. Another thread may do so too."""
+        with suppress(IndexError):
+            while True:
+                yield self._waiting.popleft()
+
+    def _lines(self, events: Iterable[Waiting]) -> Iterator[bytes]:
+        """Write events; new names of the process and of threads come before them."""
+        if not self._names:
             yield self._named("process_name", 0, _process_name())
-        while self._waiting:
-            try:
-                event, thread = self._waiting.popleft()
-            except IndexError:  # another thread writes, too
-                return
+        for event, thread in events:
             if self._names.get(event["tid"]) != thread:
                 yield self._named("thread_name", event["tid"], thread)
-            args = {name: _short(value) for name, value in event["args"].items()}
-            yield _packed(event | {"args": args})
+            yield _packed(event)
 
     def _named(self, what: str, tid: int, name: str) -> bytes:
         self._names[tid] = name
-        args = {"name": _short(name)}
+        args = {"name": printable(name)}
         return _packed({"name": what, "ph": "M", "pid": os.getpid(), "tid": tid, "args": args})
 
 
 def _packed(event: dict[str, Any]) -> bytes:
-    return json.dumps(event, separators=(",", ":")).encode()  # ASCII: any bytes a path may have
-
-
-def _short(value: Any) -> Any:
-    return printable(value, LONGEST_TEXT) if isinstance(value, str) else value
+    return json.dumps(event, separators=(",", ":")).encode()
 
 
 def _process_name() -> str:

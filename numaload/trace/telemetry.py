@@ -13,6 +13,11 @@ from numaload._version import __version__
 
 NAME = "numaload"
 
+# Both load what the environment names, if that is a provider.
+trace.get_tracer_provider()
+metrics.get_meter_provider()
+_meters = metrics._internal  # noqa: SLF001 - nothing public tells for less than a microsecond
+
 
 class _Begun(NamedTuple):
     span: Any
@@ -34,6 +39,12 @@ def _instruments() -> tuple[Any, Any]:
         "numaload.stage.duration", unit="s", description="Seconds of a stage, or of a chunk of it"
     )
     return nbytes, seconds
+
+
+def is_used() -> bool:
+    """Return whether the program has set up any provider: the API alone records nothing."""
+    spans = getattr(trace, "_TRACER_PROVIDER", NAME)
+    return spans is not None or getattr(_meters, "_METER_PROVIDER", NAME) is not None
 
 
 def begin(name: str) -> _Begun:

@@ -7,17 +7,23 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from numaload import trace
+from numaload.errors import NumaloadWarning
+from numaload.trace.perfetto import MOST, TraceFile
+
+EVENT = {"name": "read", "ph": "X", "ts": 1.0, "dur": 1.0, "pid": 1, "tid": 1, "args": {}}
 
 PROGRAM = """
 import os, sys
 from numaload import trace
-with trace.span("read", 5, node=1, file="/m.gguf", tensor="a\\x1b"):
+with trace.span("read", 5, nodes=[1], file="/m.gguf", tensor="a\\x1b"):
     pass
 """
 
@@ -38,7 +44,7 @@ def spans(path: Path) -> list[dict[str, Any]]:
 
 def test_recording_collects_spans_of_all_threads() -> None:
     def work() -> None:
-        with trace.span("copy", node=1):
+        with trace.span("copy", nodes=[1]):
             pass
 
     with trace.recording() as events:
@@ -78,18 +84,130 @@ def test_file_is_an_array_of_events_with_names_of_process_and_threads(tmp_path: 
 
 
 def test_processes_add_to_one_file_at_the_same_time(tmp_path: Path) -> None:
-    path = tmp_path / "t.json"
+    path, each = tmp_path / "t.json", 2 * MOST + 1  # each writes several times
     program = (
-        "from numaload import trace\n"
-        "trace._takers[0].__self__._begun = False\n"
-        "for i in range(25000):\n"
-        "    with trace.span('read', i): pass"
+        f"from numaload import trace\nfor i in range({each}):\n    with trace.span('read', i): pass"
     )
-    jobs = [threading.Thread(target=traced, args=(path, program)) for _ in range(4)]
+    jobs = [threading.Thread(target=traced, args=(path, program)) for _ in range(3)]
     for job in jobs:
         job.start()
     for job in jobs:
         job.join()
     found = spans(path)
-    assert len({event["pid"] for event in found}) == 4
-    assert len(found) == 4 * 25000
+    assert len(found) == 3 * each
+    assert len({event["pid"] for event in found}) == 3
+
+
+def test_forked_child_writes_its_own_spans_once(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    forking = PROGRAM + "with trace.span('copy'): pass\nif os.fork(): os.wait()\n"
+    traced(path, forking + "with trace.span('hash'): pass")
+    found = [(event["name"], event["pid"]) for event in spans(path)]
+    parent = found[0][1]
+    assert sorted(name for name, pid in found if pid == parent) == ["copy", "hash", "read"]
+    assert [name for name, pid in found if pid != parent] == ["hash"]
+
+
+def test_relative_name_means_the_folder_where_the_program_began(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    program = (
+        "import os, subprocess, sys; from numaload import trace; os.chdir('below')\n"
+        "with trace.span('read'): pass\n"
+        "subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, PROGRAM], check=True, cwd=tmp_path,
+        env=os.environ | {"NUMALOAD_TRACE": "t.json"},
+    )  # fmt: skip
+    assert len({event["pid"] for event in spans(tmp_path / "t.json")}) == 2
+
+
+def test_half_an_event_of_a_killed_writer_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    traced(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole.removesuffix(b"\n]\n") + b',\n{"name":"read","ph":"X",' + b"9" * 500)
+    assert traced(path) == ""
+    assert len(spans(path)) == 2
+
+
+OTHERS = {
+    "text": b"no trace",
+    "another program's JSON": b'[\n{"name": "x"}\n]\n',
+    "a beginning alone": b"[\n",
+    "a large file": b"\0" * (1 << 20),
+}
+
+
+@pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS)
+def test_file_that_is_no_trace_is_left_alone(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "t.json"
+    path.write_bytes(content)
+    said = traced(path, f"{PROGRAM}\n{PROGRAM}")
+    assert said.count("left alone: no trace is written") == 1
+    assert path.read_bytes() == content
+
+
+def make_link(path: Path) -> None:
+    (path.parent / "target").touch()
+    path.symlink_to(path.parent / "target")
+
+
+UNUSABLE = {
+    "a link": (make_link, "expected a regular file"),
+    "a FIFO": (os.mkfifo, "expected a regular file"),
+    "a folder": (os.mkdir, "expected a regular file"),
+    "no folder": (lambda path: path.parent.rmdir(), "No such file or directory"),
+}
+
+
+@pytest.mark.parametrize(("make", "why"), UNUSABLE.values(), ids=UNUSABLE)
+def test_unusable_path_is_said_once_and_the_work_goes_on(
+    tmp_path: Path, make: Callable[[Path], None], why: str
+) -> None:
+    path = tmp_path / "\x1b[31m" / "t.json"
+    path.parent.mkdir()
+    make(path)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{PROGRAM}\n{PROGRAM}print('done')"], capture_output=True,
+        env=os.environ | {"NUMALOAD_TRACE": str(path)}, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "done\n"
+    assert done.stderr.count(f"{why}: no trace is written") == 1
+    assert "\x1b" not in done.stderr
+
+
+def test_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    traced(path)
+    before = path.read_bytes()
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 50},) * 2)"
+    assert "File too large: no trace is written" in traced(path, f"{limit}\n{PROGRAM}")
+    assert path.read_bytes() == before
+
+
+def test_locked_file_is_given_up_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_said: None
+) -> None:
+    path = tmp_path / "t.json"
+    monkeypatch.setattr("numaload.trace.perfetto.LOCK_S", 0.05)
+    file = TraceFile(str(path))
+    with path.open("w") as held:
+        flock(held, LOCK_EX)
+        with pytest.warns(NumaloadWarning, match="locked for 0 s: 1 spans are lost"):
+            file.add(EVENT)
+    file.add(EVENT)
+    file.write()
+    assert len(spans(path)) == 1
+
+
+def test_old_opentelemetry_is_said_once(tmp_path: Path) -> None:
+    folder = tmp_path / "opentelemetry"
+    folder.mkdir()
+    (folder / "trace.py").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-c", f"import opentelemetry.trace\n{PROGRAM}\n{PROGRAM}"], text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True, check=True,
+    )  # fmt: skip
+    assert done.stderr.count("pip install -U 'numaload[otel]'") == 1

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from commands import LIMIT_S, wait_for
 from numaload.machine.topology import topology
 from numaload.weights import open_weights
 
@@ -70,7 +75,8 @@ class Receiver:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                receiver.take(self.path, body)
+                is_packed = self.headers.get("Content-Encoding") == "gzip"
+                receiver.take(self.path, gzip.decompress(body) if is_packed else body)
                 self.send_response(200)
                 self.send_header("Content-Type", "application/x-protobuf")
                 self.end_headers()
@@ -107,19 +113,56 @@ def attributes(one: Any) -> dict[str, Any]:
     return {key: getattr(value, value.WhichOneof("value")) for key, value in values.items()}
 
 
-@pytest.fixture(scope="module")
-def received(model_files: list[str]) -> Iterator[Receiver]:
+def unused() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def answers(address: str) -> bool:
+    host, port = address.split(":")
+    with socket.socket() as client:
+        return client.connect_ex((host, int(port))) == 0
+
+
+@contextmanager
+def collecting(endpoint: str) -> Iterator[str]:
+    """Run a collector that sends on to ``endpoint`` what it gets; yield where it takes that.
+
+    Rotel is a collector that PyPI has, as a program in a package.
+    """
+    program = Path(pytest.importorskip("rotel").__file__).with_name("rotel-agent")
+    here = unused()
+    words = {
+        "otlp-http-endpoint": here, "otlp-grpc-endpoint": unused(), "exporter": "otlp",
+        "otlp-exporter-endpoint": endpoint, "otlp-exporter-protocol": "http",
+    }  # fmt: skip
+    agent = subprocess.Popen(
+        [program, "start", *(f"--{name}={value}" for name, value in words.items())]
+    )
+    try:
+        wait_for(lambda: answers(here), "the collector")
+        yield f"http://{here}"
+    finally:
+        agent.terminate()  # it sends what it has first
+        agent.wait(LIMIT_S)
+
+
+@pytest.fixture(
+    scope="module", params=[nullcontext, collecting], ids=["directly", "by a collector"]
+)
+def received(request: pytest.FixtureRequest, model_files: list[str]) -> Iterator[Receiver]:
     """What a program that traces itself sent while it worked on a model."""
     receiver = Receiver()
     thread = threading.Thread(target=receiver.server.serve_forever, args=(0.05,))
     thread.start()
     store = tempfile.mkdtemp(prefix="numaload-test-", dir="/dev/shm")
-    told = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "NUMALOAD_STORE": f"{store}/store"}
     try:
-        subprocess.run(
-            [sys.executable, "-c", CALLER, model_files[0]], check=True,
-            env=os.environ | told | {"NO_PROXY": "*"},
-        )  # fmt: skip
+        with request.param(receiver.endpoint) as endpoint:
+            told = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "NUMALOAD_STORE": f"{store}/store"}
+            subprocess.run(
+                [sys.executable, "-c", CALLER, model_files[0]], check=True,
+                env=os.environ | told | {"NO_PROXY": "*"},
+            )  # fmt: skip
         yield receiver
     finally:
         receiver.server.shutdown()

@@ -204,7 +204,8 @@ def test_locked_file_is_given_up_after_a_while(
 def test_old_opentelemetry_is_said_once(tmp_path: Path) -> None:
     folder = tmp_path / "opentelemetry"
     folder.mkdir()
-    (folder / "trace.py").write_text("")
+    for name in ("__init__.py", "trace.py"):
+        (folder / name).touch()
     done = subprocess.run(
         [sys.executable, "-c", f"import opentelemetry.trace\n{PROGRAM}\n{PROGRAM}"], text=True,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},

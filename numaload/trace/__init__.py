@@ -16,8 +16,6 @@ from functools import wraps
 from time import monotonic_ns
 from typing import Any, ParamSpec, TypeVar
 
-from numaload.errors import printable, warn_once
-
 VARIABLE = "NUMALOAD_TRACE"  # the file for Perfetto
 
 P = ParamSpec("P")
@@ -69,6 +67,8 @@ class Span:
     @property
     def attributes(self) -> dict[str, int | str]:
         """Return those that are known, by their names in a trace file."""
+        from numaload.errors import printable  # --version has no time for it
+
         node = next(iter(self.nodes)) if len(self.nodes) == 1 else None
         texts = {"file": self.file, "tensor": self.tensor}  # names that need not be text
         shown = {name: printable(text) for name, text in texts.items() if text is not None}
@@ -158,6 +158,8 @@ def _telemetry() -> Any:
     try:
         from numaload.trace import telemetry
     except ImportError as error:
+        from numaload.errors import warn_once
+
         _watched = ""
         fix = "pip install -U 'numaload[otel]'"
         warn_once("opentelemetry", f"no spans for OpenTelemetry: {error}; {fix}")

@@ -32,9 +32,8 @@ _imported: Any = None  # numaload.trace.telemetry, once it is needed
 class _Off:
     """Stand for every span while nobody takes any."""
 
-    __slots__ = ("file", "nbytes")
+    __slots__ = ("nbytes",)
     is_on = False
-    file: str | None
     nbytes: int | None
 
     def __enter__(self) -> _Off:
@@ -47,7 +46,7 @@ class _Off:
 class Span:
     """A stage of the work, from entering to leaving the ``with``.
 
-    nbytes, file: may be set inside, where they are not known before.
+    nbytes: may be set inside, where it is not known before.
     """
 
     __slots__ = ("_begin", "_told", "file", "name", "nbytes", "nodes", "tensor")

@@ -65,7 +65,7 @@ def print_nodes(machine: Topology) -> None:
 
     header = ["node", "memory", "free", "distances", "CPUs"]
     rows = [
-        [node.id, *_memory(node), _distances(node), _cpus(node)] for node in machine.nodes.values()
+        [node.id, *memory(node), _distances(node), _cpus(node)] for node in machine.nodes.values()
     ]
     print_table(header, rows)
     say(f"all: {format_list(machine.all) or 'none'}")
@@ -77,7 +77,8 @@ def print_nodes(machine: Topology) -> None:
         say(f"cpu quota {machine.quota:.4g} of {len(machine.cpus)} CPUs (cgroup)")
 
 
-def _memory(node: Node) -> tuple[str, str]:
+def memory(node: Node) -> tuple[str, str]:
+    """Return what a node has, and what of it is free, in words."""
     if node.has_memory and not node.memory_total:
         return "unknown", "unknown"
     return size(node.memory_total), size(node.memory_free)

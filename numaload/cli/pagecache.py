@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 WATCH_S = 2.0  # seconds between two looks, unless given
 FILLED = " .oO"  # of a cell: nothing, some of it, at least half, all
-CLEAR, HOME = "\x1b[2J", "\x1b[H\x1b[J"  # the screen; ECMA-48: ED, CUP
 
 
 def add_verbs(verbs: Any) -> None:
@@ -50,19 +49,25 @@ def _seconds(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{error}; a FILE goes before --watch") from None
 
 
-def repeat(show: Callable[[], int], every: float | None) -> int:
-    """Show once, or until Ctrl-C: on a terminal in place, else one after another."""
+def repeat(show: Callable[[], int], every: float | None, *, in_place: bool) -> int:
+    """Show once, or until Ctrl-C: in place, as much as fits on the terminal, or one by one."""
     if every is None:
         return show()
-    in_place = sys.stdout.isatty()
-    if in_place:
-        sys.stdout.write(CLEAR)
-    while True:
-        with redirect_stdout(io.StringIO()) as text:
+    if not in_place:
+        while True:
             show()
-        sys.stdout.write((HOME if in_place else "") + text.getvalue())
-        sys.stdout.flush()
-        time.sleep(every)
+            sys.stdout.flush()
+            time.sleep(every)
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(auto_refresh=False, redirect_stdout=False) as live:
+        while True:
+            with redirect_stdout(io.StringIO()) as text:
+                show()
+            shown = Text(text.getvalue().rstrip("\n"), no_wrap=True, overflow="ellipsis")
+            live.update(shown, refresh=True)
+            time.sleep(every)
 
 
 class Files:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from numaload.cli import pagecache, prewarming
+from numaload.cli.machine import memory
 from numaload.cli.output import (
     complain,
     count,
@@ -17,6 +19,7 @@ from numaload.cli.output import (
     note,
     on_nodes,
     print_json,
+    print_table,
     say,
     size,
 )
@@ -133,7 +136,9 @@ def status(options: argparse.Namespace) -> int:
         return _ready(options)
     given = dict.fromkeys(path for file in options.files for path in _siblings(file))
     files = pagecache.Files(given or _used(), tensors=options.tensors)
-    return pagecache.repeat(lambda: _show_status(options, files), options.watch)
+    dumb = os.environ.get("TERM") == "dumb"  # or else nothing would be drawn
+    in_place = sys.stdout.isatty() and not (dumb or options.json)
+    return pagecache.repeat(lambda: _show_status(options, files), options.watch, in_place=in_place)
 
 
 def _ready(options: argparse.Namespace) -> int:
@@ -174,6 +179,7 @@ def _used() -> list[str]:
 
 def _show_status(options: argparse.Namespace, files: pagecache.Files) -> int:
     from numaload.errors import StoreError
+    from numaload.machine.topology import topology
 
     stored, warming, cached, whole = [], [], files.look(), False
     try:
@@ -184,13 +190,21 @@ def _show_status(options: argparse.Namespace, files: pagecache.Files) -> int:
     except StoreError as error:
         complain(str(error))
     stored_all = whole and not any(row.get("error") for row in (*stored, *warming))
+    nodes = [] if options.watch is None else list(topology().nodes.values())
     if options.json:
         rows = pagecache.as_rows(cached, tensors=options.tensors)
-        told = {"replicas": stored, "prewarming": warming, "page_cache": rows}
+        told: dict[str, Any] = {"replicas": stored, "prewarming": warming, "page_cache": rows}
+        if nodes:
+            told["nodes"] = [
+                {key: getattr(node, key) for key in ("id", "memory_total", "memory_free")}
+                for node in nodes
+            ]
         print_json(told, a_line=options.watch is not None)
         return 0 if stored_all else 1
     _print_stored(stored)
     prewarming.show(warming)
+    if nodes:
+        print_table(["node", "memory", "free"], [[node.id, *memory(node)] for node in nodes])
     pagecache.show_files(cached)
     return 0 if stored_all else 1
 

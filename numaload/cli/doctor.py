@@ -151,7 +151,7 @@ def _all_well(found: Diagnosis) -> str:
 
 def _show_finding(number: int, finding: Finding, columns: int) -> None:
     _wrap(f"{number}. {finding.id} {finding.title}", columns, "", "   ")
-    _wrap(_cost(finding), columns, f"   {'cost':<5}", " " * LABEL)
+    _wrap(cost(finding), columns, f"   {'cost':<5}", " " * LABEL)
     for label, text in (("seen", finding.seen), ("why", finding.why)):
         _wrap(text, columns, f"   {label:<5}", " " * LABEL)
     for label, text in (("fix", finding.fix), ("undo", finding.undo)):
@@ -162,13 +162,10 @@ def _show_finding(number: int, finding: Finding, columns: int) -> None:
 def _show_remedy(label: str, text: str, columns: int, *, root: bool) -> None:
     """Print what to do. A command is continued so that it can be pasted as it stands."""
     first, rest = f"   {label:<5}", " " * LABEL
-    if text.partition(" ")[0] not in COMMANDS:
-        _wrap(f"{text} (as root)" if root else text, columns, first, rest)
+    command, remark = remedy(text, root=root)
+    if not command:
+        _wrap(remark, columns, first, rest)
         return
-    command, _, remark = text.partition("  # ")
-    if root and os.geteuid():
-        simple = not SHELL.search(command)
-        command = f"sudo {command if simple else f'sh -c {shlex.quote(command)}'}"
     lines = _wrapped(command, columns - len(CONTINUED), first, rest)
     for line in lines[:-1]:
         say(f"{line}{CONTINUED}")
@@ -177,7 +174,18 @@ def _show_remedy(label: str, text: str, columns: int, *, root: bool) -> None:
         _wrap(f"# {remark}", columns, rest, f"{rest}# ")
 
 
-def _cost(finding: Finding) -> str:
+def remedy(text: str, *, root: bool) -> tuple[str, str]:
+    """Return a command that this user can run, and a remark; a sentence is a remark alone."""
+    if text.partition(" ")[0] not in COMMANDS:
+        return "", f"{text} (as root)" if root else text
+    command, _, remark = text.partition("  # ")
+    if root and os.geteuid():
+        simple = not SHELL.search(command)
+        command = f"sudo {command if simple else f'sh -c {shlex.quote(command)}'}"
+    return command, remark
+
+
+def cost(finding: Finding) -> str:
     if finding.price is None:
         return "not known in seconds"
     how = {"measured": "by speeds measured now"}.get(finding.price.how, finding.price.how)

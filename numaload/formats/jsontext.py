@@ -25,7 +25,10 @@ SHOWN = 60  # characters of what was found
 WS = "[ \t\n\r]*"
 PLAIN = re.compile(r'"([^"\\\x00-\x1f]*)"')  # a string without escapes
 PLAIN_MEMBER = re.compile(f"{PLAIN.pattern}{WS}:{WS}")
-MARKS = {marks: re.compile(f"{WS}([{marks}]){WS}") for marks in ("{", ":", ",}", "}")}
+MARKS = {
+    marks: re.compile(f"{WS}([{re.escape(marks)}]){WS}")
+    for marks in ("{", ":", ",}", "}", "[", ",]", "]")
+}
 END = re.compile(rf"{WS}\Z")
 
 

@@ -1,0 +1,87 @@
+"""``numaload report``: one page about a model, its machine and its load, to read or to send."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from numaload.cli.output import print_json, say, size
+from numaload.machine.userdir import write_whole
+
+START = b"<!DOCTYPE html>"  # of what may be replaced: a model of the same name may not
+
+
+def add_verbs(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "report",
+        help="one page of HTML: the machine, where the model is, what slows its load",
+        description="Write one page about a model: the machine, findings, speeds, where each tensor"
+        " is, and the load over time. It loads nothing from elsewhere and runs no script.",
+    )
+    parser.add_argument("file", metavar="FILE", help="any file of the model")
+    parser.add_argument(
+        "-o", "--output", metavar="PAGE", help="the file to write; - prints the page"
+    )
+    parser.add_argument(
+        "--trace", metavar="FILE", help="draw the load that NUMALOAD_TRACE wrote to this file"
+    )
+    parser.set_defaults(run=report)
+
+
+def report(options: argparse.Namespace) -> int:
+    from numaload.cli.page.sections import page_of
+    from numaload.errors import UsageError
+    from numaload.report.collect import collect
+
+    output = options.output
+    if (output is None) != options.json:
+        raise UsageError("expected either -o PAGE.html, or --json for the facts alone")
+    if options.json:
+        print_json(collect(options.file, options.trace))
+        return 0
+    words = ["numaload", "report", options.file, "-o", output]
+    command = shlex.join([*words, "--trace", options.trace] if options.trace else words)
+    if output == "-":
+        print(page_of(collect(options.file, options.trace), command), end="")
+        return 0
+    with _folder_of(output) as folder:  # what is wrong with it is said before the work
+        page = page_of(collect(options.file, options.trace), command).encode()
+        write_whole(os.path.basename(output), page, folder)
+    say(f"{output}: {size(len(page))}")
+    return 0
+
+
+@contextmanager
+def _folder_of(output: str) -> Iterator[int]:
+    """Open the folder of the page. Raises: UsageError where its name is another file's, OSError."""
+    from numaload.errors import UsageError, reason
+
+    where = os.path.dirname(output) or "."
+    try:
+        folder = os.open(where, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"{where}: no page can be written there: {reason(error)}") from error
+    try:
+        name = os.path.basename(output)
+        if not name:
+            raise UsageError(f"{output}: expected the name of a file")
+        with suppress(FileNotFoundError):
+            is_file = stat.S_ISREG(os.stat(name, dir_fd=folder).st_mode)
+            if not is_file or _start_of(name, folder) not in (b"", START):
+                raise UsageError(
+                    f"{output} is there and is no page: give another name, or remove it"
+                )
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _start_of(name: str, folder: int) -> bytes:
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+    with open(fd, "rb") as file:
+        return file.read(len(START))

@@ -14,6 +14,7 @@ import llvmlite.binding as llvm
 
 from numaload.forks import compiling
 from numaload.kernels.jit import cache as kept
+from numaload.kernels.jit import loads
 from numaload.kernels.jit.target import machine
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ PROTOTYPE = ctypes.CFUNCTYPE(
     ctypes.c_int64,
     ctypes.c_void_p,
 )
+
+# What `loads.py` has: (address, count) -> number.
+LOOP_PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
 
 # A loop around any kernel that reads its blocks from a file. Between two reads by Python a thread
 # waits until others let it run again, which takes as long as converting some hundred thousand
@@ -110,7 +114,12 @@ def object_code(name: str, dtype: str, parts: Parts) -> bytes:
 
 def _from_file_code() -> bytes:
     """Return the object file of the loop that reads from files."""
-    return _kept(FROM_FILE, lambda: machine().emit_object(llvm.parse_assembly(FROM_FILE_CODE)))
+    return _assembled(FROM_FILE, FROM_FILE_CODE)
+
+
+def _assembled(name: str, source: str) -> bytes:
+    """Return the object file of a function in LLVM's own language."""
+    return _kept(name, lambda: machine().emit_object(llvm.parse_assembly(source)))
 
 
 def _kept(name: str, make: Callable[[], bytes]) -> bytes:
@@ -162,3 +171,25 @@ class Function(_Linked):
         status = self._call(*results, blocks, floats, n_blocks, past_caches, scales)
         if status or done.value != n_blocks:
             raise RuntimeError(f"a kernel ended with {status} after {done.value} blocks")
+
+
+class Loop(_Linked):
+    """A function of `loads.SOURCES`: (address, count) -> number. Calls give up the GIL."""
+
+    def __init__(self, name: str) -> None:
+        with compiling:
+            super().__init__(_assembled(name, loads.SOURCES[name]), name)
+        self._call = LOOP_PROTOTYPE(self.address)
+
+    def __call__(self, address: int, count: int) -> int:
+        result: int = self._call(address, count)
+        return result
+
+
+def cpuid(leaf: int) -> tuple[int, int, int, int] | None:
+    """Return eax, ebx, ecx and edx of the instruction; None on processors without it."""
+    if not loads.has_cpuid():
+        return None
+    registers = (ctypes.c_uint32 * 4)()
+    Loop("cpuid")(ctypes.addressof(registers), leaf)
+    return tuple(registers)

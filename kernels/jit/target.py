@@ -65,6 +65,7 @@ def machine() -> llvm.TargetMachine:
     """Make what emits and links code for that processor."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    llvm.initialize_native_asmparser()
     found = target()
     return llvm.Target.from_triple(found.triple).create_target_machine(
         cpu=found.cpu, features=found.features, opt=3, codemodel="jitdefault", jit=True

@@ -28,7 +28,9 @@ NAMED = {*registry.KERNELS.values(), *(one[:2] for one in registry.SCALED.values
 FAMILIES = sorted({module for module, _ in NAMED})
 WORDS = {"lanes", "grids"}
 LOWERING = {"jit.lowering", "jit.halves"}
-JIT = {"jit.__init__", "jit.cache", "jit.compile", "jit.objects", "jit.target", *LOWERING}
+JIT = {
+    f"jit.{n}" for n in ("__init__", "cache", "compile", "loads", "objects", "target")
+} | LOWERING
 FLOATS = "floats"  # the family whose functions read 16 weights instead of a block
 PACKAGE = "numaload.kernels"
 # {module that is no part of Python or of this package: the files that may import it}
@@ -98,6 +100,7 @@ def test_every_file_has_a_part() -> None:
 ORDER = [
     "registry",
     "objects",
+    "loads",
     "compile",
     "halves",
     "lowering",

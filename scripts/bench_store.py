@@ -22,7 +22,6 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +29,8 @@ from pathlib import Path
 import numpy as np
 
 import numaload
+from numaload.bench.mirror import cleared, copied
 from numaload.demo import parse_size, write_model
-from numaload.linux.mapping import map_private
-from numaload.linux.syscalls import PAGE
 from numaload.replicas import reclaim, store
 
 SIZES = (1 << 30, 2 << 30, 6 << 30)
@@ -56,13 +54,6 @@ def sparse(path: Path, nbytes: int) -> str:
     with path.open("r+b") as file:
         file.truncate(-(-path.stat().st_size // 32) * 32 + TENSORS * rows * 4096)
     return str(path)
-
-
-def touched(nbytes: int) -> None:
-    """Take and free memory: hosts of virtual machines take idle memory back."""
-    with map_private(nbytes) as mapping, mapping.view(write=True) as view:
-        for page in range(0, nbytes, PAGE):
-            view[page] = 1
 
 
 def timed(ways: dict[str, Way], rounds: int, before: Way = lambda: None) -> dict[str, list[float]]:
@@ -125,35 +116,17 @@ def building(folder: Path, rounds: int, size: int) -> None:
         left.clear()
         reclaim.release(store.entries())
         target.unlink(missing_ok=True)
-        touched(2 * nbytes)
+        cleared(2 * nbytes)
         numaload.prewarm(path)  # machines page out what is idle
 
     print(f"building from a warm file, {nbytes >> 20} MiB")
     ways: dict[str, Way] = {
         "cp to the tmpfs": lambda: subprocess.run(["cp", path, target], check=True) and None,
         "mirror(shared=True)": replica,
-        "a copy into anonymous huge pages": lambda: copy(path, nbytes),
+        "a copy into anonymous huge pages": lambda: copied([path], THREADS) and None,
     }
     show(timed(ways, rounds, clear), "cp to the tmpfs")
     clear()
-
-
-def copy(path: str, nbytes: int) -> None:
-    with map_private(nbytes) as mapping:
-        view, each = mapping.view(write=True), -(-nbytes // THREADS // PAGE) * PAGE
-        fd = os.open(path, os.O_RDONLY)
-
-        def part(start: int) -> None:
-            for at in range(start, min(start + each, nbytes), 8 << 20):
-                os.preadv(fd, [view[at : min(at + (8 << 20), start + each, nbytes)]], at)
-
-        threads = [threading.Thread(target=part, args=(s,)) for s in range(0, nbytes, each)]
-        for one in threads:
-            one.start()
-        for one in threads:
-            one.join()
-        os.close(fd)
-        view.release()
 
 
 def switching(folder: Path, rounds: int, base: int) -> None:
@@ -179,7 +152,9 @@ def switching(folder: Path, rounds: int, base: int) -> None:
 
         print(f"switching a {what}, {path.stat().st_size >> 20} MiB, warm")
         ways: dict[str, Way] = {"safetensors and torch, copied": theirs, "attach": attach}
-        show(timed(ways, rounds, lambda: touched(1 << 30)), "safetensors and torch, copied")
+        show(
+            timed(ways, rounds, lambda: cleared(1 << 30) and None), "safetensors and torch, copied"
+        )
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -14,7 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numaload.bench.baselines import Ggml, by_gguf, known_to_gguf
-from numaload.bench.machine import Progress, Rates, Thing, describe, in_turns, prefaulted
+from numaload.bench.machine import (
+    LOAD_AFTER,
+    Progress,
+    Rates,
+    Series,
+    Thing,
+    describe,
+    in_turns,
+    load,
+    prefaulted,
+)
 from numaload.dequantize import DTYPES, dequantize_blocks
 from numaload.errors import UsageError
 from numaload.formats.qtypes import BLOCKS, QuantType
@@ -26,6 +36,8 @@ from numaload.machine.workers import Workers
 from numaload.samples import random_blocks
 
 WEIGHTS = 16 << 20  # 64 MiB of float32: more than a cache holds
+MARGIN = 0.05  # see machine.Series
+SITTINGS = 3  # in which all types are measured: machines change their speed within a run
 PATTERN = 1 << 21  # weights that are random; the rest repeats them
 SOURCES = 128 << 20  # bytes of blocks that are gone round in
 FIRST = "float32"  # always measured: what the others are compared with
@@ -61,7 +73,8 @@ class Row:
 @dataclass
 class DequantReport:
     """machine: what it was measured on; libraries: {name: file of ggml}; baselines: GB/s written,
-    medians over all types.
+    medians over all types; series: the single rounds, Gweights/s, beside those of
+    writing alone.
     """
 
     machine: dict[str, str]
@@ -71,6 +84,7 @@ class DequantReport:
     libraries: dict[str, str]
     baselines: dict[str, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    series: list[Series] = field(default_factory=list)
 
     @property
     def same(self) -> bool:
@@ -85,7 +99,7 @@ def measure(
     qtypes: Sequence[str] = (),
     dtypes: Sequence[str] = (),
     threads: int = 1,
-    rounds: int = 7,
+    rounds: int = 15,
     ggml: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> DequantReport:
@@ -105,16 +119,22 @@ def measure(
     libraries = {_free(name): Ggml(path) for name, path in (ggml or {}).items()}
     paths = {name: one.path for name, one in libraries.items()}
     report = DequantReport(describe(), WEIGHTS, rounds, threads, paths)
-    measured: list[Rates] = []
+    measured: dict[QuantType, _Measured] = {}
     with closing(_Contenders(kinds, libraries, threads)) as contenders:
-        for qtype in chosen:
-            if progress is not None:
-                progress(qtype.name)
-            row, rates = _row(contenders, qtype, rounds)
-            report.rows.append(row)
-            measured.append(rates)
+        for sitting in range(min(rounds, SITTINGS)):
+            share = len(range(sitting, rounds, SITTINGS))
+            for qtype in chosen:
+                if progress is not None:
+                    progress(f"{qtype.name}, {sitting + 1} of {min(rounds, SITTINGS)}")
+                found = _sit(contenders, qtype, share, measured.get(qtype))
+                measured[qtype] = found
+    for qtype, found in measured.items():
+        report.rows.append(_row(qtype, found, threads))
+        report.series += _series(qtype, found)
     for name in [FILL, PAST, COPY] + [THREADS_PAST] * (threads > 1):
-        report.baselines[name] = float(np.median([one.median(name) for one in measured])) * 4 / 1e9
+        medians = [one.all.median(name) for one in measured.values()]
+        report.baselines[name] = float(np.median(medians)) * 4 / 1e9
+    report.machine[LOAD_AFTER] = load()
     return report
 
 
@@ -254,21 +274,57 @@ def _blocks_of(qtype: QuantType) -> Callable[[], Bytes]:
 # what is made of it ------------------------------------------------------------------------------
 
 
-def _row(contenders: _Contenders, qtype: QuantType, rounds: int) -> tuple[Row, Rates]:
+@dataclass(frozen=True)
+class _Measured:
+    """One type's rounds so far. one: on one thread; several: on several, if asked for."""
+
+    same: dict[str, bool]
+    one: Rates
+    several: Rates
+
+    @property
+    def all(self) -> Rates:
+        return Rates({**self.several.rates, **self.one.rates}, {})
+
+
+def _sit(
+    contenders: _Contenders, qtype: QuantType, rounds: int, before: _Measured | None
+) -> _Measured:
+    """Measure a type, as often again as ``rounds``. before: of the sittings before this one."""
     blocks = _blocks_of(qtype)
     ours, others = contenders.kernels(qtype, blocks), contenders.others(qtype, blocks)
     together = contenders.together(qtype, blocks)
-    same = _same(contenders, ours, others, together)
-    rates = in_turns(contenders.writing() | ours | others, rounds)
-    block_size, type_size = BLOCKS[qtype]
-    found = _ratios(rates)
-    if contenders.many is not None:
+    same = before.same if before else _same(contenders, ours, others, together)
+    one, several = in_turns(contenders.writing() | ours | others, rounds), Rates({}, {})
+    if together:
         # By themselves: how much memory several CPUs reach depends on what they did just before.
         several = in_turns({FIRST: ours[FIRST]} | together, 2 * rounds)
-        found |= _scaling(several, contenders.many.count, type_size / block_size)
-        rates = Rates({**several.rates, **rates.rates})
-    medians = {name: rates.median(name) / 1e9 for name in rates.rates}
-    return Row(qtype.name, 8 * type_size / block_size, medians, found, same), rates
+    if before:
+        one, several = before.one + one, before.several + several
+    return _Measured(same, one, several)
+
+
+def _row(qtype: QuantType, found: _Measured, threads: int) -> Row:
+    block_size, type_size = BLOCKS[qtype]
+    ratios = _ratios(found.one)
+    if found.several.rates:
+        ratios |= _scaling(found.several, threads, type_size / block_size)
+    medians = {name: found.all.median(name) / 1e9 for name in found.all.rates}
+    return Row(qtype.name, 8 * type_size / block_size, medians, ratios, found.same)
+
+
+def _series(qtype: QuantType, found: _Measured) -> Iterator[Series]:
+    """Yield the rounds of numaload's own kernels beside writing alone, in the same turns.
+
+    On one thread by processor time, on several by the clock: that they wait is what is looked for.
+    """
+    for rates, names, baseline in (
+        (found.one.by_cpu, DTYPES, PAST),
+        (found.several.rates, (THREADS,), THREADS_PAST),
+    ):
+        for name in (name for name in names if name in rates):
+            values, beside = ([rate / 1e9 for rate in rates[one]] for one in (name, baseline))
+            yield Series(f"{qtype.name} {name}", "Gw/s", values, MARGIN, baseline, beside)
 
 
 def _ratios(rates: Rates) -> dict[str, float]:

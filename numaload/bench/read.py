@@ -16,8 +16,11 @@ import numpy as np
 from numaload.bench.machine import (
     CONFIDENCE,
     GIB,
+    LOAD_AFTER,
     Progress,
+    Series,
     describe,
+    load,
     median_interval,
     prefaulted,
 )
@@ -44,6 +47,8 @@ from numaload.machine.memory import LEAST_FREE, UNKNOWN, available
 COLD, WARM = "cold", "warm"
 STATES = (COLD, WARM)
 LOADED = 0.9  # of the file, in the page cache after it was read: with less it was not read
+MARGIN = 0.25  # see machine.Series
+BASELINE = "dd"  # what the series of other ways are beside
 KERNELS_OWN = ("populate", "vmtouch")
 MOST_OF_FREE = 2  # a file larger than one part in so many of the memory is not used whole
 EVICTED = 100  # at most one part in so many may stay
@@ -142,6 +147,23 @@ class ReadReport:
     pairs: list[Pairs] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def series(self) -> list[Series]:
+        """Return the rounds of all ways; beside dd's where that was measured, instead of its own.
+
+        A disk's speed is what others leave of it. Warm, dd is no measure of what does not copy.
+        """
+        baseline, found = self.row(BASELINE), []
+        for row in self.rows:
+            for state, figures in row.states.items():
+                name, rates = f"{row.way} {state}", figures.rates
+                beside = baseline.states[state].rates if baseline and state == COLD else []
+                if baseline is None or len(beside) != len(rates):
+                    found.append(Series(name, "GB/s", rates, MARGIN))
+                elif row is not baseline:
+                    found.append(Series(name, "GB/s", rates, MARGIN, BASELINE, beside))
+        return found
+
     def row(self, way: str) -> Row | None:
         return next((row for row in self.rows if row.way == way), None)
 
@@ -196,6 +218,7 @@ class ReadReport:
         return asdict(self) | {
             "rows": [asdict(row) | {"states": self._states(row)} for row in self.rows],
             "pairs": [pairs.to_dict() for pairs in self.pairs],
+            "series": [asdict(one) for one in self.series],
             "plan_share": self.plan_share(),
             **{name: row and row.way for name, row in names.items()},
         }
@@ -278,6 +301,7 @@ def measure(
         for duel in DUELS if pairs else ():
             bench.duel(duel, pairs)
         file.check_unchanged()
+    bench.report.machine[LOAD_AFTER] = load()
     return bench.report
 
 

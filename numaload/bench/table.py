@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
+from numaload.bench.bandwidth import FIGURES, BandwidthReport
+from numaload.bench.compare import Comparison
 from numaload.bench.dequant import (
     CALLERS,
     COPY,
@@ -18,10 +20,13 @@ from numaload.bench.dequant import (
     DequantReport,
 )
 from numaload.bench.dequant import Row as TypeRow
+from numaload.bench.mirror import COPY as COPY_FILE
+from numaload.bench.mirror import MirrorReport
 from numaload.bench.read import STATES, ReadReport, Row
 from numaload.bench.ways import BUFFER, CEILING
 from numaload.dequantize import DTYPES
 from numaload.errors import UsageError
+from numaload.linux.syscalls import PAGE
 
 ALL = 0.99  # of a file: with less in the page cache, that share is shown
 COLORS = ("#1f6feb", "#9a6700", "#6e7781", "#a40e26")
@@ -97,6 +102,48 @@ def plan_words(plan: dict[str, object]) -> str:
         words.append(f"{chunk / 2**20:g} MiB a read")
     why = f", because: {plan['why']}" if plan.get("why") else ""
     return ", ".join(words) + why
+
+
+# bench bandwidth ---------------------------------------------------------------------------------
+
+
+def bandwidth_table(report: BandwidthReport) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows), a row for each pair of nodes: medians, and where the memory was."""
+    names = ["CPUs of", "memory of", "distance", "threads"]
+    names += [f"{name} {unit}" for name, unit in FIGURES.items()]
+    rows = []
+    for pair in report.pairs:
+        there, pages = pair.pages.get(pair.memory, 0), sum(pair.pages.values())
+        row = [f"node {pair.cpus}", f"node {pair.memory}", str(pair.distance or "?")]
+        row.append(str(pair.threads))
+        row += [_number(pair.median(name)) for name in FIGURES]
+        rows.append([*row, f"{there} of {pages}", f"{pair.huge / (pages * PAGE):.0%}"])
+    return [*names, "pages there", "huge"], rows
+
+
+# bench mirror ------------------------------------------------------------------------------------
+
+
+def mirror_table(report: MirrorReport) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows), a row for the replicas and for each of their limits."""
+    return ["what", "GB/s", "least", "most", f"of {COPY_FILE}"], [
+        [name, *map(_number, (median(rates), min(rates), max(rates), report.ratio(name)))]
+        for name, rates in report.rates.items()
+    ]
+
+
+# --compare ---------------------------------------------------------------------------------------
+
+
+def compare_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows), a row for each figure that both reports have."""
+    rows = []
+    for row in comparison.rows:
+        ends = "-" if row.interval is None else "{:.2f} to {:.2f}".format(*row.interval)
+        old, new = (f"{value:.2f} {row.unit}" for value in (row.old, row.new))
+        baseline = row.baseline or "-"
+        rows.append([row.name, old, new, baseline, f"{row.ratio:.2f}", ends, row.verdict])
+    return ["figure", "old", "new", "beside", "times as fast", "interval", "so"], rows
 
 
 # bench dequant -----------------------------------------------------------------------------------

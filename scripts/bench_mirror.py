@@ -108,7 +108,8 @@ def read_direct(files: Sequence[SourceFile], *, whole: bool) -> float:
 
 def replica(files: Sequence[SourceFile], allocate: Allocate) -> None:
     machine = topology()
-    build(files, [(machine.all[0],)], allocate, machine).close()
+    group = (machine.all[0],)
+    build(files, {group: Layout(group)}, allocate, machine).close()
 
 
 def copied(files: Sequence[SourceFile]) -> float:

@@ -23,13 +23,14 @@ from numaload.files.plan import BUFFERED, DIRECT, MEMORY, make_plan
 from numaload.files.residency import (
     ByteRange,
     Residency,
-    between,
     give_back,
     length,
     merged,
     overlaps,
     present,
     residency,
+    whole_pages,
+    without,
 )
 from numaload.files.source import SourceFile
 from numaload.files.ways import IntoMemory
@@ -147,7 +148,7 @@ class _Meter:
         self.lock = threading.Lock()
 
     def run(self) -> Speeds:
-        absent = list(_whole_pages(_without(self.found.absent, find_holes(self.file))))
+        absent = list(whole_pages(without(self.found.absent, find_holes(self.file))))
         if 2 * length(absent) < length(self.found.absent):
             absent = []  # so little would say nothing of the rest
         middle = length(absent) // 2 // PAGE * PAGE
@@ -338,19 +339,6 @@ def _rate(took: Sequence[tuple[int, float]]) -> float:
     return sum(nbytes for nbytes, _ in counted) / sum(seconds for _, seconds in counted)
 
 
-def _without(ranges: Sequence[ByteRange], holes: Sequence[ByteRange]) -> Iterator[ByteRange]:
-    for start, stop in ranges:
-        yield from between(list(overlaps(holes, start, stop)), start, stop)
-
-
-def _whole_pages(ranges: Iterable[ByteRange]) -> Iterator[ByteRange]:
-    """Yield these ranges without the pages that they have in part."""
-    for start, stop in ranges:
-        first, last = -(-start // PAGE) * PAGE, stop // PAGE * PAGE
-        if first < last:
-            yield first, last
-
-
 def _cut(ranges: Sequence[ByteRange], first: int, last: int | None) -> Iterator[ByteRange]:
     """Yield the bytes from the ``first`` to the ``last`` of these ranges, in whole pages."""
     passed = 0
@@ -358,7 +346,7 @@ def _cut(ranges: Sequence[ByteRange], first: int, last: int | None) -> Iterator[
         end = stop if last is None else min(stop, start + max(0, last - passed))
         begin = start + max(0, first - passed)
         passed += stop - start
-        yield from _whole_pages([(begin, end)])
+        yield from whole_pages([(begin, end)])
 
 
 def _chunks(

@@ -100,6 +100,20 @@ def overlaps(ranges: Sequence[ByteRange], start: int, stop: int) -> Iterator[Byt
             yield max(first, start), min(last, stop)
 
 
+def without(ranges: Iterable[ByteRange], others: Sequence[ByteRange]) -> Iterator[ByteRange]:
+    """Yield what these ranges have outside the others, which ascend."""
+    for start, stop in ranges:
+        yield from between(overlaps(others, start, stop), start, stop)
+
+
+def whole_pages(ranges: Iterable[ByteRange]) -> Iterator[ByteRange]:
+    """Yield these ranges without the pages that they have in part."""
+    for start, stop in ranges:
+        first, last = -(-start // PAGE) * PAGE, stop // PAGE * PAGE
+        if first < last:
+            yield first, last
+
+
 def steps(ranges: Iterable[ByteRange]) -> Iterator[ByteRange]:
     """Cut the ranges into parts whose pages are mapped at a time."""
     for start, stop in ranges:

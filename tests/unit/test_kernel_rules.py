@@ -132,7 +132,8 @@ def test_imports_of_others(name: str) -> None:
         if root == "numaload":
             ours = module.startswith(f"{PACKAGE}.")
             assert ours or module in {
-                f"numaload.{name}" for name in ("errors", "forks", "formats.qtypes")
+                f"numaload.{name}"
+                for name in ("errors", "forks", "formats.qtypes", "machine.cachedir")
             }
         elif root not in sys.stdlib_module_names:
             assert name in OUTSIDE.get(root, set()), f"{name} imports {module}"

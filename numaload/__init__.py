@@ -17,6 +17,7 @@ from numaload.trace import span as _span
 if TYPE_CHECKING:
     from numaload import errors
     from numaload.backends.state_dict import load_state_dict
+    from numaload.bench.tune import TuneReport, tune
     from numaload.doctor.diagnosis import Diagnosis, diagnose
     from numaload.formats.qtypes import QuantType
     from numaload.machine.topology import Topology, topology
@@ -45,6 +46,7 @@ __all__ = [
     "ResidencyReport",
     "Tensor",
     "Topology",
+    "TuneReport",
     "Weights",
     "__version__",
     "attach",
@@ -61,6 +63,7 @@ __all__ = [
     "store",
     "stream",
     "topology",
+    "tune",
 ]
 
 _PLACES: dict[str, tuple[str, str | None]] = {
@@ -88,6 +91,8 @@ _PLACES: dict[str, tuple[str, str | None]] = {
     "open": ("replicas.opening", "open_model"),
     "exec": ("replicas.exec", "exec_programs"),
     "store": ("replicas.catalogue", None),
+    "TuneReport": ("bench.tune", "TuneReport"),
+    "tune": ("bench.tune", "tune"),
     "Diagnosis": ("doctor.diagnosis", "Diagnosis"),
     "diagnose": ("doctor.diagnosis", "diagnose"),
 }

@@ -30,6 +30,7 @@ VERBS = {
     "bench": "bench",
     "doctor": "doctor",
     "report": "report",
+    "tune": "tune",
 }
 RUNS = "exec"  # the verb with a program and its arguments behind --, which are not ours to read
 IO_TIMEOUT = "NUMALOAD_IO_TIMEOUT"  # seconds, for this process and those that it starts

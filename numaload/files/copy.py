@@ -7,28 +7,32 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from numaload import trace
-from numaload.files.plan import BUFFERED, DIRECT, MEMORY, ReadMethod, ReadPlan, make_plan
-from numaload.files.reader import Chunk, Progress, Reading
+from numaload.files.plan import BUFFERED, DIRECT, MEMORY, ReadMethod, ReadPlan
+from numaload.files.reader import Announce, Chunk, Progress, Reading
 from numaload.files.residency import Residency, give_back, present, residency
 from numaload.files.source import SourceFile
+from numaload.files.tuned import plan_reading
 from numaload.files.ways import IntoMemory
 from numaload.linux.mapping import MappedMemory, map_private, populate_write
 from numaload.linux.syscalls import PAGE
 from numaload.machine import memory
 from numaload.machine.affinity import allowed
-from numaload.machine.devices import device_of
 
 PAGE_TABLES = 512  # bytes copied for each byte of these
 LOOK_EVERY = 256 << 20  # bytes begun between two looks at what memory is left
 MOST_THREADS = 8  # that copy what is in RAM: memory is busy with fewer
 
 
-def copy_files(files: Sequence[SourceFile], progress: Progress | None = None) -> list[MappedMemory]:
+def copy_files(
+    files: Sequence[SourceFile],
+    progress: Progress | None = None,
+    announce: Announce | None = None,
+) -> list[MappedMemory]:
     """Read these files into private memory, in huge pages where there are some.
 
     What is in RAM is copied from there; the rest is read past the page cache where that can be.
     It takes the files' size in whole pages and no more: page cache that reading brings in is
-    given back, what was there before stays.
+    given back, what was there before stays. announce: called with the plan, if something is absent.
     Raises: NodeMemoryError with numbers before a page is touched, or when others took the memory
     meanwhile; ReadError, FileChangedError, CancelledError. Then nothing is left of it.
     """
@@ -36,7 +40,7 @@ def copy_files(files: Sequence[SourceFile], progress: Progress | None = None) ->
     copies: list[MappedMemory] = []
     try:
         copies.extend(map_private(file.size) for file in files)
-        _Copying(files, copies, progress).run()
+        _Copying(files, copies, progress).run(announce)
         for file in files:
             file.check_unchanged()
     except BaseException:
@@ -55,9 +59,7 @@ def _check_room(nbytes: int, state: str) -> None:
 def plan_for(files: Sequence[SourceFile], before: Sequence[Residency]) -> ReadPlan:
     """Plan how the absent bytes of these files are read into memory."""
     absent = [sum(stop - start for start, stop in found.absent) for found in before]
-    file = files[absent.index(max(absent))]
-    device = device_of(file.path, network=file.is_network, numbers=file.device)
-    return make_plan(MEMORY, device, sum(absent))
+    return plan_reading(MEMORY, files[absent.index(max(absent))], sum(absent))
 
 
 class _Copying:
@@ -72,12 +74,13 @@ class _Copying:
         self.begun, self.next_look, self.lock = 0, LOOK_EVERY, threading.Lock()
         self.busy = threading.Semaphore(len(allowed()))
 
-    def run(self) -> None:
+    def run(self, announce: Announce | None) -> None:
         if not self.files:
             return
         cpus, plan = allowed(), plan_for(self.files, self.before)
-        # Twice as many as read, since each clears its pages first.
-        plan = plan.forced_to([w._replace(threads=2 * w.threads) for w in plan.candidates])
+        plan = plan.forced_to([begun_by_copies(way) for way in plan.candidates])
+        if announce and any(found.absent for found in self.before):
+            announce(plan)
         # What is in RAM first, before reading the rest can push it out.
         there = plan.forced_to([ReadMethod(BUFFERED, min(MOST_THREADS, len(cpus)))])
         run = self.reading.run
@@ -116,18 +119,39 @@ class _Work:
     def read(self, chunk: Chunk, way: ReadMethod) -> None:
         job = self.job
         job.look(chunk.nbytes)
-        mapping = job.copies[chunk.which]
-        if self.absent and way.name == DIRECT:
-            # Pages are cleared before the disk is asked, by no more threads than there are CPUs:
-            # reading would clear them one by one, while the disk waits.
-            with job.busy, trace.span("prepare", chunk.nbytes):
-                populate_write(mapping, chunk.offset, chunk.stop)
-        # Released at once: a view in the traceback of an error would keep the whole copy.
-        stage, path = "read" if self.absent else "copy", job.files[chunk.which].path
-        with (
-            mapping.view(chunk.offset, chunk.nbytes, write=True) as view,
-            trace.span(stage, chunk.nbytes, file=path),
-        ):
-            self.sources[chunk.which].read(view, chunk.offset, way.name)
+        stage = "read" if self.absent else "copy"
+        source = self.sources[chunk.which]
+        fill(job.copies[chunk.which], chunk.offset, source, chunk, way, job.busy, stage)
         if self.absent and job.before[chunk.which].known:  # or it may be what others had read
             job.files[chunk.which].drop_cache(chunk.offset, chunk.nbytes)
+
+
+def fill(
+    memory: MappedMemory,
+    at: int,
+    source: IntoMemory,
+    chunk: Chunk,
+    way: ReadMethod,
+    busy: threading.Semaphore,
+    stage: str = "read",
+) -> None:
+    """Read a chunk into memory, from byte ``at`` of it on.
+
+    busy: has a place for each CPU. stage: what traces call it.
+    """
+    if way.name == DIRECT:
+        # Pages are cleared before the disk is asked, by no more threads than there are CPUs:
+        # reading would clear them one by one, while the disk waits.
+        with busy, trace.span("prepare", chunk.nbytes):
+            populate_write(memory, at, at + chunk.nbytes)
+    # Released at once: a view in the traceback of an error would keep the whole copy.
+    with (
+        memory.view(at, chunk.nbytes, write=True) as view,
+        trace.span(stage, chunk.nbytes, file=source.file.path),
+    ):
+        source.read(view, chunk.offset, way.name)
+
+
+def begun_by_copies(way: ReadMethod) -> ReadMethod:
+    """Return the way with twice as many threads as read, since each clears its pages first."""
+    return way._replace(threads=2 * way.threads)

@@ -108,6 +108,18 @@ class Tried(NamedTuple):
     rate: float
 
 
+class Tuned(NamedTuple):
+    """A way that ``numaload tune`` found the fastest, ``gain`` times as fast as the default."""
+
+    way: ReadMethod
+    gain: float
+    date: str  # 2026-11-29
+
+    def __str__(self) -> str:
+        how = f"{self.gain:.2g} times the default" if self.gain > 1 else "nothing beats the default"
+        return f"tuned {self.date}: {how}"
+
+
 @dataclass(frozen=True)
 class Forced:
     """What the caller insists on; None leaves it to the plan. chunk: bytes a read."""
@@ -195,17 +207,28 @@ class ReadPlan:
 
 
 def make_plan(
-    sink: str, device: Device, total: int, *, forced: Forced | None = None, seen: bool = True
+    sink: str,
+    device: Device,
+    total: int,
+    *,
+    forced: Forced | None = None,
+    seen: bool = True,
+    tuned: Tuned | None = None,
 ) -> ReadPlan:
     """Plan the reading of ``total`` absent bytes. seen: whether the kernel tells what is in RAM.
 
+    tuned: what was measured on this device; what is forced comes before it.
     Raises: UsageError.
     """
     forced = forced or Forced()
     forced.check(sink)
     candidates: Sequence[ReadMethod] = CANDIDATES[device.kind][sink]
     why = [str(device)]
-    for usable, reason in _limits(sink, seen=seen):
+    limits = _limits(sink, seen=seen)
+    if tuned and forced == Forced() and all(usable(tuned.way) for usable, _ in limits):
+        candidates = (tuned.way,)
+        why.append(str(tuned))
+    for usable, reason in limits:
         left = [way for way in candidates if usable(way)]
         if len(left) < len(candidates):
             why.append(reason)
@@ -213,7 +236,7 @@ def make_plan(
     if forced != Forced():
         why.append("as asked for")
         candidates = _forced(candidates, forced)
-    fitting = tuple(dict.fromkeys(_no_more_than(way, total) for way in candidates))
+    fitting = tuple(dict.fromkeys(no_more_than(way, total) for way in candidates))
     return ReadPlan(sink, device, fitting, "; ".join(why), forced.order or FILE_ORDER)
 
 
@@ -246,6 +269,6 @@ def _forced(candidates: Sequence[ReadMethod], forced: Forced) -> Sequence[ReadMe
     return [way._replace(chunk=forced.chunk or way.chunk) for way in named]
 
 
-def _no_more_than(way: ReadMethod, total: int) -> ReadMethod:
+def no_more_than(way: ReadMethod, total: int) -> ReadMethod:
     """Return the way with no more threads than chunks."""
     return way._replace(threads=max(1, min(way.threads, MOST_THREADS, -(-total // way.chunk))))

@@ -24,6 +24,7 @@ RATE_STEPS = 8  # reads a second, at least, where the rate is limited
 LOOK_S = 0.05  # between two looks at whether a thread still waits for the callback
 
 Progress = Callable[[int, int], Any]  # (bytes done, bytes in all); returning False cancels
+Announce = Callable[[ReadPlan], Any]  # called before reading begins
 
 
 class Chunk(NamedTuple):

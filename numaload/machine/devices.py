@@ -49,6 +49,15 @@ NAMES = (
 # What hypervisors call the SCSI disks that they make up: they say "rotational" of any storage.
 MADE_UP = re.compile(r"qemu|vmware|msft|virtual|google|vbox|xen|parallels", re.IGNORECASE)
 FABRICS = frozenset({"tcp", "rdma", "fc"})  # transports of NVMe that are a network
+# What tells a disk or partition from others, also after a restart; first what says most.
+IDENTITIES = (
+    "partition", "dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial",
+    "device/cid", "dm/name", "loop/backing_file", "device/model",
+)  # fmt: skip
+# Mount options that reading depends on, of NFS, SMB, 9p, FUSE, btrfs and XFS.
+READ_OPTIONS = frozenset(
+    ("vers", "proto", "rsize", "nconnect", "cache", "msize", "max_read", "compress", "dax")
+)
 LAYERS = re.compile(r"(?:^|,)(?:upperdir|lowerdir)=([^,]*)")
 
 
@@ -101,6 +110,14 @@ class Device:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class Storage(NamedTuple):
+    """What a measured plan belongs to. ``device``: its disks' serial numbers, or server:/export."""
+
+    device: str
+    file_system: str  # with the mount options that reading depends on
+    mount: str
 
 
 def gpus(sys_root: str = "/sys", proc_root: str = "/proc") -> list[Gpu]:
@@ -228,6 +245,35 @@ def device_of(
             return Device("unknown", name, kind)
         major, minor = below
     return _of_disks(kind, major, minor, sys_root)
+
+
+def storage_of(
+    path: str,
+    device: Device,
+    *,
+    sys_root: str = "/sys",
+    proc_root: str = "/proc",
+    numbers: tuple[int, int],
+) -> Storage:
+    """Return how to know again what ``device_of`` found, whatever the kernel calls it then."""
+    server = network_of(path, proc_root) if device.kind == "network" else None
+    mount = server or mount_of(path, proc_root, f"{numbers[0]}:{numbers[1]}")
+    options = (mount.options if mount else "").split(",")
+    kept = [one for one in options if one.partition("=")[0] in READ_OPTIONS]
+    name = device.name
+    if device.disks:
+        files = SysFiles()
+        block = _block(files, *(numbers if numbers[0] else _below(mount) or numbers), sys_root)
+        folders = dict.fromkeys((block.folder, *block.disks))
+        name = "; ".join(_identity(files, folder) for folder in folders)
+    file_system = ",".join((device.file_system, *sorted(kept)))
+    return Storage(name, file_system, mount.point if mount else "")
+
+
+def _identity(files: SysFiles, block: str) -> str:
+    texts = (files.text(f"{block}/{one}") for one in IDENTITIES)
+    name = next(filter(None, texts), os.path.basename(block))
+    return f"{name}, {files.text(f'{block}/size')} sectors"
 
 
 def _below(mount: Mount | None) -> tuple[int, int] | None:

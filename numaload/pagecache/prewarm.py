@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,8 +30,8 @@ from numaload.pagecache.choice import Chosen, Source, choose, models_of, real
 from numaload.pagecache.report import PrewarmReport
 
 if TYPE_CHECKING:  # what reads is imported once something is absent
-    from numaload.files.plan import Forced, ReadPlan
-    from numaload.files.reader import Progress
+    from numaload.files.plan import Forced
+    from numaload.files.reader import Announce, Progress
     from numaload.pagecache.reading import Placing
 
 __all__ = ["PrewarmReport", "Source", "prewarm"]
@@ -41,8 +41,6 @@ GIVEN_UP = (
     " what was read"
 )
 LITTLE, AGAIN = 16, 3  # a share of the bytes that may be read again, and how often
-
-Announce = Callable[["ReadPlan"], None]
 
 
 class PrewarmOptions(NamedTuple):
@@ -268,8 +266,8 @@ class _Prewarming(NamedTuple):
             return self._read(report, now) if now.nbytes else now
 
     def _read(self, report: PrewarmReport, seen: _Seen) -> _Seen:
-        from numaload.files.plan import CACHE, Forced, make_plan
-        from numaload.machine.devices import device_of
+        from numaload.files.plan import CACHE
+        from numaload.files.tuned import plan_reading
         from numaload.pagecache.reading import CacheBudget, read_into_cache
 
         options = self.options
@@ -279,10 +277,7 @@ class _Prewarming(NamedTuple):
         biggest = max(range(len(self.files)), key=lambda i: length(seen.absent[i]))
         file = self.files[biggest]
         with trace.span("plan", seen.nbytes):
-            device = device_of(file.path, network=file.is_network, numbers=file.device)
-            plan = make_plan(
-                CACHE, device, seen.nbytes, forced=options.forced or Forced(), seen=seen.known
-            )
+            plan = plan_reading(CACHE, file, seen.nbytes, forced=options.forced, seen=seen.known)
         if self.announce:
             self.announce(plan)
         read = partial(

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from numaload import trace
 from numaload.errors import CancelledError, warn_once
-from numaload.files.plan import CACHE, CHUNK, ReadMethod, make_plan
+from numaload.files.plan import CACHE, CHUNK, ReadMethod
 from numaload.files.residency import residency
 from numaload.files.source import SourceFile
+from numaload.files.tuned import plan_reading
 from numaload.files.ways import IntoCache
 from numaload.linux.syscalls import name_thread
-from numaload.machine.devices import device_of
 from numaload.machine.stopping import CancelToken
 from numaload.machine.threads import no_thread
 
@@ -84,14 +84,11 @@ class Ahead:
                 return None
             found = residency(one.file, one.start, one.stop)
             if found.absent:
-                device = device_of(
-                    one.file.path, network=one.file.is_network, numbers=one.file.device
-                )
                 total = sum(each.stop - each.start for each in self.ranges)
-                way = make_plan(CACHE, device, total, seen=found.known).way
+                plan = plan_reading(CACHE, one.file, total, seen=found.known)
                 # Converting threads make each one wait for its turn in Python: others read on.
-                most = 1 if device.kind == "hdd" else max(LEAST_THREADS, way.threads)
-                return way._replace(threads=most)
+                least = 1 if plan.device.kind == "hdd" else LEAST_THREADS
+                return plan.way._replace(threads=max(least, plan.way.threads))
         return None
 
     def _absent(self) -> Iterator[_ToRead]:

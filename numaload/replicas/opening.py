@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from numaload.errors import UsageError
-from numaload.files.reader import Progress
+from numaload.files.reader import Announce, Progress
 from numaload.weights import Weights, open_weights
 
 
@@ -16,6 +16,7 @@ def open_model(
     copy: bool = False,
     io_timeout: float | None = None,
     progress: Progress | None = None,
+    announce: Announce | None = None,
 ) -> Weights:
     """Open a model by any one of its files: headers only, milliseconds.
 
@@ -25,7 +26,9 @@ def open_model(
     of what the files are now.
     """
     if replica is None:
-        return open_weights(path, copy=copy, io_timeout=io_timeout, progress=progress)
+        return open_weights(
+            path, copy=copy, io_timeout=io_timeout, progress=progress, announce=announce
+        )
     if copy:
         raise UsageError("copy: a replica is in memory already: give replica or copy, not both")
     if replica != "local" and type(replica) is not int:

@@ -9,7 +9,7 @@ from typing import TypeVar
 from numaload import trace
 from numaload.errors import ClosedError, FormatError, SplitError
 from numaload.files.holes import say_holes
-from numaload.files.reader import Progress
+from numaload.files.reader import Announce, Progress
 from numaload.files.source import SourceFile, absolute, make_room_for, reach, read_whole
 from numaload.files.source import io_timeout as waiting
 from numaload.formats import gguf, safetensors
@@ -33,6 +33,7 @@ def open_weights(
     copy: bool = False,
     io_timeout: float | None = None,
     progress: Progress | None = None,
+    announce: Announce | None = None,
 ) -> Weights:
     """Open a model by any one of its files: headers only, milliseconds.
 
@@ -44,6 +45,7 @@ def open_weights(
     io_timeout: seconds to wait for an answer of a network file system, then StalledError; also of
     what is read of it later.
     progress(bytes done, bytes in all): of that reading; returning False cancels.
+    announce: called with the plan of that reading, if something is not in RAM.
     Raises: ReadError, and the FormatErrors of a header or of files that do not fit together; with
     copy also NodeMemoryError if it does not fit, FileChangedError, CancelledError: then nothing is
     left of it.
@@ -51,11 +53,16 @@ def open_weights(
     given = absolute(os.fsdecode(path))
     with waiting(io_timeout), trace.span("open", file=given):
         reach(given)
-        return _opened(given, progress, copy=copy)
+        return _opened(given, progress, announce, copy=copy)
 
 
 def _opened(
-    given: str, progress: Progress | None, *, copy: bool, paths: Sequence[str] = ()
+    given: str,
+    progress: Progress | None,
+    announce: Announce | None,
+    *,
+    copy: bool,
+    paths: Sequence[str] = (),
 ) -> Weights:
     """Open the model that ``given`` is a file of. paths: of all its shards, where that is known."""
     opened: Opened = {}
@@ -69,7 +76,7 @@ def _opened(
             parts = _splits(split_link(given), opened)
         if len(opened) > len(parts):  # what was given is a link to a file of another name
             opened[given].close()
-        return _copied(parts, parse, progress) if copy else Weights(parts)
+        return _copied(parts, parse, progress, announce) if copy else Weights(parts)
     except BaseException:
         for file in opened.values():
             file.close()
@@ -82,7 +89,7 @@ def reopen(paths: Sequence[str]) -> Weights:
     Raises: as ``open_weights``.
     """
     reach(paths[0])
-    return _opened(paths[0], None, copy=False, paths=paths if len(paths) > 1 else ())
+    return _opened(paths[0], None, None, copy=False, paths=paths if len(paths) > 1 else ())
 
 
 def read_header(
@@ -146,11 +153,13 @@ def _shards(shards: Shards, opened: Opened) -> list[Part]:
     return [Part(*file) for file in files]
 
 
-def _copied(parts: Sequence[Part], parse: Parse, progress: Progress | None) -> Weights:
+def _copied(
+    parts: Sequence[Part], parse: Parse, progress: Progress | None, announce: Announce | None
+) -> Weights:
     """Return weights in memory of this process, metadata included."""
     from numaload.files.copy import copy_files
 
-    copies = copy_files([part.file for part in parts], progress)
+    copies = copy_files([part.file for part in parts], progress, announce)
     inside = [
         Part(part.file, parse(_reader(copied), copied.length, part.file.path))
         for part, copied in zip(parts, copies, strict=True)

@@ -19,7 +19,7 @@ from pages import DOCS, blocks, fences, run
 # Each block in a namespace of its own, as a reader would run it; one process for a page.
 RUN = "import sys\nfor block in sys.argv[1:]:\n    exec(compile(block, 'block', 'exec'), {})\n"
 PAGES = ["weights.md", "page-cache.md", "replicas.md", "placement.md", "store.md", "exec.md",
-         "doctor.md", "errors.md", "backends.md"]  # fmt: skip
+         "doctor.md", "tune.md", "errors.md", "backends.md"]  # fmt: skip
 BACKENDS = {
     "gguf_reader": ["install", "GGUFReader"],
     "kt_kernel": import_module("numaload.backends.kt_kernel").__all__,
@@ -35,6 +35,7 @@ MEMBERS = [
     "pagecache.residency_report.ResidencyReport", "pagecache.evict.EvictReport",
     "pagecache.evict.EvictedFile", "linux.placement.Placement", "replicas.verify.Verified",
     "replicas.layout.Share", "replicas.exec.Ended", "doctor.diagnosis.Diagnosis",
+    "bench.tune.TuneReport", "bench.tune.TunedSink",
 ]  # fmt: skip
 # What only other modules of numaload call: public between them, no face for users.
 INTERNAL = {
@@ -71,7 +72,7 @@ def test_a_public_name_has_a_heading(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["open", "prewarm", "prewarm_async", "residency", "evict",
-                                  "mirror", "attach", "exec", "diagnose"])  # fmt: skip
+                                  "mirror", "attach", "exec", "diagnose", "tune"])  # fmt: skip
 def test_every_parameter_is_explained(name: str) -> None:
     parameters = inspect.signature(getattr(api, name)).parameters
     said = section(name)
@@ -84,7 +85,9 @@ def test_every_member_is_named(place: str) -> None:
     kind: Any = getattr(import_module(f"numaload.{module}"), name)
     fields = getattr(kind, "__dataclass_fields__", {})
     members = {m for m in {*vars(kind), *fields} if not m.startswith("_")}
-    within = {"Node": "Topology", "EvictedFile": "EvictReport"}.get(name, name)
+    within = {"Node": "Topology", "EvictedFile": "EvictReport", "TunedSink": "TuneReport"}.get(
+        name, name
+    )
     said = section(within)
     missing = members - INTERNAL.get(name, set()) - {"check", "to_dict"}
     assert sorted(m for m in missing if not re.search(rf"\b{m}\b", said)) == []

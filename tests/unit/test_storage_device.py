@@ -12,7 +12,7 @@ import pytest
 from machines import write_block
 from numaload.errors import ReadError
 from numaload.files.plan import CANDIDATES, FITTING
-from numaload.machine.devices import KINDS, Device, device_of
+from numaload.machine.devices import KINDS, Device, Storage, device_of, storage_of
 
 PCI = "pci0000:00/0000:00:1f.0"
 SCSI = f"{PCI}/ata1/host0/target0:0:0/0:0:0:0"
@@ -36,6 +36,14 @@ def seen(
         proc_root=str(root / "proc"),
         numbers=(major, minor),
     )
+
+
+def known(root: Path, numbers: str, kind: str = "ext4", options: str = "rw") -> Storage:
+    """What a plan that was measured there belongs to."""
+    device = seen(root, numbers, kind, options=options)
+    major, minor = map(int, numbers.split(":"))
+    roots = {"sys_root": str(root / "sys"), "proc_root": str(root / "proc")}
+    return storage_of("/models/m", device, numbers=(major, minor), **roots)
 
 
 DISKS: dict[str, tuple[str, dict[str, str], str]] = {
@@ -70,6 +78,46 @@ def test_a_partition_has_its_disk_s_queue(tmp_path: Path) -> None:
     write_block(tmp_path, "8:2", f"{SCSI}/block/sda/sda2", {"partition": "2"})
     found = seen(tmp_path, "8:2")
     assert (found.kind, found.name, found.rotational) == ("hdd", "sda2", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("eui.0025", {"wwid": "eui.0025", "device/model": "M"}),
+        ("naa.5", {"device/wwid": "naa.5", "device/model": "M"}),
+        ("S1", {"serial": "S1"}),
+        ("LVM-x", {"dm/uuid": "LVM-x", "dm/name": "models"}),
+        ("models", {"dm/uuid": "", "dm/name": "models"}),
+        ("M", {"device/model": "M"}),
+    ],
+)
+def test_a_disk_is_known_again_under_another_name(
+    tmp_path: Path, name: str, files: dict[str, str]
+) -> None:
+    found = []
+    for i in range(2):
+        place = f"{PCI}/nvme/nvme{i}/nvme{i}n1"
+        write_block(tmp_path / str(i), f"259:{i}", place, files | {"size": "4096"})
+        found.append(known(tmp_path / str(i), f"259:{i}"))
+    assert found[0] == found[1]
+    assert found[0].device == f"{name}, 4096 sectors"
+
+
+def test_partitions_and_raids_are_known_by_their_disks_too(tmp_path: Path) -> None:
+    disk = f"{SCSI}/block/sda"
+    write_block(tmp_path, "8:0", disk, {"serial": "S1", "size": "9"})
+    write_block(tmp_path, "8:1", f"{disk}/sda1", {"partition": "1", "size": "3"})
+    write_block(tmp_path, "8:2", f"{disk}/sda2", {"partition": "2", "size": "3"})
+    write_block(tmp_path, "9:0", "virtual/block/md0", {"md/uuid": "U", "size": "5"}, [disk])
+    first, second = (known(tmp_path, numbers).device for numbers in ("8:1", "8:2"))
+    assert first == "1, 3 sectors; S1, 9 sectors"
+    assert second == "2, 3 sectors; S1, 9 sectors"
+    assert known(tmp_path, "9:0").device == "U, 5 sectors; S1, 9 sectors"
+
+
+def test_mount_options_that_reading_depends_on_are_told(tmp_path: Path) -> None:
+    found = known(tmp_path, "0:40", "9p", "rw,trans=virtio,msize=512000,cache=loose,addr=::1")
+    assert found == Storage("/dev/somewhere", "9p,cache=loose,msize=512000", "/")
 
 
 def test_several_disks_are_a_raid(tmp_path: Path) -> None:

@@ -1,0 +1,236 @@
+"""Keep the reading plans that ``numaload tune`` measured, and use them while nothing changed.
+
+::
+
+    ~/.cache/numaload/tuned/HASH.json    of one device and file system, by this machine
+
+A plan is for its device, file system, kernel, processors and version of numaload. Records are only
+taken from where nobody else can have put them (``machine/cachedir.py``), and their numbers checked.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+from numaload._version import __version__
+from numaload.errors import StoreError, check_limits, reason, warn_once
+from numaload.files.plan import (
+    FITTING,
+    MOST_THREADS,
+    Forced,
+    ReadMethod,
+    ReadPlan,
+    Tuned,
+    make_plan,
+)
+from numaload.files.source import SourceFile, digest
+from numaload.linux.sysfs import SysFiles
+from numaload.machine import cachedir
+from numaload.machine.devices import Device, Storage, device_of, storage_of
+from numaload.machine.userdir import UNREADABLE, number
+
+FOLDER = "tuned"
+RECORD = re.compile(r"[0-9a-f]{32}\.json")
+LARGEST = 16 << 10  # bytes of a record; one has about 1,000
+KEPT = 64  # records
+MOST_GAIN = 10**6
+
+
+class Record(NamedTuple):
+    """Plans by sink. ``conditions``: {what they depend on: what that was}."""
+
+    name: str  # of its file
+    host: str  # homes are shared by machines
+    mount: str
+    when: int  # seconds since 1970
+    conditions: Mapping[str, str]
+    plans: Mapping[str, Tuned]
+
+    def changed(self, now: Mapping[str, str]) -> list[str]:
+        """Return what is not as it was, in words."""
+        return [
+            f"{what} is {is_now}, was {self.conditions.get(what)}"
+            for what, is_now in now.items()
+            if self.conditions.get(what) != is_now
+        ]
+
+    @property
+    def date(self) -> str:
+        return time.strftime("%Y-%m-%d", time.localtime(self.when))
+
+    def to_dict(self) -> dict[str, Any]:
+        plans = {
+            sink: tuned.way._asdict() | {"gain": tuned.gain} for sink, tuned in self.plans.items()
+        }
+        return {**self._asdict(), "conditions": dict(self.conditions), "plans": plans}
+
+    @classmethod
+    def parse(cls, name: str, text: bytes) -> Record:
+        """Parse a record. Raises: userdir.UNREADABLE for what ``keep`` did not write."""
+        import json
+
+        data = json.loads(text)
+        words = [data["host"], data["mount"], *data["conditions"].values()]
+        if not all(type(word) is str for word in words):
+            raise ValueError("a host, mount or condition that is no text")
+        record = cls(name, data["host"], data["mount"], 0, data["conditions"], {})
+        record = record._replace(when=number(data["when"], below=1 << 33))
+        plans = {sink: _tuned(sink, row, record.date) for sink, row in data["plans"].items()}
+        return record._replace(plans=plans)
+
+
+def _tuned(sink: str, row: Any, date: str) -> Tuned:
+    if sink not in FITTING:
+        raise ValueError(f"{sink!r} is no sink")
+    threads = number(row["threads"], least=1, below=MOST_THREADS + 1)
+    way = ReadMethod(row["name"], threads, number(row["chunk"]))
+    Forced(*way).check(sink)
+    return Tuned(way, number(row["gain"], float, least=1, below=MOST_GAIN), date)
+
+
+def plan_reading(
+    sink: str, file: SourceFile, total: int, *, forced: Forced | None = None, seen: bool = True
+) -> ReadPlan:
+    """Plan the reading of ``total`` absent bytes, most of them of this file.
+
+    forced, seen: as of ``make_plan``. Raises: UsageError, ReadError.
+    """
+    device = device_of(file.path, network=file.is_network, numbers=file.device)
+    # Where nothing is read, or all is forced, nobody asks for a tuned plan.
+    tuned = recall(sink, file, device) if total and forced in (None, Forced()) else None
+    return make_plan(sink, device, total, forced=forced, seen=seen, tuned=tuned)
+
+
+def recall(sink: str, file: SourceFile, device: Device) -> Tuned | None:
+    """Return what was measured on this device; where that is out of date, say so once."""
+    found = records()
+    if not found:  # nearly everywhere: /sys is not looked at
+        return None
+    storage = storage_of(file.path, device, numbers=file.device)
+    now = conditions(device, storage)
+    for record in found:
+        if not record.changed(now):
+            return record.plans.get(sink)
+    for record in found:
+        if _is_older(record, storage):
+            changes = "; ".join(record.changed(now))
+            warn_once(
+                f"tuned {record.name}",
+                f"the plan tuned {record.date} for {record.mount} is not used: {changes}; run"
+                " numaload tune FILE again, or numaload tune --forget FILE",
+            )
+            break
+    return None
+
+
+def _is_older(record: Record, storage: Storage) -> bool:
+    """Return whether this machine measured it on the same device, or on what was mounted there."""
+    same = record.conditions.get("device") == storage.device
+    same |= record.mount == storage.mount != ""
+    return same and record.host == os.uname().nodename
+
+
+def conditions(device: Device, storage: Storage) -> dict[str, str]:
+    """Return what a plan depends on: if one of it changes, the plan is of no use."""
+    files, system = SysFiles(), "/sys/devices/system"
+    online = [files.text(f"{system}/{one}/online") or "unknown" for one in ("cpu", "node")]
+    return {
+        "device": storage.device,
+        "file system": storage.file_system,
+        "kernel": os.uname().release,
+        "numaload": __version__,
+        "processors": f"CPUs {online[0]} on nodes {online[1]}",
+        "read-ahead": f"{device.read_ahead >> 10} KiB",
+    }
+
+
+def records() -> list[Record]:
+    """Return what was kept, latest first. What is no record is said once, and left out."""
+    try:
+        where = _where()
+        if not os.path.isdir(where):
+            return []
+        with cachedir.opened(where, create=False) as folder:
+            names = list(filter(RECORD.fullmatch, os.listdir(folder)))[: 2 * KEPT]
+            found = [one for name in names for one in _read(folder, where, name)]
+    except (NotADirectoryError, FileNotFoundError):  # nowhere to keep anything, or gone meanwhile
+        return []
+    except OSError as error:
+        warn_once("tuned", f"tuned plans are not used: {reason(error)}; {cachedir.HINT}")
+        return []
+    return sorted(found, key=lambda record: record.when, reverse=True)
+
+
+def _read(folder: int, where: str, name: str) -> Iterator[Record]:
+    try:
+        yield Record.parse(name, cachedir.read(folder, name, LARGEST))
+    except FileNotFoundError:
+        pass
+    except UNREADABLE as error:
+        path = f"{where}/{name}"
+        check_limits(error, path)
+        warn_once(path, f"{path}: no tuned plan that can be used ({error}); left out, remove it")
+
+
+def check_kept() -> None:
+    """Check that plans can be kept. Raises: StoreError."""
+    with _named(), cachedir.opened(_where(), create=True):
+        pass
+
+
+def keep(file: SourceFile, device: Device, plans: Mapping[str, Tuned]) -> str:
+    """Keep these plans, by sink, in place of older ones; return the record's path.
+
+    Raises: StoreError.
+    """
+    import json
+
+    storage = storage_of(file.path, device, numbers=file.device)
+    host, when = os.uname().nodename, int(time.time())
+    name = f"{digest(repr((host, storage.device)).encode())}.json"
+    record = Record(name, host, storage.mount, when, conditions(device, storage), plans)
+    with _named(), cachedir.opened(_where(), create=True) as folder:
+        cachedir.write(folder, name, json.dumps(record.to_dict()).encode())
+    others = [one for one in records() if one.name != name]
+    rest = [one for one in others if not _is_older(one, storage)]
+    _remove([one.name for one in others if one not in rest[: KEPT - 1]])
+    return f"{_where()}/{name}"
+
+
+def forget(file: SourceFile | None = None) -> list[Record]:
+    """Remove the plans of this file's device, or all; return them. Raises: StoreError."""
+    found = records()
+    if file is not None:
+        device = device_of(file.path, network=file.is_network, numbers=file.device)
+        storage = storage_of(file.path, device, numbers=file.device)
+        found = [one for one in found if _is_older(one, storage)]
+    _remove([one.name for one in found])
+    return found
+
+
+def _remove(names: list[str]) -> None:
+    if names:
+        with _named(), cachedir.opened(_where(), create=False) as folder:
+            for name in names:
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=folder)
+
+
+def _where() -> str:
+    return os.path.join(cachedir.base(), FOLDER)
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Say what cannot be done without the folder. Raises: StoreError."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        said = f"tuned plans cannot be kept: {where}{reason(error)}; {cachedir.HINT}"
+        raise StoreError(said) from error

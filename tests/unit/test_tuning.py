@@ -1,0 +1,162 @@
+"""How ``numaload tune`` chooses: on a disk that answers as told, by its own clock."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from commands import evict, resident
+from numaload.bench import tune
+from numaload.bench.tune import BEFORE, LEAST, PARTS, TunedSink, _Tuner
+from numaload.errors import ReadError
+from numaload.files.plan import BUFFERED, CACHE, DIRECT, MAPPED, MEMORY, ReadMethod
+from numaload.files.residency import residency
+from numaload.files.source import SourceFile
+from numaload.machine.devices import Device
+
+MIB = 1 << 20
+Rate = Callable[[ReadMethod], float]
+PART = BEFORE + LEAST
+DEFAULT = ReadMethod(MAPPED, 4)  # of NVMe into the page cache
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("tuning") / "file"
+    path.write_bytes(os.urandom(PARTS * PART))
+    evict([str(path)])
+    if resident(path):
+        pytest.skip("no disk under the temporary folder")
+    return str(path)
+
+
+@pytest.fixture
+def file(path: str) -> Iterator[SourceFile]:
+    evict([path])
+    with SourceFile(path) as opened:
+        yield opened
+
+
+class Simulated(_Tuner):
+    """A tuner of a disk that reads as fast as told; ``turns`` are what was read."""
+
+    def __init__(self, file: SourceFile, rate: Rate) -> None:
+        super().__init__(file, lambda _: None)
+        self.device = Device("nvme", "disk0", "ext4", 1)
+        self.rate = rate
+        self.turns: list[ReadMethod] = []
+
+    def _turn(self, sink: str, way: ReadMethod, part: int | None = None) -> float:  # noqa: ARG002
+        self.turns.append(way)
+        return self.rate(way)
+
+
+def chosen(file: SourceFile, rate: Rate) -> TunedSink:
+    return Simulated(file, rate).tune(CACHE)
+
+
+def test_more_threads_are_found_where_they_pay(file: SourceFile) -> None:
+    found = chosen(file, lambda way: 1e8 * min(way.threads, 16))
+    assert found.default == DEFAULT
+    assert found.way.threads >= 16
+    assert found.gain == pytest.approx(4)
+    assert max(found.rates, key=lambda way: found.rates[way][0]).threads == found.way.threads
+
+
+def test_a_way_that_is_faster_only_in_the_middle_of_a_file_is_not_taken(file: SourceFile) -> None:
+    class Beginning(Simulated):
+        def _turn(self, sink: str, way: ReadMethod, part: int | None = None) -> float:
+            return 1e9 if part == 0 else super()._turn(sink, way)
+
+    found = Beginning(file, lambda way: 1e8 * way.threads).tune(CACHE)
+    assert (found.way, found.gain) == (DEFAULT, 1)
+
+
+def test_another_way_is_found(file: SourceFile) -> None:
+    found = chosen(file, lambda way: 2e9 if way.name == BUFFERED else 1e9)
+    assert (found.way.name, found.gain) == (BUFFERED, 2)
+
+
+def test_noise_does_not_replace_the_default(file: SourceFile) -> None:
+    """But for one time in forty, as the interval has it."""
+    others = 0
+    for seed in range(40):
+        noise = random.Random(seed)
+        found = chosen(file, lambda _: noise.lognormvariate(0, 0.5))  # noqa: B023 - called now
+        others += found.way != DEFAULT
+    assert others <= 2
+
+
+def test_a_little_is_not_worth_leaving_the_default(file: SourceFile) -> None:
+    found = chosen(file, lambda way: 1e9 if way == DEFAULT else 1.04e9)
+    assert (found.way, found.gain) == (DEFAULT, 1)
+
+
+def test_a_clear_difference_shows_through_noise(file: SourceFile) -> None:
+    noise = random.Random(1)
+    found = chosen(
+        file, lambda way: (1 + (way.name == BUFFERED)) * noise.lognormvariate(0, 0.1) * 1e9
+    )
+    assert found.way.name == BUFFERED
+    assert 1.7 < found.gain < 2.3
+
+
+def test_a_device_too_slow_to_be_sure_keeps_its_default(
+    file: SourceFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "SECONDS", 0.0)
+    tuner = Simulated(file, lambda way: 1e9 * way.threads)
+    assert tuner.tune(CACHE).way == DEFAULT
+    assert tuner.turns == [DEFAULT]
+
+
+@pytest.mark.parametrize("sink", [CACHE, MEMORY])
+def test_a_turn_reads_a_part_and_gives_it_back(file: SourceFile, sink: str) -> None:
+    with open(file.path, "rb", buffering=0) as reader:
+        os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(reader.fileno(), MIB, PART + 4 * MIB)
+    there = resident(file.path)
+    with pytest.raises(ReadError, match="numaload evict FILE"):
+        _Tuner(file, lambda _: None)  # one part of four is in RAM
+    evict([file.path])
+    tuner = _Tuner(file, lambda _: None)
+    name = {CACHE: MAPPED, MEMORY: DIRECT}[sink]
+    for _ in range(2 * PARTS):
+        assert tuner._turn(sink, ReadMethod(name, 2, 4 * MIB)) > 0
+    assert tuner.nbytes == 2 * PARTS * PART
+    assert resident(file.path) == 0 < there
+
+
+def test_all_parts_are_read_before_any_again(file: SourceFile) -> None:
+    tuner = _Tuner(file, lambda _: None)
+    parts = [tuner._next() for _ in range(2 * PARTS)]
+    assert len({*parts[:PARTS]}) == len({*parts[PARTS:]}) == PARTS
+    assert {stop - start for start, stop in parts} == {PART}
+
+
+def test_parts_that_others_brought_in_are_not_measured(file: SourceFile) -> None:
+    tuner = _Tuner(file, lambda _: None)
+    Path(file.path).read_bytes()
+    with pytest.raises(ReadError, match="another program"):
+        tuner._next()
+
+
+def test_files_of_which_nobody_tells_what_is_in_ram_are_refused(
+    file: SourceFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "residency", lambda file: residency(file)._replace(known=False))
+    with pytest.raises(ReadError, match="tune a file of yours"):
+        _Tuner(file, lambda _: None)
+
+
+def test_ways_around_one_keep_their_threads_busy(file: SourceFile) -> None:
+    tuner = _Tuner(file, lambda _: None)
+    around = tuner._around(ReadMethod(MAPPED, 1, 32 * MIB))
+    assert around[0] == ReadMethod(MAPPED, 2, LEAST // 2)
+    assert around[1] == ReadMethod(MAPPED, 4, LEAST // 4)
+    assert all(way.threads * way.chunk <= tuner.part for way in around)
+    assert all(way.chunk >= MIB for way in tuner._around(ReadMethod(MAPPED, 16, MIB)))

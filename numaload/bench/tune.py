@@ -53,7 +53,7 @@ PARTS = 4  # of the file, at least: what was just read may be in the disk's own 
 OF_MEMORY = 8  # a turn takes one part in so many of free memory at most
 STEPS = 3  # times that threads and bytes a read around the fastest are measured
 ROUNDS = 6  # of the last comparison: fewer do not tell whether a difference is noise
-SOME = 3  # rounds after which those that are slower than the default are left out
+SOME = 3  # rounds after which what is slower than the default is left out; at a file's beginning
 FINALISTS = 2  # besides the default
 CLEARLY = 1.05  # times as fast; less is not worth leaving the default
 LEAST_CHUNK = 1 << 20
@@ -120,6 +120,7 @@ def tune(
         finally:
             tuner.give_back()
         file.check_unchanged()
+        file.check_name()  # by which each turn opened it
         date = time.strftime("%Y-%m-%d")
         plans = {sink: Tuned(one.way, one.gain, date) for sink, one in sinks.items()}
         record = tuned.keep(file, tuner.device, plans)
@@ -225,15 +226,18 @@ class _Tuner:
         best = max(gains, key=lambda way: gains[way], default=found.default)
         if best != found.default:
             # Linux 6.1 reads ahead better from where an opened file begins than from its middle.
-            first = [self._turn(sink, best, 0) / self._turn(sink, found.default, 0) for _ in "123"]
+            first = [
+                self._turn(sink, best, first=True) / self._turn(sink, found.default, first=True)
+                for _ in range(SOME)
+            ]
             gain = min(gains[best], median(first))
             if gain > CLEARLY:
                 found.way, found.gain = best, gain
 
-    def _turn(self, sink: str, way: ReadMethod, part: int | None = None) -> float:
-        """Read a part that is absent, as from the middle of a reading; return bytes a second."""
+    def _turn(self, sink: str, way: ReadMethod, *, first: bool = False) -> float:
+        """Read another part that is absent, or the first; return bytes a second."""
         self.progress(f"{sink}: {way}")
-        start, stop = self._next() if part is None else self._parts()[part]
+        start, stop = self._parts()[0] if first else self._next()
         plan = ReadPlan(sink, self.device, (no_more_than(way, self.part),), "")
         read = _into_cache if sink == CACHE else _into_memory
         # Opened anew, as by who reads a model: the kernel's read-ahead remembers what came before.

@@ -36,12 +36,9 @@ def tune(options: argparse.Namespace) -> int:
         return _forget(options)
     if options.file is None:
         raise UsageError("FILE is missing: tune a large file on the device that is to be read")
-    from numaload.bench.tune import SECONDS
     from numaload.bench.tune import tune as measure
 
-    note(
-        f"tune: reads parts of {options.file} for {2 * SECONDS:.0f} s at most, and gives them back"
-    )
+    note(f"tune: reads parts of {options.file} for a minute at most, and gives them back")
     report = measure(options.file, progress=None if options.json else show_step)
     if options.json:
         print_json(report)

@@ -50,7 +50,7 @@ class Simulated(_Tuner):
         self.rate = rate
         self.turns: list[ReadMethod] = []
 
-    def _turn(self, sink: str, way: ReadMethod, part: int | None = None) -> float:  # noqa: ARG002
+    def _turn(self, sink: str, way: ReadMethod, *, first: bool = False) -> float:  # noqa: ARG002
         self.turns.append(way)
         return self.rate(way)
 
@@ -69,8 +69,8 @@ def test_more_threads_are_found_where_they_pay(file: SourceFile) -> None:
 
 def test_a_way_that_is_faster_only_in_the_middle_of_a_file_is_not_taken(file: SourceFile) -> None:
     class Beginning(Simulated):
-        def _turn(self, sink: str, way: ReadMethod, part: int | None = None) -> float:
-            return 1e9 if part == 0 else super()._turn(sink, way)
+        def _turn(self, sink: str, way: ReadMethod, *, first: bool = False) -> float:
+            return 1e9 if first else super()._turn(sink, way)
 
     found = Beginning(file, lambda way: 1e8 * way.threads).tune(CACHE)
     assert (found.way, found.gain) == (DEFAULT, 1)

@@ -174,7 +174,11 @@ def _read(folder: int, where: str, name: str) -> Iterator[Record]:
     except UNREADABLE as error:
         path = f"{where}/{name}"
         check_limits(error, path)
-        warn_once(path, f"{path}: no tuned plan that can be used ({error}); left out, remove it")
+        warn_once(
+            path,
+            f"{path}: no tuned plan that can be used ({error}); left out:"
+            " numaload tune --forget removes it",
+        )
 
 
 def check_kept() -> None:
@@ -203,12 +207,18 @@ def keep(file: SourceFile, device: Device, plans: Mapping[str, Tuned]) -> str:
 
 
 def forget(file: SourceFile | None = None) -> list[Record]:
-    """Remove the plans of this file's device, or all; return them. Raises: StoreError."""
+    """Remove the plans of this file's device, or all; return them. Raises: StoreError.
+
+    All: also those that are damaged, and said to be so.
+    """
     found = records()
-    if file is not None:
-        device = device_of(file.path, network=file.is_network, numbers=file.device)
-        storage = storage_of(file.path, device, numbers=file.device)
-        found = [one for one in found if _is_older(one, storage)]
+    if file is None:
+        with _named(), suppress(FileNotFoundError, NotADirectoryError):
+            _remove(list(filter(RECORD.fullmatch, os.listdir(_where()))))
+        return found
+    device = device_of(file.path, network=file.is_network, numbers=file.device)
+    storage = storage_of(file.path, device, numbers=file.device)
+    found = [one for one in found if _is_older(one, storage)]
     _remove([one.name for one in found])
     return found
 

@@ -231,3 +231,11 @@ def test_forgetting_removes_the_device_s_plans_or_all(file: SourceFile, record: 
     assert [one.name for one in forget()] == [other.name]
     assert forget() == []
     assert list(record.parent.iterdir()) == []
+
+
+def test_forgetting_all_removes_what_is_damaged(record: Path) -> None:
+    record.write_text("{")
+    (told,) = {*said(records)}
+    assert told.endswith("left out: numaload tune --forget removes it")
+    assert said(forget) == []
+    assert not record.exists()

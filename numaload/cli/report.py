@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import stat
@@ -51,34 +52,46 @@ def report(options: argparse.Namespace) -> int:
         return 0
     with _folder_of(output) as folder:  # what is wrong with it is said before the work
         page = page_of(collect(options.file, options.trace), command).encode()
-        write_whole(os.path.basename(output), page, folder)
+        with _named(output):
+            write_whole(os.path.basename(output), page, folder)
     say(f"{output}: {size(len(page))}")
     return 0
 
 
 @contextmanager
 def _folder_of(output: str) -> Iterator[int]:
-    """Open the folder of the page. Raises: UsageError where its name is another file's, OSError."""
-    from numaload.errors import UsageError, reason
+    """Open the folder of the page. Raises: UsageError where no page can be written there."""
+    from numaload.errors import UsageError
 
-    where = os.path.dirname(output) or "."
-    try:
+    where, name = os.path.dirname(output) or ".", os.path.basename(output)
+    if not name:
+        raise UsageError(f"{output}: expected the name of a file")
+    with _named(output):
         folder = os.open(where, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise UsageError(f"{where}: no page can be written there: {reason(error)}") from error
     try:
-        name = os.path.basename(output)
-        if not name:
-            raise UsageError(f"{output}: expected the name of a file")
-        with suppress(FileNotFoundError):
-            is_file = stat.S_ISREG(os.stat(name, dir_fd=folder).st_mode)
-            if not is_file or _start_of(name, folder) not in (b"", START):
-                raise UsageError(
-                    f"{output} is there and is no page: give another name, or remove it"
-                )
+        with _named(output):
+            if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            with suppress(FileNotFoundError):
+                is_file = stat.S_ISREG(os.stat(name, dir_fd=folder).st_mode)
+                if not is_file or _start_of(name, folder) not in (b"", START):
+                    raise UsageError(
+                        f"{output} is there and is no page: give another name, or remove it"
+                    )
         yield folder
     finally:
         os.close(folder)
+
+
+@contextmanager
+def _named(output: str) -> Iterator[None]:
+    """Say which page cannot be written. Raises: UsageError."""
+    from numaload.errors import UsageError, reason
+
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{output}: no page can be written there: {reason(error)}") from error
 
 
 def _start_of(name: str, folder: int) -> bytes:

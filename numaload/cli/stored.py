@@ -230,10 +230,11 @@ def _entry_status(entry: Any) -> dict[str, Any] | None:
     from numaload.linux.lists import format_list
     from numaload.replicas import store
     from numaload.replicas.mirror import placements_of_entry
+    from numaload.replicas.verify import by_node
 
     placements, failed = {}, {}
     try:
-        placements = placements_of_entry(entry)
+        placements = by_node(placements_of_entry(entry))
     except NumaloadError as error:  # the others are still worth showing
         if not store.is_there(entry):
             return None  # released by someone else just now

@@ -16,6 +16,7 @@ from numaload.replicas import store as stored
 from numaload.replicas.entry import Entry
 from numaload.replicas.mirror import attach, placements_of_entry
 from numaload.replicas.pools import Budget, Gone
+from numaload.replicas.verify import by_node
 
 
 @dataclass
@@ -102,7 +103,7 @@ def _row(entry: Entry, use: reclaim.Use) -> Row:
         bound=entry.bound,
     )
     try:
-        row.placements = placements_of_entry(entry)
+        row.placements = by_node(placements_of_entry(entry))
     except NumaloadError as error:  # the others are still worth showing
         row.error = str(error)
     return row

@@ -572,15 +572,15 @@ def _attach(
     return made
 
 
-def placements_of_entry(entry: Entry) -> dict[int, Placement]:
-    """Ask the kernel where the pages of an entry's replicas are, by node.
+def placements_of_entry(entry: Entry) -> dict[Group, Placement]:
+    """Ask the kernel where the pages of an entry's replicas are, by the nodes of each.
 
     Raises: StoreError for replicas that cannot be mapped, ReplicaNotFoundError.
     """
     lease = Lease(entry)
     try:
         replicas = {group: lease.map(group) for group in entry.groups}
-        return by_node(placements_of(replicas, layouts_of([entry])))
+        return placements_of(replicas, layouts_of([entry]))
     finally:
         lease.close()
 

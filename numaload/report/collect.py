@@ -133,9 +133,8 @@ def facts_of(system: System) -> Facts:
         disks = system.disks
     except (Unknown, NumaloadError) as error:
         notes.append(f"no disks are shown: {error}")
-    groups = [(entry, group) for entry in entries for group in entry.groups]
-    replicas = [_replica(entry, group, when) for entry, group in groups]
-    layouts = [(entry.model.paths, entry.layout(group)) for entry, group in groups]
+    replicas = [one for entry in entries for one in _replicas(entry, when)]
+    layouts = [(e.model.paths, e.layout(group)) for e in entries for group in e.groups]
     files = list(_files(weights, system.machine, notes)) if weights else []
     named = weights.metadata.get("general.architecture") if weights else ""
     return Facts(
@@ -152,24 +151,25 @@ def facts_of(system: System) -> Facts:
     )
 
 
-def _replica(entry: Entry, group: Group, when: float) -> Replica:
-    placement, why = None, ""
+def _replicas(entry: Entry, when: float) -> Iterator[Replica]:
+    placements, why = dict[Group, Placement](), ""
     try:
-        placement = placements_of_entry(entry)[group[0]]
+        placements = placements_of_entry(entry)
     except NumaloadError as error:  # the others are still worth showing
         why = str(error)
-    return Replica(
-        nodes=group,
-        policy=entry.policy,
-        on_nodes=entry.layout(group).on_nodes(entry.model),
-        bound=entry.bound,
-        source=entry.model.state(),
-        age_s=when - entry.created,
-        built_nbytes=entry.nbytes,
-        built_s=entry.seconds,
-        placement=placement,
-        error=why,
-    )
+    for group in entry.groups:
+        yield Replica(
+            nodes=group,
+            policy=entry.policy,
+            on_nodes=entry.layout(group).on_nodes(entry.model),
+            bound=entry.bound,
+            source=entry.model.state(),
+            age_s=when - entry.created,
+            built_nbytes=entry.nbytes,
+            built_s=entry.seconds,
+            placement=placements.get(group),
+            error=why,
+        )
 
 
 def _files(weights: Weights, machine: Topology, notes: list[str]) -> Iterator[FileResidency]:

@@ -183,7 +183,7 @@ def _busy(events: Sequence[_Event]) -> float:
 def _runs(events: Sequence[_Event], begin: float, span: float) -> Iterator[tuple[int, int, int]]:
     """Yield (first cell, end, node) of when there was an event: a short one has a cell, too."""
     cells = [IDLE] * CELLS
-    each = (span or 1.0) / CELLS
+    each = max(span, 1e-3) / CELLS  # microseconds
     for event in events:
         first = min(CELLS - 1, int((event.begin - begin) / each))
         stop = max(first + 1, min(CELLS, round((event.end - begin) / each)))

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from fcntl import LOCK_EX, LOCK_NB, flock
+from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 from typing import Any
 
 from numaload.errors import printable, reason, warn_once
@@ -68,6 +68,8 @@ class TraceFile:
             return
         try:
             with _locked(self.path) as fd:
+                if os.fstat(fd).st_size == 0:  # somebody has removed it to begin anew
+                    self._names.clear()
                 _append(fd, list(self._lines(events)))
         except BlockingIOError:
             text = f"another process has had it locked for {LOCK_S:.0f} s"
@@ -133,6 +135,8 @@ def _locked(path: str) -> Iterator[int]:
                 time.sleep(PAUSE_S)
         yield fd
     finally:
+        with suppress(OSError):
+            flock(fd, LOCK_UN)  # a child forked meanwhile has the descriptor, and so the lock, too
         os.close(fd)
 
 

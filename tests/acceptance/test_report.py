@@ -122,7 +122,8 @@ def test_report_replaces_nothing_but_pages(
     [
         ((), 2, "expected either -o PAGE.html, or --json"),
         (("-o", "page.html", "--json"), 2, "expected either -o PAGE.html, or --json"),
-        (("-o", "/nowhere/page.html"), 2, "/nowhere: no page can be written there"),
+        (("-o", "/nowhere/page.html"), 2, "/nowhere/page.html: no page can be written there"),
+        (("-o", "a" * 250), 2, "aaa: no page can be written there: File name too long"),
         (("-o", "/"), 2, "/: expected the name of a file"),
         (("--json", "--trace", __file__), 1, "expected [ of trace events"),
         (("--json", "--trace", "/nowhere"), 1, "/nowhere: No such file"),

@@ -33,5 +33,10 @@ def test_report_on_nodes_shows_where_each_tensor_is(
         striped = {node: n + its.get(node, 0) for node, n in striped.items()}
     assert max(striped.values()) < 1.5 * min(striped.values())
     numaload("report", model, "-o", tmp_path / "page.html")
+    numaload("release")
+    places = ["--place", "blk.0.*=stripe", "--place", ".*=mirror"]
+    numaload("mirror", model, *places)
+    for one in numaload.json("report", model)["replicas"]:
+        assert one["placement"]["asked"] == one["nodes"]
     text = (tmp_path / "page.html").read_text()
     assert f"replica on nodes {first}-{last}: node {first} " in text

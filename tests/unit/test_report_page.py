@@ -169,11 +169,14 @@ def test_page_names_no_home_folder_user_or_host(
     monkeypatch.setenv("HOME", "/home/zoe")
     monkeypatch.setattr(getpass, "getuser", lambda: "zoe-ann")
     monkeypatch.setattr(socket, "gethostname", lambda: "bigbox")
-    facts = constructed_facts(tmp_path, count=4, notes=["/mnt/zoe-ann on bigbox"])
+    timeline = timeline_of([event("/home/zoe/x.py: load", 0, 1, 1)], "/home/zoe/trace.json")
+    notes = ["/mnt/zoe-ann on bigbox"]
+    facts = constructed_facts(tmp_path, count=4, notes=notes, timeline=timeline)
     written = page_of(facts, "numaload report /home/zoe/m.gguf -o bigbox.html")
     for shown in (
         "~/models/DeepSeek",
         "~/trace.json",
+        "~/x.py: load",
         "/mnt/USER on HOST",
         "~/m.gguf -o HOST.html",
     ):

@@ -42,6 +42,10 @@ def test_events_become_lanes_of_stages_and_threads() -> None:
     assert found.lanes[1].busy_s == pytest.approx(100e-6)
 
 
+def test_a_trace_of_no_time_is_drawn() -> None:
+    assert timeline_of([event("read", 0, 5e-324, 1)], None).lanes[0].runs == [(0, 1, -1)]
+
+
 def test_of_many_lanes_the_busiest_are_drawn_and_the_others_told() -> None:
     found = timeline_of((event("read", 0, 10 + i, i) for i in range(LANES + 5)), None)
     assert len(found.lanes) == LANES

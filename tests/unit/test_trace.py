@@ -98,6 +98,33 @@ def test_processes_add_to_one_file_at_the_same_time(tmp_path: Path) -> None:
     assert len({event["pid"] for event in found}) == 3
 
 
+def test_file_that_somebody_removed_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    again = f"os.remove({str(path)!r})\nwith trace.span('copy'): pass\ntrace.flush()\n"
+    assert traced(path, f"{PROGRAM}trace.flush()\n{again}with trace.span('hash'): pass") == ""
+    assert [event["name"] for event in spans(path)] == ["copy", "hash"]
+    assert traced(path) == ""
+    assert len(spans(path)) == 3
+
+
+def test_lock_of_the_file_does_not_stay_with_a_child_forked_meanwhile(tmp_path: Path) -> None:
+    path = str(tmp_path / "t.json")
+    program = f"""
+import os, signal, time
+from numaload.trace.perfetto import _locked
+with _locked({path!r}):
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(60)
+try:
+    with _locked({path!r}):
+        pass
+finally:
+    os.kill(pid, signal.SIGKILL)
+"""
+    assert traced(path, program) == ""
+
+
 def test_forked_child_writes_its_own_spans_once(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     forking = PROGRAM + "with trace.span('copy'): pass\nif os.fork(): os.wait()\n"

@@ -28,7 +28,7 @@ def draw_lanes(section: Element, timeline: Timeline | None, palette: Palette) ->
     caption = f"Stages {where}, over {seconds(timeline.seconds)} from left to right"
     body = table(section, caption, "stage", "when it worked", kind="lanes")
     for lane in timeline.lanes:
-        _, cell = row(body, lane.stage, lane.thread)
+        _, cell = row(body, public(lane.stage), public(lane.thread))
         kinds = {NO_NODE: OTHER}
         runs = [(a, b, kinds.get(node) or palette.kind(node)) for a, b, node in lane.runs]
         its = add(cell, "span", kind="k")

@@ -21,6 +21,7 @@ from numaload.bench.machine import (
     LOAD_AFTER,
     Progress,
     Series,
+    check_rounds,
     describe,
     load,
 )
@@ -82,6 +83,7 @@ class Pair:
         return f"node {self.cpus} to node {self.memory}"
 
     def median(self, figure: str) -> float:
+        """Return that of the rounds that count; of all where there is none, which is noted."""
         return median(self.undisturbed(figure) or self.rounds[figure])
 
     def undisturbed(self, figure: str) -> list[float]:
@@ -137,8 +139,9 @@ def measure(
         size = max(DEFAULT, BEYOND * caches)
     threads = max(len(node.usable_cpus) for node in machine.nodes.values())
     least = max(LEAST, threads * PARTS * READ_STEP)
-    if rounds < 1 or size < least:
-        raise UsageError(f"rounds {rounds}, size {size}: expected at least 1 and {least}")
+    check_rounds(rounds)
+    if size < least:
+        raise UsageError(f"size {size}: expected at least {least}")
     if registry.interpreted():
         raise UsageError("there is nothing to measure with NUMBA_DISABLE_JIT: kernels are Python")
     if size < BEYOND * caches:
@@ -229,7 +232,7 @@ def _make_cycle(words: Array, address: int) -> None:
 
 class _Bench:
     def __init__(self, report: BandwidthReport, machine: Topology, opened: ExitStack) -> None:
-        self.report = report
+        self.report, self.machine = report, machine
         self.size = report.size // STEP // LINE * STEP * LINE
         columns = sorted({pair.memory for pair in report.pairs})
         bound = self._may_bind(columns, machine)
@@ -283,8 +286,22 @@ class _Bench:
         if count:
             total = len(MOVING) * len(self.report.pairs) * self.report.rounds
             self.report.notes.append(
-                f"{count} of {total} rounds do not count: other processes took the CPUs"
+                f"{count} of {total} rounds do not count: {self._why_disturbed()}"
             )
+        none = [
+            f"{pair.name}, {figure}"
+            for pair in self.report.pairs
+            for figure in MOVING
+            if not pair.undisturbed(figure)
+        ]
+        if none:
+            self.report.notes.append(f"too low, since no round counts: {'; '.join(none)}")
+
+    def _why_disturbed(self) -> str:
+        quota, cpus = self.machine.quota, len(self.machine.cpus)
+        if quota is None or quota >= cpus:
+            return "other processes took the CPUs"
+        return f"the CPU quota (cgroup) of {quota:.4g} of {cpus} CPUs stopped the threads"
 
     def _move(self, pair: Pair, figure: str, number: int) -> None:
         """Measure GB/s of all CPUs together."""
@@ -350,7 +367,9 @@ def _best(threads: Sequence[Workers], work: Callable[[int], Callable[[int], None
     least = LEAST_S + EACH_S * len(threads)
     parts = min(MOST_PASSES * PARTS, 1 + int(least * PARTS / looked.seconds))
     found, until = list[_Timing](), time.perf_counter() + TRYING_S
-    while sum(one.undisturbed for one in found) < TRIES and time.perf_counter() < until:
+    while not found or (
+        sum(one.undisturbed for one in found) < TRIES and time.perf_counter() < until
+    ):
         found.append(_timed(threads, work, parts))
     return max(found, key=lambda one: (one.undisturbed, one.rate))
 

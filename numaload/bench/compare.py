@@ -15,16 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from numaload.bench.machine import LOAD_AFTER, Series
+from numaload.bench.machine import LOAD_AFTER, MOST_ROUNDS, Series
 from numaload.errors import FormatError, UsageError
 from numaload.files.source import read_whole
 from numaload.formats.jsontext import parse_object
 
 LARGEST = 16 << 20  # bytes of a report
-MOST_SERIES, MOST_ROUNDS, LONGEST_NAME = 10_000, 1_000, 200
+MOST_SERIES, MOST_VALUES, LONGEST_NAME = 10_000, 2 * MOST_ROUNDS, 200  # VALUES: of a series
 UNITS = ("GB/s", "Gw/s", "ns")
 SIGNIFICANT = 0.05  # of all rows of a report together: each has its part of it
 NO_LIMIT = ("rounds", "pairs")  # parameters that may differ: they only change how much is seen
+LABELS = {"file": "FILE", "bytes": "the size of FILE"}
 CHANGING = ("date", "load before", LOAD_AFTER, "in huge pages")  # from run to run
 FASTER, SLOWER, SAME, FEW = "faster", "slower", "no difference", "too few rounds"
 
@@ -50,7 +51,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """machine: {what: (then, now)} of what is not the same. left_out: rows of one report only."""
+    """machine: {what: (then, now)} of what is not the same. left_out: rows that only one
+    report has, or in another unit.
+    """
 
     rows: list[Row]
     machine: dict[str, tuple[str, str]]
@@ -63,6 +66,8 @@ class Comparison:
     @property
     def summary(self) -> str:
         """Say what could be seen at all."""
+        if not self.rows:
+            return "nothing is compared: the reports have no figure in common"
         seen = sorted(row.seen for row in self.rows if row.seen is not None)
         if not seen:
             return "nothing can be told apart here: there are too few rounds (--rounds)"
@@ -106,7 +111,7 @@ def _series(found: Any, number: int, path: str) -> Series:
     )
     if not right:
         raise FormatError(
-            f"series {number}: expected a name, a unit of {', '.join(UNITS)}, 1 to {MOST_ROUNDS}"
+            f"series {number}: expected a name, a unit of {', '.join(UNITS)}, 1 to {MOST_VALUES}"
             " values above 0, and a baseline with as many beside them, or none",
             path=path,
         )
@@ -116,7 +121,7 @@ def _series(found: Any, number: int, path: str) -> Series:
 def _is_rounds(values: Any) -> bool:
     return (
         isinstance(values, list)
-        and len(values) <= MOST_ROUNDS
+        and len(values) <= MOST_VALUES
         and all(type(value) in (int, float) and 1e-12 < value < 1e12 for value in values)
     )
 
@@ -127,7 +132,7 @@ def check_same(
     """Refuse a report of something else: its figures mean something else. Raises: UsageError."""
     pairs: dict[str, tuple[Any, Any]] = {"the bench": (old["bench"], bench)}
     for name in sorted((set(old["parameters"]) | set(parameters)) - set(NO_LIMIT)):
-        pairs[f"--{name}"] = (old["parameters"].get(name), parameters.get(name))
+        pairs[LABELS.get(name, f"--{name}")] = (old["parameters"].get(name), parameters.get(name))
     pairs["the processor"] = (old["machine"].get("processor"), processor)
     for what, (then, now) in pairs.items():
         if then != now:
@@ -143,14 +148,14 @@ def compare(
     """
     before = {one.name: one for one in old["series"]}
     now = {one.name: one for one in series}
-    both = [name for name in now if name in before]
+    both = [name for name in now if name in before and before[name].unit == now[name].unit]
     rows = [_row(before[name], now[name], SIGNIFICANT / len(both)) for name in both]
     differs = {
         what: (str(old["machine"].get(what)), found)
         for what, found in machine.items()
         if what not in CHANGING and old["machine"].get(what) != found
     }
-    return Comparison(rows, differs, sorted(before.keys() ^ now.keys()))
+    return Comparison(rows, differs, sorted((before.keys() | now.keys()) - set(both)))
 
 
 def _row(old: Series, new: Series, significant: float) -> Row:

@@ -20,6 +20,7 @@ from numaload.bench.machine import (
     Rates,
     Series,
     Thing,
+    check_rounds,
     describe,
     in_turns,
     load,
@@ -109,8 +110,7 @@ def measure(
     progress(name of the type begun).
     Raises: UsageError, ReadError for a library that cannot be loaded.
     """
-    if rounds < 1:
-        raise UsageError(f"rounds {rounds}: expected at least 1")
+    check_rounds(rounds)
     if registry.interpreted():
         raise UsageError("there is nothing to measure with NUMBA_DISABLE_JIT: kernels are Python")
     chosen = [_qtype(name) for name in qtypes] or list(registry.KERNELS)

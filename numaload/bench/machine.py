@@ -19,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numaload._version import __version__
+from numaload.errors import UsageError
 from numaload.kernels.jit.objects import cpuid
 from numaload.kernels.jit.target import target
+from numaload.linux.lists import format_list
 from numaload.linux.mapping import map_private
 from numaload.linux.sysfs import SysFiles
 from numaload.machine import affinity, memory
@@ -28,6 +30,7 @@ from numaload.machine import affinity, memory
 PACKAGES = ("numba", "llvmlite", "numpy", "gguf")
 CONFIDENCE = 0.95
 GIB = 1 << 30
+MOST_ROUNDS = 500  # every one is compared with every one of another run
 LEAST_S = 0.02  # of a timing
 UNKNOWN = "unknown"
 EMULATED = "QEMU TCG (emulated)"
@@ -43,6 +46,12 @@ Progress = Callable[[str], None]
 Thing = tuple[Callable[[], object], float]  # what is run, and how much that is
 
 
+def check_rounds(rounds: int) -> None:
+    """Check how many rounds are asked for. Raises: UsageError."""
+    if not 1 <= rounds <= MOST_ROUNDS:
+        raise UsageError(f"rounds {rounds}: expected at least 1 and at most {MOST_ROUNDS}")
+
+
 def describe(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Return what figures were measured on and with: {what: words}.
 
@@ -51,6 +60,7 @@ def describe(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     release = platform.release().partition("-")[0]  # without what its builder added
     found = {
         "processor": processor(),
+        "CPUs allowed": format_list(affinity.allowed()),
         "system": f"{platform.system()} {release} {platform.machine()}",
         "hypervisor": hypervisor(),
         "governor": _frequency("scaling_governor"),

@@ -6,20 +6,19 @@ import os
 import random
 import shutil
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import median
 from typing import Any
 
-from numaload.bench.machine import LOAD_AFTER, Progress, Series, describe, load
-from numaload.errors import ReadError, UsageError, reason
+from numaload.bench.machine import LOAD_AFTER, Progress, Series, check_rounds, describe, load
+from numaload.errors import ReadError, reason
 from numaload.files.source import SourceFile, model_paths
-from numaload.linux.lists import Group
+from numaload.linux.lists import Group, format_list
 from numaload.linux.mapping import MappedMemory, map_private
 from numaload.linux.syscalls import PAGE
 from numaload.machine import memory
@@ -77,8 +76,7 @@ def measure(path: str, rounds: int = 15, progress: Progress | None = None) -> Mi
     The model is brought into RAM first, and the memory that a round takes is touched and freed.
     Raises: UsageError, ReadError, NodeMemoryError; PlacementError, ChecksumError of a replica.
     """
-    if rounds < 1:
-        raise UsageError(f"rounds {rounds}: expected at least 1")
+    check_rounds(rounds)
     paths, nodes = model_paths(path), topology().all
     with ExitStack() as opened:
         files = [opened.enter_context(SourceFile(one)) for one in paths]
@@ -87,16 +85,19 @@ def measure(path: str, rounds: int = 15, progress: Progress | None = None) -> Mi
             raise ReadError("empty: there is nothing to mirror", path=path)
         memory.require((len(nodes) + 1) * nbytes, "replicas to measure", "take a smaller model")
         bound = why_not_bound(nodes) is None
-        report = MirrorReport(describe(), paths, nbytes, nodes, bound, rounds)
+        machine = describe() | {"replicas on": format_list(nodes), "bound": str(bound)}
+        report = MirrorReport(machine, paths, nbytes, nodes, bound, rounds)
         ways: dict[str, tuple[Timed, int]] = {
             REPLICAS: (partial(_build, files, nodes, bound=bound), len(nodes)),
             COPY: (partial(copied, paths, 1), 1),
             COPIES: (partial(copied, paths, len(topology().cpus)), 1),
             CLEAR: (partial(cleared, nbytes), 1),
         }
-        folder = opened.enter_context(_tmpfs(nbytes, report))
-        if folder:
-            ways[CP] = (partial(_cp, paths, folder), 1)
+        why = _no_room(nbytes)
+        if why:
+            report.notes.append(f"{CP} is not measured: {TMPFS}: {why}")
+        else:
+            ways[CP] = (partial(_cp, paths), 1)
         report.rates = {name: [] for name in ways}
         for turn in range(rounds + 1):
             for name in random.sample(list(ways), len(ways)):
@@ -112,21 +113,19 @@ def measure(path: str, rounds: int = 15, progress: Progress | None = None) -> Mi
     return report
 
 
-@contextmanager
-def _tmpfs(nbytes: int, report: MirrorReport) -> Iterator[str]:
-    """Give a folder on a tmpfs with room for the model, "" where there is none, which is noted."""
+def _no_room(nbytes: int) -> str:
+    """Say why no files of so many bytes can be made on the tmpfs; "" where they can."""
     try:
         free = shutil.disk_usage(TMPFS).free
-        folder = tempfile.mkdtemp(prefix="numaload-bench-", dir=TMPFS) if free > nbytes else ""
-        why = f"it has room for {free} bytes, {nbytes} are needed"
+        os.close(_nameless())
     except OSError as error:
-        folder, why = "", reason(error)
-    if not folder:
-        report.notes.append(f"{CP} is not measured: {TMPFS}: {why}")
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        return reason(error)
+    return "" if free > nbytes else f"it has room for {free} bytes, {nbytes} are needed"
+
+
+def _nameless() -> int:
+    """Make a file that is gone with its last descriptor, whatever ends this process."""
+    return os.open(TMPFS, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
 
 def _build(files: Sequence[SourceFile], nodes: Sequence[int], *, bound: bool) -> float:
@@ -178,14 +177,17 @@ def cleared(nbytes: int) -> float:
         return time.perf_counter() - begin
 
 
-def _cp(paths: Sequence[str], folder: str) -> float:
+def _cp(paths: Sequence[str]) -> float:
     """Copy files by cp, with its start. Return seconds."""
-    begin, targets = time.perf_counter(), [f"{folder}/{i}" for i in range(len(paths))]
-    for path, target in zip(paths, targets, strict=True):
-        done = subprocess.run(["cp", "--", path, target], capture_output=True, check=False)
-        if done.returncode:
-            raise ReadError(done.stderr.decode(errors="replace").strip(), path=path)
-    seconds = time.perf_counter() - begin
-    for target in targets:
-        os.unlink(target)
-    return seconds
+    begin, targets = time.perf_counter(), list[int]()
+    try:
+        for path in paths:
+            targets.append(_nameless())
+            command = ["cp", "--", path, f"/dev/fd/{targets[-1]}"]
+            done = subprocess.run(command, capture_output=True, check=False, pass_fds=targets)
+            if done.returncode:
+                raise ReadError(done.stderr.decode(errors="replace").strip(), path=path)
+        return time.perf_counter() - begin
+    finally:
+        for target in targets:
+            os.close(target)

@@ -19,6 +19,7 @@ from numaload.bench.machine import (
     LOAD_AFTER,
     Progress,
     Series,
+    check_rounds,
     describe,
     load,
     median_interval,
@@ -289,8 +290,9 @@ def measure(
     Raises: UsageError; ReadError for what is no file, is empty or cannot be read, and where the
     kernel does not give its page cache back; FileChangedError.
     """
-    if rounds < 1 or pairs < 0:
-        raise UsageError(f"rounds {rounds}, pairs {pairs}: expected at least 1 and 0")
+    check_rounds(rounds)
+    if pairs < 0:
+        raise UsageError(f"pairs {pairs}: expected at least 0")
     selected = chosen(ways, threads)
     with SourceFile(path) as file:
         bench = _Bench(file, selected, rounds, progress or (lambda _: None))

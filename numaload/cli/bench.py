@@ -74,8 +74,10 @@ def _finish(
 
         old = load_report(options.compare)
         check_same(options.compare, old, options.bench, parameters, processor())
-    report = measure()
-    show_step("")
+    try:
+        report = measure()
+    finally:
+        show_step("")
     comparison = None if old is None else compare(old, report.machine, report.series)
     if options.json:
         data = report.to_dict() | {"bench": options.bench, "parameters": parameters}
@@ -104,7 +106,7 @@ def _tell_comparison(path: str, comparison: Comparison) -> None:
     for what, (then, now) in comparison.machine.items():
         say(f"not the same: {what} {then} there, {now} here")
     for name in comparison.left_out:
-        say(f"not compared, only one report has it: {name}")
+        say(f"not compared, only one report has it in this unit: {name}")
     print_table(*compare_table(comparison), figures=True)
     say(comparison.summary)
 

@@ -15,7 +15,7 @@ from numaload.bench.compare import (
     FASTER,
     FEW,
     LARGEST,
-    MOST_ROUNDS,
+    MOST_VALUES,
     SAME,
     SLOWER,
     Comparison,
@@ -134,7 +134,7 @@ NO_SERIES: dict[str, dict[str, Any]] = {
     "none": {"values": []}, "zero": {"values": [0.0]}, "negative": {"values": [-1]},
     "text": {"values": ["1"]}, "true": {"values": [True]}, "object": {"values": {"1": 1}},
     "huge": {"values": [1e300]}, "integer": {"values": [10**200]},
-    "many": {"values": [1.0] * (MOST_ROUNDS + 1)}, "unit": {"unit": "MB"},
+    "many": {"values": [1.0] * (MOST_VALUES + 1)}, "unit": {"unit": "MB"},
     "unit-list": {"unit": ["ns"]}, "name": {"name": 1}, "long": {"name": "x" * 201},
     "beside": {"baseline": "dd", "beside": [1.0, 2.0]}, "nothing": {"baseline": "dd"},
     "beside-none": {"beside": [1.0]}, "baseline": {"baseline": None},
@@ -184,7 +184,7 @@ def test_load_report_reads_no_more_than_a_report_can_have(tmp_path: Path) -> Non
 
 DIFFERENT: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
     "bench": (lambda old: old | {"bench": "\x1b[31m"}, "the bench is '\\\\x1b"),
-    "file": (lambda old: old | {"parameters": {"file": "/n"}}, "--file is '/n' there"),
+    "file": (lambda old: old | {"parameters": {"file": "/n"}}, "FILE is '/n' there"),
     "more": (lambda old: old | {"parameters": {"file": "/m", "x": 1}}, "--x is 1 there, and None"),
     "machine": (lambda old: old | {"machine": {"processor": "Q"}}, "the processor is 'Q' there"),
 }

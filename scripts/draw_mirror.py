@@ -96,4 +96,7 @@ def drawing() -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1] if len(sys.argv) > 1 else PICTURE).write_text(drawing(), encoding="utf-8")
+    name = sys.argv[1] if len(sys.argv) > 1 else str(PICTURE)
+    if name.startswith("-"):
+        sys.exit(__doc__)
+    Path(name).write_text(drawing(), encoding="utf-8")

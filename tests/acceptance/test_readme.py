@@ -98,3 +98,7 @@ def test_the_picture_is_the_one_that_its_script_draws(tmp_path: Path) -> None:
     subprocess.run([sys.executable, ROOT / "scripts/draw_mirror.py", drawn], check=True)
     assert drawn.read_text() == (ROOT / "docs/mirror.svg").read_text()
     assert "(docs/mirror.svg)" in README
+    asked = [sys.executable, str(ROOT / "scripts/draw_mirror.py"), "--help"]
+    told = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "draw_mirror.py [FILE]" in told.stderr
+    assert list(tmp_path.iterdir()) == [drawn]

@@ -28,6 +28,7 @@ from numaload.files.residency import (
     merged,
     overlaps,
     present,
+    read_around,
     residency,
     whole_pages,
     without,
@@ -40,7 +41,6 @@ from numaload.machine.devices import Device
 
 FIRST, CHUNK = 256 << 10, 8 << 20  # bytes of the first read, and of the largest
 MAPPED_CHUNK = 2 << 20  # bytes of a mapping that are taken between two looks at the clock
-AHEAD = 32 << 20  # bytes around what was taken that the kernel may have read: two windows of NFS
 SHORT = 1 << 20  # bytes of the shortest read by which several threads are measured
 MOST_THREADS = 8
 ROUNDS = 4  # reads that each of several threads has time for
@@ -88,14 +88,9 @@ def measure_speeds(
     return speeds._replace(nbytes=meter.nbytes, seconds=time.perf_counter() - begin)
 
 
-def reach(device: Device) -> int:
-    """Return how many bytes around what was read the kernel may have read as well."""
-    return max(AHEAD, 2 * device.read_ahead)
-
-
 def brought(found: Residency, taken: Sequence[ByteRange], device: Device) -> list[ByteRange]:
     """Return what of a file was absent and may be in RAM since ``taken`` was read of it."""
-    far = reach(device)
+    far = read_around(device)
     around = merged((max(0, start - far), stop + far) for start, stop in taken)
     return [one for start, stop in around for one in overlaps(found.absent, start, stop)]
 

@@ -21,7 +21,7 @@ from numaload.doctor.check import Unknown
 from numaload.doctor.findings import ThreadReport, inspect_threads
 from numaload.doctor.interconnect import observe
 from numaload.doctor.opinion import second_opinion
-from numaload.doctor.speeds import Budget, Speeds, measure_speeds, reach
+from numaload.doctor.speeds import Budget, Speeds, measure_speeds
 from numaload.errors import NumaError, NumaloadError, check_limits, reason
 from numaload.files.network import limit_now
 from numaload.files.residency import (
@@ -32,6 +32,7 @@ from numaload.files.residency import (
     merged,
     overlaps,
     present,
+    read_around,
     residency,
 )
 from numaload.files.source import SourceFile, absolute, io_timeout, model_paths
@@ -429,7 +430,7 @@ class System:
             device = self.__dict__.get("device", Device("unknown", "", ""))
             for file, found in zip(self.files, self.residency, strict=True):
                 # Of a damaged file nobody knows how much of it was taken for its header.
-                stop = max(heads) + reach(device) if heads else file.size
+                stop = max(heads) + read_around(device) if heads else file.size
                 if found.known:
                     give_back(file, overlaps(found.absent, 0, stop))
         closing: Sequence[SourceFile | Weights | None] = (

@@ -15,7 +15,7 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from numaload import trace
 from numaload.errors import NumaError
@@ -23,6 +23,9 @@ from numaload.files.source import SourceFile
 from numaload.linux import syscalls
 from numaload.linux.mapping import MappedMemory, map_file, populate_read
 from numaload.linux.syscalls import PAGE
+
+if TYPE_CHECKING:
+    from numaload.machine.devices import Device
 
 STEP = 1 << 30  # bytes asked about at a time: 256 KiB of answer
 MIXED = 64 << 20  # bytes of which the pages are looked at one by one, if they differ
@@ -35,6 +38,7 @@ PRESENT = re.compile(rb"[^\0]+")
 STACKED = {0x794C7630, 0x65735546, 0x61756673, 0x6A656A62}
 HUGETLBFS = 0x958458F6  # of linux/magic.h: all of a file is in memory, which no call tells
 
+AROUND = 32 << 20  # bytes that the kernel may read ahead: two windows of NFS
 TRIES, PAUSE_S = 5, 0.005  # pages that are just being read cannot be dropped yet
 
 ByteRange = tuple[int, int]  # (start, stop) in a file
@@ -277,6 +281,11 @@ def map_present(mapping: MappedMemory, start: int, stop: int) -> bytes:
         first, last = (start + edge * PAGE for edge in match.span())
         populate_read(mapping, first, min(last, stop))
     return vector
+
+
+def read_around(device: Device) -> int:
+    """Return how many bytes around what was read the kernel may have read as well."""
+    return max(AROUND, 2 * device.read_ahead)
 
 
 def give_back(file: SourceFile, ranges: Iterable[ByteRange]) -> None:

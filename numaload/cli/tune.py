@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from numaload.cli.output import note, print_json, print_table, say, show_step, size
+from numaload.cli.output import count, note, print_json, print_table, say, show_step, size
 
 if TYPE_CHECKING:
     from numaload.bench.tune import TunedSink, TuneReport
@@ -78,16 +78,18 @@ def _forget(options: argparse.Namespace) -> int:
     from numaload.files.tuned import forget
 
     if options.file is None:
-        removed = forget()
+        removed, damaged = forget()
     else:
         with SourceFile(options.file) as file:
-            removed = forget(file)
+            removed, damaged = forget(file)
     if options.json:
-        print_json(removed)
+        print_json([one.to_dict() for one in removed])
         return 0
     for one in removed:
         ways = "; ".join(f"{sink}: {plan.way}" for sink, plan in one.plans.items())
         say(f"removed: tuned {one.date} for {one.mount} ({one.conditions.get('device')}): {ways}")
-    if not removed:
+    if damaged:
+        say(f"removed: {count(damaged, 'damaged record')}")
+    elif not removed:
         say(NOTHING)
     return 0

@@ -13,12 +13,12 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from numaload._version import __version__
-from numaload.errors import StoreError, check_limits, reason, warn_once
+from numaload.errors import WAYS_OUT, StoreError, check_limits, reason, warn_once
 from numaload.files.plan import (
     FITTING,
     MOST_THREADS,
@@ -117,7 +117,7 @@ def recall(sink: str, file: SourceFile, device: Device) -> Tuned | None:
         if not record.changed(now):
             return record.plans.get(sink)
     for record in found:
-        if _is_older(record, storage):
+        if _is_of(record, storage, now):
             changes = "; ".join(record.changed(now))
             warn_once(
                 f"tuned {record.name}",
@@ -128,11 +128,15 @@ def recall(sink: str, file: SourceFile, device: Device) -> Tuned | None:
     return None
 
 
-def _is_older(record: Record, storage: Storage) -> bool:
-    """Return whether this machine measured it on the same device, or on what was mounted there."""
+def _is_of(record: Record, storage: Storage, now: Mapping[str, str]) -> bool:
+    """Return whether it is of this device: with equal conditions, whichever host measured it.
+
+    One with other conditions may be in use by another host. It is of this device if this host
+    measured it there, or on what was mounted there.
+    """
     same = record.conditions.get("device") == storage.device
     same |= record.mount == storage.mount != ""
-    return same and record.host == os.uname().nodename
+    return not record.changed(now) or (same and record.host == os.uname().nodename)
 
 
 def conditions(device: Device, storage: Storage) -> dict[str, str]:
@@ -149,32 +153,39 @@ def conditions(device: Device, storage: Storage) -> dict[str, str]:
     }
 
 
-def records() -> list[Record]:
-    """Return what was kept, latest first. What is no record is said once, and left out."""
+def records(tell: Callable[[str, str], object] = warn_once) -> list[Record]:
+    """Return what was kept, latest first. What is no record is told once, and left out.
+
+    Raises: ReadError if this process may open no more files.
+    """
     try:
         where = _where()
         if not os.path.isdir(where):
             return []
         with cachedir.opened(where, create=False) as folder:
             names = list(filter(RECORD.fullmatch, os.listdir(folder)))[: 2 * KEPT]
-            found = [one for name in names for one in _read(folder, where, name)]
+            found = [one for name in names for one in _read(folder, where, name, tell)]
     except (NotADirectoryError, FileNotFoundError):  # nowhere to keep anything, or gone meanwhile
         return []
     except OSError as error:
-        warn_once("tuned", f"tuned plans are not used: {reason(error)}; {cachedir.HINT}")
+        check_limits(error, where)
+        tell("tuned", f"tuned plans are not used: {reason(error)}; {cachedir.HINT}")
         return []
     return sorted(found, key=lambda record: record.when, reverse=True)
 
 
-def _read(folder: int, where: str, name: str) -> Iterator[Record]:
+def _read(
+    folder: int, where: str, name: str, tell: Callable[[str, str], object]
+) -> Iterator[Record]:
     try:
         yield Record.parse(name, cachedir.read(folder, name, LARGEST))
     except FileNotFoundError:
         pass
     except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno in WAYS_OUT:
+            raise  # this says nothing of the record
         path = f"{where}/{name}"
-        check_limits(error, path)
-        warn_once(
+        tell(
             path,
             f"{path}: no tuned plan that can be used ({error}); left out:"
             " numaload tune --forget removes it",
@@ -183,7 +194,7 @@ def _read(folder: int, where: str, name: str) -> Iterator[Record]:
 
 def check_kept() -> None:
     """Check that plans can be kept. Raises: StoreError."""
-    with _named(), cachedir.opened(_where(), create=True):
+    with _named("kept"), cachedir.opened(_where(), create=True):
         pass
 
 
@@ -197,35 +208,38 @@ def keep(file: SourceFile, device: Device, plans: Mapping[str, Tuned]) -> str:
     storage = storage_of(file.path, device, numbers=file.device)
     host, when = os.uname().nodename, int(time.time())
     name = f"{digest(repr((host, storage.device)).encode())}.json"
-    record = Record(name, host, storage.mount, when, conditions(device, storage), plans)
-    with _named(), cachedir.opened(_where(), create=True) as folder:
+    now = conditions(device, storage)
+    record = Record(name, host, storage.mount, when, now, plans)
+    with _named("kept"), cachedir.opened(_where(), create=True) as folder:
         cachedir.write(folder, name, json.dumps(record.to_dict()).encode())
     others = [one for one in records() if one.name != name]
-    rest = [one for one in others if not _is_older(one, storage)]
+    rest = [one for one in others if not _is_of(one, storage, now)]
     _remove([one.name for one in others if one not in rest[: KEPT - 1]])
     return f"{_where()}/{name}"
 
 
-def forget(file: SourceFile | None = None) -> list[Record]:
-    """Remove the plans of this file's device, or all; return them. Raises: StoreError.
+def forget(file: SourceFile | None = None) -> tuple[list[Record], int]:
+    """Remove the plans of this file's device, or all and what is damaged.
 
-    All: also those that are damaged, and said to be so.
+    Returns: the plans, and how many were damaged. Raises: StoreError.
     """
-    found = records()
     if file is None:
-        with _named(), suppress(FileNotFoundError, NotADirectoryError):
-            _remove(list(filter(RECORD.fullmatch, os.listdir(_where()))))
-        return found
+        found, names = records(lambda *_: None), list[str]()
+        with _named("removed"), suppress(FileNotFoundError, NotADirectoryError):
+            names += filter(RECORD.fullmatch, os.listdir(_where()))
+        _remove(names)
+        return found, len(names) - len(found)
     device = device_of(file.path, network=file.is_network, numbers=file.device)
     storage = storage_of(file.path, device, numbers=file.device)
-    found = [one for one in found if _is_older(one, storage)]
+    now = conditions(device, storage)
+    found = [one for one in records() if _is_of(one, storage, now)]
     _remove([one.name for one in found])
-    return found
+    return found, 0
 
 
 def _remove(names: list[str]) -> None:
     if names:
-        with _named(), cachedir.opened(_where(), create=False) as folder:
+        with _named("removed"), cachedir.opened(_where(), create=False) as folder:
             for name in names:
                 with suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=folder)
@@ -236,11 +250,11 @@ def _where() -> str:
 
 
 @contextmanager
-def _named() -> Iterator[None]:
+def _named(done: str) -> Iterator[None]:
     """Say what cannot be done without the folder. Raises: StoreError."""
     try:
         yield
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        said = f"tuned plans cannot be kept: {where}{reason(error)}; {cachedir.HINT}"
+        said = f"tuned plans cannot be {done}: {where}{reason(error)}; {cachedir.HINT}"
         raise StoreError(said) from error

@@ -120,11 +120,20 @@ def test_a_plan_is_dropped_when_something_changed(
 def test_forgotten_plans_are_named_and_gone(
     numaload: Numaload, model: str, report: Any, cache: Path
 ) -> None:
+    kept = Path(report["record"]).read_bytes()
     said = numaload("tune", "--forget", model).stdout
     assert said.startswith("removed: tuned 2")
     assert list(cache.iterdir()) == []
     assert numaload("tune", "--forget").stdout == "no tuned plan was kept\n"
     assert numaload.json("tune", "--forget") == []
+    record = Path(report["record"])
+    record.write_bytes(kept)
+    (one,) = numaload.json("tune", "--forget", model)
+    assert one["name"] == record.name
+    assert set(one["plans"]["page cache"]) == {"name", "threads", "chunk", "gain"}
+    record.write_text("{")
+    done = numaload("tune", "--forget")
+    assert (done.stdout, done.stderr) == ("removed: 1 damaged record\n", "")
 
 
 def test_what_is_in_ram_cannot_be_measured_and_the_fix_is_named(

@@ -6,16 +6,18 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from errno import EMFILE
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from numaload.errors import NumaloadWarning, StoreError
+from numaload.errors import NumaloadWarning, ReadError, StoreError
 from numaload.files import tuned
 from numaload.files.plan import BUFFERED, CACHE, DIRECT, MAPPED, MEMORY, Forced, ReadMethod, Tuned
 from numaload.files.source import SourceFile
 from numaload.files.tuned import forget, keep, plan_reading, records
+from numaload.machine import cachedir
 from numaload.machine.devices import device_of
 
 GIB = 1 << 30
@@ -48,6 +50,12 @@ def edit(record: Path, change: Callable[[Any], object]) -> None:
     data = json.loads(record.read_text())
     change(data)
     record.write_text(json.dumps(data))
+
+
+def foreign(record: Path) -> None:
+    """Have it be of another host, and out of date on this one."""
+    edit(record, lambda data: data.update(host="other"))
+    edit(record, lambda data: data["conditions"].update(kernel="5.10"))
 
 
 def said(ask: Callable[[], object]) -> list[str]:
@@ -123,8 +131,7 @@ def test_a_plan_is_dropped_when_something_changed(
 def test_a_plan_of_another_machine_that_shares_the_home_is_left_alone(
     file: SourceFile, record: Path
 ) -> None:
-    edit(record, lambda data: data.update(host="other"))
-    edit(record, lambda data: data["conditions"].update(kernel="5.10"))
+    foreign(record)
     other = record.rename(record.with_name(f"{1:032x}.json"))
     assert said(lambda: is_used(file)) == []
     assert not is_used(file)
@@ -216,7 +223,7 @@ def test_records_are_bounded(file: SourceFile, record: Path) -> None:
     for i in range(tuned.KEPT + 6):
         other = record.with_name(f"{i:032x}.json")
         other.write_bytes(record.read_bytes())
-        edit(other, lambda data: data.update(host="other"))
+        foreign(other)
         edit(other, lambda data, i=i: data.update(when=i))  # type: ignore[misc]
     keep(file, device_of(file.path), {})
     left = {path.name for path in record.parent.iterdir()}
@@ -226,16 +233,46 @@ def test_records_are_bounded(file: SourceFile, record: Path) -> None:
 def test_forgetting_removes_the_device_s_plans_or_all(file: SourceFile, record: Path) -> None:
     other = record.with_name(f"{1:032x}.json")
     other.write_bytes(record.read_bytes())
-    edit(other, lambda data: data.update(host="other"))
-    assert [one.name for one in forget(file)] == [record.name]
-    assert [one.name for one in forget()] == [other.name]
-    assert forget() == []
+    foreign(other)
+    assert [one.name for one in forget(file)[0]] == [record.name]
+    assert [one.name for one in forget()[0]] == [other.name]
+    assert forget() == ([], 0)
     assert list(record.parent.iterdir()) == []
 
 
-def test_forgetting_all_removes_what_is_damaged(record: Path) -> None:
+def test_a_plan_measured_under_equal_conditions_is_of_any_host(
+    file: SourceFile, record: Path
+) -> None:
+    edit(record, lambda data: data.update(host="other"))
+    other = record.rename(record.with_name(f"{1:032x}.json"))
+    assert is_used(file)
+    keep(file, device_of(file.path), {})
+    assert not other.exists()
+    edit(record, lambda data: data.update(host="other"))
+    assert [one.name for one in forget(file)[0]] == [record.name]
+
+
+def test_forgetting_all_removes_what_is_damaged_and_counts_it(record: Path) -> None:
     record.write_text("{")
-    (told,) = {*said(records)}
-    assert told.endswith("left out: numaload tune --forget removes it")
-    assert said(forget) == []
+    removed = []
+    assert said(lambda: removed.append(forget())) == []
+    assert removed == [([], 1), ([], 0)]
     assert not record.exists()
+
+
+def test_what_cannot_be_removed_is_said_once(record: Path) -> None:
+    record.parent.chmod(0o777)
+    with pytest.raises(StoreError, match=r"^tuned plans cannot be removed: /.* only this user"):
+        forget()
+
+
+@pytest.mark.parametrize("call", ["opened", "read"])
+def test_no_more_open_files_is_no_fault_of_a_record(
+    record: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(EMFILE, os.strerror(EMFILE))
+
+    monkeypatch.setattr(cachedir, call, refuse)
+    with pytest.raises(ReadError, match=f"^{record.parent}: .*ulimit -n"):
+        records()

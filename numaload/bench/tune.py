@@ -33,7 +33,14 @@ from numaload.files.plan import (
 )
 from numaload.files.reader import Chunk, Reading
 from numaload.files.reading_lock import reading_lock
-from numaload.files.residency import ByteRange, give_back, length, residency, whole_pages, without
+from numaload.files.residency import (
+    ByteRange,
+    give_back,
+    read_around,
+    residency,
+    whole_pages,
+    without,
+)
 from numaload.files.source import SourceFile
 from numaload.files.source import io_timeout as waiting
 from numaload.files.ways import IntoMemory
@@ -53,7 +60,7 @@ PARTS = 4  # of the file, at least: what was just read may be in the disk's own 
 OF_MEMORY = 8  # a turn takes one part in so many of free memory at most
 STEPS = 3  # times that threads and bytes a read around the fastest are measured
 ROUNDS = 6  # of the last comparison: fewer do not tell whether a difference is noise
-SOME = 3  # rounds after which what is slower than the default is left out; at a file's beginning
+SOME = 3  # rounds after which what is slower than the default is left out; of the first part
 FINALISTS = 2  # besides the default
 CLEARLY = 1.05  # times as fast; less is not worth leaving the default
 LEAST_CHUNK = 1 << 20
@@ -65,11 +72,13 @@ class TunedSink:
     """What was measured of one sink. rates: {way: bytes a second of each turn}.
 
     way: the fastest, or the default where nothing is faster beyond noise; ``gain`` times as fast.
+    too_slow: the time was over before that could be told, so there is no plan.
     """
 
     default: ReadMethod
     way: ReadMethod
     gain: float = 1.0
+    too_slow: bool = False
     rates: dict[ReadMethod, list[float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,13 +87,17 @@ class TunedSink:
             "default": self.default._asdict(),
             **self.way._asdict(),
             "gain": self.gain,
+            "too_slow": self.too_slow,
             "ways": ways,
         }
 
 
 @dataclass
 class TuneReport:
-    """``sinks``: by "page cache" and "memory". nbytes: that were read; record: the file kept."""
+    """``sinks``: by "page cache" and "memory". nbytes: that were read.
+
+    record: the file that the plans are kept in, "" where all sinks are too slow.
+    """
 
     path: str
     device: str
@@ -97,33 +110,37 @@ class TuneReport:
         return vars(self) | {"sinks": {name: one.to_dict() for name, one in self.sinks.items()}}
 
 
-def tune(
-    path: str | os.PathLike[str],
-    *,
-    io_timeout: float | None = None,
-    progress: Progress | None = None,
-) -> TuneReport:
+def tune(path: str | os.PathLike[str], *, io_timeout: float | None = None) -> TuneReport:
     """Measure how the device under a file is read fastest, and keep that as its plan.
 
     It takes about a minute at most. What it reads is absent, and is given back; what is in RAM
     stays. Later calls of prewarm, mirror and copies on this device read so, and say so.
-    io_timeout: seconds to wait for an answer of a network file system. progress(what is done now).
+    io_timeout: seconds to wait for an answer of a network file system.
     Raises: ReadError where too little of the file is absent; StoreError where the plan cannot be
     kept, before anything is read; StalledError, FileChangedError, NodeMemoryError, CancelledError.
     """
+    return measure(path, lambda _: None, io_timeout)
+
+
+def measure(
+    path: str | os.PathLike[str], step: Progress, io_timeout: float | None = None
+) -> TuneReport:
+    """Tune as ``tune`` does, and tell ``step`` in words what is read next."""
     begin = time.perf_counter()
     with waiting(io_timeout), SourceFile(os.fsdecode(path)) as file, reading_lock([file]):
-        tuner = _Tuner(file, progress or (lambda _: None))
+        tuner = _Tuner(file, step)
         tuned.check_kept()
-        try:
-            sinks = {sink: tuner.tune(sink) for sink in (CACHE, MEMORY)}
-        finally:
-            tuner.give_back()
+        sinks = {sink: tuner.tune(sink) for sink in (CACHE, MEMORY)}
         file.check_unchanged()
         file.check_name()  # by which each turn opened it
         date = time.strftime("%Y-%m-%d")
-        plans = {sink: Tuned(one.way, one.gain, date) for sink, one in sinks.items()}
-        record = tuned.keep(file, tuner.device, plans)
+        told = {sink: one for sink, one in sinks.items() if not one.too_slow}
+        plans = {sink: Tuned(one.way, one.gain, date) for sink, one in told.items()}
+        if plans:
+            record = tuned.keep(file, tuner.device, plans)
+        else:
+            tuned.forget(file)  # or an earlier plan would be used on
+            record = ""
         seconds = time.perf_counter() - begin
         return TuneReport(file.path, str(tuner.device), sinks, tuner.nbytes, seconds, record)
 
@@ -131,27 +148,27 @@ def tune(
 class _Tuner:
     """Reads parts of one file in turns."""
 
-    def __init__(self, file: SourceFile, progress: Progress) -> None:
-        self.file, self.progress, self.nbytes = file, progress, 0
+    def __init__(self, file: SourceFile, step: Progress) -> None:
+        self.file, self.step, self.nbytes = file, step, 0
         self.device = device_of(file.path, network=file.is_network, numbers=file.device)
-        self.found = residency(file)
-        if not self.found.known:
+        found = residency(file)
+        if not found.known:
             raise ReadError(HIDDEN, path=file.path)
         if self.device.kind == "memory":
             raise ReadError(f"it lies in {self.device}: nothing is read there", path=file.path)
-        self.ranges = list(whole_pages(without(self.found.absent, find_holes(file))))
+        self.ranges = list(whole_pages(without(found.absent, find_holes(file))))
         self.rng = random.Random()  # noqa: S311 - the order of turns
         self.part = LEAST
         self.todo: Iterator[ByteRange] = iter(())
         self._check()
 
     def _check(self) -> None:
-        if len(self._parts()) < PARTS:
-            need = PARTS * (BEFORE + LEAST)
-            where = "numaload evict FILE" if self.file.size >= need else "take a larger file"
+        size, count = BEFORE + LEAST, len(self._parts())
+        if count < PARTS:
+            fix = "take a larger file" if self.file.size < PARTS * size else "numaload evict FILE"
             raise ReadError(
-                f"{length(self.ranges)} bytes of it are on the disk and not in RAM, expected"
-                f" {need} or more to measure with: {where}",
+                f"expected {PARTS} pieces of {size >> 20} MiB that are on the disk and not in RAM,"
+                f" found {count}: {fix}",
                 path=self.file.path,
             )
 
@@ -162,10 +179,6 @@ class _Tuner:
             for start, stop in self.ranges
             for at in range(start, stop - size + 1, size)
         ]
-
-    def give_back(self) -> None:
-        """Drop all that was absent before: the kernel may have read beyond a part, too."""
-        give_back(self.file, self.found.absent)
 
     def tune(self, sink: str) -> TunedSink:
         plan = make_plan(sink, self.device, LARGE)
@@ -215,6 +228,7 @@ class _Tuner:
             # One that is behind after some rounds will not come first.
             ways = [way for way, its in ratios.items() if len(its) < SOME or median(its) > 1]
             if not ways or time.perf_counter() > until:
+                found.too_slow = bool(ways) or not others
                 break
             order = self.rng.sample([found.default, *ways], len(ways) + 1)
             rates = {way: self._turn(sink, way) for way in order}
@@ -235,17 +249,26 @@ class _Tuner:
                 found.way, found.gain = best, gain
 
     def _turn(self, sink: str, way: ReadMethod, *, first: bool = False) -> float:
-        """Read another part that is absent, or the first; return bytes a second."""
-        self.progress(f"{sink}: {way}")
-        start, stop = self._parts()[0] if first else self._next()
+        """Read another part that is absent, or the first, and give it back; return bytes a second.
+
+        Also what the kernel read around it; what was in RAM before stays.
+        """
+        self.step(f"{sink}: {way}")
+        if first:
+            self.todo = iter(self._parts())
+        start, stop = self._next()
+        far = read_around(self.device)
+        absent = residency(self.file, max(0, start - far), stop + far).absent
         plan = ReadPlan(sink, self.device, (no_more_than(way, self.part),), "")
         read = _into_cache if sink == CACHE else _into_memory
         # Opened anew, as by who reads a model: the kernel's read-ahead remembers what came before.
-        with SourceFile(self.file.path) as file:
-            read(file, start, start + BEFORE, plan)
-            took = read(file, start + BEFORE, stop, plan)
+        try:
+            with SourceFile(self.file.path) as file:
+                read(file, start, start + BEFORE, plan)
+                took = read(file, start + BEFORE, stop, plan)
+        finally:
+            give_back(self.file, absent)
         self.nbytes += stop - start
-        self.give_back()
         return self.part / max(took, 1e-9)
 
     def _next(self) -> ByteRange:

@@ -36,14 +36,17 @@ def tune(options: argparse.Namespace) -> int:
         return _forget(options)
     if options.file is None:
         raise UsageError("FILE is missing: tune a large file on the device that is to be read")
-    from numaload.bench.tune import tune as measure
+    from numaload.bench.tune import measure
 
     note(f"tune: reads parts of {options.file} for a minute at most, and gives them back")
-    report = measure(options.file, progress=None if options.json else show_step)
+    step = (lambda _: None) if options.json else show_step
+    try:
+        report = measure(options.file, step)
+    finally:
+        step("")
     if options.json:
         print_json(report)
     else:
-        show_step("")
         _tell(report)
     return 0
 
@@ -53,10 +56,15 @@ def _tell(report: TuneReport) -> None:
     for sink, found in report.sinks.items():
         say(f"{sink}: {found.way}: {_compared(found)}")
         print_table(["  way", "GB/s", "of best", "turns"], list(_rows(found)), figures=True)
-    say(f"kept as {report.record}; to undo: numaload tune --forget {report.path}")
+    if report.record:
+        say(f"kept as {report.record}; to undo: numaload tune --forget {report.path}")
 
 
 def _compared(found: TunedSink) -> str:
+    from numaload.bench.tune import SECONDS
+
+    if found.too_slow:
+        return f"too slow to tell within {SECONDS:.0f} s; later reads go on trying"
     if found.way == found.default:
         return "the default; nothing was faster beyond noise"
     slower = f"{100 * (1 - 1 / found.gain):.0f} % slower"

@@ -6,17 +6,20 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from commands import evict, resident
 from numaload.bench import tune
 from numaload.bench.tune import BEFORE, LEAST, PARTS, TunedSink, _Tuner
+from numaload.cli.main import main
 from numaload.errors import ReadError
-from numaload.files.plan import BUFFERED, CACHE, DIRECT, MAPPED, MEMORY, ReadMethod
+from numaload.files.plan import BUFFERED, CACHE, DIRECT, MAPPED, MEMORY, ReadMethod, Tuned
 from numaload.files.residency import residency
 from numaload.files.source import SourceFile
-from numaload.machine.devices import Device
+from numaload.files.tuned import keep, records
+from numaload.machine.devices import Device, device_of
 
 MIB = 1 << 20
 Rate = Callable[[ReadMethod], float]
@@ -105,22 +108,78 @@ def test_a_clear_difference_shows_through_noise(file: SourceFile) -> None:
     assert 1.7 < found.gain < 2.3
 
 
-def test_a_device_too_slow_to_be_sure_keeps_its_default(
+@pytest.mark.parametrize("turn_s", [2, 3, 30])
+def test_a_device_is_too_slow_if_the_time_is_over_before_all_rounds(
+    file: SourceFile, monkeypatch: pytest.MonkeyPatch, turn_s: int
+) -> None:
+    def rate(way: ReadMethod) -> float:
+        return 1e9 * way.threads
+
+    tuner = Simulated(file, rate)
+    monkeypatch.setattr(
+        tune, "time", SimpleNamespace(perf_counter=lambda: turn_s * len(tuner.turns))
+    )
+    found = tuner.tune(CACHE)
+    assert (found.too_slow, found.way, found.gain) == (True, DEFAULT, 1)
+    assert not chosen(file, lambda _: 1e9).too_slow
+
+
+def test_what_is_too_slow_to_tell_is_said_and_not_kept(
+    file: SourceFile,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("NUMALOAD_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tune, "SECONDS", 0.0)
+    earlier = keep(file, device_of(file.path), {CACHE: Tuned(DEFAULT, 1.0, "")})
+    assert main(["tune", file.path]) == 0
+    assert not os.path.exists(earlier)
+    said = capsys.readouterr().out
+    assert said.count(": too slow to tell within 0 s; later reads go on trying\n") == 2
+    assert "kept" not in said
+    report = tune.tune(file.path)
+    assert (report.record, records()) == ("", [])
+    assert all(one["too_slow"] for one in report.to_dict()["sinks"].values())
+
+
+def bring_in(file: SourceFile, offset: int) -> None:
+    """Read a MiB as another program, and nothing ahead of it."""
+    with open(file.path, "rb", buffering=0) as reader:
+        os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(reader.fileno(), MIB, offset)
+
+
+def test_an_error_does_not_leave_a_step_on_the_terminal(
     file: SourceFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "SECONDS", 0.0)
-    tuner = Simulated(file, lambda way: 1e9 * way.threads)
-    assert tuner.tune(CACHE).way == DEFAULT
-    assert tuner.turns == [DEFAULT]
+    shown: list[object] = []
+    monkeypatch.setattr("numaload.cli.tune.show_step", shown.append)
+    Path(file.path).read_bytes()
+    assert main(["tune", file.path]) == 1
+    assert shown == [""]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_what_others_read_meanwhile_is_neither_measured_nor_given_back(
+    file: SourceFile, *, first: bool
+) -> None:
+    tuner = _Tuner(file, lambda _: None)
+    bring_in(file, MIB)
+    there = resident(file.path)
+    tuner.todo = iter(tuner._parts())
+    tuner._turn(CACHE, DEFAULT, first=first)
+    assert next(tuner.todo)[0] == 2 * PART
+    assert resident(file.path) == there > 0
 
 
 @pytest.mark.parametrize("sink", [CACHE, MEMORY])
 def test_a_turn_reads_a_part_and_gives_it_back(file: SourceFile, sink: str) -> None:
-    with open(file.path, "rb", buffering=0) as reader:
-        os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        os.pread(reader.fileno(), MIB, PART + 4 * MIB)
+    bring_in(file, PART + 4 * MIB)
     there = resident(file.path)
-    with pytest.raises(ReadError, match="numaload evict FILE"):
+    with pytest.raises(
+        ReadError, match=r"expected 4 pieces of 48 MiB .* found 3: numaload evict FILE"
+    ):
         _Tuner(file, lambda _: None)  # one part of four is in RAM
     evict([file.path])
     tuner = _Tuner(file, lambda _: None)

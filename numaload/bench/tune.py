@@ -64,6 +64,7 @@ SOME = 3  # rounds after which what is slower than the default is left out; of t
 FINALISTS = 2  # besides the default
 CLEARLY = 1.05  # times as fast; less is not worth leaving the default
 LEAST_CHUNK = 1 << 20
+ANSWER_S = 0.5  # that a slow device takes to answer what the kernel has asked ahead
 HIDDEN = "the kernel tells only its owner what of it is in RAM: tune a file of yours on this disk"
 
 
@@ -130,7 +131,10 @@ def measure(
     with waiting(io_timeout), SourceFile(os.fsdecode(path)) as file, reading_lock([file]):
         tuner = _Tuner(file, step)
         tuned.check_kept()
-        sinks = {sink: tuner.tune(sink) for sink in (CACHE, MEMORY)}
+        try:
+            sinks = {sink: tuner.tune(sink) for sink in (CACHE, MEMORY)}
+        finally:
+            tuner.give_back()
         file.check_unchanged()
         file.check_name()  # by which each turn opened it
         date = time.strftime("%Y-%m-%d")
@@ -159,8 +163,15 @@ class _Tuner:
         self.ranges = list(whole_pages(without(found.absent, find_holes(file))))
         self.rng = random.Random()  # noqa: S311 - the order of turns
         self.part = LEAST
+        self.left: list[ByteRange] = []  # that a slow device was still reading when it was dropped
         self.todo: Iterator[ByteRange] = iter(())
         self._check()
+
+    def give_back(self) -> None:
+        """Drop what could not be dropped after its turn, once the device has answered."""
+        if self.left:
+            time.sleep(ANSWER_S)
+            give_back(self.file, self.left)
 
     def _check(self) -> None:
         size, count = BEFORE + LEAST, len(self._parts())
@@ -267,7 +278,7 @@ class _Tuner:
                 read(file, start, start + BEFORE, plan)
                 took = read(file, start + BEFORE, stop, plan)
         finally:
-            give_back(self.file, absent)
+            self.left += give_back(self.file, absent)
         self.nbytes += stop - start
         return self.part / max(took, 1e-9)
 

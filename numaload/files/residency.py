@@ -288,8 +288,11 @@ def read_around(device: Device) -> int:
     return max(AROUND, 2 * device.read_ahead)
 
 
-def give_back(file: SourceFile, ranges: Iterable[ByteRange]) -> None:
-    """Drop the page cache of these bytes; also what the kernel is still reading ahead there."""
+def give_back(file: SourceFile, ranges: Iterable[ByteRange]) -> list[ByteRange]:
+    """Drop the page cache of these bytes; also what the kernel is still reading ahead there.
+
+    Returns: those of which something stays: it is in use, or comes from a slow device still.
+    """
     todo = list(ranges)
     for attempt in range(TRIES):
         time.sleep(PAUSE_S * attempt)
@@ -297,4 +300,5 @@ def give_back(file: SourceFile, ranges: Iterable[ByteRange]) -> None:
             file.drop_cache(start, stop - start)
         todo = [(start, stop) for start, stop in todo if cached_bytes(file, start, stop - start)]
         if not todo:
-            return
+            break
+    return todo

@@ -121,7 +121,10 @@ def _first(*_: object) -> None:
 
 
 def _end(*_: object) -> None:
-    """End at once: flush no buffers, wait for nothing."""
+    """End at once: flush no buffers, wait for nothing. Holders that are waited for end, too."""
+    process = sys.modules.get("numaload.holder.process")
+    if process is not None:
+        process.end_awaited()
     shown = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides the cursor
     said = b"" if _over else b"numaload: error: interrupted\n"
     try:

@@ -107,6 +107,18 @@ class HolderProcess(NamedTuple):
         raise StoreError(f"holder {self.pid} does not end: what it holds is not freed")
 
 
+# Those that somebody here waits for: they end with this process, also where it ends at once.
+awaited: set[HolderProcess] = set()
+
+
+def end_awaited() -> None:
+    """Have them end, without waiting for it."""
+    for process in awaited:
+        with suppress(OSError, StoreError):
+            if process.alive():
+                os.kill(process.pid, signal.SIGTERM)
+
+
 def _stat(pid: int) -> tuple[str, str, int]:
     """Return a process's name, state and start. Raises: OSError."""
     path = f"/proc/{pid}/stat"

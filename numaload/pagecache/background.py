@@ -19,7 +19,14 @@ from numaload.files.reader import Progress
 from numaload.files.reading_lock import check_free
 from numaload.files.residency import residency
 from numaload.files.source import SourceFile
-from numaload.holder.process import HolderProcess, namespace, portable, start, unpacked
+from numaload.holder.process import (
+    HolderProcess,
+    awaited,
+    namespace,
+    portable,
+    start,
+    unpacked,
+)
 from numaload.machine import userdir
 from numaload.machine.stopping import check_process
 from numaload.pagecache import records
@@ -207,6 +214,9 @@ def _alone() -> Iterator[None]:
 
 def _waited(holder: PrewarmHolder, progress: Progress | None) -> PrewarmReport | None:
     """Wait for it. Ctrl-C, or the callback, ends also the process if it was started for this."""
+    process = HolderProcess(holder.pid, holder.start, namespace())
+    if holder.new:
+        awaited.add(process)
     try:
         return holder.wait(progress)
     except (KeyboardInterrupt, CancelledError) as error:
@@ -216,6 +226,8 @@ def _waited(holder: PrewarmHolder, progress: Progress | None) -> PrewarmReport |
         if isinstance(error, CancelledError):
             raise
         raise CancelledError("interrupted", done=done, total=total) from None
+    finally:
+        awaited.discard(process)
 
 
 def _now(request: Request) -> PrewarmReport:

@@ -24,7 +24,7 @@ from numaload.demo import write_model
 SCRIPT = Path(__file__).parents[2] / "scripts" / "kill-builders"
 
 
-@pytest.mark.parametrize(("how", "count"), [("KILL", 10), ("INT", 10), ("TERM", 4), ("HUP", 4)])
+@pytest.mark.parametrize(("how", "count"), [("KILL", 6), ("INT", 6), ("TERM", 3), ("HUP", 3)])
 def test_random_moments(how: str, count: int) -> None:
     words = ["--kills", count, "--signal", how, "--seed", 3, "--size", "40M"]
     done = subprocess.run(
@@ -37,13 +37,13 @@ def test_random_moments(how: str, count: int) -> None:
 
 
 def test_random_moments_with_a_holder() -> None:
-    words = ["--kills", "10", "--seed", "4", "--size", "40M", "--hold"]
+    words = ["--kills", "5", "--seed", "4", "--size", "40M", "--hold"]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=LIMIT_S,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "SIGKILL (--hold): 10 sent (seed 4)" in done.stdout
+    assert "SIGKILL (--hold): 5 sent (seed 4)" in done.stdout
 
 
 def command(program: str, *words: object) -> subprocess.Popen[str]:

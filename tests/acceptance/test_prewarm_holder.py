@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -270,12 +270,15 @@ def test_a_callback_ends_what_was_started_for_it(ends: None, big: str) -> None:
     assert records.records() == []
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("pauses", [(), (0,), (0.0002,), (0.0005,)])
 @needs_lock
-def test_ctrl_c_while_it_reads_to_lock(held: Numaload, big: str, times: int) -> None:
+def test_ctrl_c_while_it_reads_to_lock(held: Numaload, big: str, pauses: Sequence[float]) -> None:
+    """Also where a second one comes before the process is ended for the first."""
     job = held.start("prewarm", "--lock", big, *SLOWLY)
     wait_for(lambda: resident(big) > 8 * MIB, "it to begin")
-    for _ in range(times):
+    job.send_signal(signal.SIGINT)
+    for pause in pauses:
+        time.sleep(pause)
         job.send_signal(signal.SIGINT)
     _, errors = job.communicate(timeout=LIMIT_S)
     assert job.returncode == 130

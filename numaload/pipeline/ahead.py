@@ -15,9 +15,10 @@ from numaload.files.source import SourceFile
 from numaload.files.tuned import plan_reading
 from numaload.files.ways import IntoCache
 from numaload.linux.syscalls import name_thread
-from numaload.machine.stopping import CancelToken
+from numaload.machine.stopping import CancelToken, stopping
 from numaload.machine.threads import no_thread
 
+NOTICE_S = 0.5  # until a cancelled thread ends that waits for what others read
 LEAST_THREADS = 4  # where two do not make the storage seek
 # Bytes that a thread brings in between two turns in Python, for which it waits behind threads that
 # convert. The first are smaller: there is work for those at once.
@@ -115,17 +116,23 @@ class Ahead:
                 self._moved.notify_all()
 
     def wait(self, position: int) -> None:
-        """Wait until that many bytes of all wanted are there, or nobody is reading them."""
+        """Wait until that many bytes of all wanted are there, or nobody is reading them.
+
+        Also until this thread's own work is cancelled, of which nobody tells.
+        """
         if not self._threads:
             return
         with self._moved:
-            self._moved.wait_for(
+            while not self._moved.wait_for(
                 lambda: (
-                    self._token.cancelled()
+                    stopping()
+                    or self._token.cancelled()
                     or self._blocked == self._active
                     or position <= min(self._busy.values(), default=self._ready)
-                )
-            )
+                ),
+                NOTICE_S,
+            ):
+                pass
 
     def stop(self, *, wait: bool = True) -> None:
         self._token.cancel()  # at once: a thread that waits for a network may have the lock

@@ -18,7 +18,8 @@ from commands import evict
 from numaload.dequantize import SCATTERED
 from numaload.linux.mapping import MappedMemory, map_private
 from numaload.machine.buffers import Buffers
-from numaload.pipeline.ahead import resident
+from numaload.machine.stopping import CancelToken
+from numaload.pipeline.ahead import Ahead, resident
 from numaload.pipeline.fill import PART, parts
 
 MIB = 1 << 20
@@ -111,6 +112,25 @@ def test_parts_are_the_whole_place_in_order(name: str, unit: int, first: int) ->
         assert part.place.nbytes <= max(most, 4 * unit)
     if place.flags.c_contiguous:
         assert all(part.place.size % unit == 0 for part in cut[:-1])
+
+
+def test_who_waits_for_what_is_read_ahead_ends_when_cancelled() -> None:
+    """Also where the server does not answer, and nobody stops reading ahead before it has ended."""
+    ahead, token = Ahead([], 1), CancelToken()
+    reader = threading.Thread(target=token.wait, args=(10,))
+    ahead._threads, ahead._active = [reader], 1
+
+    def work() -> None:
+        with token:
+            ahead.wait(1)
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(0.1)
+    assert worker.is_alive()
+    token.cancel()
+    worker.join(60)
+    assert not worker.is_alive()
 
 
 def test_what_is_in_ram(tmp_path: Path) -> None:

@@ -123,12 +123,12 @@ def _first(*_: object) -> None:
 def _end(*_: object) -> None:
     """End at once: flush no buffers, wait for nothing. Holders that are waited for end, too."""
     process = sys.modules.get("numaload.holder.process")
-    if process is not None:
-        process.end_awaited()
     shown = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides the cursor
     said = b"" if _over else b"numaload: error: interrupted\n"
     try:
         os.write(2, shown + said)
+        if process is not None:
+            process.end_awaited()
     finally:
         os._exit(_ends_with)
 

@@ -113,7 +113,7 @@ awaited: set[HolderProcess] = set()
 
 def end_awaited() -> None:
     """Have them end, without waiting for it."""
-    for process in awaited:
+    for process in list(awaited):  # other threads may begin to wait for one
         with suppress(OSError, StoreError):
             if process.alive():
                 os.kill(process.pid, signal.SIGTERM)

@@ -49,6 +49,12 @@ def fill_with_page_cache(model: str, store: Path) -> Iterator[Callable[[int], No
     evict([filler])
 
 
+@pytest.fixture
+def free_nodes() -> None:
+    """Give all page cache back: memory that is not bound goes to another node before it does."""
+    Path("/proc/sys/vm/drop_caches").write_text("1")
+
+
 @pytest.fixture(scope="session")
 def guest() -> str:
     """Which guest this is: two-nodes, no-libnuma, user, or a shape that test_shapes.py knows."""

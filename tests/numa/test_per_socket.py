@@ -121,6 +121,7 @@ def test_pages_stay_where_threads_of_another_node_read_them() -> None:
         arena.close()
 
 
+@pytest.mark.usefixtures("free_nodes")
 def test_interleaved_by_first_touch(numaload: Numaload, small: str) -> None:
     """Where binding is refused, threads of both nodes fill every other chunk."""
     (report,) = numaload.within(deny=DOCKER).json("mirror", small, "--per", "socket")

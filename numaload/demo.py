@@ -10,7 +10,7 @@ import glob
 from collections.abc import Iterator
 from typing import Any
 
-from numaload.errors import printable
+from numaload.errors import printable, reason
 from numaload.formats.qtypes import QuantType
 from numaload.samples import random_blocks
 
@@ -84,8 +84,11 @@ def main() -> None:
     parser.add_argument("--size", type=parse_size, default="300M")
     parser.add_argument("--splits", type=int, default=1)
     options = parser.parse_args()
-    for file in write_model(options.path, options.size, options.splits):
-        print(printable(file))
+    try:
+        for file in write_model(options.path, options.size, options.splits):
+            print(printable(file))
+    except OSError as error:
+        parser.error(f"{error.filename or options.path}: {reason(error)}")
 
 
 if __name__ == "__main__":

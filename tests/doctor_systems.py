@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from machines import EVERY_CPU, XEON, Machine
+from numaload.cli.doctor import COMMANDS, remedy
 from numaload.doctor.check import Check, Finding
 from numaload.doctor.speeds import Speeds
 from numaload.doctor.system import DiskUse, System
@@ -64,6 +67,29 @@ def constructed(
     return system
 
 
+OTHERS = {"grep", "seq", "nvidia-cuda-mps-control"}  # after the first command of a remedy
+
+
+def assert_runs(text: str) -> None:
+    """Check that what is to be pasted into sh are commands, with no word of a sentence."""
+    _, command, _ = remedy(text, root=False)
+    if not command:
+        return
+    subprocess.run(["sh", "-n", "-c", command], check=True)
+    lexer = shlex.shlex(
+        command.replace("{", "").replace("}", ""), posix=True, punctuation_chars=True
+    )
+    lexer.whitespace_split = True
+    first, words = True, list(lexer)
+    for word in words:
+        if word and set(word) <= set("();<>|&"):
+            first = bool(set(word) & set(";|&("))
+        elif first and word not in ("do", "done") and "=" not in word:
+            assert word in COMMANDS | OTHERS, f"{word!r} in {text!r}"
+            first = False
+        assert not word.endswith((",", ":")), f"{word!r} in {text!r}"
+
+
 def looked(check: type[Check], system: System) -> Finding | None:
     """Run one check; None where there is nothing to look at, or nothing was found.
 
@@ -79,4 +105,6 @@ def looked(check: type[Check], system: System) -> Finding | None:
     assert finding.why
     assert finding.fix
     assert finding.price is None or finding.price.seconds >= 0
+    for text in (finding.fix, finding.undo):
+        assert_runs(text)
     return finding

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numaload.cli.output import count, note
@@ -41,7 +42,7 @@ LOADERS = {
     "kohya": "diffusers: pipe.load_lora_weights({path!r})",
     "LyCORIS": "ComfyUI: its LoRA loader",
     "MLX": "mlx_lm: load(MODEL, adapter_path={folder!r})",
-    "llama.cpp": "llama.cpp: --lora {path}, or peft: numaload.backends.lora.open_adapter({path!r})",
+    "llama.cpp": "llama.cpp: --lora {word}, or peft: numaload.backends.lora.open_adapter({path!r})",
 }
 KOHYA = re.compile(r"lora_[a-z0-9]+_")
 DIFFUSERS = re.compile(r"(unet|text_encoder(_\d)?|transformer|diffusion_model)\.")
@@ -86,7 +87,8 @@ def describe(weights: Weights) -> Described | None:
     else:
         return None
     found = config.get("peft_type")
-    load = LOADERS[whose].format(path=path, folder=os.path.dirname(path))
+    folder, word = os.path.dirname(path), shlex.quote(path)
+    load = LOADERS[whose].format(path=path, folder=folder, word=word)
     if whose == "PEFT" and not config:
         load += f", which needs {CONFIG} beside it"
     kind = printable(found, WORD) if isinstance(found, str) and found != "LORA" else "LoRA"

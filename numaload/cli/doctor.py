@@ -23,12 +23,14 @@ NARROWEST, WIDEST = 40, 100  # columns of text
 LABEL = 8  # columns of "   seen "
 SHELL = re.compile(r"[|&;<>]")  # in commands that one sudo does not reach to the end of
 CONTINUED = " \\"  # ends a line of a command that goes on
-# Remedies that begin with one of these are commands, the others sentences.
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # in a command: no line may end inside
+INSIDE = "\N{NO-BREAK SPACE}"  # stands for a space there, until lines are cut
+# Remedies are commands from the first of these words on: at their beginning, or after ": ".
 COMMANDS = {
-    "apk", "apt-get", "cat", "cp", "cpupower", "cryptsetup", "dnf", "docker", "echo", "export",
-    "hf", "losetup", "mdadm", "migratepages", "mkdir", "mount", "mv", "numactl", "numaload",
-    "nvidia-smi", "pacman", "ps", "rm", "sudo", "swapoff", "swapon", "sysctl", "taskset",
-    "umount", "unset", "yum", "zypper",
+    "apk", "apt-get", "cat", "cp", "cpupower", "cryptsetup", "dmesg", "dnf", "docker", "echo",
+    "export", "for", "hf", "losetup", "loginctl", "mdadm", "migratepages", "mkdir", "modprobe",
+    "mount", "mv", "numactl", "numaload", "nvidia-smi", "pacman", "ps", "rm", "sha256sum",
+    "swapoff", "swapon", "sysctl", "taskset", "ulimit", "umount", "unset", "yum", "zypper",
 }  # fmt: skip
 
 
@@ -62,13 +64,13 @@ def add_verbs(verbs: Any) -> None:
 
 def doctor(options: argparse.Namespace) -> int:
     from numaload.doctor.diagnosis import diagnose
-    from numaload.errors import NumaError, ReadError, UsageError
+    from numaload.errors import NumaloadError, UsageError
 
     try:
         found = diagnose(options.file, pid=options.pid, deep=options.deep)
     except UsageError:
         raise
-    except (NumaError, ReadError) as error:
+    except NumaloadError as error:
         complain(error)
         return COULD_NOT_LOOK
     if options.json:
@@ -127,7 +129,7 @@ def heading(found: Diagnosis) -> list[str]:
             f"loading it takes {seconds(found.load_s)} now, by a program that maps it;"
             f" {seconds(found.best_s)} at the full speed of this storage"
         )
-    elif found.load_s == 0:
+    elif found.load_s == 0 and found.size:
         lines.append("loading it needs no disk now: all of it is in RAM")
     number = len(found.findings)
     order = ": first what costs most, each token of an answer counted" if number > 1 else ""
@@ -162,27 +164,34 @@ def _show_finding(number: int, finding: Finding, columns: int) -> None:
 def _show_remedy(label: str, text: str, columns: int, *, root: bool) -> None:
     """Print what to do. A command is continued so that it can be pasted as it stands."""
     first, rest = f"   {label:<5}", " " * LABEL
-    command, remark = remedy(text, root=root)
-    if not command:
-        _wrap(remark, columns, first, rest)
-        return
-    lines = _wrapped(command, columns - len(CONTINUED), first, rest)
-    for line in lines[:-1]:
-        say(f"{line}{CONTINUED}")
-    say(lines[-1])
+    sentence, command, remark = remedy(text, root=root)
+    if sentence:
+        _wrap(sentence, columns, first, rest)
+        first = rest
+    if command:
+        whole = QUOTED.sub(lambda its: its[0].replace(" ", INSIDE), printable(command))
+        lines = _wrapped(whole, columns - len(CONTINUED), first, rest)
+        for line in [*(f"{line}{CONTINUED}" for line in lines[:-1]), lines[-1]]:
+            say(line.replace(INSIDE, " "))
     if remark:
         _wrap(f"# {remark}", columns, rest, f"{rest}# ")
 
 
-def remedy(text: str, *, root: bool) -> tuple[str, str]:
-    """Return a command that this user can run, and a remark; a sentence is a remark alone."""
-    if text.partition(" ")[0] not in COMMANDS:
-        return "", f"{text} (as root)" if root else text
-    command, _, remark = text.partition("  # ")
+def remedy(text: str, *, root: bool) -> tuple[str, str, str]:
+    """Divide what to do into a sentence, a command that this user can run, and a remark.
+
+    One of the first two may be empty, and the third.
+    """
+    sentence, mark, rest = text.rpartition(": ")
+    if text.partition(" ")[0] in COMMANDS:
+        sentence, mark, rest = "", "", text
+    elif rest.partition(" ")[0] not in COMMANDS:
+        return f"{text} (as root)" if root else text, "", ""
+    command, _, remark = rest.partition("  # ")
     if root and os.geteuid():
         simple = not SHELL.search(command)
         command = f"sudo {command if simple else f'sh -c {shlex.quote(command)}'}"
-    return command, remark
+    return f"{sentence}{mark}".rstrip(), command, remark
 
 
 def cost(finding: Finding) -> str:
@@ -205,14 +214,14 @@ def seconds(number: float) -> str:
 
 def _wrap(text: str, columns: int, first: str = "", rest: str = "") -> None:
     """Print a paragraph."""
-    for line in _wrapped(text, columns, first, rest):
+    for line in _wrapped(printable(text), columns, first, rest):
         say(line)
 
 
 def _wrapped(text: str, columns: int, first: str, rest: str) -> list[str]:
     """Cut a paragraph into lines, between words only: a path is not broken."""
     return textwrap.wrap(
-        printable(text),
+        text,
         columns,
         initial_indent=first,
         subsequent_indent=rest,

@@ -62,7 +62,7 @@ class Check(ABC):
     id: ClassVar[str]
     title: ClassVar[str]
     source: ClassVar[str]
-    root: ClassVar[bool] = False  # whether the command that mends it needs root
+    root: bool = False  # whether the command that mends it needs root
 
     def __init__(self, system: System) -> None:
         self.system = system
@@ -88,7 +88,10 @@ class Check(ABC):
 
     @abstractmethod
     def fix(self) -> str:
-        """Return the command that mends it, or say what to do."""
+        """Say what to do: "COMMAND  # remark", "sentence: COMMAND  # remark", or a sentence.
+
+        The command is for sh, by root where ``root`` is set.
+        """
 
     def undo(self) -> str:
         """Return the command that takes the remedy back; "" where it changes nothing lasting."""

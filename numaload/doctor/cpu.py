@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -103,7 +104,8 @@ class Hyperthreads(Check):
         return f"export {' '.join(f'{name}={self.cores}' for name in self.asked)}"
 
     def undo(self) -> str:
-        return f"export {' '.join(f'{name}={value}' for name, value in self.asked.items())}"
+        before = (f"{name}={shlex.quote(value)}" for name, value in self.asked.items())
+        return f"export {' '.join(before)}"
 
 
 class _Frequencies(Check):
@@ -204,7 +206,7 @@ class Throttled(Check):
         stopped = max(map(self._stopped, groups), default=0)
         return (
             f"{found:.4g} CPUs' time is allowed, and {count} CPUs are visible; it ran out in"
-            f" {stopped} periods so far"
+            f" {stopped} of its periods so far"
         )
 
     def _stopped(self, folder: tuple[str, int]) -> int:
@@ -220,8 +222,8 @@ class Throttled(Check):
 
     def fix(self) -> str:
         return (
-            f"docker update --cpus={_count(self.system)} CONTAINER (Kubernetes: limits.cpu;"
-            " systemd: CPUQuota=), or fewer threads: export"
+            f"docker update --cpus={_count(self.system)} CONTAINER  # in Kubernetes limits.cpu, of"
+            " systemd CPUQuota=; or fewer threads: export"
             f" OMP_NUM_THREADS={max(1, int(self.quota))}"
         )
 
@@ -323,7 +325,7 @@ class Busy(Check):
             load = float(word)
         except ValueError as error:
             raise Unknown(f"/proc/loadavg: {word[:40]!r} is no number") from error
-        if load <= count:
+        if round(load, 1) <= count:
             return ""
         return f"{load:.1f} threads on average, in the last minute, and {count} CPUs"
 
@@ -443,6 +445,5 @@ def _ids(system: System, path: str) -> frozenset[int]:
 def _write(value: str, cpus: Iterable[int], leaf: str) -> str:
     """Return the command that writes to a file of each of these CPUs."""
     ranges = format_list(cpus).split(",")
-    parts = [f"{{{one.replace('-', '..')}}}" if "-" in one else one for one in ranges]
-    which = parts[0] if len(parts) == 1 else f"{{{','.join(parts)}}}"
-    return f"echo {value} | tee {CPUS}/cpu{which}/{leaf}"
+    which = " ".join(f"$(seq {one.replace('-', ' ')})" if "-" in one else one for one in ranges)
+    return f"for cpu in {which}; do echo {value} > {CPUS}/cpu$cpu/{leaf}; done"

@@ -24,6 +24,7 @@ from numaload.doctor.findings import ThreadReport
 from numaload.doctor.speeds import Speeds
 from numaload.doctor.system import System
 from numaload.errors import NumaloadError
+from numaload.weights import Weights
 
 # Every check, by subject.
 CHECKS: tuple[type[Check], ...] = (
@@ -81,15 +82,21 @@ class Diagnosis:
 
 
 def diagnose(
-    path: str | os.PathLike[str] | None = None, *, pid: int | None = None, deep: bool = False
+    path: str | os.PathLike[str] | Weights | None = None,
+    *,
+    pid: int | None = None,
+    deep: bool = False,
 ) -> Diagnosis:
     """Find what makes a model slow to load on this machine, or a process slow to use it.
 
-    path: any file of the model; without it only the machine is looked at. pid: of a process that
-    has loaded it. deep: also check every tensor, split and checksum, and measure for longer.
+    path: any file of the model, or its weights; without it only the machine is looked at. pid: of
+    a process that has loaded it. deep: also check every tensor, split and checksum, and measure
+    for longer.
     It changes nothing, and what it reads is not in RAM afterwards unless it was before.
     Raises: ReadError where the file cannot be opened; NumaError where the process is not shown.
     """
+    if isinstance(path, Weights):
+        path = path.paths[0]
     system = System(None if path is None else os.fsdecode(path), pid=pid, deep=deep)
     try:
         return examine(system)
@@ -125,7 +132,7 @@ def examine(system: System, checks: Iterable[type[Check]] = CHECKS) -> Diagnosis
         pid=system.pid,
         size=size,
         resident=_resident(system),
-        storage=str(system.device) if size else "",
+        storage=str(system.device) if system.path is not None else "",
         speeds=speeds,
         load_s=system.load_seconds,
         best_s=system.best_seconds,

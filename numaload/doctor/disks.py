@@ -55,10 +55,21 @@ class _OnDisks(OfFile):
         return super().available() and self.system.device.kind not in NO_DISKS
 
 
+def second_copy(check: OfFile) -> Price | None:
+    """Price one copy more of what is absent, at the speed of one from RAM."""
+    warm = check.system.speeds.warm
+    return Price(check.system.absent / warm, ESTIMATED) if warm else None
+
+
+def copy_is_slow(check: OfFile) -> bool:
+    price = second_copy(check)
+    return price is None or price.seconds >= LEAST_S
+
+
 def slow_disk(check: OfFile) -> bool:
     """Return whether an SSD gives less than half of what its kind gives."""
     rate, whole = check.system.speeds.disk, WHOLE.get(check.system.device.kind, 0.0)
-    return rate is not None and rate < whole / 2 and check.lost(rate, whole) >= LEAST_S
+    return check.known(rate) and (rate or 0) < whole / 2 and check.lost(rate, whole) >= LEAST_S
 
 
 class Busy(_OnDisks):
@@ -82,7 +93,7 @@ class Busy(_OnDisks):
         return Price(self.share * self.disk_s, MEASURED)
 
     def fix(self) -> str:
-        return "see who it is (iotop -obP -n 3, as root), and load after that has ended"
+        return "load after that has ended; as root iotop -obP shows who it is"
 
 
 class Scheduler(_OnDisks):
@@ -115,13 +126,12 @@ class NotDirect(_OnDisks):
     )
 
     def measure(self) -> str:
-        if self.system.speeds.direct:
+        if self.system.speeds.direct or not copy_is_slow(self):
             return ""
         return f"{self.system.device.file_system} refuses O_DIRECT for this file"
 
     def price(self) -> Price | None:
-        warm = self.system.speeds.warm  # one copy more, at the speed of one from RAM
-        return Price(self.system.absent / warm, ESTIMATED) if warm else None
+        return second_copy(self)
 
     def fix(self) -> str:
         return "keep models on ext4, xfs or btrfs; of ZFS, 2.3 and later read so (direct=standard)"
@@ -177,12 +187,12 @@ class Loop(_OnDisks):
             if name.startswith("loop") and self.system.number(f"/sys/block/{name}/loop/dio") == 0
         ]
         files = [self.system.text(f"/sys/block/{name}/loop/backing_file") for name in self.names]
-        pairs = zip(self.names, files, strict=True)
-        return ", ".join(f"{name} reads {file} without direct I/O" for name, file in pairs)
+        pairs = zip(self.names, map(quote, files), strict=True)
+        found = ", ".join(f"{name} reads {file} without direct I/O" for name, file in pairs)
+        return found if copy_is_slow(self) else ""
 
     def price(self) -> Price | None:
-        warm = self.system.speeds.warm  # one copy more, at the speed of one from RAM
-        return Price(self.system.absent / warm, ESTIMATED) if warm else None
+        return second_copy(self)
 
     def fix(self) -> str:
         return " && ".join(f"losetup --direct-io=on /dev/{name}" for name in self.names)

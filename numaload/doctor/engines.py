@@ -8,6 +8,7 @@ import shlex
 from importlib import metadata
 
 from numaload.doctor.check import ESTIMATED, Check, Price, Unknown
+from numaload.doctor.storage import size_of
 from numaload.doctor.system import System
 from numaload.errors import check_limits, reason
 from numaload.files.source import Identity
@@ -62,7 +63,7 @@ class NoLibnuma(Check):
         )
 
     def fix(self) -> str:
-        return "apt-get install libnuma-dev; then in its sources: USE_NUMA=1 bash install.sh"
+        return "apt-get install libnuma-dev  # then in its sources: USE_NUMA=1 bash install.sh"
 
     def undo(self) -> str:
         return "in its sources: bash install.sh"
@@ -120,7 +121,7 @@ class RandomAdvice(_Llama):
         absent = self.system.absent
         if not absent:
             return ""
-        return f"{option}: {absent / 1e9:.1f} GB are not in RAM, and come without read-ahead"
+        return f"{option}: {size_of(absent)} are not in RAM, and come without read-ahead"
 
     def explain(self) -> str:
         return (
@@ -170,7 +171,7 @@ class OneNode(_Llama):
 
     def fix(self) -> str:
         how = self._exec("--all-nodes")
-        return f"{how} --port {{port:8080}}, with its other options but {self.option}"
+        return f"{how} --port {{port:8080}}  # with its other options but {self.option}"
 
     def undo(self) -> str:
         return f"start it with {self.option} again"
@@ -197,7 +198,7 @@ class LazyTables(_Llama):
             return ""
         nbytes = sum(table.nbytes for table in large)
         said = option or "--lazy-mode is auto"
-        return f"{said}: {', '.join(t.name for t in large)} ({nbytes / 1e9:.1f} GB) stay mapped"
+        return f"{said}: {', '.join(t.name for t in large)} ({size_of(nbytes)}) stay mapped"
 
     def explain(self) -> str:
         return (
@@ -229,15 +230,17 @@ class LockLimit(_Llama):
         if self.old == "unlimited" or int(self.old) >= self.system.size:
             return ""
         return (
-            f"{asked}, but {int(self.old) / 1e9:.3f} GB may be locked, of a model of"
-            f" {self.system.size / 1e9:.1f} GB"
+            f"{asked}, but {size_of(int(self.old))} may be locked, of a model of"
+            f" {size_of(self.system.size)}"
         )
 
     def explain(self) -> str:
         return "It warns once and goes on: the kernel may drop weights, or swap them out."
 
     def fix(self) -> str:
-        return "ulimit -l unlimited in the shell that starts it; of a service LimitMEMLOCK=infinity"
+        return (
+            "ulimit -l unlimited  # in the shell that starts it; of a service LimitMEMLOCK=infinity"
+        )
 
     def undo(self) -> str:
         return f"ulimit -l {int(self.old) >> 10}"
@@ -296,7 +299,7 @@ class NoNumactl(Check):
         return "vLLM binds its workers by the program numactl; without it they run anywhere."
 
     def fix(self) -> str:
-        return "apt-get install numactl, where it runs (its container), then start it again"
+        return "apt-get install numactl  # where it runs, as in its container; then start it again"
 
     def undo(self) -> str:
         return "apt-get remove numactl"
@@ -324,7 +327,7 @@ class UnusedReplica(_Llama):
     def fix(self) -> str:
         here = nodes_of(self.system.threads.cpus, self.system.machine)
         node = next((node for node in here if node in self.nodes), self.nodes[0])
-        return f"{self._exec(f'--node {node}')}, with its other options"
+        return f"{self._exec(f'--node {node}')}  # with its other options"
 
     def undo(self) -> str:
         return f"start it with -m {self._path} again"

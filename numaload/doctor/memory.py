@@ -109,7 +109,7 @@ def _gib(nbytes: int) -> str:
 
 
 def _write(value: object, path: str) -> str:
-    return f"echo {value} | sudo tee {shlex.quote(path)}"
+    return f"echo {value} > {shlex.quote(path)}"
 
 
 def _chosen(system: System, path: str) -> str:
@@ -193,7 +193,7 @@ class LargerThanRam(_Lacking):
 
     def fix(self) -> str:
         return (
-            f"see what fits: numaload plan {self.file}; then use a smaller quantization, put layers"
+            f"numaload plan {self.file}  # what fits; then use a smaller quantization, put layers"
             " on a GPU, which need no RAM, or end what else takes memory"
         )
 
@@ -294,7 +294,7 @@ class MirrorsDoNotFit(_Memory):
         fewer = len(self.system.machine.groups(nodes, "socket")) < len(nodes)
         words = "--per socket" if fewer else "--policy stripe"
         file = self.file
-        return f"numaload mirror {file} {words}; what else fits: numaload plan {file}"
+        return f"numaload mirror {file} {words}  # what else fits: numaload plan {file}"
 
     def undo(self) -> str:
         return f"numaload release {self.file}"
@@ -368,14 +368,14 @@ class SwapInUse(_Memory):
     def fix(self) -> str:
         names = " ".join(map(shlex.quote, self.swaps))
         if self.used < self.system.meminfo.get("MemAvailable", 0):
-            return f"sudo swapoff {names}"
-        return f"end what else takes memory, until what is in swap fits; then: sudo swapoff {names}"
+            return f"swapoff {names}"
+        return f"end what else takes memory, until what is in swap fits; then: swapoff {names}"
 
     def undo(self) -> str:
         orders = {name: f"-p {shlex.quote(order)} " for name, (_, order) in self.swaps.items()}
         return " && ".join(
             # A negative priority is the kernel's own choice, which cannot be given.
-            f"sudo swapon {'' if '-p -' in order else order}{shlex.quote(name)}"
+            f"swapon {'' if '-p -' in order else order}{shlex.quote(name)}"
             for name, order in orders.items()
         )
 
@@ -406,16 +406,20 @@ class SmallTmpfs(_Memory):
         total = int(given[1]) << 10 if given else _of_meminfo(system, "MemTotal") // 2
         if not 0 < total < system.size <= room(system).tightest().free:
             return ""  # 0: without a limit
-        self.remount = f"sudo mount -o remount,size={total >> 10}k {shlex.quote(mount.point)}"
+        self.remount = f"mount -o remount,size={total >> 10}k {shlex.quote(mount.point)}"
         note = logout.tmpfs_limit_note(where, system.size, system.root)
         seen, _, self.ways = note.partition(": ")
+        self.root = "remount" in self.ways
         return f"a replica has {_gib(system.size)}; {seen}"
 
     def fix(self) -> str:
-        return f"give it more: {self.ways}"
+        # The note is for a user's shell; root is asked for by whoever shows the finding.
+        return (
+            self.ways.removeprefix("sudo ").replace("; or", "  # or", 1) if self.root else self.ways
+        )
 
     def undo(self) -> str:
-        return self.remount if "remount" in self.ways else ""
+        return self.remount if self.root else ""
 
 
 class EmptiedAtLogout(_Memory):

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import ClassVar
 
 from numaload.doctor.check import COPY, ESTIMATED, PASS, Check, Price, Unknown
+from numaload.doctor.storage import size_of
 from numaload.errors import NumaloadError
 from numaload.files.source import Identity
 from numaload.linux.lists import format_list
@@ -151,9 +152,9 @@ class Refused(_Nodes):
 
     def fix(self) -> str:
         return (
-            "docker run --cap-add SYS_NICE (podman: the same; Kubernetes: securityContext:"
-            " capabilities: add: [SYS_NICE]); in a seccomp profile of your own allow mbind,"
-            " set_mempolicy and get_mempolicy; gVisor has no such calls"
+            "start the container with --cap-add SYS_NICE (docker, podman; in Kubernetes"
+            " securityContext.capabilities.add: [SYS_NICE]); in a seccomp profile of your own allow"
+            " mbind, set_mempolicy and get_mempolicy; gVisor has no such calls"
         )
 
 
@@ -177,7 +178,7 @@ class NoLibnuma(_Nodes):
         )
 
     def fix(self) -> str:
-        other = f"{LIBNUMA_HINT}, or the package of this distribution that has {LIBNUMA}"
+        other = f"{LIBNUMA_HINT}  # or the package of this distribution that has {LIBNUMA}"
         command = self._commands()[0]
         remark = "where the engine runs; then restart it with its NUMA option"
         return f"{command}  # {remark}" if command else other
@@ -396,7 +397,7 @@ class FarCache(_Cached):
         if self.nbytes <= self.SHARE * sum(on.values()):
             return ""
         nodes = format_list(node for node in on if node in far)
-        return f"{_gib(self.nbytes)} of {_gib(sum(on.values()))} in RAM are on node {nodes}"
+        return f"{size_of(self.nbytes)} of {size_of(sum(on.values()))} in RAM are on node {nodes}"
 
     def price(self) -> Price | None:
         return Price(self.nbytes / FAR, ESTIMATED, PASS)
@@ -416,9 +417,8 @@ class CacheOnOneNode(_Cached):
         node, most = max(on.items(), key=lambda one: one[1], default=(0, 0))
         if most <= self.SHARE * sum(on.values()) or node in self.far_nodes():
             return ""
-        return (
-            f"{most / sum(on.values()):.0%} of {_gib(sum(on.values()))} in RAM are on node {node}"
-        )
+        share, all_of_it = most / sum(on.values()), size_of(sum(on.values()))
+        return f"{share:.0%} of {all_of_it} in RAM are on node {node}"
 
 
 class NoMemory(_Nodes):

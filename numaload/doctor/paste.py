@@ -14,6 +14,8 @@ from numaload.doctor.diagnosis import Diagnosis
 from numaload.errors import printable
 
 ADDRESS = re.compile(r"[0-9a-fA-F]*[:.][0-9a-fA-F:.]+[0-9a-fA-F]")  # and others, as of PCI
+# A path, quoted where it has spaces: those of the kernel's own files stay.
+PATH = re.compile(r"(?<![\w:/~.])(?:'/[^']*'|/(?!(?:sys|proc|dev)/)[^\s,;()'\"]+)")
 SERVER = re.compile(r"[\w.:\[\]-]+:/[^\s,;()]*")  # server:/export
 
 
@@ -35,7 +37,7 @@ def block(found: Diagnosis) -> str:
     rows += [f"{one.id} {one.title}: could not look: {one.why}" for one in found.unknown]
     if not found.findings:
         rows.append("nothing to mend")
-    text = "\n".join(redacted(printable(row), found.path) for row in rows)
+    text = "\n".join(PATH.sub("PATH", redacted(printable(row), found.path)) for row in rows)
     return f"```\n{text}\n```"
 
 

@@ -154,7 +154,7 @@ class _Memory(Check):
         home, again = self.misplaced.home, self.start()
         if home & self.misplaced.found.keys():  # some shall be on one node, some on another
             return again
-        return f"{self._move(self.misplaced.found, home)}; next time start it so: {again}"
+        return f"{self._move(self.misplaced.found, home)}  # next time start it so: {again}"
 
     def start(self) -> str:
         """Return the command that starts such a process where its memory shall be."""

@@ -49,7 +49,7 @@ class Mapped(OfFile):
 def slow_mapping(check: OfFile) -> bool:
     """Return whether a mapping is read clearly slower than the disk gives."""
     mapped, disk = check.system.speeds.mapped, check.system.speeds.disk
-    if not mapped or not disk or mapped > CLEARLY * disk:
+    if not check.known(mapped, disk) or not (mapped and disk) or mapped > CLEARLY * disk:
         return False
     return check.lost(mapped, disk) >= LEAST_S
 

@@ -46,6 +46,13 @@ class OfFile(Check):
     def available(self) -> bool:
         return self.system.size > 0
 
+    def known(self, *rates: float | None) -> bool:
+        """Return whether these were measured. Raises: Unknown where they could not be."""
+        speeds = self.system.speeds
+        if not all(rates) and speeds.why_not and not speeds.stalled_s:
+            raise Unknown(speeds.why_not)
+        return all(rates)
+
     def lost(self, rate: float | None, better: float | None) -> float:
         """Return the seconds that what is absent takes longer at ``rate``; 0 if not known."""
         if not rate or not better:
@@ -61,7 +68,7 @@ class OfFile(Check):
     def disk_s(self) -> float:
         """Return how long the disk takes for what is absent; 0 if not known."""
         disk = self.system.speeds.disk
-        return self.system.absent / disk if disk else 0.0
+        return self.system.absent / disk if self.known(disk) and disk else 0.0
 
     def claimed(self, *others: type[Check]) -> float:
         """Return the seconds that other checks claim: nobody may claim them twice."""
@@ -101,7 +108,11 @@ class NotWhole(OfFile):
         " zeros; a model with them fails, or answers nonsense."
     )
 
+    def available(self) -> bool:
+        return self.system.path is not None  # also one that is empty
+
     def measure(self) -> str:
+        self.where = self.system.damaged or self.system.path or ""
         if self.system.damage:
             return self.system.damage
         return "; ".join(self._holes())
@@ -111,6 +122,7 @@ class NotWhole(OfFile):
             holes = find_holes(part.file, part.header.data_start)
             named = tensors_in(part.header.tensors, holes)
             if named:
+                self.where = part.file.path
                 nbytes = sum(stop - start for start, stop in holes)
                 yield (
                     f"{part.file.path}: {size_of(nbytes)} from byte {holes[0][0]} on are on no disk"
@@ -118,7 +130,7 @@ class NotWhole(OfFile):
                 )
 
     def fix(self) -> str:
-        return _again(self.system.path or "")
+        return _again(self.where)
 
 
 class Unreadable(OfFile):
@@ -156,12 +168,14 @@ class Unreadable(OfFile):
         for its, why in wrong:
             named = tensors_in(weights.parts[i].header.tensors, [its]) if weights else []
             where = f", in tensors {some(named)}" if named else ""
+            self.where = file.path
             yield f"{file.path}: bytes {its[0]} to {its[1]} {why}{where}"
         if by_hub and not wrong and whole.hexdigest() != by_hub[1]:
+            self.where = file.path
             yield f"{file.path}: its SHA-256 is {whole.hexdigest()}, the hub's is {by_hub[1]}"
 
     def fix(self) -> str:
-        return f"{_again(self.system.path or '')}; for the disk: smartctl -a, as root"
+        return f"{_again(self.where)}  # of the disk smartctl -a tells more, as root"
 
 
 def _stored_sums(system: System, files: Sequence[SourceFile]) -> Sequence[Sequence[Checksum]]:

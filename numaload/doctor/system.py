@@ -139,6 +139,8 @@ class System:
         try:
             paths = model_paths(path)
         except NumaloadError:  # named as one of several, of which some are missing
+            if os.path.isdir(path):
+                raise
             paths = [path]
         named = {os.path.basename(each): each for each in paths}
         if not is_layout(path):  # else its files are meant
@@ -152,10 +154,16 @@ class System:
                     raise
         return opened
 
-    @cached_property
+    @property
     def damage(self) -> str:
         """Say why the file is no model that can be used, or return an empty string."""
-        return self._opened[1]
+        error = self._opened[1]
+        return "" if error is None else str(error)
+
+    @property
+    def damaged(self) -> str:
+        """Return the path of the file that ``damage`` is about, where it is known."""
+        return getattr(self._opened[1], "path", None) or ""
 
     @cached_property
     def weights(self) -> Weights | None:
@@ -163,15 +171,15 @@ class System:
         return self._opened[0]
 
     @cached_property
-    def _opened(self) -> tuple[Weights | None, str]:
+    def _opened(self) -> tuple[Weights | None, NumaloadError | None]:
         if self.path is None:
-            return None, ""
+            return None, None
         with suppress(NumaloadError):
             _ = self.residency  # before the header is read
         try:
-            return open_weights(self.path, io_timeout=limit_now() or WAIT_S), ""
+            return open_weights(self.path, io_timeout=limit_now() or WAIT_S), None
         except NumaloadError as error:
-            return None, str(error)
+            return None, error
 
     @cached_property
     def size(self) -> int:
@@ -435,7 +443,7 @@ class System:
                     give_back(file, overlaps(found.absent, 0, stop))
         closing: Sequence[SourceFile | Weights | None] = (
             *self.__dict__.get("files", ()),
-            self.__dict__.get("_opened", (None, ""))[0],
+            self.__dict__.get("_opened", (None, None))[0],
         )
         for one in closing:
             if one is not None:

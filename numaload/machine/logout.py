@@ -103,7 +103,9 @@ def tmpfs_limit_note(path: str, needed: int, root: str = "/") -> str:
         why = "half of this machine's memory, the default"
     elif given == DOCKER_SIZE:
         why = "what containers get by default"
-        fix = f"docker run --shm-size={wanted}g, in Kubernetes an emptyDir of medium Memory there"
+        fix = (
+            f"start it with --shm-size={wanted}g, in Kubernetes an emptyDir of medium Memory there"
+        )
     total = given or status.f_blocks * status.f_frsize
     return (
         f"the size of {mount.point} is {total} bytes ({total / GIB:.2f} GiB), {why}: {fix}; or"

@@ -55,8 +55,8 @@ def threads(
     ``errno`` ESRCH where there is no such process, or nothing but its exit status, EACCES where it
     is another user's and not shown.
     """
-    if pid is not None and not 0 < pid <= LARGEST_PID:
-        raise UsageError(f"process {pid}: expected a process id, 1 to {LARGEST_PID}")
+    if pid is not None and not (type(pid) is int and 0 < pid <= LARGEST_PID):
+        raise UsageError(f"process {pid!r}: expected a process id, 1 to {LARGEST_PID}")
     path = f"{proc_root}/{'self' if pid is None else pid}/task"
     online = frozenset(SysFiles().ids(f"{sys_root}/devices/system/cpu/online") or ())
     try:

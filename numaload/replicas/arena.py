@@ -127,11 +127,10 @@ class Arena(NotCopyable):
             self.mapping.address + first, last - first, syscalls.MADV_COLLAPSE
         )
         if failed:
-            why = "needs Linux 6.1" if failed == errno.EINVAL else os.strerror(failed)
             warn_once(
                 "collapse",
-                f"no huge pages for shared replicas (MADV_COLLAPSE: {why}); small ones are used,"
-                " filling is about 3 times slower",
+                "small pages for shared replicas, or parts of them (MADV_COLLAPSE, which needs"
+                f" Linux 6.1: {os.strerror(failed)}); filling is about 3 times slower",
             )
 
     def close(self) -> None:

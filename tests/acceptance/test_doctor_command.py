@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import socket
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 import numaload as api
 from commands import Numaload
-from numaload.doctor.paste import redacted
+from numaload.cli.doctor import _show_remedy as show_remedy
+from numaload.doctor.paste import PATH, redacted
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,33 @@ def test_the_block_to_paste_names_nobody(numaload: Numaload, model: str, tmp_pat
     assert "NL109" in done.stdout
     for word in ("of-somebody", "secret", str(tmp_path), socket.gethostname()):
         assert word not in done.stdout
+
+
+def test_other_folders_are_left_out_too() -> None:
+    seen = "loop0 reads '/srv/a team/anna.img' and /home/bo/x, see /sys/block/loop0/loop/dio"
+    assert PATH.sub("PATH", seen) == "loop0 reads PATH and PATH, see /sys/block/loop0/loop/dio"
+
+
+def test_an_empty_file_is_not_whole(numaload: Numaload, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.gguf"
+    empty.touch()
+    assert "NL109" in numaload("doctor", empty, status=1).stdout
+
+
+def test_a_folder_that_lacks_a_shard_is_named(numaload: Numaload, tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "missing" in numaload("doctor", tmp_path, status=3).stderr
+
+
+def test_a_quoted_path_is_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["numaload", "mirror", "/a folder/with/it's/a long name of several words.gguf", "--x"]
+    fix = f"see what fits; then: {shlex.join(words)}  # as often as it is used"
+    show_remedy("fix", fix, 40, root=False)
+    first, *command, remark = capsys.readouterr().out.splitlines()
+    assert first == "   fix  see what fits; then:"
+    assert shlex.split(" ".join(line.removesuffix(" \\") for line in command)) == words
+    assert remark == "        # as often as it is used"
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_numa_option_costs_reading_by_single_pages(tmp_path: Path) -> None:
     speeds = FAST._replace(mapped=2.0e9)
     system = process(tmp_path, *words, size=50 * 10**9, absent=40 * 10**9, speeds=speeds)
     finding = found(engines.RandomAdvice, system)
-    assert finding.seen.startswith("--numa distribute: 40.0 GB are not in RAM")
+    assert finding.seen.startswith("--numa distribute: 37.3 GiB are not in RAM")
     assert finding.price == (28 * 20.0, ESTIMATED, LOAD)
     assert finding.fix == "numaload prewarm /models/model.gguf"
 
@@ -308,7 +308,9 @@ def test_tables_that_stay_on_the_disk(tmp_path: Path) -> None:
         "on": ONE,
     }
     finding = found(engines.LazyTables, process(tmp_path, "llama-server", **said))
-    assert finding.seen == ("--lazy-mode is auto: per_layer_token_embd.weight (5.4 GB) stay mapped")
+    assert finding.seen == (
+        "--lazy-mode is auto: per_layer_token_embd.weight (5.0 GiB) stay mapped"
+    )
     assert finding.fix == "numaload prewarm /models/model.gguf"
     table.nbytes = 1 << 30
     assert looked(engines.LazyTables, process(tmp_path, "llama-server", **said)) is None
@@ -328,7 +330,7 @@ def test_a_limit_of_locked_memory(tmp_path: Path) -> None:
 
     finding = looked_at("8388608", "--mlock")
     assert finding is not None
-    assert "0.008 GB may be locked, of a model of 10.0 GB" in finding.seen
+    assert "8.0 MiB may be locked, of a model of 9.3 GiB" in finding.seen
     assert finding.undo == "ulimit -l 8192"
     assert looked_at("8388608", "--load-mode", "mmap+mlock") is not None
     assert looked_at("8388608") is None

@@ -142,7 +142,7 @@ def test_a_recorded_machine_is_not_asked(tmp_path: Path) -> None:
         ('ID=opensuse-leap\nID_LIKE="suse opensuse"\n', "zypper install -y libnuma1", "zypper rem"),
         ("ID=arch\n", "pacman -S --noconfirm numactl", "pacman -R"),
         ("ID=own\n", "or the package of this distribution that has libnuma.so.1", ""),
-        ("", "apt-get install libnuma1, or", ""),
+        ("", "apt-get install libnuma1  # or", ""),
     ],
 )
 def test_a_missing_libnuma(release: str, fix: str, undo: str, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_memory_where_no_thread_may_run(tmp_path: Path) -> None:
     )
     assert found.price == Price(14 * GIB / LOCAL_RATE, ESTIMATED, PASS)
     assert found.fix == (
-        f"migratepages {PID} 0 1; next time start it so:"
+        f"migratepages {PID} 0 1  # next time start it so:"
         " numaload exec --node 1 /models/model.gguf -- PROGRAM -m {model}"
     )
     assert found.undo == f"migratepages {PID} 1 0"
@@ -163,7 +163,7 @@ def test_threads_on_several_nodes_are_started_by_numactl(tmp_path: Path) -> None
     found = looked(RemoteShare, process(tmp_path, at("0,2", "0-15"), maps, machine=SNC2))
     assert found is not None
     assert found.fix == (
-        f"migratepages {PID} 1,3 0,2; next time start it so:"
+        f"migratepages {PID} 1,3 0,2  # next time start it so:"
         " numactl --cpunodebind=0,2 --membind=0,2 PROGRAM"
     )
 
@@ -190,7 +190,7 @@ def test_memory_from_before_it_was_bound(maps: str, threads: ThreadReport, tmp_p
         "the process is bound to node 1 now, but 1024 MiB of 2048 MiB (50%) of its anonymous"
         f" memory lie on node 0; {system.interconnect}"
     )
-    assert found.fix.startswith(f"migratepages {PID} 0 1; next time start it so: numaload exec")
+    assert found.fix.startswith(f"migratepages {PID} 0 1  # next time start it so: numaload exec")
     assert found.undo == f"migratepages {PID} 1 0"
 
 

@@ -20,7 +20,7 @@ from numaload.doctor import disks, reading, speeds, storage
 from numaload.doctor.check import Check, Finding, Unknown
 from numaload.doctor.speeds import Speeds
 from numaload.doctor.system import QUICK, DiskUse, System
-from numaload.errors import ReadError
+from numaload.errors import FormatError, ReadError
 from numaload.files.residency import residency
 from numaload.files.source import SourceFile
 from numaload.linux.mounts import Mount
@@ -345,11 +345,21 @@ def test_a_file_with_a_hole(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_of_the_hub_s_cache(tmp_path: Path) -> None:
-    where = system(tmp_path, _opened=(None, "m.gguf: ends early"))
-    where.path = "/c/models--org--some--name/snapshots/abc/q4/m.gguf"
+    folder = "/c/models--org--some--name/snapshots/abc/q4"
+    broken = FormatError("ends early", path=f"{folder}/m-00002-of-00002.gguf")
+    where = system(tmp_path, _opened=(None, broken))
+    where.path = f"{folder}/m-00001-of-00002.gguf"
     finding = found(storage.NotWhole, where)
-    assert finding.seen == "m.gguf: ends early"
-    assert finding.fix == "hf download org/some--name q4/m.gguf --force-download"
+    assert finding.seen == str(broken)
+    again = "hf download org/some--name q4/m-00002-of-00002.gguf --force-download"
+    assert finding.fix == again
+
+
+def test_what_could_not_be_measured_is_unknown(tmp_path: Path) -> None:
+    hidden = system(tmp_path, speeds=Speeds(why_not="the kernel tells its owner only"))
+    for check in (reading.Mapped, reading.ReadAhead, disks.Busy, disks.Encrypted):
+        with pytest.raises(Unknown, match="its owner only"):
+            looked(check, hidden)
 
 
 LAYERS = {
@@ -409,6 +419,7 @@ def test_a_loop_device_without_direct_reads(tmp_path: Path) -> None:
     assert seconds(finding) == 2.5  # a copy at 12 GB/s
     assert finding.fix == "losetup --direct-io=on /dev/loop3"
     assert finding.undo == "losetup --direct-io=off /dev/loop3"
+    assert looked(disks.Loop, system(tmp_path, LOOP, size=1 << 20, **said)) is None
     direct = LOOP | {"/sys/block/loop3/loop/dio": "1\n"}
     assert looked(disks.Loop, system(tmp_path, direct, **said)) is None
 

@@ -118,9 +118,11 @@ def _finding(article: Element, finding: Finding) -> None:
         add(rows, "dd", public(text))
     for label, text in (("fix", finding.fix), ("undo", finding.undo)):
         if text:
-            command, remark = remedy(text, root=finding.root)
+            sentence, command, remark = remedy(text, root=finding.root)
             add(rows, "dt", label)
             its = add(rows, "dd")
+            if sentence:
+                add(its, "p", public(sentence))
             if command:
                 add(its, "code", public(command))
             if remark:

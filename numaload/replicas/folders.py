@@ -8,7 +8,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Collection, Container, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from numaload import trace
@@ -18,7 +18,9 @@ from numaload.machine import userdir
 PARTS = ".parts"  # ends the names of files that are not whole: nobody takes them for models
 MANIFEST, LOCK = "manifest.json", "lock"
 ASIDE = re.compile(rf"\.{MANIFEST}\.[0-9a-f]{{8}}")  # while it is written
-NODES, LINK = re.compile(r"node[0-9,-]+"), re.compile(r"/proc/\d+/fd/\d+")
+# Of a node's replica, or of links for those who ask for it by another name or folder.
+NODES = re.compile(r"node[0-9,-]+(\.[0-9a-f]{32})?")
+LINK, BESIDE = re.compile(r"/proc/\d+/fd/\d+"), re.compile(r"\.\./node[0-9,-]+/[^/]+")
 REPLICA_MODE = 0o400
 MOST_LINKS = 10_000  # in the folder of a replica
 # Errors that say that there is nothing, or no entry. EPERM is raised here, for other file systems.
@@ -83,9 +85,11 @@ def write(name: str, manifest: bytes, files: Links, store: int, *, held: bool = 
         raise
 
 
-def link_others(folder: str, source: str) -> None:
-    """Link everything in ``source`` that a replica's folder has no file for.
+def link_others(folder: str, source: str, apart: Mapping[str, str]) -> str:
+    """Link everything in ``source`` that a replica's folder has no file for; return the folder.
 
+    apart: {name asked for: the replica's} where it was mirrored by other names or from another
+    folder: who asks so gets a folder of links beside the replica's, and nobody else's files.
     Links that lead to what is no more there are taken away. Raises: StoreError, ReadError;
     ReplicaNotFoundError where the replica was released meanwhile, and its folder with it.
     """
@@ -95,35 +99,50 @@ def link_others(folder: str, source: str) -> None:
         raise ReadError(reason(error), path=source) from error
     if len(names) > MOST_LINKS:
         raise StoreError(f"{source}: {len(names)} files, expected at most {MOST_LINKS} to link")
+    links = {name: os.path.join(source, name) for name in names}
     try:
+        if apart:
+            from numaload.files.source import digest  # not in holders, which link nothing
+
+            own = os.path.basename(folder)
+            links |= {name: f"../{own}/{replica}" for name, replica in apart.items()}
+            folder += f".{digest(os.fsencode('/'.join((source, *apart))))}"
+            with suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
         with userdir.folder(folder, None) as inside:
-            _link_others(inside, source, names)
+            _link_others(inside, source, links)
     except FileNotFoundError as error:
         raise ReplicaNotFoundError(
             f"{folder}: the replica was released since it was attached, its folder is gone"
         ) from error
     except OSError as error:
         raise StoreError(f"{folder}: cannot link the source's files: {reason(error)}") from error
+    return folder
 
 
-def _link_others(inside: int, source: str, names: Collection[str]) -> None:
+def _link_others(inside: int, source: str, links: Mapping[str, str]) -> None:
     there = set(os.listdir(inside))
-    for name in there.difference(names):
-        if _is_link_to(name, inside, {source}):
+    for name in there.difference(links):
+        if _target(name, inside) == os.path.join(source, name):
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=inside)
-    for name in set(names).difference(there):
+    for name in set(links).difference(there):
         with suppress(FileExistsError):
-            os.symlink(os.path.join(source, name), name, dir_fd=inside)
+            os.symlink(links[name], name, dir_fd=inside)
 
 
-def _is_link_to(name: str, folder: int, sources: Container[str]) -> bool:
-    """Return whether this is a link to the file of its name in one of these folders."""
+def _target(name: str, folder: int) -> str:
+    """Return what a link leads to; "" for what is no link."""
     try:
-        target = os.readlink(name, dir_fd=folder)
-    except OSError:  # it is no link
-        return False
-    return os.path.basename(target) == name and os.path.dirname(target) in sources
+        return os.readlink(name, dir_fd=folder)
+    except OSError:
+        return ""
+
+
+def _is_link(name: str, folder: int) -> bool:
+    """Return whether this is a link as ``link_others`` makes them, of whatever source's folder."""
+    target = _target(name, folder)
+    return os.path.basename(target) == name or BESIDE.fullmatch(target) is not None
 
 
 def remove(name: str, store: int) -> bool:
@@ -135,7 +154,7 @@ def remove(name: str, store: int) -> bool:
     try:
         folder = _below(name, store)
         try:
-            stays = _empty(folder, *_named(folder))
+            stays = _empty(folder, _named(folder))
         finally:
             os.close(folder)
     except OSError as error:
@@ -153,11 +172,8 @@ def _below(name: str, parent: int) -> int:
     return folder
 
 
-def _named(folder: int) -> tuple[dict[str, str] | None, set[str]]:
-    """Return {replica's name: size} by the manifest, None without one, and the source's folders.
-
-    Raises: OSError.
-    """
+def _named(folder: int) -> dict[str, str] | None:
+    """Return {replica's name: size} by the manifest, None without one. Raises: OSError."""
     try:
         # Numbers may be of any length.
         row = json.loads(userdir.read_owned(MANIFEST, folder), parse_int=str)
@@ -167,23 +183,23 @@ def _named(folder: int) -> tuple[dict[str, str] | None, set[str]]:
             with suppress(LookupError, TypeError):  # damaged: the mode of a replica is enough
                 found = [i[2] for i in row["model"]["identities"] for _ in ("", PARTS)]
                 sizes.update(zip(sizes, found))  # noqa: B905
-            return sizes, set(map(os.path.dirname, paths))
+            return sizes
     except FileNotFoundError:
-        return None, set()
+        return None
     except userdir.UNREADABLE as error:
         if isinstance(error, OSError) and not isinstance(error, StoreError):
             raise
     raise PermissionError(errno.EPERM, "is no manifest of an entry", MANIFEST)
 
 
-def _empty(folder: int, sizes: dict[str, str] | None, sources: set[str]) -> bool:
+def _empty(folder: int, sizes: dict[str, str] | None) -> bool:
     """Remove what is in an entry; return whether replicas stay.
 
     The manifest goes last: it tells who goes on after a kill which files are replicas.
     """
     stays = False
     for node in filter(NODES.fullmatch, os.listdir(folder)):
-        stays |= _empty_node(node, folder, sizes, sources)
+        stays |= _empty_node(node, folder, sizes)
     found = os.listdir(folder)
     if not any(map(NODES.fullmatch, found)):
         for file in found:
@@ -193,18 +209,21 @@ def _empty(folder: int, sizes: dict[str, str] | None, sources: set[str]) -> bool
     return stays
 
 
-def _empty_node(node: str, folder: int, sizes: dict[str, str] | None, sources: set[str]) -> bool:
-    """Remove a node's replicas; return whether any stay. Errors stop neither others nor this."""
+def _empty_node(node: str, folder: int, sizes: dict[str, str] | None) -> bool:
+    """Remove a node's replicas and links to others; return whether any replicas stay.
+
+    Errors stop neither others nor this.
+    """
     stays = False
     try:
         inside = _below(node, folder)
         try:
             for file in os.listdir(inside):
-                if sizes is None or file in sizes:
-                    stays |= not _unlink(file, inside, sizes or {}) and sizes is not None
-                elif _is_link_to(file, inside, sources):
+                if _is_link(file, inside):
                     with suppress(FileNotFoundError):
                         os.unlink(file, dir_fd=inside)
+                elif sizes is None or file in sizes:
+                    stays |= not _unlink(file, inside, sizes or {}) and sizes is not None
         finally:
             os.close(inside)
     except OSError as error:

@@ -278,6 +278,8 @@ class Mirror(NotCopyable):
 
         The replica's files have the source's names, so that any program loads the model from this
         path: transformers, diffusers, peft, vLLM, llama.cpp. Links are made when this is called.
+        Who opened the files by other names, or in another folder, than they were mirrored by has a
+        folder apart, with those names and what that folder has.
         Where nothing was copied it is the source's own folder.
         Raises: as ``paths``; UsageError for a model whose files are in several folders; StoreError.
         """
@@ -286,9 +288,14 @@ class Mirror(NotCopyable):
         if len(folders) > 1:
             raise UsageError(f"{sources[0]}: its files are in several folders, which no folder has")
         found, (source,) = os.path.dirname(paths[0]), folders
-        if found != source:
-            link_others(found, source)
-        return found
+        if found == source:
+            return found
+        mirrored = [lease.entry for lease in self._leases if f"/{lease.entry.name}/" in found]
+        apart = {}
+        if any(entry.model.paths != tuple(sources) for entry in mirrored):
+            own = map(os.path.basename, paths)
+            apart = dict(zip(map(os.path.basename, sources), own, strict=True))
+        return link_others(found, source, apart)
 
     def verify(self) -> Verified:
         """Ask the kernel for every page again and hash every chunk. Nothing is raised by this."""

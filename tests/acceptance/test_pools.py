@@ -378,6 +378,59 @@ def test_a_folder_for_any_program(numaload: Numaload, tmp_path: Path) -> None:
     numaload("store", "path", path, status=1)
 
 
+def test_each_who_asks_has_its_own_folder_and_names(
+    numaload: Numaload, models: list[str], tmp_path: Path
+) -> None:
+    """As in the hub's cache: files of several folders that are one file."""
+    paths = [tmp_path / "1" / "m.gguf", tmp_path / "2" / "m.gguf", tmp_path / "2" / "other.gguf"]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        (path.parent / "config.json").write_text(path.parent.name)
+    paths[0].symlink_to(models[0])
+    paths[1].symlink_to("../1/m.gguf")
+    os.link(models[0], paths[2])
+    for hold in ((), ("--hold",)):
+        numaload("mirror", paths[0], *hold)
+        folders = [
+            Path(numaload("store", "path", path).stdout.strip()) for path in (*paths, *paths)
+        ]
+        assert folders[:3] == folders[3:]
+        assert len(set(folders)) == 3
+        for path, folder in zip(paths, folders, strict=False):
+            assert (folder / "config.json").read_text() == path.parent.name
+            assert (folder / path.name).samefile(folders[0] / "m.gguf")
+            assert not (folder / path.name).samefile(models[0])
+        said = numaload("exec", paths[2], "--", "cat", "{folder}/config.json").stdout
+        assert said == "2"
+        assert "warning" not in numaload("release").stderr
+        assert list(numaload.store.glob("*.*")) == []
+    assert paths[2].samefile(models[0])
+
+
+def test_a_folder_has_the_files_of_where_the_model_is_now(
+    store: Path, models: list[str], tmp_path: Path
+) -> None:
+    before, now = tmp_path / "before", tmp_path / "now"
+    before.mkdir()
+    os.rename(models[0], before / "m.gguf")
+    (before / "config.json").write_text("{}")
+    mirrored(str(before / "m.gguf"))
+    catalogue.folder(before / "m.gguf")
+    os.rename(before, now)
+    folder = Path(catalogue.folder(now / "m.gguf"))
+    assert (folder / "config.json").read_text() == "{}"
+    reclaim.release(stored.entries())  # also links that lead nowhere
+    assert list(store.glob("*.*")) == []
+
+
+def test_links_to_any_folder_go_with_the_entry(store: Path, models: list[str]) -> None:
+    mirrored(models[0])
+    (folder,) = store.glob("*.*/node0")
+    (folder / "config.json").symlink_to("/elsewhere/config.json")
+    reclaim.release(stored.entries())
+    assert list(store.glob("*.*")) == []
+
+
 def test_links_that_others_made_stay(store: Path, tmp_path: Path) -> None:
     path = sparse_model(tmp_path / "m.gguf", MIB)
     with api.mirror(path, nodes="local", shared=True) as mirror:

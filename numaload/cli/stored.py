@@ -7,7 +7,8 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numaload.cli import pagecache, prewarming
 from numaload.cli.machine import memory
@@ -24,6 +25,9 @@ from numaload.cli.output import (
     size,
 )
 from numaload.cli.replicas import PLACED, by_replica, where
+
+if TYPE_CHECKING:
+    from numaload.files.source import Identity
 
 # By what has become of the file that was mirrored.
 SOURCE_TEXTS = {
@@ -81,15 +85,18 @@ class _Chosen(NamedTuple):
 
 
 def _chosen(files: list[str]) -> _Chosen:
-    """Find entries by the paths of their files, through links too: these may have changed."""
+    """Find entries by the paths of their files, through links too: these may have changed.
+
+    Or by the files themselves, as ``mirror`` does: they may have other names now.
+    """
     from numaload.replicas import reclaim, store
 
     stays = reclaim.sweep()
     entries, damaged = store.scan()
     if not files:
         return _Chosen(entries, [], damaged, stays)
-    names = [_names(entry.model.paths) for entry in entries]
-    wanted = _wanted(files)
+    names = [_names(e.model.paths) | set(map(_known_by, e.model.identities)) for e in entries]
+    wanted = {file: its | _as_they_are(file) for file, its in _wanted(files).items()}
     every = set().union(*wanted.values())
     chosen = [entry for entry, its in zip(entries, names, strict=True) if its & every]
     missing = [file for file in files if not any(its & wanted[file] for its in names)]
@@ -106,6 +113,23 @@ def _names(paths: Iterable[str]) -> set[str]:
     from numaload.files.source import real_path
 
     return {name for path in paths for name in (os.path.abspath(path), real_path(path))}
+
+
+def _known_by(identity: Identity) -> str:
+    """Return what a file is known by whatever its name is. A link to it changes its ctime."""
+    return str(identity[:4])
+
+
+def _as_they_are(file: str) -> set[str]:
+    """Return what this model's files are known by, as far as they can be opened."""
+    from numaload.errors import ReadError
+    from numaload.files.source import SourceFile
+
+    found = set()
+    for path in _siblings(file):
+        with suppress(ReadError), SourceFile(path) as one:
+            found.add(_known_by(one.opened))
+    return found
 
 
 def _complain_none(missing: list[str]) -> None:

@@ -346,6 +346,22 @@ def test_replicas_are_found_through_links_and_relative_paths(
     assert left_over(numaload) == []
 
 
+def test_replicas_are_found_by_any_name_of_their_files(
+    numaload: Numaload, own_model: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "others"
+    folder.mkdir()
+    others = [folder / os.path.basename(path) for path in own_model]
+    for move in (os.link, os.replace):
+        numaload("mirror", own_model[0])
+        for path, other in zip(own_model, others, strict=True):
+            move(path, other)
+        assert len(numaload.json("status", others[1])["replicas"]) == 1
+        assert "all checksums right" in numaload("verify", others[1]).stdout
+        assert "released" in numaload("release", others[0]).stdout
+    assert left_over(numaload) == []
+
+
 def test_files_without_replicas_are_named(
     numaload: Numaload, model: str, own_model: list[str]
 ) -> None:

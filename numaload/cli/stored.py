@@ -188,7 +188,7 @@ def _why_not_ready(file: str) -> str:
         lacks = lacking(file, topology().all)
     except NumaloadError as error:
         return str(error)
-    return f"no replica of it as it is now on {on_nodes(lacks)}" if lacks else ""
+    return f"no whole replica of it as it is now on {on_nodes(lacks)}" if lacks else ""
 
 
 def _used() -> list[str]:

@@ -137,12 +137,15 @@ def attach(
 ) -> Mirror:
     """Return the replicas of this model that are in the store, for this process to use.
 
-    nodes: which are needed; by default all that is there. policy: only replicas of this one.
+    nodes: which are needed; by default all that is there. policy: only replicas of this one; on
+    one node they are all the same.
     Looked at are the source's and the replicas' sizes, owners and times; pages and checksums were
     proved when they were built. The kernel is asked where the pages are when ``report`` is first
     looked at; ``verify()`` checks the checksums too.
-    Raises: ReplicaNotFoundError, saying whether the file changed since it was mirrored.
+    Raises: ReplicaNotFoundError, saying whether the file changed since it was mirrored; UsageError.
     """
+    if policy not in ("", *POLICIES, MIXED):
+        raise UsageError(f"policy {policy!r}: expected {' or '.join((*POLICIES, MIXED))}")
     needed = None if nodes is None else topology().select(nodes)
     with _opened(path) as weights:
         made = _attach_shared(weights, needed, policy)
@@ -151,13 +154,13 @@ def attach(
 
 
 def lacking(path: str | os.PathLike[str], nodes: Sequence[int], policy: str = "") -> list[int]:
-    """Return the nodes that no replica of the model, as its files are now, serves.
+    """Return the nodes that no whole replica of the model, as its files are now, serves.
 
     policy: only by replicas of this one.
     """
     with open_weights(path) as weights:
         found = store.find(weights.model(), policy)
-    serving = by_node({group: group for group in found})
+    serving = by_node({group: group for group, one in found.items() if one.policy != MIXED})
     return [node for node in nodes if node not in serving]
 
 
@@ -528,7 +531,11 @@ def _publish(model: known.Model, built: Built, folder: int, options: MirrorOptio
 
 def _attach_shared(weights: Weights, needed: Sequence[int] | None, policy: str) -> Mirror:
     """Attach the replicas on the ``needed`` nodes; None: every replica that is there."""
-    found = store.find_of([part.file.opened for part in weights.parts], policy)
+    opened = [part.file.opened for part in weights.parts]
+    found = store.find_of(opened, MIRROR if policy == BIND else policy)
+    if not found and policy in (INTERLEAVE, STRIPE):  # on one node it was stored as mirror
+        alike = store.find_of(opened, MIRROR)
+        found = {group: one for group, one in alike.items() if len(one.nodes) == 1}
     if not found:
         raise ReplicaNotFoundError(_why_missing(weights, ()))
     if needed is None:

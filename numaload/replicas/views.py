@@ -51,7 +51,8 @@ class MirrorReport:
     binding: str = ""
     unbound: list[int] = field(default_factory=list)  # placed by first touch, not bound
     holders: list[int] = field(default_factory=list)  # processes that keep the memory
-    off_node: int = 0  # bytes of stripes that lie on another node than their rows
+    # Bytes of stripes that lie on another node than their rows; None where patterns placed some.
+    off_node: int | None = 0
     note: str = ""
 
     @property
@@ -147,9 +148,14 @@ class Mirror(NotCopyable):
         report.holders = [entry.holder.pid for entry in entries if entry.holder]
         return report
 
-    def off_node(self) -> int:
-        """Return the bytes of striped replicas that lie on another node than their rows."""
-        striped = (one for one in self._layouts.values() if one and one.stripes and not one.only)
+    def off_node(self) -> int | None:
+        """Return the bytes of striped replicas that lie on another node than their rows.
+
+        None where patterns placed tensors: no layout says which of them are striped.
+        """
+        striped = [one for one in self._layouts.values() if one and one.stripes]
+        if any(one.only for one in striped):
+            return None
         return sum(off_node(self._weights, layout) for layout in striped)
 
     @property
@@ -200,7 +206,8 @@ class Mirror(NotCopyable):
 
         Of a striped replica that node's run; all of them where each node has its own replica. At
         both ends of a run there may be a part of a page that lies on a neighbour.
-        Raises: TensorNotFoundError; UsageError where nodes take turns by blocks, whatever the rows.
+        Raises: TensorNotFoundError, ClosedError; UsageError where nodes take turns by blocks,
+        whatever the rows.
         """
         here = self._machine.node_of_cpu(_current_cpu())
         near = self.nodes[0] if here is None else self._machine.nearest(here, self.nodes)
@@ -233,6 +240,8 @@ class Mirror(NotCopyable):
 
     def _share(self, name: str, node: int) -> tuple[Share, bool]:
         """Return which of its rows a node has, and whether other nodes have the others."""
+        if self._closed:  # the weights may be the caller's, and open
+            raise ClosedError("this mirror was closed")
         tensor = self._weights[name].as_stored()
         group = self._groups.get(node, (node,))
         if self._is_mixed:

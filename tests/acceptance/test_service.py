@@ -61,6 +61,14 @@ def test_systemd_is_told_when_the_model_is_mirrored(numaload: Numaload, tmp_path
     numaload("release", path)
 
 
+def test_what_patterns_placed_is_not_ready(numaload: Numaload, tmp_path: Path) -> None:
+    path = sparse_model(tmp_path / "m.gguf", MIB)
+    numaload("mirror", path, "--place", ".*=mirror")
+    assert "no whole replica" in numaload("status", "--ready", path, status=1).stdout
+    numaload("mirror", path)
+    assert numaload("status", "--ready", path).stdout == "ready\n"
+
+
 def test_containers_of_a_pod_share_the_store(tmp_path: Path) -> None:
     (pod,) = blocks("service.md", "yaml")
     assert "NUMALOAD_STORE" in pod

@@ -132,6 +132,27 @@ def test_attach_finds_only_what_is_there(numaload: Numaload, model: str, store: 
     assert not store.exists()
 
 
+def test_on_one_node_all_policies_are_found(store: Path, model: str) -> None:
+    api.mirror(model, "local", policy="bind", shared=True).close()
+    for policy in ("mirror", "bind", "interleave", "stripe"):
+        with api.attach(model, policy=policy) as found:
+            assert found.report.policy == "mirror"
+    with pytest.raises(api.errors.UsageError, match=r"policy 'foo': expected mirror or .* mixed"):
+        api.attach(model, policy="foo")
+    with pytest.raises(api.errors.ReplicaNotFoundError):
+        api.attach(model, policy="mixed")
+
+
+def test_a_closed_mirror_tells_no_rows(store: Path, model: str) -> None:
+    with api.open(model) as weights:
+        mirror = api.mirror(weights, "local", shared=True)
+        assert mirror.local_rows(NAME).size
+        mirror.close()
+        for ask in (lambda: mirror.local_rows(NAME), lambda: mirror.rows(NAME, 1)):
+            with pytest.raises(api.errors.ClosedError):
+                ask()
+
+
 def test_attach_holds_only_what_it_uses(mirror: api.Mirror, model: str) -> None:
     """A mirror of some nodes does not keep the replicas of others in use."""
     mirror.close()

@@ -34,6 +34,7 @@ from numaload.replicas.layout import (
     unit_of,
 )
 from numaload.replicas.mirror import MirrorOptions
+from numaload.replicas.views import Mirror
 from numaload.weights import Weights
 
 SHAPES = {
@@ -185,6 +186,14 @@ def test_patterns_part_a_file_into_copies_and_what_there_is_once(weights: Weight
         for layout in layouts.values():
             assert layout.covers(0, start, stop) or not list(layout.ranges(0, start, stop))
     assert layouts[0, 1].node_at(0, weights["token_embd.weight"].offset + PAGE) == 1
+
+
+def test_bytes_beside_their_rows_are_not_counted_where_patterns_placed_some(
+    weights: Weights,
+) -> None:
+    for place, expected in (([("", "stripe")], None), ([("", "mirror")], 0)):
+        layouts = placed_by(weights, place, (0, 1), (0, 1))
+        assert Mirror(weights, {}, [(0, 1)], None, None, {}, layouts).off_node() == expected
 
 
 def test_what_is_skipped_is_in_no_layout(weights: Weights) -> None:

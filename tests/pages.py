@@ -22,7 +22,10 @@ def blocks(page: str, language: str = "python") -> list[str]:
 def fences(page: str) -> int:
     """Blocks of any kind, so that none can be left out."""
     text = (DOCS / page).read_text(encoding="utf-8")
-    return len(re.findall("^```", text, re.MULTILINE)) // 2
+    found = re.findall("^ *```", text, re.MULTILINE)
+    assert len(found) % 2 == 0, f"{page}: a block has no end"
+    assert set(found) <= {"```"}, f"{page}: a block is indented"
+    return len(found) // 2
 
 
 def run(words: list[str], folder: Path, numaload: Numaload) -> str:

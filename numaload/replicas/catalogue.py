@@ -79,7 +79,11 @@ class Table:
 
 
 def table() -> Table:
-    """Return what is in the store, rebuilt from what is there. Raises: StoreError."""
+    """Return what is in the store, rebuilt from what is there. Raises: StoreError.
+
+    What went with its holder, or was replaced and has no user any more, is cleared before.
+    """
+    reclaim.sweep()
     entries = stored.entries()
     used = reclaim.uses(entries)
     rows = [_row(entry, used[entry.name]) for entry in entries]

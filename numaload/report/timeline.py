@@ -19,7 +19,7 @@ from numaload.formats.jsontext import DECODER, JsonText
 MOST_BYTES = 64 << 20  # of a trace file: some 400,000 events
 LONGEST_EVENT = 16 << 10  # characters
 LONGEST_NAME = 80  # characters of a stage or a thread
-LATEST = 1e15  # microseconds: 31 years
+LATEST = 1e17  # microseconds: since 1970, as some write, it is 1.8e15
 MOST_NODE = 1 << 16  # kernels are built for at most 1024
 CELLS = 400  # into which the time is divided
 LANES = 40  # that are drawn; of the others only the sum is told
@@ -114,7 +114,8 @@ def timeline_of(events: Iterable[Any], source: str | None) -> Timeline:
     for event in events:
         try:
             if event["ph"] == "X":
-                found.setdefault(_key(event), []).append(_checked(event))
+                checked = _checked(event)  # before there is a lane for it
+                found.setdefault(_key(event), []).append(checked)
             elif event["ph"] == "M" and event["name"] == "thread_name":
                 threads[_text(event["pid"]), _text(event["tid"])] = _text(event["args"]["name"])
             elif event["ph"] == "M" and event["name"] == "process_name":

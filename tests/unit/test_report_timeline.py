@@ -85,6 +85,19 @@ def test_events_that_are_odd_are_counted_and_left_out(tmp_path: Path) -> None:
     assert len(found.lanes) == 1
 
 
+def test_a_stage_of_odd_events_alone_has_no_lane() -> None:
+    found = timeline_of([event("read", 1, 1, 1, {"bytes": -1}), event("open", 1, 1)], None)
+    assert ([lane.stage for lane in found.lanes], found.odd) == (["open"], 1)
+    assert timeline_of(ODD, None).odd == len(ODD)
+
+
+def test_times_since_1970_are_drawn() -> None:
+    found = timeline_of([event("read", 1732900000000000.1 + 50 * i, 50) for i in (0, 1)], None)
+    assert found.odd == 0
+    assert found.lanes[0].runs == [(0, CELLS, -1)]
+    assert found.seconds == pytest.approx(100e-6, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -98,8 +98,9 @@ def _elements(text: JsonText) -> Iterator[Any]:
         part = text.text[text.pos : text.pos + LONGEST_EVENT]
         try:
             event, end = DECODER.raw_decode(part)
-        except (ValueError, RecursionError):
-            text.expected(f"a trace event of at most {LONGEST_EVENT} characters")
+        except (ValueError, RecursionError) as error:
+            why = getattr(error, "msg", error)  # without its place, which is in the part
+            text.fail(f"expected a trace event of at most {LONGEST_EVENT} characters: {why}")
         text.pos += end
         yield event
         mark = text.mark(",]", ", or ] after a trace event")

@@ -123,6 +123,11 @@ def test_page_says_what_is_not_known(page: Callable[..., Page], tmp_path: Path) 
         assert said in shown.text
 
 
+def test_page_tells_of_odd_events_where_no_other_is(page: Callable[..., Page]) -> None:
+    shown = page(timeline=timeline_of([event("read", -1, 1)], "/t.json"))
+    assert "Left out: 1 event not as expected.\nNo stage was recorded." in shown.text
+
+
 def hostile(text: str) -> dict[str, Any]:
     """Return facts that have this text wherever a file, a kernel or a user gives one."""
     return {

@@ -21,6 +21,8 @@ HOW = "For the timeline of a real load: NUMALOAD_TRACE=trace.json PROGRAM, then 
 def draw_lanes(section: Element, timeline: Timeline | None, palette: Palette) -> None:
     if timeline and timeline.source is None:
         add(section, "p", f"This is what making the report did. {HOW}")
+    if timeline and timeline.odd:
+        add(section, "p", f"Left out: {count(timeline.odd, 'event')} not as expected.")
     if not (timeline and timeline.lanes):
         add(section, "p", "No stage was recorded.")
         return
@@ -37,8 +39,6 @@ def draw_lanes(section: Element, timeline: Timeline | None, palette: Palette) ->
     if timeline.others:
         text = f"{count(timeline.others, 'event')} of further stages and threads"
         add(section, "p", f"Not drawn: {text}, {seconds(timeline.others_s)} together.")
-    if timeline.odd:
-        add(section, "p", f"Left out: {count(timeline.odd, 'event')} not as expected.")
 
 
 def _told(lane: Lane) -> str:

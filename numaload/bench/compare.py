@@ -25,7 +25,7 @@ MOST_SERIES, MOST_VALUES, LONGEST_NAME = 10_000, 2 * MOST_ROUNDS, 200  # VALUES:
 UNITS = ("GB/s", "Gw/s", "ns")
 SIGNIFICANT = 0.05  # of all rows of a report together: each has its part of it
 NO_LIMIT = ("rounds", "pairs")  # parameters that may differ: they only change how much is seen
-LABELS = {"file": "FILE", "bytes": "the size of FILE"}
+LABELS = {"file": "FILE", "bytes": "the size of FILE", "files": "the number of its files"}
 CHANGING = ("date", "load before", LOAD_AFTER, "in huge pages")  # from run to run
 FASTER, SLOWER, SAME, FEW = "faster", "slower", "no difference", "too few rounds"
 

@@ -94,8 +94,13 @@ def _parameters(options: argparse.Namespace) -> dict[str, Any]:
     """Return what was asked to be measured, so that another report can be told from it."""
     found = {name: value for name, value in vars(options).items() if name not in NO_PARAMETERS}
     if found.get("file") is not None:
-        found["file"] = os.path.abspath(found["file"])
-        found["bytes"] = os.path.getsize(found["file"]) if os.path.isfile(found["file"]) else None
+        file = found["file"] = os.path.abspath(found["file"])
+        found["bytes"] = os.path.getsize(file) if os.path.isfile(file) else None
+        if options.bench == "mirror":  # of all files, whichever of them is named
+            from numaload.files.source import model_paths
+
+            paths = model_paths(file)
+            found |= {"bytes": sum(map(os.path.getsize, paths)), "files": len(paths)}
     return found
 
 

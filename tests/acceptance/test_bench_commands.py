@@ -10,6 +10,7 @@ import pytest
 
 from commands import Numaload
 from numaload.demo import write_model
+from safetensors_builder import model as safetensors_model
 
 BANDWIDTH = ("bench", "bandwidth", "--nodes", "local", "--size", "1M", "--rounds", "8")
 
@@ -85,6 +86,20 @@ def test_mirror_is_beside_its_limits(numaload: Numaload, tmp_path: Path) -> None
     done = numaload("bench", "mirror", path, "--rounds", 1)
     assert "replicas on node" in done.stdout
     assert "of copy, 1 thread" in done.stdout
+
+
+def test_mirror_of_another_model_in_the_folder_is_not_compared(
+    numaload: Numaload, tmp_path: Path
+) -> None:
+    model = tmp_path / "st" / "model.safetensors"
+    model.parent.mkdir()
+    model.write_bytes(safetensors_model({"a": ("F32", [1 << 10])}))
+    old = tmp_path / "old.json"
+    old.write_text(numaload("bench", "mirror", model.parent, "--rounds", 1, "--json").stdout)
+    assert json.loads(old.read_text())["parameters"]["files"] == 1
+    model.write_bytes(safetensors_model({"a": ("F32", [1 << 11])}))
+    done = numaload("bench", "mirror", model.parent, "--rounds", 1, "--compare", old, status=2)
+    assert "the size of FILE is" in done.stderr
 
 
 def test_mirror_refuses_what_is_no_model(numaload: Numaload, tmp_path: Path) -> None:

@@ -197,8 +197,11 @@ class _Tuner:
         self.part, self.todo = LEAST, iter(())
         rate = self._turn(sink, plan.way)  # wakes the device, too
         most = min(MOST, available().free // OF_MEMORY, int(rate * TURN_S))
-        while 2 * self.part <= most and len(self._parts()) >= 2 * PARTS:
+        while 2 * self.part <= most:
             self.part *= 2
+            if len(self._parts()) < PARTS:  # ranges may be in pieces that hold no larger ones
+                self.part //= 2
+                break
         self.todo = iter(())
         found = TunedSink(plan.way, plan.way)
         self._search(sink, plan.candidates, found, until - (1 - SEARCHED) * SECONDS)

@@ -197,6 +197,16 @@ def test_all_parts_are_read_before_any_again(file: SourceFile) -> None:
     assert {stop - start for start, stop in parts} == {PART}
 
 
+def test_a_file_in_pieces_keeps_parts_that_they_hold(file: SourceFile) -> None:
+    tuner = Simulated(file, lambda _: 1e9)
+    tuner.ranges = [(54 * i * MIB, (54 * i + 50) * MIB) for i in range(9)]
+    tuner.tune(CACHE)
+    assert (tuner.part, len(tuner._parts())) == (LEAST, 9)
+    tuner.ranges = [(0, 1 << 40)]
+    tuner.tune(CACHE)
+    assert tuner.part > LEAST
+
+
 def test_parts_that_others_brought_in_are_not_measured(file: SourceFile) -> None:
     tuner = _Tuner(file, lambda _: None)
     Path(file.path).read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from statistics import median
@@ -25,8 +26,9 @@ from numaload.bench.mirror import MirrorReport
 from numaload.bench.read import STATES, ReadReport, Row
 from numaload.bench.ways import BUFFER, CEILING
 from numaload.dequantize import DTYPES
-from numaload.errors import UsageError
+from numaload.errors import UsageError, reason
 from numaload.linux.syscalls import PAGE
+from numaload.machine import userdir
 
 ALL = 0.99  # of a file: with less in the page cache, that share is shown
 COLORS = ("#1f6feb", "#9a6700", "#6e7781", "#a40e26")
@@ -185,19 +187,23 @@ def _compared(report: DequantReport) -> list[str]:
 def check_plot(path: str) -> None:
     """Refuse a path that could not be drawn. Raises: UsageError."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # noqa: F401 - whether it is there
     except ImportError:
         raise UsageError("--plot needs matplotlib: pip install 'numaload[plot]'") from None
-    if _ending(path) not in Figure().canvas.get_supported_filetypes():
+    if _ending(path) not in ("svg", "png"):
         raise UsageError(f"--plot {path}: expected a name that ends in .svg or .png")
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        wrong = path if os.path.isdir(path) else folder
+    folder = os.path.dirname(os.path.realpath(path))  # a link to a picture stays one
+    is_other = os.path.lexists(path) and not os.path.isfile(path)
+    if is_other or not os.access(folder, os.W_OK):
+        wrong = path if is_other else folder
         raise UsageError(f"--plot {path}: {wrong} cannot be written to as a file there")
 
 
 def plot(report: DequantReport, path: str) -> None:
-    """Draw a row per type, the rate of each way to float32. Raises: UsageError, OSError."""
+    """Draw a row per type, the rate of each way to float32. Raises: UsageError.
+
+    A picture that was there is replaced by a whole one, or stays.
+    """
     check_plot(path)
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -206,7 +212,15 @@ def plot(report: DequantReport, path: str) -> None:
     with mpl.rc_context({"svg.hashsalt": "numaload", "svg.fonttype": "none"}):
         figure = Figure(figsize=(9, 0.34 * len(report.rows) + 1.6), layout="constrained")
         _bars(figure.subplots(), report)
-        figure.savefig(path, metadata={"Date": None} if _ending(path) == "svg" else None)
+        picture, kind = io.BytesIO(), _ending(path)
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(picture, format=kind, metadata=metadata)
+    where, name = os.path.split(os.path.realpath(path))
+    try:
+        with userdir.folder(where, None) as folder:
+            userdir.write_whole(name, picture.getvalue(), folder)
+    except OSError as error:
+        raise UsageError(f"--plot {path}: {reason(error)}") from error
 
 
 def _ending(path: str) -> str:

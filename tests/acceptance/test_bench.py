@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 
 import numaload as package
 from commands import Numaload, command_lines
-from numaload.bench import dequant
+from numaload.bench import dequant, table
 from numaload.errors import UsageError
 
 FEW = ("--qtype", "q4_k,Q1_0,F32", "--rounds", "1")
@@ -86,6 +89,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         "--ggml b.so: one is named ggml already",
     ),
     "plot-ending": (("--plot", "x.doc"), "x.doc: expected a name that ends in .svg"),
+    "plot-tex": (("--plot", "x.pgf"), "x.pgf: expected a name that ends in .svg"),
 }
 
 
@@ -96,6 +100,31 @@ def test_wrong_words_are_refused_at_once(numaload: Numaload) -> None:
         WRONG.values(), command_lines(numaload, lines), strict=True
     ):
         assert (status, said in told) == (2, True), told
+
+
+def test_a_plot_replaces_a_whole_file_or_nothing(numaload: Numaload, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    os.mkfifo(tmp_path / "fifo.svg")
+    (tmp_path / "full.svg").symlink_to("/dev/full")
+    for name in ("fifo.svg", "full.svg"):  # neither is opened
+        with pytest.raises(UsageError, match=f"{name} cannot be written to as a file"):
+            table.check_plot(str(tmp_path / name))
+    earlier = tmp_path / "earlier.svg"
+    earlier.write_text("a picture")
+    words = ("bench", "dequant", "--qtype", "F16", "--dtype", "float32", "--rounds", "1")
+    limited = f"""
+import json, resource
+from numaload.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+print(json.dumps(main.main({[*words, "--json", "--plot", str(earlier)]!r})))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", limited], capture_output=True, text=True, check=True,
+        env=numaload.environment,
+    )  # fmt: skip
+    assert f"--plot {earlier}: File too large" in done.stderr
+    assert earlier.read_text() == "a picture"
+    assert len(os.listdir(tmp_path)) == 3
 
 
 def test_without_matplotlib_the_extra_is_named(numaload: Numaload) -> None:

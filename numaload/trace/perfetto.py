@@ -150,8 +150,9 @@ def _append(fd: int, lines: list[bytes]) -> None:
             done += os.pwrite(fd, data[done:], at + done)
         os.ftruncate(fd, at + len(data))
     except BaseException:
-        os.ftruncate(fd, at)
-        os.pwrite(fd, END if at else b"", at)
+        if at:
+            os.pwrite(fd, END, at)  # first: where nothing can be written, nothing has changed
+        os.ftruncate(fd, at + len(END) if at else 0)
         raise
 
 

@@ -204,11 +204,14 @@ def test_unusable_path_is_said_once_and_the_work_goes_on(
     assert "\x1b" not in done.stderr
 
 
-def test_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [-3, -2, -1, 0, 50])
+def test_full_disk_leaves_what_was_there(tmp_path: Path, more: int) -> None:
     path = tmp_path / "t.json"
     traced(path)
     before = path.read_bytes()
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 50},) * 2)"
+    limit = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + more},) * 2)"
+    )
     assert "File too large: no trace is written" in traced(path, f"{limit}\n{PROGRAM}")
     assert path.read_bytes() == before
 

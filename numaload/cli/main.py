@@ -104,8 +104,10 @@ def _status(arguments: list[str]) -> int:
         return 0
     if not trace.span("command").is_on:
         return _run_verb(arguments)
+    from numaload.cli.output import show_warnings
     from numaload.trace.imports import spanned_imports
 
+    show_warnings()  # the first span is written at once, which may fail
     with spanned_imports():
         return _run_verb(arguments)
 

@@ -123,6 +123,16 @@ def test_command_without_a_trace_says_nothing_of_it(numaload: Numaload, model: s
     assert numaload("prewarm", model).stderr == ""
 
 
+@pytest.mark.parametrize("python", ["", "error"])
+def test_unusable_trace_is_a_warning_of_the_command(
+    numaload: Numaload, monkeypatch: pytest.MonkeyPatch, python: str
+) -> None:
+    monkeypatch.setenv("NUMALOAD_TRACE", "/nosuch/x")
+    monkeypatch.setenv("PYTHONWARNINGS", python)
+    (line,) = numaload("nodes").stderr.splitlines()
+    assert line.startswith("numaload: warning: NUMALOAD_TRACE: /nosuch/x: No such file")
+
+
 def table() -> dict[str, str]:
     """{span: its row} of docs/tracing.md."""
     (section,) = re.findall(

@@ -120,13 +120,13 @@ def show_files(files: Sequence[FileResidency]) -> None:
     if not files:
         return
     say("page cache:")
-    rows = [[f"  {f.path}", size(f.resident), size(f.size), _where(f)] for f in files]
+    rows = [[f"  {f.path}", _resident(f, f.resident), size(f.size), _where(f)] for f in files]
     print_table(["  file", "resident", "of", "by node"], rows)
     for file in files:
         if file.known and file.size:
             say(f"  [{bar(file.cells)}] {_share(file)} of {file.path}")
     rows = [
-        [f"  {t.name}", size(t.resident), size(t.nbytes), _by_node(t)]
+        [f"  {t.name}", _resident(f, t.resident), size(t.nbytes), _by_node(t)]
         for f in files
         for t in f.tensors
     ]
@@ -145,6 +145,10 @@ def _share(file: FileResidency) -> str:
     if 0 < percent < 100:
         percent = min(max(percent, 0.1), 99.9)
     return f"{percent:.3g} %"
+
+
+def _resident(file: FileResidency, nbytes: int) -> str:
+    return size(nbytes) if file.known else "unknown"
 
 
 def _where(file: FileResidency) -> str:

@@ -24,11 +24,12 @@ import pytest
 import numaload as api
 from commands import KEPT, LIMIT_S, Numaload, evict, resident
 from confined import DOCKER
-from numaload.cli.pagecache import bar
+from numaload.cli.pagecache import bar, show_files
 from numaload.files.residency import asked_by, map_quietly
 from numaload.files.source import SourceFile
 from numaload.linux import syscalls
 from numaload.linux.mapping import map_file, populate_read
+from numaload.pagecache.residency_report import FileResidency, TensorResidency
 from safetensors_builder import model as safetensors_model
 
 TIB = 1 << 40
@@ -283,6 +284,16 @@ def test_status_shows_a_bar_and_tensors(cold: list[str], numaload: Numaload) -> 
     assert KEPT * float(size) < float(resident) <= float(size)
     assert all(re.search(rf"^  {re.escape(name)} ", text, re.MULTILINE) for name in names)
     assert NAME not in numaload("status", cold[0]).stdout
+
+
+def test_status_calls_unknown_what_the_kernel_does_not_tell(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tensor = TensorResidency("t", 1 << 20, 0)
+    show_files([FileResidency("/m", 1 << 20, known=False, tensors=[tensor])])
+    said = capsys.readouterr().out
+    assert re.findall(r"^  (/m|t) +unknown +1\.0 MiB", said, re.MULTILINE) == ["/m", "t"]
+    assert "0 B" not in said
 
 
 def test_status_as_json(warm: list[str], numaload: Numaload) -> None:

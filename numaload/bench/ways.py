@@ -493,7 +493,7 @@ METHODS = (
     ),
     ReadMethod(
         "readahead", CACHE, "readahead(2) in steps of 2 MiB, then a byte of each waited for",
-        _read_ahead, own=True,
+        _read_ahead, warm=False, own=True,
     ),
     ReadMethod(
         "direct-memory", MEMORY, "O_DIRECT into fresh huge pages, each made just before",

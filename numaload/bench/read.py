@@ -17,6 +17,7 @@ from numaload.bench.machine import (
     CONFIDENCE,
     GIB,
     LOAD_AFTER,
+    MOST_ROUNDS,
     Progress,
     Series,
     check_rounds,
@@ -291,8 +292,8 @@ def measure(
     kernel does not give its page cache back; FileChangedError.
     """
     check_rounds(rounds)
-    if pairs < 0:
-        raise UsageError(f"pairs {pairs}: expected at least 0")
+    if not 0 <= pairs <= MOST_ROUNDS:
+        raise UsageError(f"pairs {pairs}: expected at least 0 and at most {MOST_ROUNDS}")
     selected = chosen(ways, threads)
     with SourceFile(path) as file:
         bench = _Bench(file, selected, rounds, progress or (lambda _: None))
@@ -302,6 +303,9 @@ def measure(
                 bench.round(state, f"round {turn + 1} of {rounds}: {state}")
         for duel in DUELS if pairs else ():
             bench.duel(duel, pairs)
+        if pairs and not bench.report.pairs:
+            needed = f"{PREWARM} or {COPY}, and another way into the same place"
+            bench.report.notes.append(f"pairs are not measured: they need {needed}")
         file.check_unchanged()
     bench.report.machine[LOAD_AFTER] = load()
     return bench.report

@@ -61,7 +61,7 @@ def test_every_way_reads_the_file(numaload: Numaload, model_files: list[str]) ->
         (share,) = rows[name]["states"]["cold"]["loaded"]
         assert share is None or share > 0.9, name
     assert rows["direct"]["states"]["warm"]["rate"] > 0
-    assert "warm" not in rows["touch-huge"]["states"]
+    assert all("warm" not in rows[name]["states"] for name in ("touch-huge", "readahead"))
     # A bare ``mirror`` works on what was used, and could do nothing with one file of several.
     assert "no models known" in numaload("mirror", status=2).stderr
 
@@ -71,6 +71,13 @@ def test_streams_of_a_model(store: Path, tmp_path: Path) -> None:
     done = measure(path, ["stream", "copy"], states=["cold"], rounds=1)
     assert [row.way for row in done.rows] == ["copy", "stream"]
     assert done.left_out == {}
+
+
+def test_pairs_that_cannot_be_measured_are_said(store: Path, file: str) -> None:
+    for ways in (["pread-x1", "pread-x2"], ["prewarm"]):
+        done = measure(file, ways, rounds=1, states=["cold"], pairs=1)
+        assert any(note.startswith("pairs are not measured: ") for note in done.notes)
+        assert done.pairs == []
 
 
 @pytest.mark.fast
@@ -110,6 +117,7 @@ def test_wrong_words_are_refused_and_ways_are_listed(numaload: Numaload, file: s
         ("--threads", "x"): "expected numbers",
         ("--rounds", "0"): "rounds",
         ("--pairs", "-1"): "pairs",
+        ("--pairs", "1000000000"): "expected at least 0 and at most 500",
     }
     lines = [("bench", "read", file, *words) for words in wrong]
     *refused, missing, listed = command_lines(

@@ -46,6 +46,9 @@ class Ggml:
             self._library = ctypes.CDLL(self.path)
         except (OSError, ValueError) as error:  # ValueError: a path that is no text
             raise ReadError(f"it cannot be loaded as {LIBRARY}: {error}", path=path) from error
+        if self.convert(QuantType.Q8_0) is None:  # every ggml has it
+            name = self.function_name(QuantType.Q8_0)
+            raise ReadError(f"it has no {name}: expected a {LIBRARY}", path=path)
 
     @staticmethod
     def function_name(qtype: QuantType) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,11 @@ def test_a_library_that_is_none(numaload: Numaload, tmp_path: Path) -> None:
     for path, (status, _, told) in zip(paths, command_lines(numaload, lines), strict=True):
         assert status == 1
         assert f"{path}: it cannot be loaded as libggml-base.so" in told
+    spec = find_spec("xxhash._xxhash")  # a library, but of something else
+    assert spec
+    other = str(spec.origin)
+    done = numaload("bench", "dequant", *FEW, "--ggml", other, status=1)
+    assert f"{other}: it has no dequantize_row_q8_0" in done.stderr
 
 
 def test_without_jit_there_is_nothing_to_measure(
@@ -161,7 +167,6 @@ void dequantize_row_q5_0(const void *x, float *y, long k) { }
 def test_another_librarys_floats_are_compared(numaload: Numaload, tmp_path: Path) -> None:
     """One that computes something else: said, and exit status 1. It lacks other types: a dash."""
     import shutil
-    import subprocess
 
     compiler = shutil.which("cc")
     if not compiler:

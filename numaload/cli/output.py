@@ -46,7 +46,7 @@ def drop(stream: TextIO) -> None:
 
 def show_step(name: object) -> None:
     """Show on a terminal what is being done now, in place of the last step; "" clears it."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":  # which clears no line
         print(f"\r\x1b[K{printable(name)}", end="", file=sys.stderr, flush=True)
 
 

@@ -26,6 +26,7 @@ from numaload.cli.output import (
     print_table,
     progress_bar,
     rate,
+    show_step,
     show_warnings,
     size,
 )
@@ -115,6 +116,16 @@ def test_warnings_are_one_line(capsys: Capture) -> None:
     show_warnings()
     warnings.warn("small pages", NumaloadWarning, stacklevel=1)
     assert capsys.readouterr().err == "numaload: warning: small pages\n"
+
+
+@pytest.mark.parametrize(("term", "shown"), [("dumb", ""), ("xterm", "\r\x1b[Kreading")])
+def test_a_step_is_shown_where_its_line_can_be_cleared(
+    term: str, shown: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", term)
+    show_step("reading")
+    assert capsys.readouterr().err == shown
 
 
 @pytest.mark.parametrize(("terminal", "quiet"), [(False, False), (True, True)])

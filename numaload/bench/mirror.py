@@ -93,9 +93,9 @@ def measure(path: str, rounds: int = 15, progress: Progress | None = None) -> Mi
             COPIES: (partial(copied, paths, len(topology().cpus)), 1),
             CLEAR: (partial(cleared, nbytes), 1),
         }
-        why = _no_room(nbytes)
+        why = _why_not_cp(nbytes)
         if why:
-            report.notes.append(f"{CP} is not measured: {TMPFS}: {why}")
+            report.notes.append(f"{CP} is not measured: {why}")
         else:
             ways[CP] = (partial(_cp, paths), 1)
         report.rates = {name: [] for name in ways}
@@ -113,14 +113,16 @@ def measure(path: str, rounds: int = 15, progress: Progress | None = None) -> Mi
     return report
 
 
-def _no_room(nbytes: int) -> str:
-    """Say why no files of so many bytes can be made on the tmpfs; "" where they can."""
+def _why_not_cp(nbytes: int) -> str:
+    """Say why cp cannot make files of so many bytes on the tmpfs; "" where it can."""
+    if shutil.which("cp") is None:
+        return "no cp is installed"
     try:
         free = shutil.disk_usage(TMPFS).free
         os.close(_nameless())
     except OSError as error:
-        return reason(error)
-    return "" if free > nbytes else f"it has room for {free} bytes, {nbytes} are needed"
+        return f"{TMPFS}: {reason(error)}"
+    return "" if free > nbytes else f"{TMPFS}: it has room for {free} bytes, {nbytes} are needed"
 
 
 def _nameless() -> int:

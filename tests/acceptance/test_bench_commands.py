@@ -102,6 +102,16 @@ def test_mirror_of_another_model_in_the_folder_is_not_compared(
     assert "the size of FILE is" in done.stderr
 
 
+def test_mirror_without_cp_measures_the_others(
+    numaload: Numaload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = write_model(str(tmp_path / "model.gguf"), 1 << 20)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    done = numaload("bench", "mirror", path, "--rounds", 1)
+    assert "cp to tmpfs is not measured: no cp is installed" in done.stderr
+    assert "clearing" in done.stdout
+
+
 def test_mirror_refuses_what_is_no_model(numaload: Numaload, tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     assert "empty" in numaload("bench", "mirror", tmp_path / "empty", status=1).stderr

@@ -91,7 +91,7 @@ def _forget(options: argparse.Namespace) -> int:
         with SourceFile(options.file) as file:
             removed, damaged = forget(file)
     if options.json:
-        print_json([one.to_dict() for one in removed])
+        print_json({"removed": [one.to_dict() for one in removed], "damaged": damaged})
         return 0
     for one in removed:
         ways = "; ".join(f"{sink}: {plan.way}" for sink, plan in one.plans.items())

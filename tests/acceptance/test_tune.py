@@ -125,15 +125,17 @@ def test_forgotten_plans_are_named_and_gone(
     assert said.startswith("removed: tuned 2")
     assert list(cache.iterdir()) == []
     assert numaload("tune", "--forget").stdout == "no tuned plan was kept\n"
-    assert numaload.json("tune", "--forget") == []
+    assert numaload.json("tune", "--forget") == {"removed": [], "damaged": 0}
     record = Path(report["record"])
     record.write_bytes(kept)
-    (one,) = numaload.json("tune", "--forget", model)
+    (one,) = numaload.json("tune", "--forget", model)["removed"]
     assert one["name"] == record.name
     assert set(one["plans"]["page cache"]) == {"name", "threads", "chunk", "gain"}
     record.write_text("{")
     done = numaload("tune", "--forget")
     assert (done.stdout, done.stderr) == ("removed: 1 damaged record\n", "")
+    record.write_text("{")
+    assert numaload.json("tune", "--forget") == {"removed": [], "damaged": 1}
 
 
 def test_what_is_in_ram_cannot_be_measured_and_the_fix_is_named(

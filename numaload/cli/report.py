@@ -73,8 +73,8 @@ def _folder_of(output: str) -> Iterator[int]:
             if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             with suppress(FileNotFoundError):
-                is_file = stat.S_ISREG(os.stat(name, dir_fd=folder).st_mode)
-                if not is_file or _start_of(name, folder) not in (b"", START):
+                there = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                if not stat.S_ISREG(there.st_mode) or _start_of(name, folder) not in (b"", START):
                     raise UsageError(
                         f"{output} is there and is no page: give another name, or remove it"
                     )

@@ -97,7 +97,7 @@ def test_report_draws_a_recorded_load(model: str, numaload: Numaload, tmp_path: 
     assert "trace.json, over" in (tmp_path / "page.html").read_text()
 
 
-@pytest.mark.parametrize("there", ["model", "folder", "fifo", "link"])
+@pytest.mark.parametrize("there", ["model", "folder", "fifo", "link", "dangling"])
 def test_report_replaces_nothing_but_pages(
     there: str, model: str, numaload: Numaload, tmp_path: Path
 ) -> None:
@@ -106,6 +106,8 @@ def test_report_replaces_nothing_but_pages(
         output.mkdir()
     elif there == "fifo":
         os.mkfifo(output)
+    elif there == "dangling":
+        output.symlink_to("nowhere")
     else:
         (shutil.copy if there == "model" else os.symlink)(model, output)
     before = output.lstat()

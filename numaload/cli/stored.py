@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -203,6 +204,7 @@ def _used() -> list[str]:
 
 def _show_status(options: argparse.Namespace, files: pagecache.Files) -> int:
     from numaload.errors import StoreError
+    from numaload.formats.splits import is_there
     from numaload.machine.topology import topology
 
     stored, warming, cached, whole = [], [], files.look(), False
@@ -211,6 +213,10 @@ def _show_status(options: argparse.Namespace, files: pagecache.Files) -> int:
         stored = [row for row in map(_entry_status, chosen.entries) if row]
         warming = prewarming.look(_wanted(options.files))
         whole = not _complain_damaged(chosen.damaged)
+        for file in chosen.missing:
+            if not is_there(file):  # of others there are replicas, or pages at least
+                complain(f"{file}: {os.strerror(errno.ENOENT)}")
+                whole = False
     except StoreError as error:
         complain(str(error))
     stored_all = whole and not any(row.get("error") for row in (*stored, *warming))

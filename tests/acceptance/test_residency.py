@@ -296,6 +296,19 @@ def test_status_calls_unknown_what_the_kernel_does_not_tell(
     assert "0 B" not in said
 
 
+def test_status_names_what_is_not_there(numaload: Numaload, tmp_path: Path) -> None:
+    path = tmp_path / "nosuch.gguf"
+    for more in ([], ["--json"]):
+        assert f"{path}: No such file" in numaload("status", path, *more, status=1).stderr
+    path.write_bytes(safetensors_model({"a": ("F32", [2, 3])}))
+    model = path.rename(tmp_path / "model.safetensors")
+    numaload("mirror", model)
+    model.unlink()
+    done = numaload("status", model)
+    assert str(model) in done.stdout
+    assert done.stderr == ""
+
+
 def test_status_as_json(warm: list[str], numaload: Numaload) -> None:
     for row in numaload.json("status", warm[0])["page_cache"]:
         assert {"path", "size", "resident", "known", "on_nodes"} <= set(row)

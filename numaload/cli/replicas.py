@@ -307,7 +307,7 @@ def _fits(need: Need) -> str:
 
 
 def _of(need: Need) -> str:
-    return f"{size(need.needed)} of {size(need.free or 0)}"
+    return f"{size(need.needed)} of {size(max(0, need.free or 0))}"
 
 
 def mirror(options: argparse.Namespace) -> int:

@@ -50,7 +50,10 @@ class Build(NamedTuple):
 
 @dataclass(frozen=True)
 class Need:
-    """Name a limit and the bytes that would be taken of it. free: None where that is unknown."""
+    """Name a limit and the bytes that would be taken of it.
+
+    free: None where that is unknown, negative by how much a pool is over its budget already.
+    """
 
     name: str
     needed: int
@@ -68,7 +71,8 @@ class Need:
             return f"{self.name}: needs {_gib(self.needed)}, the kernel does not say what it has"
         sign = "fits" if self.fits else "does NOT fit"
         hint = f" ({self.hint})" if self.hint else ""
-        return f"{self.name}: needs {_gib(self.needed)}, has {_gib(self.free)}: {sign}{hint}"
+        free = _gib(max(0, self.free))
+        return f"{self.name}: needs {_gib(self.needed)}, has {free}: {sign}{hint}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class MirrorPlan:
                 f"replicas do not fit, nothing was built: {text}",
                 node=short[0].node,
                 needed=short[0].needed,
-                free=short[0].free or 0,
+                free=max(0, short[0].free or 0),
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,9 +137,9 @@ def plan(
     total = sum(one.nbytes for one in builds)
     needs = [_node_need(node, per_node[node], machine, bound=bound) for node in sorted(per_node)]
     needs += [
-        Need(f"pool {pool} on node {node}", per_node[node], max(0, left[node]), node, OVER_BUDGET)
+        Need(f"pool {pool} on node {node}", per_node[node], left[node], node, OVER_BUDGET)
         for node in sorted(per_node)
-        if node in left
+        if node in left and per_node[node]
     ]
     if total:
         needs += [

@@ -31,8 +31,9 @@ from numaload.replicas.plan import Need
 FOLDER, BUDGETS, JOURNAL = "pools", "budgets.json", "journal.json"
 ROWS = 100  # of the journal
 ASIDE = re.compile(rf"\.({BUDGETS}|{JOURNAL})\.[0-9a-f]{{8}}")  # while one is written
-AMOUNT = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*(?:(%)|([kKmMgGtT])?(?:i?[bB])?)")
+AMOUNT = re.compile(r"(\d{1,18}(?:\.\d{1,6})?)\s*(?:(%)|([kKmMgGtT])?(?:i?[bB])?)")
 UNITS = " KMGT"
+MOST = 10**18  # bytes of a budget, as it is written: they must be read again
 
 
 class Budget(NamedTuple):
@@ -49,14 +50,19 @@ class Budget(NamedTuple):
             raise UsageError(f"budget {text!r}: expected bytes, as 20G, or a share, as 25%")
         if found[2]:
             return cls(float(found[1]), percent=True)
-        return cls(float(found[1]) * 1024 ** UNITS.index((found[3] or " ").upper()), percent=False)
+        nbytes = float(found[1]) * 1024 ** UNITS.index((found[3] or " ").upper())
+        if nbytes >= MOST:
+            raise UsageError(f"budget {text!r}: expected less than 10^18 bytes (909494T)")
+        return cls(nbytes, percent=False)
 
     def of(self, total: int) -> int:
         """Return the bytes of a node that has ``total``."""
         return int(total * self.amount / 100) if self.percent else int(self.amount)
 
     def __str__(self) -> str:
-        return f"{self.amount:g}%" if self.percent else f"{self.amount:.0f}"
+        if self.percent:
+            return f"{self.amount:.6f}".rstrip("0").rstrip(".") + "%"
+        return f"{self.amount:.0f}"
 
 
 @dataclass(frozen=True)
@@ -85,14 +91,16 @@ def checked(pool: str) -> str:
 
 
 def budgets() -> dict[str, Budget]:
-    """Return {pool: its budget}; a record that cannot be read is reported, and counts as none."""
+    """Return {pool: its budget}; what cannot be read is reported, and counts as none."""
     with _folder(create=False) as folder:
+        rows = {} if folder is None else _read(BUDGETS, folder, dict)
+    found = {}
+    for pool, text in rows.items():
         try:
-            rows = {} if folder is None else _read(BUDGETS, folder, dict)
-            return {checked(str(pool)): Budget.parse(str(text)) for pool, text in rows.items()}
-        except UsageError as error:
-            warn_once(BUDGETS, f"{_where(BUDGETS)}: {error}; no pool has a budget")
-            return {}
+            found[checked(str(pool))] = Budget.parse(str(text))
+        except UsageError as error:  # noqa: PERF203 - the others are budgets all the same
+            warn_once(f"{BUDGETS} {pool}", f"{_where(BUDGETS)}: {error}; left out")
+    return found
 
 
 def set_budget(pool: str, budget: Budget | None) -> None:

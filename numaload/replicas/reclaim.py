@@ -264,7 +264,8 @@ def collect(machine: Topology, pool: str = "", idle_s: float | None = None) -> l
         ]
         used = uses(found)
         free = [entry for entry in found if not used[entry.name].users]
-        why = {e.name: "the file changed" for e in free if e.model.state() == "changed"}
+        changed = (e for e in free if not e.keep and e.model.state() == "changed")
+        why = {e.name: "the file changed" for e in changed}
         for entry in free if idle_s is not None else ():
             if not entry.keep and used[entry.name].idle_s >= (idle_s or 0):
                 why.setdefault(entry.name, f"not used for {idle_s:g} s or longer")

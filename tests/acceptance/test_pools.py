@@ -114,6 +114,23 @@ def test_nothing_goes_if_all_that_may_go_is_not_enough(models: list[str]) -> Non
     assert catalogue.table().gone == []
 
 
+@pytest.mark.usefixtures("store")
+def test_in_a_pool_over_its_budget_enough_goes(models: list[str]) -> None:
+    a, b, c, d = models
+    mirrored(a)
+    mirrored(c)
+    unused_for(c, 1000)
+    catalogue.budget("lora", 5 * MIB)  # there are 12: c alone would be enough for d without that
+    with pytest.warns(NumaloadWarning, match="its replicas went: room for"):
+        mirrored(d)
+    assert there() == ["d"]
+    mirrored(b, keep=True, pool="")
+    catalogue.budget("base", 3 * MIB)
+    with pytest.raises(NodeMemoryError, match="has 0 bytes") as caught:
+        mirrored(a, pool="")
+    assert caught.value.free == 0
+
+
 @pytest.mark.parametrize("program", [LEASE, HOLD_OPEN], ids=["lease", "unknown program"])
 def test_what_is_used_does_not_go(store: Path, models: list[str], program: str) -> None:
     a, b, _, _ = models
@@ -212,12 +229,27 @@ def test_budgets_of_nodes_in_percent() -> None:
     budget = pools.Budget.parse("25%")
     assert (budget.of(1000), str(budget)) == (250, "25%")
     assert pools.Budget.parse("1.5G").of(1) == 3 << 29
-    for wrong in ("", "-1", "101%", "G", "1e9", "x" * 1000, "1 2"):
-        with pytest.raises(UsageError, match="expected bytes"):
+    for written in ("1T", "800000T", "0.000001%", "33.333333%", "100%", "0", str(10**18 - 100)):
+        budget = pools.Budget.parse(written)
+        assert pools.Budget.parse(str(budget)) == budget
+    for wrong in ("", "-1", "101%", "G", "1e9", "x" * 1000, "1 2", "1000000T", str(10**18 - 1)):
+        with pytest.raises(UsageError, match=r"expected (bytes|less than 10)"):
             pools.Budget.parse(wrong)
     for name in ("", "../x", "a b", "x" * 33, "\x1b[31m"):
         with pytest.raises(UsageError, match="expected letters"):
             pools.checked(name)
+
+
+@pytest.mark.usefixtures("store")
+def test_a_budget_that_cannot_be_read_takes_no_other_with_it() -> None:
+    catalogue.budget("lora", "20G")
+    catalogue.budget("base", 2 << 40)
+    file = Path(userdir.path(), pools.FOLDER, pools.BUDGETS)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bad": "1e9"}))
+    with pytest.warns(NumaloadWarning, match=r"budgets.json: budget '1e9'.*left out"):
+        catalogue.budget("more", "1G")
+    found = {pool: str(budget) for pool, budget in pools.budgets().items()}
+    assert found == {"lora": str(20 << 30), "base": str(2 << 40), "more": str(1 << 30)}
 
 
 @pytest.mark.parametrize("written", [b"", b"[]", b'{"lora": 5e999}', b'{"../x": "1G"}', b"\xff"])
@@ -227,7 +259,7 @@ def test_records_that_cannot_be_read(models: list[str], written: bytes) -> None:
     folder = Path(userdir.path(), pools.FOLDER)
     for name in (pools.BUDGETS, pools.JOURNAL):
         (folder / name).write_bytes(written)
-    with pytest.warns(NumaloadWarning, match="no record that can be read|no pool has a budget"):
+    with pytest.warns(NumaloadWarning, match="no record that can be read|left out"):
         mirrored(models[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NumaloadWarning)
@@ -333,6 +365,9 @@ def test_a_changed_file_is_mirrored_beside_its_old_replica(models: list[str]) ->
         assert len(catalogue.table().rows) == 1  # it goes when somebody looks
     (entry,) = stored.entries()
     assert (entry.pool, entry.keep) == ("lora", True)  # as the old one
+    os.utime(a)
+    assert catalogue.collect() == []  # nothing replaces it, and it is kept
+    assert stored.entries() == [entry]
 
 
 def test_a_change_that_times_do_not_tell_is_found_by_its_checksum(

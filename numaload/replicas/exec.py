@@ -120,8 +120,12 @@ def _refuse_mixed(source: str | os.PathLike[str]) -> None:
 
 
 def _check(program: Sequence[str], memory: str, copies: int) -> None:
-    if isinstance(program, str) or not program:
-        raise UsageError(f"program {program!r}: expected a list of words, of which it is the first")
+    is_list = isinstance(program, Sequence) and not isinstance(program, (str, bytes))
+    if not is_list or not program or program[0] == "":
+        raise UsageError(f"program {program!r}: expected a list of words, the first its name")
+    for word in program:
+        if not _is_word(word):
+            raise UsageError(f"program: word {word!r}: expected a str that has no NUL")
     if memory not in MEMORY:
         raise UsageError(f"memory {memory!r}: expected {', '.join(MEMORY)}")
     forms = [form for word in program for form in FORM.finditer(word)]
@@ -138,6 +142,13 @@ def _check(program: Sequence[str], memory: str, copies: int) -> None:
             f"{program[0]}: {copies} of it would do the same in each other's way, as on one port:"
             " let an argument have {port:8080}, {node} or {index}"
         )
+
+
+def _is_word(word: object) -> bool:
+    """Return whether a program can be given it as an argument."""
+    with suppress(UnicodeEncodeError):
+        return isinstance(word, str) and b"\0" not in os.fsencode(word)
+    return False
 
 
 def _filled(program: Sequence[str], found: Mirror, index: int, node: int) -> list[str]:
@@ -211,6 +222,7 @@ class _Programs:
     def __init__(self) -> None:
         self._all: list[_Program] = []
         self._asked, self._asking = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._end = 0.0  # how long a reader is waited for when all have ended; 0: for ever
 
     def send(self, number: int) -> None:
         """Have ``wait`` send a signal to all programs, also to those that are still to start.
@@ -221,7 +233,7 @@ class _Programs:
             os.write(self._asking, bytes([number]))
 
     def start(self, node: int, command: Sequence[str], *, labelled: bool) -> None:
-        self._all.append(_Program(node))
+        self._all.append(_Program(node, self._wait_for_reader))
         self._all[-1].start(command, labelled=labelled)
 
     def wait(self, tell: Callable[[Ended], None] | None) -> list[Ended]:
@@ -247,9 +259,31 @@ class _Programs:
         return [found[one.node] for one in self._all]
 
     def _pass_on(self) -> None:
-        for number in os.read(self._asked, CHUNK):
-            for one in self._all:
-                one.send(number)
+        with suppress(BlockingIOError):  # it was done while a reader was waited for
+            for number in os.read(self._asked, CHUNK):
+                self._end = time.monotonic() + END_S
+                for one in self._all:
+                    one.send(number)
+
+    def _wait_for_reader(self, target: int) -> None:
+        """Wait until output can be written, and pass on signals meanwhile.
+
+        Raises: BrokenPipeError if one came, all programs ended, and nobody reads for END_S.
+        """
+        poller = select.poll()
+        poller.register(self._asked, select.POLLIN)
+        poller.register(target, select.POLLOUT)
+        ready: list[int] = []
+        while target not in ready:
+            ready = [fd for fd, _ in poller.poll(LOOK_MS if self._end else None)]
+            if self._asked in ready:
+                self._pass_on()
+            elif not ready and time.monotonic() > self._end and self._have_ended():
+                raise BrokenPipeError
+        self._end = self._end and time.monotonic() + END_S
+
+    def _have_ended(self) -> bool:
+        return all(one.has_ended() for one in self._all)
 
     def __enter__(self) -> _Programs:
         return self
@@ -262,7 +296,7 @@ class _Programs:
                 one.send(number)
                 one.close()
             end = time.monotonic() + END_S
-            while not all(one.has_ended() for one in running) and time.monotonic() < end:
+            while not self._have_ended() and time.monotonic() < end:
                 time.sleep(PAUSE_S)
         for one in self._all:
             one.close()
@@ -273,8 +307,8 @@ class _Programs:
 class _Program:
     """Hold a program, from before its start until it was waited for."""
 
-    def __init__(self, node: int) -> None:
-        self.node, self.pid, self.pidfd = node, 0, -1
+    def __init__(self, node: int, wait: Callable[[int], None]) -> None:
+        self.node, self.wait, self.pid, self.pidfd = node, wait, 0, -1
         self.code: int | None = None
         self.lines: list[_Lines] = []
 
@@ -291,7 +325,7 @@ class _Program:
             for target in (1, 2) if labelled else ():
                 ours, its = os.pipe()
                 theirs.callback(os.close, its)
-                self.lines.append(_Lines(ours, target, b"[node %d] " % self.node))
+                self.lines.append(_Lines(ours, target, b"[node %d] " % self.node, self.wait))
                 actions.append((os.POSIX_SPAWN_DUP2, its, target))
             python = sys.executable or ""
             words = [python, "-I", "-S", START, str(heard), str(os.getpid()), *command]
@@ -332,6 +366,7 @@ class _Program:
     def close(self, *, drain: bool = False) -> None:
         """Let go of its output; drain: of what it has written before, nothing is lost."""
         for lines in self.lines:
+            lines.rest = lines.rest if drain else b""  # nobody may read it
             for _ in range(MOST_CHUNKS if drain else 0):  # others may have the pipe open for ever
                 lines.pass_on()
             lines.close()
@@ -344,11 +379,12 @@ class _Lines:
     """Pass on whole lines from a pipe, each behind a label; their bytes stay as they are.
 
     A line of more than CHUNK bytes is written as several, so that none waits for its end.
+    wait: returns when something can be written to a descriptor.
     """
 
-    def __init__(self, source: int, target: int, label: bytes) -> None:
+    def __init__(self, source: int, target: int, label: bytes, wait: Callable[[int], None]) -> None:
         os.set_blocking(source, False)
-        self.source, self.target, self.label = source, target, label
+        self.source, self.target, self.label, self.wait = source, target, label, wait
         self.rest = b""
 
     def pass_on(self) -> None:
@@ -368,8 +404,9 @@ class _Lines:
         data = memoryview(b"".join(b"%s%s\n" % (self.label, line) for line in lines))
         try:
             while data:
-                select.select([], [self.target], [])  # who shares it may have it not block
-                data = data[os.write(self.target, data) :]
+                self.wait(self.target)
+                # More than that would block, and who shares it may have it not block.
+                data = data[os.write(self.target, data[: select.PIPE_BUF]) :]
         except OSError:  # the program shall find that, too
             self.rest = b""
             self.close()

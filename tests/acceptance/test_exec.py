@@ -221,8 +221,14 @@ def test_wrong_arguments_are_named(numaload: Numaload, model: str) -> None:
     assert absent in numaload("exec", absent, "--", "cat", "{model}", status=1).stderr
     with pytest.raises(UsageError, match="memory 'some': expected prefer, bind, none"):
         api.exec(model, ["cat", "{model}"], memory="some")
-    with pytest.raises(UsageError, match="expected a list of words"):
-        api.exec(model, "cat {model}")
+    odd: tuple[Any, ...] = ("cat {model}", b"cat", 3, Path("cat"), [], ["", "{model}"])
+    for wrong in odd:
+        with pytest.raises(UsageError, match="expected a list of words"):
+            api.exec(model, wrong)
+    odd = ("x\0", 3, b"{model}", Path("x"), "\ud800")
+    for wrong in odd:
+        with pytest.raises(UsageError, match=r"word .*: expected a str that has no NUL"):
+            api.exec(model, ["cat", "{model}", *[wrong]])
 
 
 def test_where_policies_are_refused_cpus_alone_are_set_and_that_is_said(
@@ -399,6 +405,32 @@ def test_a_reader_that_leaves_ends_the_program_as_without_numaload(
             assert job.stdout.readline().endswith(".gguf\n")
             job.stdout.close()
             assert job.wait(LIMIT_S) == 128 + signal.SIGPIPE
+
+
+def test_a_signal_is_passed_on_while_nobody_reads(numaload: Numaload, mirrored: str) -> None:
+    impatient = """
+import sys
+from numaload.cli.main import main
+from numaload.replicas import exec
+exec.END_S = 0.0
+sys.exit(main(["exec", "--nodes", "0", sys.argv[1], "--", "yes", "{model}"]))
+"""
+    ours, its = os.pipe()
+    os.set_blocking(its, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(its, bytes(4096))
+    os.set_blocking(its, True)
+    with subprocess.Popen(
+        [*PYTHON, impatient, mirrored], env=numaload.environment, stdout=its, stderr=subprocess.PIPE
+    ) as job:
+        started = psutil.Process(job.pid)
+        wait_for(lambda: "yes" in [one.name() for one in started.children()], "the program")
+        job.terminate()
+        assert job.wait(LIMIT_S) == 128 + signal.SIGTERM
+        assert b"ended by signal 15" in job.communicate()[1]
+    os.close(ours)
+    os.close(its)
 
 
 # From Python

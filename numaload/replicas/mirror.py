@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from numaload import trace
@@ -53,7 +55,16 @@ from numaload.replicas.layout import (
     sums_of,
 )
 from numaload.replicas.lease import Lease
-from numaload.replicas.plan import HELD, PRIVATE, STORED, Build, MirrorPlan, nodes_of, plan
+from numaload.replicas.plan import (
+    HELD,
+    NO_BUDGET,
+    PRIVATE,
+    STORED,
+    Build,
+    MirrorPlan,
+    nodes_of,
+    plan,
+)
 from numaload.replicas.verify import Verified, by_node, placements_of, verify
 from numaload.replicas.views import Mirror, report_of
 from numaload.weights import Weights, open_weights
@@ -303,19 +314,20 @@ def fitted(
     kept: str,
     bound: bool,
     pool: str = "",
+    moved: Mapping[int, int] = NO_BUDGET,
 ) -> MirrorPlan:
     """Return the plan, after giving back page cache of the models where it needs that room.
 
     Bound memory pushes page cache out by itself; first touch would go to another node instead.
     """
     left = _left(pool, machine)
-    before = plan(builds, machine, kept=kept, bound=bound, pool=pool, left=left)
+    before = plan(builds, machine, kept=kept, bound=bound, pool=pool, left=left, moved=moved)
     if before.fits or bound:
         return before
     for weights in models:
         for part in weights.parts:
             give_back(part.file, [(0, part.file.size)])
-    after = plan(builds, machine, kept=kept, bound=bound, pool=pool, left=left)
+    after = plan(builds, machine, kept=kept, bound=bound, pool=pool, left=left, moved=moved)
     if after.fits:
         warn_once("room", "page cache of the source was given back: the plan needs its room")
     return after
@@ -377,7 +389,10 @@ def plan_shared(models: Sequence[Weights], machine: Topology, options: MirrorOpt
     try:
         pool = _pool(models, options)
         left = _left(pool, machine)
-        todo = plan(builds, machine, kept=options.kept, bound=bound, pool=pool, left=left)
+        todo = plan(
+            builds, machine, kept=options.kept, bound=bound, pool=pool, left=left,
+            moved=_moved(models, options),
+        )  # fmt: skip
         goes, why = ([], "") if todo.fits else reclaim.room(todo.needs, pool, _keys(models))
     except StoreError:  # said already
         return plan(builds, machine, kept=options.kept, bound=bound)
@@ -390,6 +405,24 @@ def _pool(models: Sequence[Weights], options: MirrorOptions) -> str:
         return options.pool
     before = (entry.pool for weights in models for entry in store.changed(weights.model()))
     return next(before, BASE)
+
+
+def _moved(models: Sequence[Weights], options: MirrorOptions) -> Counter[int]:
+    """Return {node: bytes} of what is there and comes into the pool from another one."""
+    entries: dict[str, Entry] = {}
+    for weights in models if options.pool else ():
+        found = store.find(weights.model(), options.policy)
+        entries |= {entry.name: entry for entry in _asked(found, options)}
+    moved: Counter[int] = Counter()
+    for entry in entries.values():
+        moved.update(entry.on_nodes if entry.pool != options.pool else {})
+    return moved
+
+
+def _asked(found: Mapping[Group, Entry], options: MirrorOptions) -> list[Entry]:
+    """Return the entries of these that the options ask for."""
+    groups = options.groups if options.policy != MIXED else sorted(found, key=len)
+    return [found[group] for group in groups if group in found]
 
 
 def _keys(models: Sequence[Weights]) -> set[str]:
@@ -481,12 +514,15 @@ def _mirror_shared(
         bound = can_bind(options, machine)
         builds = _missing(models, options, building=True)
         pool = _pool(models, options)
-        todo = fitted(builds, models, machine, kept=options.kept, bound=bound, pool=pool)
+        planned = partial(
+            fitted, builds, models, machine, kept=options.kept, bound=bound, pool=pool,
+            moved=_moved(models, options),
+        )  # fmt: skip
+        todo = planned()
         if not todo.fits:
             whom = ", ".join(weights.paths[0] for weights in models)
             why = reclaim.make_room(todo.needs, pool, _keys(models), whom)
-            todo = fitted(builds, models, machine, kept=options.kept, bound=bound, pool=pool)
-            todo = replace(todo, why=why)
+            todo = replace(planned(), why=why)
         if announce:
             announce(todo)
         todo.check()
@@ -506,7 +542,7 @@ def _mirror_shared(
                 known.remember(model)
                 found = store.find(model, options.policy)
                 groups = options.groups if options.policy != MIXED else sorted(found, key=len)
-                for entry in [found[group] for group in groups if group in found]:
+                for entry in _asked(found, options):
                     store.mark(entry, pool=options.pool, keep=options.keep)
                 done.append(_attach(weights, list(groups), found, built, machine))
                 failed.callback(done[-1].close)

@@ -123,11 +123,13 @@ def plan(
     bound: bool = True,
     pool: str = "",
     left: Mapping[int, int] = NO_BUDGET,
+    moved: Mapping[int, int] = NO_BUDGET,
 ) -> MirrorPlan:
     """Compare what these replicas take with every limit that they count against.
 
     kept: PRIVATE, HELD by a process, or STORED: then the store's tmpfs is a limit too.
     bound: see ``build``. left: bytes of each node that the budget of ``pool`` leaves.
+    moved: of what is there, and comes into that pool from another one.
     """
     memory.give_back()
     per_node: Counter[int] = Counter()
@@ -136,10 +138,11 @@ def plan(
             per_node.update(layout.on_nodes(model))
     total = sum(one.nbytes for one in builds)
     needs = [_node_need(node, per_node[node], machine, bound=bound) for node in sorted(per_node)]
+    in_pool = per_node + Counter(moved)
     needs += [
-        Need(f"pool {pool} on node {node}", per_node[node], left[node], node, OVER_BUDGET)
-        for node in sorted(per_node)
-        if node in left and per_node[node]
+        Need(f"pool {pool} on node {node}", in_pool[node], left[node], node, OVER_BUDGET)
+        for node in sorted(in_pool)
+        if node in left and in_pool[node]
     ]
     if total:
         needs += [

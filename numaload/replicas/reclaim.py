@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from numaload import trace
-from numaload.errors import StoreError, UsageError, warn_once
+from numaload.errors import NumaloadError, StoreError, UsageError, warn_once
 from numaload.holder.process import HolderProcess
 from numaload.linux.users import users_of
 from numaload.machine import userdir
@@ -120,9 +120,12 @@ def release(chosen: Sequence[Entry], why: str = "released") -> list[Released]:
 
     why: for the journal.
     """
+    used: set[str] = set()
+    with suppress(NumaloadError):  # they are released whoever uses them
+        used = {name for name, use in uses(chosen).items() if use.users}
     with userdir.existing() as store:
         done = [_release(entry, store, why) for entry in chosen if store is not None]
-    return [one for one in done if one is not None]
+    return [replace(one, in_use=one.in_use or one.entry.name in used) for one in done if one]
 
 
 def _release(entry: Entry, store: int, why: str, *, unless_used: bool = False) -> Released | None:

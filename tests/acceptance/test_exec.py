@@ -225,10 +225,10 @@ def test_wrong_arguments_are_named(numaload: Numaload, model: str) -> None:
     for wrong in odd:
         with pytest.raises(UsageError, match="expected a list of words"):
             api.exec(model, wrong)
-    odd = ("x\0", 3, b"{model}", Path("x"), "\ud800")
-    for wrong in odd:
+    words: tuple[Any, ...] = ("x\0", 3, b"{model}", Path("x"), "\ud800")
+    for word in words:
         with pytest.raises(UsageError, match=r"word .*: expected a str that has no NUL"):
-            api.exec(model, ["cat", "{model}", *[wrong]])
+            api.exec(model, ["cat", "{model}", word])
 
 
 def test_where_policies_are_refused_cpus_alone_are_set_and_that_is_said(

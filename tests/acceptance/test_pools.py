@@ -153,6 +153,20 @@ def test_what_is_used_does_not_go(store: Path, models: list[str], program: str) 
     assert there() == ["b"]
 
 
+def test_releasing_says_that_an_unknown_program_still_uses_it(
+    store: Path, models: list[str]
+) -> None:
+    mirrored(models[0])
+    mirrored(models[1])
+    with api.attach(models[0]) as mirror:
+        (replica,) = mirror.paths(mirror.nodes[0])
+    with running(HOLD_OPEN, replica) as user:
+        done = reclaim.release(stored.entries())
+        user.communicate()
+    assert [one.in_use for one in done] == [True, False]
+    assert there() == []
+
+
 def test_a_killed_process_has_no_lease(store: Path, models: list[str]) -> None:
     mirrored(models[0])
     with running(LEASE, models[0]) as user:
@@ -186,6 +200,22 @@ def test_pool_and_keep_can_be_said_later(models: list[str]) -> None:
     mirrored(models[0], pool="")  # says nothing of either
     (row,) = catalogue.table().rows
     assert (row.pool, row.keep) == ("lora", True)
+
+
+@pytest.mark.usefixtures("store")
+def test_what_is_there_moves_only_into_a_pool_that_has_room(models: list[str]) -> None:
+    a, b, *_ = models
+    mirrored(a, pool="base")
+    mirrored(b)
+    catalogue.budget("lora", 5 * MIB)
+    catalogue.budget("small", 2 * MIB)
+    with pytest.raises(NodeMemoryError, match="pool small on node 0: needs"):
+        mirrored(a, pool="small")
+    assert [row.pool for row in catalogue.table().rows] == ["base", "lora"]
+    with pytest.warns(NumaloadWarning, match=f"b.gguf: its replicas went: room for {a}"):
+        mirrored(a)
+    assert [row.pool for row in catalogue.table().rows] == ["lora"]
+    mirrored(a)  # it is there, and needs nothing more
 
 
 def test_what_was_said_later_survives_an_emptied_folder(

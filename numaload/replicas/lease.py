@@ -55,20 +55,20 @@ class Lease(NotCopyable):
 
     @contextmanager
     def _gone(self) -> Iterator[None]:
-        where = f"{userdir.path()}/{self.entry.name}"
+        where, source = f"{userdir.path()}/{self.entry.name}", self.entry.model.paths[0]
         try:
             yield
         except NumaloadError:
             raise
         except FileNotFoundError as error:
-            raise ReplicaNotFoundError(
-                f"{self.entry.model.paths[0]}: its replica ({where}) was released or removed"
-            ) from error
+            went = "was released or removed"
+            if os.path.exists(where):  # only files in it: nothing mends that but a new one
+                went = f"lacks files, which were removed: {_remedy(self.entry)}"
+            raise ReplicaNotFoundError(f"{source}: its replica ({where}) {went}") from error
         except OSError as error:
             check_limits(error, where)
             raise StoreError(
-                f"{self.entry.model.paths[0]}: its replica cannot be opened: {where}:"
-                f" {reason(error)}"
+                f"{source}: its replica cannot be opened: {where}: {reason(error)}"
             ) from error
 
     def _note_use(self) -> None:
@@ -94,16 +94,23 @@ def _map_replica(entry: Entry, path: str, size: int, folder: int) -> MappedMemor
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         fd = os.open(os.path.basename(path), flags, dir_fd=folder)
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            raise StoreError(f"replica {path} is not a file of this user's")
-        if status.st_nlink > 1:
-            raise StoreError(f"replica {path} has {status.st_nlink} names, expected this alone")
-        if status.st_size != size:
-            raise StoreError(f"replica {path} has {status.st_size} bytes, expected {size}")
+        if wrong := _wrong(os.fstat(fd), size):
+            raise StoreError(f"replica {path} {wrong}; {_remedy(entry)}")
         return map_file(fd, size)
     finally:
         os.close(fd)
+
+
+def _wrong(status: os.stat_result, size: int) -> str:
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+        return "is not a file of this user's"
+    if status.st_nlink > 1:
+        return f"has {status.st_nlink} names, expected this alone"
+    return f"has {status.st_size} bytes, expected {size}" if status.st_size != size else ""
+
+
+def _remedy(entry: Entry) -> str:
+    return f"release it, then mirror again: numaload release {entry.model.paths[0]}"
 
 
 def _open_held(entry: Entry, path: str, folder: int) -> int:
@@ -116,7 +123,9 @@ def _open_held(entry: Entry, path: str, folder: int) -> int:
         status = os.fstat(found)
         if (status.st_dev, status.st_ino) not in entry.held:
             pid = entry.holder.pid if entry.holder else None
-            raise StoreError(f"replica {path} is not what process {pid} was given to hold")
+            raise StoreError(
+                f"replica {path} is not what process {pid} was given to hold; {_remedy(entry)}"
+            )
         return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(found)

@@ -499,7 +499,7 @@ def mirror_shared(
     except ReplicaNotFoundError as error:
         paths = ", ".join(weights.paths[0] for weights in models)
         raise ReplicaNotFoundError(
-            f"{paths}: replicas were released by another process while they were mirrored, twice"
+            f"{paths}: replicas were released or removed while they were mirrored, twice: {error}"
         ) from error
 
 

@@ -79,7 +79,8 @@ def scan() -> tuple[list[Entry], dict[str, str]]:
             elif has(name, store):  # or else it was released by someone just now
                 damaged[name] = (
                     f"{userdir.path()}/{name}: this entry cannot be read ({entry}) and is left out;"
-                    " numaload release, without FILE, removes what numaload made of it"
+                    " numaload release, without FILE, removes it if it can tell that it is"
+                    " numaload's, or else remove that folder yourself"
                 )
     return sorted(found, key=lambda entry: entry.created), damaged
 

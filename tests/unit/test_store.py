@@ -231,8 +231,9 @@ def test_a_replica_that_is_another_file_now_is_named(store: Path, model: str, sa
     (entry,) = stores.entries()
     path, (change, holder) = entry.path(entry.groups[0], 0), BROKEN[said]
     change(Path(path))
-    with pytest.raises(StoreError, match=f"^replica {re.escape(path)} {said}"):
+    with pytest.raises(StoreError, match=f"^replica {re.escape(path)} {said}") as caught:
         Lease(replace(entry, holder=holder)).map(entry.groups[0])
+    assert str(caught.value).endswith(f"numaload release {entry.model.paths[0]}")
 
 
 def test_replicas_released_while_they_are_mirrored(store: Path, model: str, tmp_path: Path) -> None:
@@ -255,7 +256,7 @@ def test_replicas_released_while_they_are_mirrored(store: Path, model: str, tmp_
     with pytest.warns(NumaloadWarning, match="mirroring once more"):
         mirror(0)
     assert len(stores.entries()) == 2
-    with pytest.raises(ReplicaNotFoundError, match="were released by another process while"):
+    with pytest.raises(ReplicaNotFoundError, match=r"were released or removed while.*twice"):
         mirror(0, 1)
     for weights in opened:
         weights.close()
@@ -357,6 +358,7 @@ def test_attaching_what_cannot_be_mapped_leaves_no_lease(store: Path, model: str
     with pytest.raises(ReplicaNotFoundError) as caught:
         api.attach(model)
     assert descriptors() == before, caught
+    assert "lacks files, which were removed: release it, then mirror again" in str(caught.value)
     (done,) = reclaim.release(stores.entries())
     assert not done.in_use
 

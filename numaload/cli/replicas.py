@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -264,16 +265,21 @@ def _choice_row(row: Choice, nodes: Iterable[int]) -> Iterator[str]:
 
 
 def _announce(todo: MirrorPlan) -> None:
-    """Say what will be built, and how near to a limit that is or what does not fit."""
+    for line in _plan_lines(todo):
+        note(line)
+
+
+def _plan_lines(todo: MirrorPlan) -> Iterator[str]:
+    """Yield what will be built, and how near to a limit that is or what does not fit."""
     for line in _builds(todo):
-        note(f"plan: {line}")
+        yield f"plan: {line}"
     for need in todo.needs:
         if not need.fits:
-            note(f"plan: {_fits(need)}")
+            yield f"plan: {_fits(need)}"
     known = [need for need in todo.needs if need.free is not None]
     if todo.fits and known:
         least = max(known, key=lambda need: need.needed / max(need.free or 0, 1))
-        note(f"plan: fits: {_of(least)} (tightest limit: {least.name})")
+        yield f"plan: fits: {_of(least)} (tightest limit: {least.name})"
 
 
 def _builds(todo: MirrorPlan) -> Iterator[str]:
@@ -339,23 +345,25 @@ def _watch(options: argparse.Namespace) -> int:
     from numaload.errors import NumaloadError
 
     held: list[Any] = []
+    plans = [""]  # what was said of the last one that did not fit
     told, seen, is_ready = "", None, False
+    options.files = options.files or [weights.paths[0] for weights in _models([])]
+    if not options.files:
+        complain(TEACH)
+        return 2
     while True:
         try:
             now = _as_they_are(options.files)
-            if not now:
-                complain(TEACH)
-                return 2
             if now == seen and not _all_there(now, held):
-                held, told = _mirrored_again(options, held), ""
+                held, told = _mirrored_again(options, held, plans), ""
                 if not is_ready:
                     _tell_systemd("READY=1")
                 is_ready = True
             seen = now
         except NumaloadError as error:
-            if str(error) != told:  # said once, not every few seconds
+            if _worded([str(error)]) != told:  # said once, not every few seconds
                 complain(error)
-            told = str(error)
+            told = _worded([str(error)])
         time.sleep(SETTLE_S if not held else options.watch)
 
 
@@ -372,23 +380,57 @@ def _all_there(now: list[Any], held: list[Any]) -> bool:
     """Return whether the replicas that are in use are those of the files, and have their names."""
     import os
 
-    mirrors = [one for one in held if all(map(os.path.exists, one.paths(one.nodes[0])))]
-    return bool(now) and [one.model.key for one in mirrors] == [model.key for model in now]
+    entries = [lease.entry for one in held for lease in one._leases]  # noqa: SLF001
+    names = [
+        entry.path(group, i)
+        for entry in entries
+        for group in entry.groups
+        if set(group) <= {node for one in held for node in one.nodes}
+        for i in range(len(entry.file_names))
+    ]
+    same = [one.model.key for one in held] == [model.key for model in now]
+    return same and all(map(os.path.exists, names))
 
 
-def _mirrored_again(options: argparse.Namespace, before: list[Any]) -> list[Any]:
+def _mirrored_again(options: argparse.Namespace, before: list[Any], plans: list[str]) -> list[Any]:
+    from numaload.errors import NodeMemoryError
     from numaload.replicas import reclaim
     from numaload.replicas.mirror import mirror_shared
 
+    def announce(todo: MirrorPlan) -> None:
+        before_that, plans[0] = plans[0], _worded(_plan_lines(todo))
+        if plans[0] != before_that:  # what does not fit is tried again and again
+            _announce(todo)
+
     models, machine, wanted = _plan(options)
-    mirrors = mirror_shared(models, machine, wanted, None, _announce)
+    try:
+        mirrors = mirror_shared(models, machine, wanted, None, announce)
+    except NodeMemoryError:
+        keys = {weights.model().key for weights in models}
+        replaced = [one for one in before if one.model.key not in keys]
+        if not replaced:
+            raise
+        for one in replaced:  # where there is no room for both, the old one may go for the new one
+            before.remove(one)
+            one.close()
+        mirrors = mirror_shared(models, machine, wanted, None, announce)
+    plans[0] = ""
     for one in before:
         one.close()
     reclaim.sweep()  # what was replaced may go now
     for one in mirrors:
         one.owns_weights = True
+    if options.json:
+        print_json([one.report for one in mirrors], a_line=True)
+    for one in () if options.json else mirrors:
         _tell(one.report)
+    sys.stdout.flush()  # who reads a pipe waits for it
     return mirrors
+
+
+def _worded(lines: Iterable[str]) -> str:
+    """Return a message without its numbers, as bytes that are free: they change all the time."""
+    return "".join(c for line in lines for c in line if not c.isdecimal())
 
 
 def _tell_systemd(state: str) -> None:
@@ -398,8 +440,11 @@ def _tell_systemd(state: str) -> None:
 
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as one:
-            one.sendto(state.encode(), address.replace("@", "\0", 1))
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as one:
+                one.sendto(state.encode(), address.replace("@", "\0", 1))
+        except OSError as error:
+            note(f"NOTIFY_SOCKET={address}: systemd cannot be told {state}: {error.strerror}")
 
 
 def _tell_how_long(*, hold: bool) -> None:

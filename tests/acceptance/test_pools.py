@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import pytest
 
 import numaload as api
 from commands import Numaload, sparse_model, wait_for
+from numaload.cli import replicas
+from numaload.cli.main import _parser
 from numaload.errors import (
     ClosedError,
     NodeMemoryError,
@@ -587,6 +591,74 @@ def test_watching_keeps_a_model_mirrored(numaload: Numaload, models: list[str]) 
         assert watching.wait() != 0
     found = json.loads(numaload("status", "--ready", a, "--json").stdout)
     assert found == {"ready": True, "why": {}}
+
+
+@contextmanager
+def watching(numaload: Numaload, *words: object) -> Iterator[subprocess.Popen[str]]:
+    """It is ended whatever the test finds."""
+    with numaload.start("mirror", *words, "--watch", "0.1", "--json") as watching:
+        try:
+            yield watching
+        finally:
+            watching.kill()
+
+
+def next_report(watching: subprocess.Popen[str]) -> Any:
+    assert watching.stdout is not None
+    (report,) = json.loads(watching.stdout.readline())
+    return report
+
+
+def test_watching_what_patterns_place_and_a_file_that_is_removed(
+    numaload: Numaload, models: list[str]
+) -> None:
+    a = models[0]
+    with watching(numaload, a, "--place", ".*=mirror") as process:
+        assert next_report(process)["policy"] == "mixed"
+        numaload("release", a)
+        assert next_report(process)["copied"] > 0
+        next(numaload.store.rglob("*.parts")).unlink()
+        assert process.stderr is not None
+        said = "\n"
+        while said and "mirrored, twice" not in said:
+            said = process.stderr.readline()
+            assert "placed by patterns" not in said
+        assert f"numaload release {a}" in said
+        numaload("release", a)
+        assert next_report(process)["copied"] > 0
+
+
+def test_watching_all_models_in_a_pool_that_has_no_room_for_two(
+    numaload: Numaload, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = models[0]
+    numaload("prewarm", a)
+    numaload("store", "budget", "base", "5M")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    with watching(numaload) as process:
+        next_report(process)
+        with open(a, "r+b") as file:
+            file.seek(-8, os.SEEK_END)
+            file.write(b"replaced")
+        assert next_report(process)["copied"] > 0
+        process.kill()
+        said = process.communicate()[1]
+    assert f"{a}: its replicas went: room for {a}" in said
+    assert said.count("NOTIFY_SOCKET=") == 1
+    (row,) = numaload.json("store")["rows"]
+    assert row["source"] == "unchanged"
+
+
+@pytest.mark.usefixtures("store")
+def test_watching_says_once_that_it_does_not_fit(
+    models: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    catalogue.budget("base", "1M")
+    options, plans = _parser(["mirror"]).parse_args(["mirror", models[0], "--watch"]), [""]
+    for _ in range(3):
+        with pytest.raises(NodeMemoryError):
+            replicas._mirrored_again(options, [], plans)
+    assert capsys.readouterr().err.count("plan: pool base on node 0: does NOT fit") == 1
 
 
 def test_watching_nothing_ends(numaload: Numaload) -> None:

@@ -407,13 +407,16 @@ def test_a_reader_that_leaves_ends_the_program_as_without_numaload(
             assert job.wait(LIMIT_S) == 128 + signal.SIGPIPE
 
 
-def test_a_signal_is_passed_on_while_nobody_reads(numaload: Numaload, mirrored: str) -> None:
+def test_a_signal_is_passed_on_while_nobody_reads(
+    numaload: Numaload, mirrored: str, tmp_path: Path
+) -> None:
     impatient = """
 import sys
 from numaload.cli.main import main
 from numaload.replicas import exec
 exec.END_S = 0.0
-sys.exit(main(["exec", "--nodes", "0", sys.argv[1], "--", "yes", "{model}"]))
+writes = 'echo something; touch "$0"; exec sleep 1000'
+sys.exit(main(["exec", "--nodes", "0", sys.argv[1], "--", "sh", "-c", writes, *sys.argv[2:]]))
 """
     ours, its = os.pipe()
     os.set_blocking(its, False)
@@ -421,13 +424,17 @@ sys.exit(main(["exec", "--nodes", "0", sys.argv[1], "--", "yes", "{model}"]))
         while True:
             os.write(its, bytes(4096))
     os.set_blocking(its, True)
+    wrote = tmp_path / "wrote"
+    words = [*PYTHON, impatient, mirrored, str(wrote), "{model}"]
     with subprocess.Popen(
-        [*PYTHON, impatient, mirrored], env=numaload.environment, stdout=its, stderr=subprocess.PIPE
+        words, env=numaload.environment, stdout=its, stderr=subprocess.PIPE
     ) as job:
-        started = psutil.Process(job.pid)
-        wait_for(lambda: "yes" in [one.name() for one in started.children()], "the program")
-        job.terminate()
-        assert job.wait(LIMIT_S) == 128 + signal.SIGTERM
+        try:
+            wait_for(wrote.exists, "its output")
+            job.terminate()
+            assert job.wait(LIMIT_S) == 128 + signal.SIGTERM
+        finally:
+            job.kill()
         assert b"ended by signal 15" in job.communicate()[1]
     os.close(ours)
     os.close(its)

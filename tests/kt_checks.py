@@ -236,6 +236,7 @@ def refusals(path: str) -> dict[str, Any]:
     attempt("twice", lambda: kt_kernel.install(path))
     attempt("node", lambda: handle.loader(5))
     attempt("both", lambda: kt_kernel.install(path + "x", nodes=0, mirrors=[]))
+    attempt("shared", lambda: kt_kernel.install(path + "x", shared=True))
     attempt("absent", lambda: kt_kernel.install(path + "x"))
     attempt("folder", lambda: kt_kernel.install(os.path.dirname(kt_kernel.__file__)))
     attempt("tensor", lambda: handle.loader().get_undequanted_tensor_and_ggml_type("nothing"))

@@ -30,7 +30,7 @@ from numaload.errors import (
 )
 from numaload.files.reader import Progress
 from numaload.formats import gguf
-from numaload.torch_memory import empty, of_bytes, torch_dtype
+from numaload.torch_memory import empty, float_dtype, of_bytes, torch_dtype
 from numaload.weights import Tensor, Weights, open_weights
 
 NameMap = Mapping[str, str] | Callable[[str], str | None]
@@ -175,7 +175,7 @@ class Adapter(NotCopyable):
         Raises: UsageError where one of these is needed or does not fit, UnsupportedTypeError,
         NodeMemoryError before anything is read; ReadError, FileChangedError, CancelledError.
         """
-        wanted = None if dtype is None else torch_dtype(dtype_name(dtype), self.path)
+        wanted = None if dtype is None else float_dtype(dtype)
         parts = list(self._parts(self._modules(model, name_map), heads, model))
         kinds = {name: _made(tensor, dtype) for name, tensor, _ in parts}
         # All at once, which hundreds of small tensors are not: what needs no change stays there.

@@ -90,6 +90,8 @@ def load_state_dict(
     may be partly new, and no others have changed.
     """
     torch = import_torch()
+    if not isinstance(weights, Weights):
+        raise UsageError(f"weights: expected what numaload.open returns, found {weights!r}")
     device = None if device is None else checked_device(device)
     held = _held(module)
     result = _record(module, weights, _names(module, weights, name_map), held, strict=strict)

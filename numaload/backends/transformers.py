@@ -17,7 +17,7 @@ import transformers
 
 from numaload.backends.gguf_config import config_of
 from numaload.backends.gguf_layouts import Names, Share
-from numaload.dtypes import dtype_name
+from numaload.dtypes import KERNEL_DTYPES, dtype_name
 from numaload.errors import StateDictError, UsageError, listed, printable
 from numaload.files.reader import Progress
 from numaload.machine import memory
@@ -46,11 +46,19 @@ def from_pretrained(
     for parameters and tensors that do not fit each other; what ``numaload.open`` raises;
     NodeMemoryError, UnsupportedTypeError, ReadError, FileChangedError, CancelledError.
     """
+    if "state_dict" in options:
+        raise UsageError("state_dict: the weights are those of the file")
+    dtype = options.pop("torch_dtype", dtype)  # as transformers called it before version 5
+    if config is not None and not isinstance(config, transformers.PretrainedConfig):
+        how = "transformers.AutoConfig.from_pretrained(folder)"
+        raise UsageError(f"config: expected what {how} returns, found {config!r}")
     with nullcontext(model) if isinstance(model, Weights) else open_weights(model) as weights:
         config = config_of(weights) if config is None else config
         if dtype is None or dtype == "auto":
             dtype = config.dtype or torch.get_default_dtype()
         kind, dtype = _class_of(config), float_dtype(dtype)
+        if dtype_name(dtype) not in KERNEL_DTYPES:
+            raise UsageError(f"dtype {dtype}: expected {', '.join(KERNEL_DTYPES)}")
         try:
             with torch.device("meta"):
                 plan = _Plan(kind(deepcopy(config)), weights, config)

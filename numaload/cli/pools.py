@@ -108,21 +108,22 @@ def show_path(options: argparse.Namespace) -> int:
 
 
 def set_budget(options: argparse.Namespace) -> int:
-    from numaload.errors import UsageError
     from numaload.replicas import catalogue, pools
 
-    if options.pool is not None:
-        if options.amount is None:
-            raise UsageError(f"budget of {options.pool}: expected an amount, as 20G, 25% or none")
+    if options.amount is not None:
         catalogue.budget(options.pool, None if options.amount == NONE else options.amount)
     found = pools.budgets()
+    if options.amount is None and options.pool is not None:
+        pool = pools.checked(options.pool)
+        found = {pool: found[pool]} if pool in found else {}
     if options.json:
         print_json({pool: str(budget) for pool, budget in found.items()})
         return 0
     for pool, budget in found.items():
         say(f"pool {pool}: at most {_amount(budget)} of each node")
     if not found:
-        say("no pool has a budget")
+        only = options.pool if options.amount is None else None
+        say("no pool has a budget" if only is None else f"pool {only}: no budget")
     return 0
 
 

@@ -67,7 +67,8 @@ def add_verbs(verbs: Any) -> None:
             parser.add_argument(
                 "--ready",
                 action="store_true",
-                help="only whether FILE is mirrored on every node as it is now; by exit status too",
+                help="only whether replicas of FILE, as it is now, serve every node: copies, or one"
+                " in stripes or turns; by exit status too",
             )
 
 
@@ -248,7 +249,8 @@ def _print_stored(stored: list[dict[str, Any]]) -> None:
         for nodes, placement in by_replica(row["placements"]):
             say(f"    {nodes}: {where(placement)}")
         for group, paths in zip(row["groups"], row["replicas"].values(), strict=True):
-            say(f"    replica on {on_nodes(group)}: {paths[0]}")
+            file = paths[0] if paths else "no file has all of it: Weights alone reads it"
+            say(f"    replica on {on_nodes(group)}: {file}")
         if row["holder"]:
             say(f"    held by process {row['holder']}")
         if not row["bound"]:

@@ -43,6 +43,7 @@ USUAL = tuple(
 INSTEAD = {
     ".gguf": "GGUF files are opened by their own names",
     ".bin": "pickled weights are not read: convert them to safetensors where you trust them",
+    "model_index.json": "parts of a diffusers pipeline are models: name the folder of one, as unet",
 }
 LONGEST_NAME = 4096  # bytes of a path that Linux takes
 MAX_INDEX = 100_000_000  # bytes

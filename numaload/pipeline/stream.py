@@ -66,6 +66,8 @@ def stream(
     UnsupportedTypeError, UnknownQuantTypeError, ReadError, FileChangedError, CancelledError,
     NodeMemoryError where two of the largest tensors do not fit, or what the caller keeps.
     """
+    if not isinstance(weights, Weights):
+        raise UsageError(f"weights: expected what numaload.open returns, found {weights!r}")
     output = _output(dtype)
     if ahead < 0:
         raise UsageError(f"ahead: {ahead} bytes, expected 0 or more")

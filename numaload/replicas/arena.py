@@ -129,8 +129,8 @@ class Arena(NotCopyable):
         if failed:
             warn_once(
                 "collapse",
-                "small pages for shared replicas, or parts of them (MADV_COLLAPSE, which needs"
-                f" Linux 6.1: {os.strerror(failed)}); filling is about 3 times slower",
+                "parts of shared replicas may be in small pages, which are filled more slowly"
+                f" (MADV_COLLAPSE, of Linux 6.1 and later: {os.strerror(failed)})",
             )
 
     def close(self) -> None:

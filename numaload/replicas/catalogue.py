@@ -130,6 +130,8 @@ def collect(pool: str = "", idle_s: float | None = None) -> list[reclaim.Release
     """
     if pool:
         pools.checked(pool)
+    if idle_s is not None and not (isinstance(idle_s, (int, float)) and idle_s >= 0):
+        raise UsageError(f"idle_s {idle_s!r}: expected a number of seconds, 0 or more")
     return reclaim.collect(topology(), pool, idle_s)
 
 

@@ -11,6 +11,7 @@ import re
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -90,6 +91,8 @@ def exec_programs(
     machine = topology()
     chosen = machine.select(nodes)
     _check(program, memory, len(chosen))
+    if forward and threading.current_thread() is not threading.main_thread():
+        raise UsageError("forward: only the main thread handles signals")
     source = model.paths[0] if isinstance(model, Weights) else model
     if missing := lacking(source, chosen, MIRROR):
         _refuse_mixed(source)

@@ -216,10 +216,13 @@ def in_turn(nodes: Group, weights: Mapping[int, int] | None = None) -> Layout:
     """
     if weights is None:
         return Layout(nodes)
+    if not isinstance(weights, Mapping):
+        raise UsageError(f"weights {weights!r}: expected {{node: weight}}")
     given = format_list(weights)
     if set(weights) != set(nodes):
         raise UsageError(f"weights for node {given or 'none'}, expected {format_list(nodes)}")
-    wrong = [node for node in nodes if not 1 <= weights[node] <= MOST_WEIGHT]
+    valid = range(1, MOST_WEIGHT + 1)
+    wrong = [node for node in nodes if type(weights[node]) is not int or weights[node] not in valid]
     if wrong:
         node = wrong[0]
         raise UsageError(
@@ -297,7 +300,10 @@ def _ends(tensor: Tensor, policy: str, nodes: Group, turns: Group) -> list[tuple
 
 def check_place(place: Place, nodes: Group) -> None:
     """Check patterns and their policies. Raises: UsageError naming what is wrong."""
-    for pattern, policy in place:
+    for pair in place:
+        if not (isinstance(pair, tuple | list) and [type(one) for one in pair] == [str, str]):
+            raise UsageError(f"place: {pair!r}, expected (pattern, policy), both str")
+        pattern, policy = pair
         try:
             re.compile(pattern)
         except re.error as error:

@@ -257,6 +257,16 @@ def test_collecting(models: list[str]) -> None:
     assert there() == ["c", "d"]
     catalogue.budget("lora", None)
     assert catalogue.table().budgets == {}
+    for never in (-1, float("nan"), "1"):
+        with pytest.raises(UsageError, match="0 or more"):
+            catalogue.collect(idle_s=never)  # type: ignore[arg-type]
+
+
+def test_the_budget_of_one_pool_is_shown(numaload: Numaload) -> None:
+    assert numaload("store", "budget", "lora").stdout == "pool lora: no budget\n"
+    numaload("store", "budget", "base", "2G")
+    numaload("store", "budget", "lora", "1G")
+    assert numaload("store", "budget", "lora").stdout == "pool lora: at most 1.0 GiB of each node\n"
 
 
 def test_budgets_of_nodes_in_percent() -> None:
@@ -339,7 +349,6 @@ def test_store_says_what_is_there_and_why_others_went(
     )
     assert numaload.json("store", "budget") == {"lora": str(1 << 30)}
     assert "lora" not in numaload("store", "budget", "lora", "none").stdout
-    numaload("store", "budget", "lora", status=2)
     numaload("store", "budget", "lora", "lots", status=2)
     numaload("mirror", a, "--pool", "no/pool", status=2)
     numaload("store", "budget", "lora", "0")

@@ -35,6 +35,7 @@ def test_the_unit_is_one(tmp_path: Path) -> None:
         pytest.skip("systemd-analyze is missing: sudo apt-get install -y systemd")
     (unit,) = blocks("service.md", "ini")
     assert "/usr/local/bin/numaload" in unit
+    assert "TimeoutStartSec=infinity" in unit  # mirroring takes as long as the disk does
     program = tmp_path / "numaload"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
@@ -64,6 +65,7 @@ def test_systemd_is_told_when_the_model_is_mirrored(numaload: Numaload, tmp_path
 def test_what_patterns_placed_is_not_ready(numaload: Numaload, tmp_path: Path) -> None:
     path = sparse_model(tmp_path / "m.gguf", MIB)
     numaload("mirror", path, "--place", ".*=mirror")
+    assert "no file has all of it" in numaload("status", path).stdout
     assert "no whole replica" in numaload("status", "--ready", path, status=1).stdout
     numaload("mirror", path)
     assert numaload("status", "--ready", path).stdout == "ready\n"

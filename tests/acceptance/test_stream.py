@@ -248,6 +248,8 @@ def test_what_cannot_mean_anything_is_an_error_at_once(mixed: str) -> None:
         for dtype in ("float64", np.int8, "F32", 7, object()):
             with pytest.raises(errors.UsageError, match="dtype"):
                 api.stream(weights, dtype)
+        with pytest.raises(errors.UsageError, match=r"what numaload\.open returns"):
+            api.stream(weights.paths[0])  # type: ignore[arg-type]
         with pytest.raises(errors.UsageError, match="ahead: -1 bytes"):
             api.stream(weights, ahead=-1)
 

@@ -164,6 +164,7 @@ def test_refusals_have_names(run: Checks, models: dict[str, str]) -> None:
     assert re.match(r"UsageError: .*is in place: close\(\) it first", found["twice"])
     assert re.match(r"UsageError: no replica on node 5", found["node"])
     assert found["both"].startswith("UsageError: give nodes or mirrors")
+    assert "nodes= asks for" in found["shared"]
     assert found["absent"].startswith("FileNotFoundError")
     assert "no .gguf files" in found["folder"]
     assert found["tensor"].startswith("TensorNotFoundError")

@@ -122,8 +122,17 @@ def test_dtypes(tmp_path: Path) -> None:
         assert ours.lm_head.weight.dtype == expected
         assert torch.equal(ours.lm_head.weight, model.lm_head.weight.to(expected))
         assert torch.equal(ours.get_parameter(key), model.get_parameter(key))
-    with pytest.raises(UsageError, match="floating-point"):
-        from_pretrained(tmp_path / "m.gguf", dtype=torch.int8)
+    ours = from_pretrained(tmp_path / "m.gguf", torch_dtype=torch.float16)
+    assert ours.lm_head.weight.dtype == torch.float16
+    refused = {
+        "floating-point": {"dtype": torch.int8},
+        "expected float32, ": {"dtype": torch.float64},
+        "state_dict": {"state_dict": {}},
+        "AutoConfig": {"config": str(tmp_path)},
+    }
+    for said, options in refused.items():
+        with pytest.raises(UsageError, match=said):
+            from_pretrained(tmp_path / "m.gguf", **options)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft of transformers

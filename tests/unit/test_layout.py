@@ -143,9 +143,11 @@ def test_turns_go_by_weight(weights: Weights) -> None:
         ({}, "weights for node none, expected 0-1"),
         ({0: 0, 1: 1}, "weight 0 of node 0: expected a number from 1 to 255"),
         ({0: 1, 1: 256}, "weight 256 of node 1"),
+        ({0: 1.5, 1: 1}, r"weight 1\.5 of node 0"),
+        ("0=2", "expected {node: weight}"),
     ],
 )
-def test_weights_that_are_none_are_refused(given: dict[int, int], message: str) -> None:
+def test_weights_that_are_none_are_refused(given: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         in_turn((0, 1), given)
 
@@ -223,6 +225,8 @@ def test_a_tensor_that_no_pattern_matches_is_named(weights: Weights) -> None:
         ({"policy": "bind"}, "policy bind: expected one node, found 0-1"),
         ({"policy": "stripe", "per": "socket"}, "per socket: only of the policy mirror"),
         ({"policy": "stripe", "ratio": {0: 1, 1: 1}}, "weights: only of the policy interleave"),
+        ({"place": ["mirror"]}, r"expected \(pattern, policy\)"),
+        ({"place": {"": "mirror"}}, r"expected \(pattern, policy\)"),
         ({"place": [("(", "mirror")]}, r"place '\(': .*, expected a regular expression"),
         ({"place": [("x", "best")]}, "place 'x': 'best', expected mirror, interleave, stripe"),
         ({"place": [("x", "bind:9")]}, "'bind:9', expected .* bind:NODE with one of 0-1"),

@@ -253,6 +253,8 @@ def test_modules_that_cannot_be_named(tmp_path: Path, kind: str) -> None:
             adapter.lora_config(model)
         with pytest.raises(UsageError, match=words):
             adapter.state_dict(model=model)
+        with pytest.raises(UsageError, match="floating-point"):
+            adapter.state_dict("int8", model=model)
 
 
 def test_stacked_experts_are_refused_and_stay_pairs(tmp_path: Path) -> None:

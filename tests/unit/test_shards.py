@@ -147,6 +147,7 @@ def test_the_one_file_comes_before_the_index(model: Path) -> None:
 EMPTY: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "found a directory without .safetensors files"),
     "gguf": (["m.gguf", "n.gguf"], "opened by their own names: m.gguf, n.gguf"),
+    "pipeline": (["model_index.json"], "name the folder of one, as unet"),
     "bin": (["pytorch_model.bin"], "pickled weights are not read: convert them"),
 }
 

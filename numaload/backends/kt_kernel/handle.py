@@ -63,6 +63,8 @@ def install(
         )
     if nodes is not None and mirrors is not None:
         raise UsageError("give nodes or mirrors, not both: mirrors already have their nodes")
+    if nodes is None and (shared or hold or strict):
+        raise UsageError("shared, hold and strict are of replicas that nodes= asks for")
     given = [mirrors] if isinstance(mirrors, Mirror) else list(mirrors or ())
     own: list[Weights | Mirror] = []
     try:

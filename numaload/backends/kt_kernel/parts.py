@@ -49,12 +49,14 @@ def place(parts: Mapping[str, ExpertPart], node: int | None = None) -> dict[str,
     """Copy parts, each contiguous, into one node's memory, which goes with the last of them.
 
     node: strictly bound to it and copied by its threads; None: this process's memory.
-    Raises: NodeMemoryError before a page is touched where it does not fit, NumaError.
+    Raises: NodeMemoryError before a page is touched where it does not fit, NumaError, UsageError.
     """
     offsets, total = {}, 0
     for name, part in parts.items():
         offsets[name] = total
         total += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
+    if node is not None:
+        topology().select(node)  # whether it can be used
     way_out = "nothing was copied: divide into more parts, or free memory"
     memory.require(total, "experts' parts", way_out, node=node)
     arrays = {}

@@ -381,7 +381,7 @@ def test_one_damaged_replica_hides_no_other(
     numaload("mirror", own_model[0])
     for verb in ("status", "verify"):
         done = numaload(verb, status=1)
-        assert "released or removed" in done.stderr
+        assert "removed: release it, then mirror again" in done.stderr
         assert own_model[0] in done.stdout
         rows = numaload.json(verb, status=1)
         assert len(rows["replicas"] if verb == "status" else rows) == 2

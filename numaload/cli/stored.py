@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -136,7 +137,8 @@ def _as_they_are(file: str) -> set[str]:
 
 def _complain_none(missing: list[str]) -> None:
     for file in missing:
-        complain(f"{file}: no replicas of it in the store; to make them: numaload mirror {file}")
+        how = f"numaload mirror {shlex.quote(file)}"
+        complain(f"{file}: no replicas of it in the store; to make them: {how}")
 
 
 def _complain_damaged(damaged: dict[str, str]) -> bool:

@@ -22,7 +22,7 @@ from numaload.doctor.findings import ThreadReport, inspect_threads
 from numaload.doctor.interconnect import observe
 from numaload.doctor.opinion import second_opinion
 from numaload.doctor.speeds import Budget, Speeds, measure_speeds
-from numaload.errors import NumaError, NumaloadError, check_limits, reason
+from numaload.errors import NumaError, NumaloadError, SplitError, check_limits, reason
 from numaload.files.network import limit_now
 from numaload.files.residency import (
     Residency,
@@ -163,7 +163,10 @@ class System:
     @property
     def damaged(self) -> str:
         """Return the path of the file that ``damage`` is about, where it is known."""
-        return getattr(self._opened[1], "path", None) or ""
+        error = self._opened[1]
+        if isinstance(error, SplitError) and error.missing:
+            return error.missing[0]
+        return getattr(error, "path", None) or ""
 
     @cached_property
     def weights(self) -> Weights | None:

@@ -113,7 +113,9 @@ def all_there(paths: Iterable[str], total: int, what: str, by: str) -> list[str]
     if missing:
         count = f"{'at least ' * (len(missing) == MOST_MISSING)}{len(missing)} of {total}"
         why = absence(missing[0])
-        raise SplitError(f"{count} {what} missing: {some(missing)}{why}", path=by)
+        error = SplitError(f"{count} {what} missing: {some(missing)}{why}", path=by)
+        error.missing = missing
+        raise error
     return found
 
 

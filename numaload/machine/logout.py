@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import shlex
 import subprocess
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ def tmpfs_limit_note(path: str, needed: int, root: str = "/") -> str:
     # The kernel shows a size that was given to the mount, in KiB, and not the default.
     match = re.search(r"(?:^|,)size=(\d+)k", mount.options)
     given = int(match[1]) << 10 if match else None
-    fix = f"sudo mount -o remount,size={wanted}G {mount.point}"
+    fix = f"sudo mount -o remount,size={wanted}G {shlex.quote(mount.point)}"
     why = "as it was mounted"
     if given is None:
         why = "half of this machine's memory, the default"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -110,7 +111,7 @@ def _wrong(status: os.stat_result, size: int) -> str:
 
 
 def _remedy(entry: Entry) -> str:
-    return f"release it, then mirror again: numaload release {entry.model.paths[0]}"
+    return f"release it, then mirror again: numaload release {shlex.quote(entry.model.paths[0])}"
 
 
 def _open_held(entry: Entry, path: str, folder: int) -> int:

@@ -7,6 +7,7 @@ store are built once, and every process of the user attaches them.
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -473,7 +474,8 @@ def _check_kind(
         if holds:
             path = weights.paths[0]
             raise StoreError(
-                f"{path}: is mirrored already, {what}; release it first: numaload release {path}"
+                f"{path}: is mirrored already, {what}; release it first:"
+                f" numaload release {shlex.quote(path)}"
             )
 
 
@@ -660,6 +662,7 @@ def _why_missing(weights: Weights, missing: Sequence[int]) -> str:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.created))
             return (
                 f"{weights.paths[0]}: changed since it was mirrored on {when};"
-                f" mirror it again: numaload mirror {weights.paths[0]}"
+                f" mirror it again: numaload mirror {shlex.quote(weights.paths[0])}"
             )
-    return f"{weights.paths[0]}: no replica{where}; build it: numaload mirror {weights.paths[0]}"
+    path = weights.paths[0]
+    return f"{path}: no replica{where}; build it: numaload mirror {shlex.quote(path)}"

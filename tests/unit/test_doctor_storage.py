@@ -20,7 +20,7 @@ from numaload.doctor import disks, reading, speeds, storage
 from numaload.doctor.check import Check, Finding, Unknown
 from numaload.doctor.speeds import Speeds
 from numaload.doctor.system import QUICK, DiskUse, System
-from numaload.errors import FormatError, ReadError
+from numaload.errors import FormatError, ReadError, SplitError
 from numaload.files.residency import residency
 from numaload.files.source import SourceFile
 from numaload.linux.mounts import Mount
@@ -353,6 +353,11 @@ def test_a_damaged_file_of_the_hub_s_cache(tmp_path: Path) -> None:
     assert finding.seen == str(broken)
     again = "hf download org/some--name q4/m-00002-of-00002.gguf --force-download"
     assert finding.fix == again
+    lacking = SplitError("1 of 2 split files missing", path=where.path)
+    lacking.missing = [broken.path or ""]
+    where = system(tmp_path, _opened=(None, lacking))
+    where.path = lacking.path
+    assert found(storage.NotWhole, where).fix == again
 
 
 def test_what_could_not_be_measured_is_unknown(tmp_path: Path) -> None:

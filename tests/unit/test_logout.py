@@ -238,7 +238,7 @@ def test_a_size_that_was_given(tmp_path: Path) -> None:
     said = logout.tmpfs_limit_note(root, GIB, root)
     assert "4194304 bytes" in said
     assert "as it was mounted" in said
-    assert "G /mnt/my store" in said
+    assert "G '/mnt/my store'" in said
 
 
 def test_other_file_systems_have_other_limits(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ SOME = 3  # rounds after which what is slower than the default is left out; of t
 FINALISTS = 2  # besides the default
 CLEARLY = 1.05  # times as fast; less is not worth leaving the default
 LEAST_CHUNK = 1 << 20
-ANSWER_S = 0.5  # that a slow device takes to answer what the kernel has asked ahead
+ANSWER_S = 5.0  # that a slow device may take to answer what the kernel has asked ahead
 HIDDEN = "the kernel tells only its owner what of it is in RAM: tune a file of yours on this disk"
 
 
@@ -163,15 +163,15 @@ class _Tuner:
         self.ranges = list(whole_pages(without(found.absent, find_holes(file))))
         self.rng = random.Random()  # noqa: S311 - the order of turns
         self.part = LEAST
-        self.left: list[ByteRange] = []  # that a slow device was still reading when it was dropped
+        self.left: list[ByteRange] = []  # of which something may still be in RAM
         self.todo: Iterator[ByteRange] = iter(())
         self._check()
 
     def give_back(self) -> None:
-        """Drop what could not be dropped after its turn, once the device has answered."""
-        if self.left:
-            time.sleep(ANSWER_S)
-            give_back(self.file, self.left)
+        """Drop what stays of turns: one failed, or a slow device was still reading ahead."""
+        until = time.perf_counter() + ANSWER_S
+        while self.left and time.perf_counter() < until:
+            self.left = give_back(self.file, self.left)
 
     def _check(self) -> None:
         size, count = BEFORE + LEAST, len(self._parts())
@@ -275,13 +275,13 @@ class _Tuner:
         absent = residency(self.file, max(0, start - far), stop + far).absent
         plan = ReadPlan(sink, self.device, (no_more_than(way, self.part),), "")
         read = _into_cache if sink == CACHE else _into_memory
+        slow = self.left
+        self.left = [*slow, *absent]  # before anything is read: Ctrl-C may come at any moment
         # Opened anew, as by who reads a model: the kernel's read-ahead remembers what came before.
-        try:
-            with SourceFile(self.file.path) as file:
-                read(file, start, start + BEFORE, plan)
-                took = read(file, start + BEFORE, stop, plan)
-        finally:
-            self.left += give_back(self.file, absent)
+        with SourceFile(self.file.path) as file:
+            read(file, start, start + BEFORE, plan)
+            took = read(file, start + BEFORE, stop, plan)
+        self.left = [*slow, *give_back(self.file, absent)]
         self.nbytes += stop - start
         return self.part / max(took, 1e-9)
 

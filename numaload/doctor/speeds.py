@@ -114,8 +114,16 @@ def pieces(
             raise Unknown(HIDDEN)  # what this brings into RAM could not be given back
         memory = opened.enter_context(map_private(2 * CHUNK))
         buffer = opened.enter_context(memory.view(0, 2 * CHUNK, write=True))
+
+        def drop() -> None:
+            if found.known and cached:
+                give_back(file, brought(found, cached, device))
+            cached.clear()
+
+        opened.callback(drop)
         for start, stop in ranges:
             missing = found.resident_in(start, stop) < stop - start
+            cached.append((start, stop))  # before it is read: Ctrl-C may come at any moment
             with buffer[: stop - start] as view:
                 read: memoryview | ReadError = view
                 try:
@@ -124,12 +132,10 @@ def pieces(
                     raise
                 except ReadError as error:
                     read = error
-                if not missing or not source.is_direct or read is not view or stop % PAGE:
-                    cached.append((start, stop))
+                if missing and source.is_direct and read is view and not stop % PAGE:
+                    cached.clear()  # it went past the page cache
                 yield (start, stop), read
-            if found.known and cached:
-                give_back(file, brought(found, cached, device))
-                cached.clear()
+            drop()
 
 
 class _Meter:

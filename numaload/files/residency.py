@@ -291,9 +291,18 @@ def read_around(device: Device) -> int:
 def give_back(file: SourceFile, ranges: Iterable[ByteRange]) -> list[ByteRange]:
     """Drop the page cache of these bytes; also what the kernel is still reading ahead there.
 
+    Ctrl-C meanwhile is raised when that is done.
     Returns: those of which something stays: it is in use, or comes from a slow device still.
     """
     todo = list(ranges)
+    try:
+        return _give_back(file, todo)
+    except KeyboardInterrupt:
+        _give_back(file, todo)
+        raise
+
+
+def _give_back(file: SourceFile, todo: list[ByteRange]) -> list[ByteRange]:
     for attempt in range(TRIES):
         time.sleep(PAUSE_S * attempt)
         for start, stop in todo:

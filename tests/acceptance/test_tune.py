@@ -167,10 +167,14 @@ def test_nothing_is_measured_that_cannot_be_kept(
     assert "set NUMALOAD_CACHE_DIR" in done.stderr
 
 
-def test_an_interrupted_tuning_leaves_nothing(numaload: Numaload, model: str, cache: Path) -> None:
+@pytest.mark.parametrize("seconds", [0, 0.02, 0.06, 0.11, 0.17, 0.24, 0.32, 0.41])
+def test_an_interrupted_tuning_leaves_nothing(
+    numaload: Numaload, model: str, cache: Path, seconds: float
+) -> None:
     running = numaload.start("tune", model)
     while running.poll() is None and not resident(model):
         time.sleep(0.001)
+    time.sleep(seconds)  # within a turn, between two, while one is given back
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
     if running.returncode:  # else it was over before

@@ -229,3 +229,27 @@ def test_ways_around_one_keep_their_threads_busy(file: SourceFile) -> None:
     assert around[1] == ReadMethod(MAPPED, 4, LEAST // 4)
     assert all(way.threads * way.chunk <= tuner.part for way in around)
     assert all(way.chunk >= MIB for way in tuner._around(ReadMethod(MAPPED, 16, MIB)))
+
+
+@pytest.mark.parametrize("moment", [(tune, "_into_cache"), (SourceFile, "drop_cache")])
+def test_ctrl_c_at_any_moment_of_a_turn_leaves_nothing(
+    file: SourceFile, monkeypatch: pytest.MonkeyPatch, moment: tuple[object, str]
+) -> None:
+    """While it reads, and while it gives back what was read."""
+    does = getattr(*moment)
+    raised: list[int] = []
+
+    def interrupted(*args: object) -> object:
+        if raised:
+            return does(*args)
+        raised.append(1)
+        if moment[0] is tune:
+            does(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*moment, interrupted)
+    tuner = _Tuner(file, lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        tuner.tune(CACHE)
+    tuner.give_back()
+    assert resident(file.path) == 0

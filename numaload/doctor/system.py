@@ -11,7 +11,6 @@ import time
 import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
@@ -436,19 +435,16 @@ class System:
         """Close the files, and give back the headers that were read."""
         if self.__dict__.get("nvml") is not None:
             self.nvml.nvmlShutdown()
-        if "_opened" in self.__dict__ and "residency" in self.__dict__:
-            heads = [part.header.data_start for part in self.weights.parts] if self.weights else []
+        opened: Weights | None = self.__dict__.get("_opened", (None, None))[0]
+        if "residency" in self.__dict__:
+            heads = [part.header.data_start for part in opened.parts] if opened else []
             device = self.__dict__.get("device", Device("unknown", "", ""))
             for file, found in zip(self.files, self.residency, strict=True):
-                # Of a damaged file nobody knows how much of it was taken for its header.
+                # Nobody knows how much was read of a damaged file's header, or before Ctrl-C.
                 stop = max(heads) + read_around(device) if heads else file.size
                 if found.known:
                     give_back(file, overlaps(found.absent, 0, stop))
-        closing: Sequence[SourceFile | Weights | None] = (
-            *self.__dict__.get("files", ()),
-            self.__dict__.get("_opened", (None, None))[0],
-        )
-        for one in closing:
+        for one in (*self.__dict__.get("files", ()), opened):
             if one is not None:
                 one.close()
 

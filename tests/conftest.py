@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,13 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def model(model_files: list[str]) -> str:
     """One of the split files: any one will do."""
     return model_files[-1]
+
+
+@pytest.fixture
+def descriptors() -> Callable[[], int]:
+    """Count the files that this process has open; what earlier tests left is collected first."""
+    gc.collect()
+    return lambda: len(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture

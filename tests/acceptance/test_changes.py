@@ -70,10 +70,6 @@ def left_over(store: Path) -> list[str]:
     return [name for name in os.listdir(store) if name not in (MARKER, "lock", "known", "pools")]
 
 
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 def private_bytes() -> int:
     """Anonymous memory of this process that is in RAM."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in x)
@@ -131,7 +127,7 @@ def once(change: Callable[[str], Any], path: str, *, first: bool) -> Callable[[i
 @every_change
 @pytest.mark.parametrize("first", [True, False], ids=["at once", "half-way"])
 def test_while_it_is_copied(
-    own_model: list[str], change: Callable[[str], Any], first: bool
+    own_model: list[str], change: Callable[[str], Any], first: bool, descriptors: Callable[[], int]
 ) -> None:
     before, fds, progress = private_bytes(), descriptors(), once(change, own_model[1], first=first)
     with pytest.raises(FileChangedError, match=own_model[1]):
@@ -143,7 +139,11 @@ def test_while_it_is_copied(
 @every_change
 @pytest.mark.parametrize("first", [True, False], ids=["after the plan", "half-way"])
 def test_while_it_is_mirrored(
-    store: Path, own_model: list[str], change: Callable[[str], Any], first: bool
+    store: Path,
+    own_model: list[str],
+    change: Callable[[str], Any],
+    first: bool,
+    descriptors: Callable[[], int],
 ) -> None:
     fds, progress = descriptors(), once(change, own_model[1], first=first)
     with pytest.raises(FileChangedError, match=own_model[1]):
@@ -214,7 +214,7 @@ def test_a_file_cut_while_it_is_prewarmed(store: Path, tmp_path: Path) -> None:
 
 @every_change
 def test_while_it_is_prewarmed(
-    store: Path, own_model: list[str], change: Callable[[str], Any]
+    store: Path, own_model: list[str], change: Callable[[str], Any], descriptors: Callable[[], int]
 ) -> None:
     """Page cache follows a file that is written to: only bytes that are gone are an error."""
     evict(own_model)
@@ -267,7 +267,7 @@ def test_a_copy_that_does_not_fit_is_refused_with_numbers(tmp_path: Path) -> Non
     assert private_bytes() - before < MIB
 
 
-def test_a_copy_can_be_cancelled(own_model: list[str]) -> None:
+def test_a_copy_can_be_cancelled(own_model: list[str], descriptors: Callable[[], int]) -> None:
     before, fds = private_bytes(), descriptors()
     with pytest.raises(api.errors.CancelledError) as caught:
         api.open(own_model[0], copy=True, progress=lambda done, _: not done)

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -458,7 +458,7 @@ def children() -> set[int]:
 
 
 def test_the_api_returns_how_programs_ended_and_leaves_nothing(
-    store: Path, model: str, capfd: pytest.CaptureFixture[str]
+    store: Path, model: str, capfd: pytest.CaptureFixture[str], descriptors: Callable[[], int]
 ) -> None:
     affinity, policy, others = os.sched_getaffinity(0), syscalls.get_mempolicy(), children()
     asked: list[Any] = []
@@ -476,14 +476,14 @@ def test_the_api_returns_how_programs_ended_and_leaves_nothing(
     assert (ended.node, ended.code, ended.status) == (0, 3, 3)
     assert capfd.readouterr().out == f"[node 0] {os.getpid()}\n"
     assert (asked[0], len(asked) > 1, told) == ([0], True, [ended])
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     with api.open(model) as weights:
         (ended,) = api.exec(weights, ["sh", "-c", "kill -9 $$", "{model}"])
     assert (ended.code, ended.status) == (-9, 137)
     with pytest.raises(ProgramError, match="no-such-program") as caught:
         api.exec(model, ["no-such-program", "{model}"], labelled=True)
     assert caught.value.status == 127
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
     assert (os.sched_getaffinity(0), syscalls.get_mempolicy()) == (affinity, policy)
     assert children() == others
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def test_what_was_given_back_is_counted_by_all_threads(
 
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
 def test_a_failed_build_is_freed_though_its_error_is_kept(
-    source: SourceFile, store: Path, shared: bool
+    source: SourceFile, store: Path, shared: bool, descriptors: Callable[[], int]
 ) -> None:
     addresses: list[int] = []
     with userdir.opened() as folder:
@@ -76,11 +76,11 @@ def test_a_failed_build_is_freed_though_its_error_is_kept(
             addresses.append(arena.mapping.address)
             return arena
 
-        descriptors = len(os.listdir("/proc/self/fd"))
+        before = descriptors()
         with pytest.raises(CancelledError) as kept:
             run(source, allocate=allocate, progress=lambda done, _: done == 0)
         assert kept.value.done > 0
-        assert len(os.listdir("/proc/self/fd")) == descriptors
+        assert descriptors() == before
     assert [mapped(address) for address in addresses] == [False]
 
 

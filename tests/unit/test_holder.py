@@ -51,10 +51,6 @@ def start_time(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 @pytest.fixture
 def start(store: Path) -> Iterator[Start]:
     """Starts holders that end with the test."""
@@ -272,7 +268,7 @@ def test_without_pidfds(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     assert holder.end()
 
 
-def test_a_hundred_files(store: Path, start: Start) -> None:
+def test_a_hundred_files(store: Path, start: Start, descriptors: Callable[[], int]) -> None:
     files = [(f"node{i % 8}", f"m-{i:05}.gguf") for i in range(100)]
     before = descriptors()
     start(files)
@@ -351,7 +347,7 @@ def is_gone(session: int) -> bool:
 
 @pytest.mark.parametrize("kind", ["missing", "a file", "open to others", "a name too long"])
 def test_a_store_that_cannot_be_written_is_an_error(
-    store: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    store: Path, kind: str, monkeypatch: pytest.MonkeyPatch, descriptors: Callable[[], int]
 ) -> None:
     where = store
     if kind == "missing":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -43,15 +44,17 @@ class Other(threading.Thread):
                 self.had = True
 
 
-def test_a_lock_alone_waits_for_nobody_and_leaves_nothing(store: Path, files: list[str]) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+def test_a_lock_alone_waits_for_nobody_and_leaves_nothing(
+    store: Path, files: list[str], descriptors: Callable[[], int]
+) -> None:
+    before = descriptors()
     one, two = SourceFile(files[0]), SourceFile(files[1])
     with one, two, reading_lock([one, two, one]) as waited_for:
         assert waited_for is None
         assert holding()
     assert not holding()
     assert os.listdir(store / "reading") == ["locks"]
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
 
 def test_others_wait_and_know_for_whom(store: Path, files: list[str]) -> None:

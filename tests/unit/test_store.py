@@ -44,10 +44,6 @@ def second(entry: Path) -> Path:
     return entry.with_suffix(".00000000")
 
 
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 def with_model(**changes: Any) -> Callable[[dict[str, Any]], object]:
     return lambda row: row["model"].update(changes)
 
@@ -193,7 +189,9 @@ def test_what_is_no_entry_is_left_out_and_stays(store: Path, model: str, kind: s
     assert (elsewhere / "kept").exists()
 
 
-def test_an_entry_that_is_released_before_it_is_used(store: Path, model: str) -> None:
+def test_an_entry_that_is_released_before_it_is_used(
+    store: Path, model: str, descriptors: Callable[[], int]
+) -> None:
     entry_at(store, model)
     (entry,) = stores.entries()
     lease, before = Lease(entry), descriptors()
@@ -351,7 +349,9 @@ def test_a_lease_that_is_dropped_ends(store: Path, model: str) -> None:
     assert [done.in_use for done in reclaim.release([entry])] == [False]
 
 
-def test_attaching_what_cannot_be_mapped_leaves_no_lease(store: Path, model: str) -> None:
+def test_attaching_what_cannot_be_mapped_leaves_no_lease(
+    store: Path, model: str, descriptors: Callable[[], int]
+) -> None:
     folder = entry_at(store, model)
     next(iter(folder.glob("node*/*"))).unlink()
     before = descriptors()
@@ -365,7 +365,11 @@ def test_attaching_what_cannot_be_mapped_leaves_no_lease(store: Path, model: str
 
 @pytest.mark.parametrize("call", ["link", "rename", "write"])
 def test_publishing_that_fails_leaves_nothing(
-    store: Path, model: str, monkeypatch: pytest.MonkeyPatch, call: str
+    store: Path,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    descriptors: Callable[[], int],
 ) -> None:
     done, before = [], descriptors()
 
@@ -402,7 +406,7 @@ def test_small_files_are_whole_or_not_there(
         os.close(folder)
 
 
-def test_an_arena_that_is_dropped_keeps_no_nameless_file() -> None:
+def test_an_arena_that_is_dropped_keeps_no_nameless_file(descriptors: Callable[[], int]) -> None:
     with userdir.opened() as folder:
         assert folder is not None
         before = descriptors()

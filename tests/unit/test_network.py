@@ -362,7 +362,7 @@ def test_a_job_that_is_cancelled_while_the_server_is_silent(path: str, server: S
 def test_giving_pages_back_is_not_worth_a_wait(
     path: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "DROP_S", 0.1)
+    monkeypatch.setattr(files, "DROP_S", SOON_S)  # or the thread that asks has not begun
     with SourceFile(path) as file:
         server.falls_silent()
         file.drop_cache(0, 0)

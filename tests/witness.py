@@ -21,7 +21,7 @@ PAGE = mmap.PAGESIZE
 def by_numa_maps(pid: int | str, name: str) -> dict[int, int]:
     """{node: base pages} of the mappings of files whose path contains ``name``."""
     found: Counter[int] = Counter()
-    for line in Path(f"/proc/{pid}/numa_maps").read_text().splitlines():
+    for line in Path(f"/proc/{pid}/numa_maps").read_text(errors="replace").splitlines():
         if f"{name}" not in line:
             continue
         unit = int(match[1]) if (match := re.search(r"kernelpagesize_kB=(\d+)", line)) else 4
@@ -68,7 +68,7 @@ def kernel_killed() -> list[str]:
 
 def mapped(address: int) -> bool:
     """Whether this process can reach the address; reserved neighbours do not count."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
         start, stop = (int(word, 16) for word in line.split()[0].split("-"))
         if start <= address < stop:
             return line.split()[1] != "---p"

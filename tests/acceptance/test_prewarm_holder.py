@@ -101,7 +101,7 @@ def test_it_belongs_to_no_terminal_and_is_small(held: Numaload, big: str) -> Non
         os.kill(pid, number)
     time.sleep(0.2)
     assert memory_of(pid)["RssAnon"] < SMALL
-    assert "numpy" not in Path(f"/proc/{pid}/maps").read_text()
+    assert "numpy" not in Path(f"/proc/{pid}/maps").read_text(errors="replace")
     assert stat.S_IMODE(os.stat(held.store / "prewarming").st_mode) == 0o700
     assert told(held)[0]["pid"] == pid
 

@@ -95,9 +95,9 @@ def test_opening_reads_the_header_only(tmp_path: Path) -> None:
         assert weights["big.weight"].nbytes == 2 << 30
         assert weights.nbytes > 2 << 30
         assert _bytes_read() - before < HEAD_READ
-        assert path not in Path("/proc/self/maps").read_text()
+        assert path not in Path("/proc/self/maps").read_text(errors="replace")
         assert not weights["big.weight"].blocks[-1].any()
-        assert path in Path("/proc/self/maps").read_text()
+        assert path in Path("/proc/self/maps").read_text(errors="replace")
 
 
 def test_arrays_are_read_when_asked_for(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def nothing_kept() -> Iterator[None]:
 def maps(address: int | None = None) -> list[str]:
     """Lines of /proc/self/maps: all, or of the range that holds an address."""
     found = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
         start, stop = (int(word, 16) for word in line.split()[0].split("-"))
         if address is None or start <= address < stop:
             found.append(line)

@@ -253,8 +253,13 @@ def test_modules_that_cannot_be_named(tmp_path: Path, kind: str) -> None:
             adapter.lora_config(model)
         with pytest.raises(UsageError, match=words):
             adapter.state_dict(model=model)
-        with pytest.raises(UsageError, match="floating-point"):
-            adapter.state_dict("int8", model=model)
+
+
+def test_matrices_of_integers_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    path = lf.write_gguf(tmp_path / "x.gguf", lf.halves(["blk.0.attn_q"], lf.GGUF_ENDS), "qwen2")
+    with open_adapter(path) as adapter, pytest.raises(UsageError, match="floating-point"):
+        adapter.state_dict("int8", model=MODEL)
 
 
 def test_stacked_experts_are_refused_and_stay_pairs(tmp_path: Path) -> None:

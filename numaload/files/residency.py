@@ -307,7 +307,16 @@ def _give_back(file: SourceFile, todo: list[ByteRange]) -> list[ByteRange]:
         time.sleep(PAUSE_S * attempt)
         for start, stop in todo:
             file.drop_cache(start, stop - start)
-        todo = [(start, stop) for start, stop in todo if cached_bytes(file, start, stop - start)]
+        todo = _in_ram(file, todo)
         if not todo:
             break
     return todo
+
+
+def _in_ram(file: SourceFile, ranges: list[ByteRange]) -> list[ByteRange]:
+    """Return those of which something is in RAM; no server is waited for to tell that."""
+    counts = [cached_bytes(file, start, stop - start) for start, stop in ranges]
+    if None in counts and not file.is_network:  # asked once: mincore takes a mapping
+        found = residency(file, min(ranges)[0], max(stop for _, stop in ranges))
+        counts = [found.resident_in(start, stop) for start, stop in ranges]
+    return [one for one, count in zip(ranges, counts, strict=True) if count]

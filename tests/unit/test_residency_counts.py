@@ -27,6 +27,7 @@ from numaload.files.residency import (
     between,
     cached_bytes,
     cached_on,
+    give_back,
     merged,
     overlaps,
     present,
@@ -34,7 +35,7 @@ from numaload.files.residency import (
 )
 from numaload.files.source import SourceFile
 from numaload.linux import syscalls
-from numaload.linux.mapping import map_file
+from numaload.linux.mapping import map_file, populate_read
 from numaload.pagecache import residency_report
 from numaload.pagecache.residency_report import FileResidency, Span, look, spread, uncertain
 from witness import PAGE
@@ -430,3 +431,21 @@ def test_parts_of_what_is_resident(absent: list[AbsentRange], start: int, length
     part = set(range(start, start + length)) & set(range(61))
     assert found.resident_in(start, start + length) == len(part - bytes_of(absent))
     assert found.resident_in(70, 70 + length) == 0
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["cachestat", "before Linux 6.5"])
+def test_what_cannot_be_given_back_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """Pages that somebody uses stay, and so do those that a slow disk has not answered for."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(16 * MIB))
+    if not told:
+        without_cachestat(monkeypatch)
+    with SourceFile(str(path)) as opened:
+        os.fsync(opened.fd)
+        first, last = (0, 4 * MIB), (12 * MIB, 16 * MIB)
+        with map_file(opened.fd, opened.size) as used:
+            populate_read(used, 0, PAGE)
+            assert give_back(opened, [first, last]) == [first]
+        assert give_back(opened, [first, last]) == []

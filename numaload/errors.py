@@ -11,7 +11,7 @@
     |  |- MetadataError                         an impossible key, value type, string or array
     |  |- TensorInfoError                       a tensor's name, dims or offset, or an overlap
     |  |- UnknownQuantTypeError                 a type id removed from ggml, of a fork, or unknown
-    |  |- SplitError                            split files missing, or not of one model
+    |  |- SplitError                            .missing: split files, or not of one model
     |  `- AdapterError                          no LoRA adapter, or an impossible one
     |- UnsupportedTypeError (NotImplementedError)  no way to float
     |- TensorNotFoundError (KeyError)           .name, with close matches
@@ -150,9 +150,18 @@ class UnknownQuantTypeError(FormatError): ...
 
 
 class SplitError(FormatError):
-    """``missing``: paths of the model's files that are not there, where that is what is wrong."""
+    """Files are not the whole of one model. ``missing``: paths of those that are not there."""
 
-    missing: list[str] | tuple[()] = ()
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | None = None,
+        offset: int | None = None,
+        missing: Iterable[str] = (),
+    ) -> None:
+        super().__init__(message, path=path, offset=offset)
+        self.missing = list(missing)
 
 
 class AdapterError(FormatError): ...

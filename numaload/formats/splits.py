@@ -113,9 +113,8 @@ def all_there(paths: Iterable[str], total: int, what: str, by: str) -> list[str]
     if missing:
         count = f"{'at least ' * (len(missing) == MOST_MISSING)}{len(missing)} of {total}"
         why = absence(missing[0])
-        error = SplitError(f"{count} {what} missing: {some(missing)}{why}", path=by)
-        error.missing = missing
-        raise error
+        message = f"{count} {what} missing: {some(missing)}{why}"
+        raise SplitError(message, path=by, missing=missing)
     return found
 
 

@@ -338,7 +338,7 @@ def _remember(files: Mapping[str, SourceFile], models: Sequence[Sequence[str]]) 
         gone = [path for path in paths if not is_there(path)]
         if gone and len(paths) > 1:
             message = f"went away while {len(paths)} files of one model were read"
-            raise SplitError(message, path=gone[0])
+            raise SplitError(message, path=gone[0], missing=gone)
         its = [files[path] for path in paths]
         if _is_model(its[0]):
             identities = tuple(file.identity() for file in its)

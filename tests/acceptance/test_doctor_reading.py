@@ -21,10 +21,13 @@ from numaload.doctor.diagnosis import Diagnosis, diagnose, examine
 from numaload.doctor.speeds import Speeds, measure_speeds
 from numaload.doctor.system import QUICK, System
 from numaload.errors import NumaError, StalledError
+from numaload.files.plan import BUFFERED
 from numaload.files.residency import length, overlaps, residency
 from numaload.files.source import SourceFile
+from numaload.files.ways import IntoMemory
 from numaload.linux.mounts import mount_of
 from numaload.machine.devices import device_of
+from numaload.weights.opening import open_weights
 
 pytestmark = [
     pytest.mark.fast,
@@ -96,6 +99,34 @@ def test_what_is_in_ram_is_as_it_was(files: list[str], how: str, numaload: Numal
     told = json.loads(numaload.start("doctor", files[0], "--json").communicate()[0])
     check_unchanged(files, before)
     assert told["size"] == found.size
+
+
+def test_ctrl_c_while_a_header_is_read_leaves_nothing_in_ram(
+    files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: str, **limits: Any) -> None:
+        open_weights(path, **limits).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("numaload.doctor.system.open_weights", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        diagnose(files[0])
+    assert [resident(path) for path in files] == [0, 0]
+
+
+def test_ctrl_c_while_every_byte_is_read_leaves_nothing_in_ram(
+    files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = IntoMemory.read
+
+    def interrupted(source: IntoMemory, view: memoryview, start: int, _: str) -> None:
+        reads(source, view, start, BUFFERED)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(IntoMemory, "read", interrupted)
+    with SourceFile(files[0]) as file, pytest.raises(KeyboardInterrupt):
+        next(measuring.pieces(file, [], device_of(file.path)))
+    assert resident(files[0]) == 0
 
 
 def test_what_is_all_in_ram_is_not_read_from_the_disk(files: list[str]) -> None:

@@ -353,8 +353,7 @@ def test_a_damaged_file_of_the_hub_s_cache(tmp_path: Path) -> None:
     assert finding.seen == str(broken)
     again = "hf download org/some--name q4/m-00002-of-00002.gguf --force-download"
     assert finding.fix == again
-    lacking = SplitError("1 of 2 split files missing", path=where.path)
-    lacking.missing = [broken.path or ""]
+    lacking = SplitError("1 of 2 missing", path=where.path, missing=[broken.path or ""])
     where = system(tmp_path, _opened=(None, lacking))
     where.path = lacking.path
     assert found(storage.NotWhole, where).fix == again

@@ -115,8 +115,12 @@ def test_a_file_of_its_own(name: str) -> None:
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "m-00002-of-00009.gguf").touch()
-    with pytest.raises(SplitError, match=r"8 of 9 split files missing: .*m-00001-of.*, \.\.\."):
+    with pytest.raises(
+        SplitError, match=r"8 of 9 split files missing: .*m-00001-of.*, \.\.\."
+    ) as no:
         sibling_paths(str(tmp_path / "m-00002-of-00009.gguf"))
+    others = [1, *range(3, 10)]
+    assert no.value.missing == [str(tmp_path / f"m-{i:05}-of-00009.gguf") for i in others]
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,8 @@ def load_fill() -> Callable[[int, int, int, int], None]:
     from numaload.kernels.jit.objects import Function, object_code
 
     parts = loops.Parts(loops.fill, lanes.join, loops.STEP, 0, floats=True)
-    return Function(object_code("fill", "float32", parts), "fill")
+    with compiling:
+        return Function(object_code("fill", "float32", parts), "fill")
 
 
 class Compiled:

@@ -15,8 +15,10 @@ from contextlib import suppress
 from importlib import _bootstrap
 from typing import Any
 
-# Held while kernels are compiled or linked: numba and LLVM have locks of their own.
+# Held while kernels are compiled or linked: numba has locks of its own.
 compiling = threading.RLock()
+# LLVM's own lock, held through a fork: garbage that LLVM made is freed in any thread.
+_llvm: list[Any] = []
 # Whose imports end by themselves. A program's own module may run a server while it is imported.
 _AWAITED = sys.stdlib_module_names | {
     "gguf", "llvmlite", "ml_dtypes", "numaload", "numba", "numpy", "psutil", "rich", "torch",
@@ -26,8 +28,8 @@ _AWAITED = sys.stdlib_module_names | {
 
 def _before() -> None:
     compiling.acquire()
-    while locks := _imports_elsewhere():
-        compiling.release()  # an import may need it to end
+    while locks := _imports_elsewhere() or _llvm_elsewhere():
+        compiling.release()  # an import, or a destructor, may need it to end
         for lock in locks:
             lock.acquire()
             lock.release()
@@ -44,7 +46,21 @@ def _imports_elsewhere() -> list[Any]:
     return [lock for lock in held if lock.name.partition(".")[0] in _AWAITED]
 
 
+def _llvm_elsewhere() -> list[Any]:
+    """Take LLVM's lock, or return it if another thread has it."""
+    lib = getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None)
+    if lib is None:
+        return []
+    lock = lib._lock._lock  # noqa: SLF001 - what is public takes it for one call of LLVM
+    if not lock.acquire(blocking=False):
+        return [lock]
+    _llvm.append(lock)
+    return []
+
+
 def _after() -> None:
+    while _llvm:
+        _llvm.pop().release()
     with suppress(RuntimeError):  # imported while this very fork waited for that
         compiling.release()
 

@@ -146,8 +146,7 @@ class _Linked:
 
 @cache
 def _from_file() -> tuple[_Linked, Callable[..., int]]:
-    with compiling:
-        linked = _Linked(_from_file_code(), FROM_FILE)
+    linked = _Linked(_from_file_code(), FROM_FILE)
     return linked, FROM_FILE_PROTOTYPE(linked.address)
 
 
@@ -157,11 +156,14 @@ class Function(_Linked):
     def __init__(self, code: bytes, name: str) -> None:
         super().__init__(code, name)
         self._call = PROTOTYPE(self.address)
+        self._read: Callable[..., int] | None = None
 
     def from_file(self, fd: int, offset: int, nbytes: int, *how: int) -> int:
         """Read and convert bytes of a file; return how many. For the rest see FROM_FILE."""
-        _, call = _from_file()
-        return call(self.address, fd, offset, nbytes, *how)
+        if self._read is None:
+            with compiling:  # once, whichever threads ask
+                _, self._read = _from_file()
+        return self._read(self.address, fd, offset, nbytes, *how)
 
     def __call__(
         self, blocks: int, floats: int, n_blocks: int, past_caches: int, scales: int = 0

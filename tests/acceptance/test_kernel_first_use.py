@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 BEGIN = """
-import os, sys, threading, time, warnings
+import os, signal, sys, threading, time, warnings
 import numpy as np
 from numaload.dequantize import DTYPES, dequantize_blocks
 from numaload.formats.qtypes import BLOCKS, QuantType
@@ -61,6 +61,33 @@ other.join()
 def test_a_child_forked_while_another_thread_compiles(tmp_path: Path) -> None:
     """It uses kernels that are there, and compiles its own: it does not wait for ever."""
     assert run(FORKING, tmp_path).stdout == "0\n"
+
+
+FREEING = """
+import llvmlite.binding as llvm
+entered, over = threading.Event(), threading.Event()
+def pause():
+    if threading.current_thread() is other and not entered.is_set():
+        entered.set()
+        over.wait(60)
+llvm.ffi.register_lock_callback(pause, lambda: None)  # called with LLVM's lock held
+other = threading.Thread(target=llvm.get_host_cpu_name)
+expected = use("Q8_0")
+other.start()
+entered.wait()
+threading.Timer(0.3, over.set).start()
+if (child := os.fork()) == 0:
+    signal.alarm(60)
+    os._exit(0 if use("Q4_0") and use("Q8_0") == expected else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+other.join()
+use("Q5_0")
+"""
+
+
+def test_a_child_forked_while_another_thread_is_in_llvm(tmp_path: Path) -> None:
+    """Any thread may be: it frees what LLVM made and nobody needs any more."""
+    assert run(FREEING, tmp_path).stdout == "0\n"
 
 
 IMPORTING = """

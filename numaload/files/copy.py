@@ -84,18 +84,21 @@ class _Copying:
         # What is in RAM first, before reading the rest can push it out.
         there = plan.forced_to([ReadMethod(BUFFERED, min(MOST_THREADS, len(cpus)))])
         run = self.reading.run
-        with ExitStack() as opened:
-            planned = plan.way.name == DIRECT  # or only to be tried
-            sources = [
-                IntoMemory(file, direct=plan.uses(DIRECT), quiet=not planned) for file in self.files
-            ]
-            for source in sources:
-                opened.callback(source.close)
-            for its, absent in ((there, False), (plan, True)):
-                runs = [found.absent if absent else present(found) for found in self.before]
-                run(runs, its, _Work(self, sources, absent=absent).read, cpus, "numaload-copy")
-        for file, found in zip(self.files, self.before, strict=True):
-            give_back(file, found.absent if found.known else ())  # read-ahead reached beyond
+        try:
+            with ExitStack() as opened:
+                planned = plan.way.name == DIRECT  # or only to be tried
+                sources = [
+                    IntoMemory(file, direct=plan.uses(DIRECT), quiet=not planned)
+                    for file in self.files
+                ]
+                for source in sources:
+                    opened.callback(source.close)
+                for its, absent in ((there, False), (plan, True)):
+                    runs = [found.absent if absent else present(found) for found in self.before]
+                    run(runs, its, _Work(self, sources, absent=absent).read, cpus, "numaload-copy")
+        finally:  # read-ahead reached beyond chunks, and what failed ended within some
+            for file, found in zip(self.files, self.before, strict=True):
+                give_back(file, found.absent if found.known else ())
 
     def look(self, nbytes: int) -> None:
         """Look at memory again: others may take it, and the kernel would kill rather than fail.

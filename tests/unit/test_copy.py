@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -57,6 +58,22 @@ def test_page_cache_is_as_before(files: list[SourceFile], resident: bool) -> Non
     copy_files(files)
     share = residency(big).resident / big.size
     assert share > KEPT if resident else share < 0.1
+
+
+def test_page_cache_is_as_before_a_failure(
+    files: list[SourceFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = files[2]
+    evict([big.path])
+
+    def failing(fd: int, views: Sequence[memoryview], at: int) -> int:
+        os.pread(big.fd, 4 * MIB, at)  # comes into page cache as by a read that is cut short
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(ReadError, match="Input/output error"):
+        copy_files(files)
+    assert residency(big).resident < 0.1 * big.size
 
 
 def test_it_takes_what_the_files_have(files: list[SourceFile]) -> None:

@@ -366,7 +366,7 @@ def release(options: argparse.Namespace) -> int:
         if not one.error:
             say(f"released {files_of(one.entry.model.paths)}: {size(one.nbytes)}{_later(one)}")
     prewarming.tell_released(ended)
-    if not (done or damaged or unread or stays or missing or ended.rows):
+    if not (done or damaged or foreign or unread or stays or missing or ended.rows):
         say("nothing was in the store")
     return status
 

@@ -24,6 +24,7 @@ from numaload.doctor.findings import ThreadReport
 from numaload.doctor.speeds import Speeds
 from numaload.doctor.system import System
 from numaload.errors import NumaloadError
+from numaload.machine.devices import Device
 from numaload.weights import Weights
 
 # Every check, by subject.
@@ -60,6 +61,7 @@ class Diagnosis:
     size: int  # bytes of the model; 0 without one
     resident: int | None  # bytes of it in RAM; None: not known
     storage: str  # what it lies on
+    source: str  # the server, bucket or pool in that; empty: a disk, or memory
     speeds: Speeds
     load_s: float | None
     best_s: float | None  # at what the disk gives
@@ -133,6 +135,7 @@ def examine(system: System, checks: Iterable[type[Check]] = CHECKS) -> Diagnosis
         size=size,
         resident=_resident(system),
         storage=str(system.device) if system.path is not None else "",
+        source=_source(system.device) if system.path is not None else "",
         speeds=speeds,
         load_s=system.load_seconds,
         best_s=system.best_seconds,
@@ -153,6 +156,10 @@ def _machine(system: System) -> Iterator[str]:
     yield f"nodes: {'; '.join(rows)}"
     cards = ", ".join(f"{card.id} on node {card.node}" for card in system.gpus)
     yield f"GPUs: {cards or 'none on PCI'}; memory is bound by {system.binding}"
+
+
+def _source(device: Device) -> str:
+    return "" if device.disks or device.kind == "memory" else device.name
 
 
 def _resident(system: System) -> int | None:

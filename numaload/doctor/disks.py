@@ -9,9 +9,10 @@ from shlex import quote
 from numaload.doctor.check import ESTIMATED, MEASURED, Check, Price, Unknown
 from numaload.doctor.storage import LEAST_S, NO_DISKS, PARTITION, OfFile, gb, size_of, whole_disk
 from numaload.linux.sysfs import SysFiles
+from numaload.machine.devices import kind_of
 
 SSD = 0.5e9  # bytes a second of a SATA SSD
-WHOLE = {"nvme": 2.0e9, "ssd": 0.45e9, "raid": 2.0e9}  # bytes a second where nothing is wrong
+WHOLE = {"nvme": 2.0e9, "ssd": 0.45e9}  # bytes a second of a disk where nothing is wrong
 
 
 class HardDisk(OfFile):
@@ -66,9 +67,16 @@ def copy_is_slow(check: OfFile) -> bool:
     return price is None or price.seconds >= LEAST_S
 
 
+def whole_rate(check: OfFile) -> float:
+    """Return what the slowest disk below the file gives where nothing is wrong; 0: unknown."""
+    system, files = check.system, SysFiles()
+    kinds = [kind_of(files, f"{system.sys}/block/{name}") for name in system.disks.disks]
+    return min((WHOLE.get(kind, 0.0) for kind in kinds), default=0.0)
+
+
 def slow_disk(check: OfFile) -> bool:
-    """Return whether an SSD gives less than half of what its kind gives."""
-    rate, whole = check.system.speeds.disk, WHOLE.get(check.system.device.kind, 0.0)
+    """Return whether SSDs give less than half of what the slowest of them gives alone."""
+    rate, whole = check.system.speeds.disk, whole_rate(check)
     return check.known(rate) and (rate or 0) < whole / 2 and check.lost(rate, whole) >= LEAST_S
 
 
@@ -159,11 +167,11 @@ class Encrypted(_OnDisks):
         rate, device = self.system.speeds.disk, self.system.device
         return (
             f"{device} with {', '.join(self.names)} (dm-crypt) gives {gb(rate)}, such disks some"
-            f" {gb(WHOLE[device.kind])}"
+            f" {gb(whole_rate(self))}"
         )
 
     def price(self) -> Price | None:
-        lost = self.lost(self.system.speeds.disk, WHOLE[self.system.device.kind])
+        lost = self.lost(self.system.speeds.disk, whole_rate(self))
         return Price(max(0.0, lost - self.claimed(Busy, Degraded, SlowLink)), ESTIMATED)
 
     def fix(self) -> str:

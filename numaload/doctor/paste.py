@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import socket
+from contextlib import suppress
 from ipaddress import ip_address
 
 from numaload._version import __version__
@@ -16,7 +17,7 @@ from numaload.errors import printable
 ADDRESS = re.compile(r"[0-9a-fA-F]*[:.][0-9a-fA-F:.]+[0-9a-fA-F]")  # and others, as of PCI
 # A path, quoted where it has spaces: those of the kernel's own files stay.
 PATH = re.compile(r"(?<![\w:/~.])(?:'/[^']*'|/(?!(?:sys|proc|dev)/)[^\s,;()'\"]+)")
-SERVER = re.compile(r"[\w.:\[\]-]+:/[^\s,;()]*")  # server:/export
+SERVER = re.compile(r"[\w.:@\[\]-]+:/[^\s,;()]*")  # server:/export
 
 
 def block(found: Diagnosis) -> str:
@@ -37,16 +38,18 @@ def block(found: Diagnosis) -> str:
     rows += [f"{one.id} {one.title}: could not look: {one.why}" for one in found.unknown]
     if not found.findings:
         rows.append("nothing to mend")
-    text = "\n".join(PATH.sub("PATH", redacted(printable(row), found.path)) for row in rows)
+    text = "\n".join(
+        PATH.sub("PATH", redacted(printable(row), found.path, found.source)) for row in rows
+    )
     return f"```\n{text}\n```"
 
 
-def redacted(text: str, path: str | None) -> str:
-    """Replace what tells who and where somebody is."""
-    names = [(os.path.expanduser("~"), "~")]
+def redacted(text: str, path: str | None, source: str = "") -> str:
+    """Replace what tells who and where somebody is. source: what a file system was mounted of."""
+    names = [(printable(source), "SOURCE"), (os.path.expanduser("~"), "~")]
     if path is not None:
         stem = re.sub(r"-\d{5}-of-\d{5}$", "", os.path.splitext(os.path.basename(path))[0])
-        names = [(os.path.dirname(path), "FOLDER"), (stem, "MODEL"), *names]
+        names = [names[0], (os.path.dirname(path), "FOLDER"), (stem, "MODEL"), *names[1:]]
     names += [(socket.gethostname(), "HOST"), (_user(), "USER")]
     for name, word in names:
         if len(name) > 2 and name != "root":
@@ -56,11 +59,11 @@ def redacted(text: str, path: str | None) -> str:
 
 def _address(match: re.Match[str]) -> str:
     """Replace what is an address of a network; 6.1.0.5 may be a version, and goes too."""
-    try:
-        ip_address(match[0])
-    except ValueError:
-        return match[0]
-    return "ADDRESS"
+    for text in (match[0], match[0].rpartition(":")[0]):  # with a port
+        with suppress(ValueError):
+            ip_address(text)
+            return "ADDRESS"
+    return match[0]
 
 
 def _user() -> str:

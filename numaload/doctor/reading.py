@@ -8,13 +8,14 @@ from shlex import quote
 
 from numaload.doctor.check import ESTIMATED, MEASURED, Check, Price, Unknown
 from numaload.doctor.storage import GIB, LEAST_S, OfFile, gb, size_of, whole_disk
+from numaload.linux.sysfs import SysFiles
 
 CLEARLY = 0.75  # of what the disk gives: a mapping that is slower than this is slow
 LOCAL = 3.0e9  # bytes a second of a local NVMe SSD (PCIe 3.0 x4)
 NFS = ("nfs", "nfs4")
 LOOPBACK = re.compile(r"127\.[0-9.]+|::1|localhost")
 HUB = re.compile(r"\b(hf-mount|s3fs|mountpoint-s3|gcsfuse|goofys|geesefs|rclone|blobfuse2?)\b")
-WINDOWS = {"hdd": 1024, "ssd": 1024, "nfs": 15360}  # KiB to read ahead; of others:
+WINDOWS = {"hdd": 1024, "ssd": 1024, "card": 1024, "nfs": 15360}  # KiB to read ahead; of others:
 WINDOW = 4096
 
 
@@ -87,12 +88,31 @@ class ReadAhead(OfFile):
 
     def _place(self) -> str:
         """Return the file that counts: the block device's, or else the file system's own."""
-        top = whole_disk(self.system)
-        if top and self.system.device.file_system != "btrfs":
+        top, kind = whole_disk(self.system), self.system.device.file_system
+        if top and kind not in {"btrfs", "fuseblk"}:
             return f"/sys/block/{top}/queue/read_ahead_kb"
         if self.system.mount is None:
             raise Unknown("how far is read ahead: the mount of the file is not shown")
-        return f"/sys/class/bdi/{self.system.mount.device}/read_ahead_kb"
+        return f"{self._bdi(kind, self.system.mount.device)}/read_ahead_kb"
+
+    def _bdi(self, kind: str, device: str) -> str:
+        """Return the folder of the file system's own window, as each kind of them names it."""
+        files, sys = SysFiles(), self.system.sys
+        if kind == "btrfs":  # which has disks of its own, and a number that no mount tells
+            disk = self.system.disks.device
+            folders = [f"/sys/fs/btrfs/{name}" for name in files.names(f"{sys}/fs/btrfs")]
+            found = [f"{one}/bdi" for one in folders if self.system.exists(f"{one}/devices/{disk}")]
+        else:
+            names = files.names(f"{sys}/class/bdi")
+            its = [name for name in names if name in {device, f"{device}-fuseblk"}]
+            its = its or [name for name in names if re.fullmatch(rf"{re.escape(kind)}-\d+", name)]
+            found = [f"/sys/class/bdi/{name}" for name in its]
+        if len(found) != 1:
+            place = "/sys/fs/btrfs" if kind == "btrfs" else "/sys/class/bdi"
+            raise Unknown(
+                f"how far is read ahead: {len(found)} of {place} may be that of {kind}, expected 1"
+            )
+        return found[0]
 
     def price(self) -> Price | None:
         speeds = self.system.speeds

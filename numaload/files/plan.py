@@ -99,6 +99,7 @@ CANDIDATES: dict[str, dict[str, tuple[ReadMethod, ...]]] = {
         MEMORY: (ReadMethod(BUFFERED, 2), ReadMethod(DIRECT, 8), ReadMethod(BUFFERED, 8)),
     },
 }
+CANDIDATES["card"] = CANDIDATES["ssd"]
 
 
 class Tried(NamedTuple):

@@ -27,6 +27,7 @@ NVME = re.compile(r"nvme[0-9]+")
 KINDS = {
     "nvme": "NVMe",
     "ssd": "SATA or SAS SSD",
+    "card": "SD card or eMMC",
     "hdd": "hard disk",
     "virtual": "disk of a virtual machine",
     "raid": "several disks (md, device mapper)",
@@ -44,10 +45,12 @@ NAMES = (
     (re.compile(r"(xv|v)d[a-z]"), "virtual"),
     (re.compile(r"nbd\d|rbd\d|drbd\d"), "remote"),
     (re.compile(r"(z?ram|pmem|dax)\d"), "memory"),
-    (re.compile(r"mmcblk\d"), "ssd"),
+    (re.compile(r"mmcblk\d"), "card"),
 )
 # What hypervisors call the SCSI disks that they make up: they say "rotational" of any storage.
 MADE_UP = re.compile(r"qemu|vmware|msft|virtual|google|vbox|xen|parallels", re.IGNORECASE)
+# And the NVMe disks behind which they have a network: those of AWS, Alibaba, Google and Azure.
+MADE_UP_NVME = re.compile(r"elastic block stor|nvme_card-pd|msft nvme accelerator", re.IGNORECASE)
 FABRICS = frozenset({"tcp", "rdma", "fc"})  # transports of NVMe that are a network
 # What tells a disk or partition from others, also after a restart; first what says most.
 IDENTITIES = (
@@ -182,10 +185,11 @@ def disk_of(
     major, minor = numbers or _numbers(path)
     mount = mount_of(path, proc_root, f"{major}:{minor}")
     kind = mount.kind if mount else "unknown"
-    if major == 0:  # nfs, btrfs, overlay, tmpfs
-        return FileDevice(path, kind, "", (), (), f"no block device: {kind}")
     files, top = SysFiles(), real(sys_root)
-    block = _block(files, major, minor, sys_root)
+    below = (major, minor) if major else _below(mount)
+    block = _block(files, *below, sys_root) if below else _Block("", "", "")
+    if not (major or block.folder):  # nfs, tmpfs, and btrfs or overlay whose disk is hidden
+        return FileDevice(path, kind, "", (), (), f"no block device: {kind}")
     if not block.folder:
         return FileDevice(path, kind, block.name, (), (), f"{block.link} is not there")
     nodes = {node for disk in block.disks for node in _nodes_of(files, disk, top)}
@@ -298,7 +302,7 @@ def _of_disks(file_system: str, major: int, minor: int, sys_root: str) -> Device
     block = _block(files, major, minor, sys_root)
     if not block.disks:
         return Device("unknown", block.name, file_system)
-    kinds = {_kind(files, disk) for disk in block.disks}
+    kinds = {kind_of(files, disk) for disk in block.disks}
     # Partitions have no queue of their own.
     queues = [f"{folder}/queue" for folder in dict.fromkeys((block.folder, *block.disks))]
     ahead = next(filter(None, (files.number(f"{queue}/read_ahead_kb") for queue in queues)), 0)
@@ -313,12 +317,14 @@ def _of_disks(file_system: str, major: int, minor: int, sys_root: str) -> Device
     )
 
 
-def _kind(files: SysFiles, block: str) -> str:
+def kind_of(files: SysFiles, block: str) -> str:
+    """Return the kind, of ``KINDS``, of a whole disk by its folder in /sys."""
     name = os.path.basename(block)
     kind = next((kind for pattern, kind in NAMES if pattern.match(name)), None)
     if kind == "nvme":
         transport = files.text(f"{block}/device/transport")
-        return "remote" if transport in FABRICS else kind
+        made_up = MADE_UP_NVME.search(files.text(f"{block}/device/model") or "")
+        return "remote" if transport in FABRICS else "virtual" if made_up else kind
     if kind is not None:
         return kind
     if not name.startswith("sd"):

@@ -84,6 +84,7 @@ def test_a_quoted_path_is_on_one_line(capsys: pytest.CaptureFixture[str]) -> Non
     ("text", "expected"),
     [
         ("filer.example.org:/of/anna (nfs4)", "SERVER:/EXPORT (nfs4)"),
+        ("monitors 10.1.2.3:6789, anna@filer:/m", "monitors ADDRESS, SERVER:/EXPORT"),
         ("served by 10.1.2.3 and [fe80::1]:/x", "served by ADDRESS and SERVER:/EXPORT"),
         ("fe80::1 and fe80:0:0:1:2:3:4:5 are there", "ADDRESS and ADDRESS are there"),
         (

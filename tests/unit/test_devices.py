@@ -9,6 +9,7 @@ import pytest
 
 from machines import GB200, Pci, Roots, write_block, write_proc
 from numaload.errors import NumaloadWarning, ReadError
+from numaload.machine import devices
 from numaload.machine.devices import FileDevice, disk_of, gpus
 
 NVME = "pci0000:00/0000:05:00.0/nvme/nvme0"
@@ -117,6 +118,15 @@ def test_file_systems(path: str, tmp_path: Path) -> None:
     found = seen(tmp_path, numbers, path)
     assert found.file_system == kind
     assert found.why == ("" if numbers[0] else f"no block device: {kind}")
+
+
+def test_btrfs_is_on_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files have a number of no disk; the mount tells the one."""
+    write_block(tmp_path, "259:0", f"{NVME}/nvme0n1", {"../numa_node": "1"})
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/mountinfo").write_text(MOUNTS)
+    monkeypatch.setattr(devices, "_below", lambda mount: (259, 0) if mount else None)
+    assert where(seen(tmp_path, (0, 61), "/home/user/m.gguf")) == ("nvme0n1", ("nvme0n1",), (1,))
 
 
 def test_without_mountinfo_the_file_system_is_unknown(tmp_path: Path) -> None:

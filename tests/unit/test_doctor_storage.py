@@ -150,23 +150,44 @@ def test_a_small_read_ahead_claims_the_seconds_of_a_slow_mapping(tmp_path: Path)
         (Device("raid", "md0", "xfs", 4), "/sys/block/md0/queue/read_ahead_kb", 4096),
         (Device("network", "s:/m", "nfs4"), BDI, 15360),
         (Device("share", "models", "virtiofs"), BDI, 4096),
-        (Device("nvme", "nvme0n1", "btrfs", 1), BDI, 4096),
+        (Device("share", "models", "9p"), "/sys/class/bdi/9p-3/read_ahead_kb", 4096),
+        (Device("nvme", "nvme0n1", "btrfs", 1), "/sys/fs/btrfs/ab-12/bdi/read_ahead_kb", 4096),
+        (Device("hdd", "sdb1", "fuseblk", 1), "/sys/class/bdi/0:45-fuseblk/read_ahead_kb", 1024),
     ],
 )
 def test_which_read_ahead_counts(tmp_path: Path, device: Device, place: str, wanted: int) -> None:
-    where = system(
-        tmp_path,
-        {place: "128\n"},
-        device=device,
-        disks=FileDevice(PATH, device.file_system, "", (), (), "no block device"),
-        mount=nfs()._replace(kind=device.file_system),
-        speeds=SLOW,
-    )
+    where = on_bdi(tmp_path, device, {place: "128\n"})
     assert found(reading.ReadAhead, where).fix == f"echo {wanted} > {place}"
 
 
+def on_bdi(root: Path, device: Device, files: dict[str, str]) -> System:
+    below = "nvme0n1p2" if device.file_system == "btrfs" else ""
+    others = {
+        "/sys/fs/btrfs/ab-12/devices/nvme0n1p2/x": "",
+        "/sys/fs/btrfs/cd-34/devices/sdc/x": "",
+        "/sys/fs/btrfs/features/x": "",
+        "/sys/class/bdi/0:46/x": "",
+        "/sys/class/bdi/btrfs-1/x": "",
+    }
+    return system(
+        root,
+        others | files,
+        device=device,
+        disks=FileDevice(PATH, device.file_system, below, (), (), "no block device"),
+        mount=nfs()._replace(kind=device.file_system),
+        speeds=SLOW,
+    )
+
+
+def test_a_read_ahead_of_one_of_several_is_unknown(tmp_path: Path) -> None:
+    names = ("cifs-1", "cifs-2")
+    files = {f"/sys/class/bdi/{name}/read_ahead_kb": "128\n" for name in names}
+    with pytest.raises(Unknown, match="2 of /sys/class/bdi may be that of cifs, expected 1"):
+        looked(reading.ReadAhead, on_bdi(tmp_path, Device("share", "//s/m", "cifs"), files))
+
+
 def test_a_read_ahead_that_is_hidden_is_unknown(tmp_path: Path) -> None:
-    with pytest.raises(Unknown, match="read_ahead_kb"):
+    with pytest.raises(Unknown, match="0 of /sys/class/bdi may be that of ext4"):
         looked(reading.ReadAhead, constructed(tmp_path, ONE, size=SIZE, speeds=SLOW, mount=nfs()))
 
 
@@ -387,10 +408,30 @@ def test_slow_decryption(tmp_path: Path) -> None:
     assert seconds(finding) == 45.0
     assert "--perf-no_read_workqueue --perf-no_write_workqueue 'se cret'" in finding.fix
     assert finding.undo == "cryptsetup refresh 'se cret'"
-    for said in ({"speeds": FAST}, {"device": Device("hdd", "dm-0", "ext4", 1)}):
-        assert looked(disks.Encrypted, system(tmp_path, LAYERS, **CRYPT | said)) is None
+    assert looked(disks.Encrypted, system(tmp_path, LAYERS, **CRYPT | {"speeds": FAST})) is None
     (tmp_path / "sys/block/dm-0/dm/uuid").write_text("LVM-1\n")
     assert looked(disks.Encrypted, system(tmp_path, **CRYPT)) is None
+
+
+SSD = {"queue/rotational": "0", "device/vendor": "ATA"}
+
+
+@pytest.mark.parametrize(
+    ("names", "files"),
+    [
+        (("sda", "sdb"), SSD | {"queue/rotational": "1"}),  # hard disks in an array
+        (("sda", "sdb"), SSD),  # a mirror of SATA SSDs
+        (("nvme1n1",), {"device/model": "Amazon Elastic Block Store"}),
+        (("mmcblk0",), {"queue/rotational": "0"}),
+        ((), {}),
+    ],
+)
+def test_disks_that_give_no_more_are_not_slowed_by_encryption(
+    tmp_path: Path, names: tuple[str, ...], files: dict[str, str]
+) -> None:
+    tree = {f"/sys/block/{name}/{at}": f"{text}\n" for name in names for at, text in files.items()}
+    said = CRYPT | {"disks": FileDevice(PATH, "ext4", "dm-0", names, (), "")}
+    assert looked(disks.Encrypted, system(tmp_path, LAYERS | tree, **said)) is None
 
 
 def test_encryption_that_is_hidden_is_unknown(tmp_path: Path) -> None:

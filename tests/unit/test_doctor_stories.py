@@ -11,9 +11,11 @@ from doctor_stories import HEALTHY, STORIES, told
 from doctor_systems import GIB
 from machines import MACHINES, NPS1, ONE, XEON, Machine
 from numaload.cli.doctor import show
+from numaload.doctor import paste
 from numaload.doctor.check import Check
 from numaload.doctor.diagnosis import CHECKS, examine
 from numaload.doctor.system import System
+from numaload.machine.devices import Device
 from numaload.machine.userdir import SHARED_MEMORY
 
 DOCS = Path(__file__).parents[2] / "docs/findings.md"
@@ -48,6 +50,25 @@ def test_nothing_is_found_where_all_is_well(
     assert "nothing to mend; this file loads in 1.5 s, 97% of what the storage gives" in (
         capsys.readouterr().out.replace("\n", " ")
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "file_system"),
+    [
+        ("network", "alice@box.lab:/srv/alice", "fuse.sshfs"),
+        ("network", "alice-drive:alice/x", "fuse.rclone"),
+        ("network", "10.1.2.3:6789,10.1.2.4:6789:/alice", "ceph"),
+        ("unknown", "tank/alice/box", "zfs"),
+        ("share", "alice", "9p"),
+    ],
+)
+def test_the_block_to_paste_names_no_server_or_bucket(
+    kind: str, name: str, file_system: str, tmp_path: Path
+) -> None:
+    system = told(tmp_path, ONE, GIB, device=Device(kind, name, file_system))
+    said = paste.block(examine(system))
+    assert f"(SOURCE, {file_system})" in said
+    assert not re.search(r"alice|box|10\.1\.", said)
 
 
 @pytest.mark.parametrize("content", [None, "", "what\n"], ids=["absent", "empty", "words"])

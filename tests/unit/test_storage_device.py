@@ -57,7 +57,12 @@ DISKS: dict[str, tuple[str, dict[str, str], str]] = {
     "xen": ("block/xvda", {"queue/rotational": "0"}, "virtual"),
     "nbd": ("block/nbd0", {"queue/rotational": "0"}, "remote"),
     "rbd": ("block/rbd1", {"queue/rotational": "0"}, "remote"),
-    "card": ("block/mmcblk0", {"queue/rotational": "0"}, "ssd"),
+    "card": ("block/mmcblk0", {"queue/rotational": "0"}, "card"),
+    "nvme of a cloud": (
+        "nvme/nvme1/nvme1n1",
+        {"queue/rotational": "0", "device/model": "Amazon Elastic Block Store"},
+        "virtual",
+    ),
     "pmem": ("block/pmem0", {"queue/rotational": "0"}, "memory"),
     "new": ("block/zz9", {"queue/rotational": "0"}, "unknown"),
 }

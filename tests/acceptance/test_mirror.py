@@ -396,15 +396,6 @@ def test_one_damaged_replica_hides_no_other(
     assert left_over(numaload) == []
 
 
-def test_release_says_what_others_put_into_the_store(numaload: Numaload, model: str) -> None:
-    numaload("mirror", model)
-    (numaload.store / "mine").mkdir()
-    assert "released" in numaload("release").stdout
-    done = numaload("release")
-    assert f"{numaload.store}/mine stays" in done.stderr
-    assert not done.stdout
-
-
 def test_a_bare_mirror_leaves_out_what_it_cannot_read(numaload: Numaload, model: str) -> None:
     numaload("prewarm", model)
     bad = numaload.store.parent / "bad.gguf"

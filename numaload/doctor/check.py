@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from numaload.doctor.system import System
 
 MEASURED, ESTIMATED = "measured", "estimated"
-# What the seconds are lost on: reading the file once, using every weight of it once, or putting a
-# replica on every node.
+# What the seconds are lost on: reading the file once, using every weight of it, each time or only
+# the next one, or putting a replica on every node.
 LOAD, PASS, COPY = "each load", "each token of a dense model", "each mirror"
+ONCE = "the next token of a dense model"
 PASSES = 10  # that follow a load, at least: an answer of ten words by a dense model
 
 
@@ -28,7 +29,7 @@ class Price(NamedTuple):
 
     seconds: float
     how: str = ESTIMATED
-    on: str = LOAD  # or PASS, COPY
+    on: str = LOAD  # or PASS, ONCE, COPY
 
     @property
     def weight(self) -> float:

@@ -7,16 +7,15 @@ import re
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-from numaload.doctor.check import ESTIMATED, LOAD, MEASURED, PASS, Check, Price, Unknown
+from numaload.doctor.check import ESTIMATED, LOAD, MEASURED, ONCE, PASS, Check, Price, Unknown
 from numaload.doctor.system import System
 from numaload.files.residency import residency
 from numaload.files.source import SourceFile
 from numaload.linux import syscalls
-from numaload.linux.mounts import OCTAL, mount_of
+from numaload.linux.mounts import mount_of
 from numaload.linux.sysfs import SysFiles, number_in
 from numaload.machine import logout, userdir
 from numaload.machine.memory import Limit, cgroup_limits, machine_available, node_free, tightest
@@ -313,38 +312,36 @@ class SwapInUse(_Memory):
     )
 
     def available(self) -> bool:
-        self.swaps = dict(self._swaps())
-        return bool(self.swaps)
-
-    def _swaps(self) -> Iterator[tuple[str, tuple[int, str]]]:
-        """Yield (file or device, (bytes used, priority)) of what is on a disk and in use."""
-        header, *rows = self.system.text("/proc/swaps").splitlines() or [""]
-        if not header.startswith("Filename"):
-            raise Unknown("/proc/swaps: is not a table of swap space")
-        for words in map(str.split, rows):
-            used = number_in(words[3]) if len(words) == 5 else None
-            if used and not words[0].startswith("/dev/zram"):  # that is RAM, compressed
-                name = OCTAL.sub(lambda match: chr(int(match[1], 8)), words[0])
-                yield name, (used << 10, words[4])
+        self.areas = [area for area in self.system.swaps if not area.is_ram]
+        return bool(self.areas)
 
     def measure(self) -> str:
-        system, seen = self.system, []
-        self.used = sum(used for used, _ in self.swaps.values())
+        system = self.system
+        self.used = sum(area.used for area in self.areas)
+        # What zswap has in RAM has a place in an area, too.
+        held = max(0, self.used - system.meminfo.get("Zswapped", 0))
         lost = {"replicas in the store": self._replicas()}
         if system.pid is not None:
             status = system.fields(f"/proc/{system.pid}/status")
             lost[f"process {system.pid}"] = status.get("VmSwap", 0)
-        seen = [f"{_gib(n)} of {what} are in swap" for what, n in lost.items() if n >= self.LEAST]
-        self.lost = max(lost.values())
-        before = self._came_back()
-        time.sleep(self.LOOK_S)
-        came = self._came_back() - before
-        if came >= self.RATE * self.LOOK_S:
+        much = {what: n for what, n in lost.items() if min(n, held) >= self.LEAST}
+        seen = [f"{_gib(n)} of {what} are in swap" for what, n in much.items()]
+        self.lost, came = min(held, max(lost.values())), self._came_back()
+        self.goes_on = came >= self.RATE * self.LOOK_S
+        if self.goes_on:
             seen.append(f"{came / 2**20:.1f} MiB came back from swap in {self.LOOK_S:g} s")
-            self.lost = max(self.lost, min(self.used, system.size))
-        return "; ".join([*seen, f"{_gib(self.used)} of swap are in use"]) if seen else ""
+            self.lost = max(self.lost, min(held, system.size))
+        return "; ".join([*seen, f"disks hold {_gib(held)} of swap"]) if seen else ""
 
     def _came_back(self) -> int:
+        """Return the bytes that come back from disks meanwhile; 0 where zram may have them."""
+        if self.areas != self.system.swaps:
+            return 0
+        before = self._read_in()
+        time.sleep(self.LOOK_S)
+        return self._read_in() - before
+
+    def _read_in(self) -> int:
         found = self.system.fields("/proc/vmstat").get("pswpin")
         if found is None:
             raise Unknown("/proc/vmstat: has no pswpin")
@@ -362,22 +359,22 @@ class SwapInUse(_Memory):
         return swapped
 
     def price(self) -> Price | None:
+        system = self.system
+        if not system.size:
+            return None
         # The swap space is as fast as the model's disk, and every page of it is used in a pass.
-        return self.read(self.lost, PASS, ESTIMATED) if self.system.size else None
+        # Where there is room it comes back once; else other weights go for it.
+        fits = self.lost + _own(system) < room(system).tightest().free
+        return self.read(self.lost, ONCE if fits and not self.goes_on else PASS, ESTIMATED)
 
     def fix(self) -> str:
-        names = " ".join(map(shlex.quote, self.swaps))
+        names = " ".join(shlex.quote(area.name) for area in self.areas)
         if self.used < self.system.meminfo.get("MemAvailable", 0):
             return f"swapoff {names}"
         return f"end what else takes memory, until what is in swap fits; then: swapoff {names}"
 
     def undo(self) -> str:
-        orders = {name: f"-p {shlex.quote(order)} " for name, (_, order) in self.swaps.items()}
-        return " && ".join(
-            # A negative priority is the kernel's own choice, which cannot be given.
-            f"swapon {'' if '-p -' in order else order}{shlex.quote(name)}"
-            for name, order in orders.items()
-        )
+        return " && ".join(area.swapon for area in self.areas)
 
 
 class SmallTmpfs(_Memory):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextlib import suppress
 from functools import cached_property
 from typing import NamedTuple
@@ -21,7 +21,6 @@ from numaload.machine.threads import nodes_of
 LEAST, SHARE = 64 << 20, 0.2
 LOCAL_RATE = 100e9  # bytes a second that a node reads of its own memory: eight channels of DDR4
 SWAPPED = 64 << 20  # bytes
-SWAP_RATE = 0.5e9  # bytes a second from swap where no disk was measured: an SSD on SATA
 BOUND = re.compile(r"(?:bind|prefer)\b[^:]*:([\d,-]+)")  # policies that name where memory shall be
 # Ends of models' names, as files or as blobs in the caches of the hub and of ollama.
 MODEL = re.compile(
@@ -265,7 +264,7 @@ class Swapped(Check):
     id, title, root = "NL710", "Part of the process is in swap", True
     source = "Linux Documentation/filesystems/proc.rst (VmSwap), 2026-11; 64 MiB is our choice"
 
-    nbytes = 0
+    # No price: what of it is on a disk, NL204 counts.
 
     def available(self) -> bool:
         return self.system.pid is not None
@@ -275,21 +274,20 @@ class Swapped(Check):
         rows = self.system.fields(path)
         if "VmSwap" not in rows:
             raise Unknown(f"{path}: does not say VmSwap")
-        self.nbytes = rows["VmSwap"]
-        return f"{_mib(self.nbytes)} of it are in swap" if self.nbytes > SWAPPED else ""
+        nbytes = rows["VmSwap"]
+        return f"{_mib(nbytes)} of it are in swap" if nbytes > SWAPPED else ""
 
     def explain(self) -> str:
         return (
-            "The kernel wrote memory of the process to disk to have room for something else."
-            " Each page is read back, one after the other, when it is used."
+            "The kernel moved memory of the process to swap to have room for something else."
+            " Each page comes back, one after the other, when it is used."
         )
 
-    def price(self) -> Price:
-        """Estimate that it comes back once, as fast as the model's disk reads."""
-        return Price(self.nbytes / (self.system.speeds.disk or SWAP_RATE), ESTIMATED, PASS)
-
     def fix(self) -> str:
-        again = " && ".join(self._again()) or "swapoff -a && swapon -a"
+        again = "swapoff -a && swapon -a"
+        with suppress(Unknown):
+            rows = [f"swapoff {shlex.quote(one.name)} && {one.swapon}" for one in self.system.swaps]
+            again = " && ".join(rows) or again
         if self._fits():
             return again
         return f"end what else takes memory, then: {again}"
@@ -300,18 +298,6 @@ class Swapped(Check):
             rows = self.system.meminfo
             return rows["SwapTotal"] - rows["SwapFree"] < rows["MemAvailable"]
         return False
-
-    def _again(self) -> Iterator[str]:
-        """Yield commands that turn each swap area off, which empties it, and on as it was."""
-        rows: list[str] = []
-        with suppress(Unknown):
-            rows = self.system.text("/proc/swaps").splitlines()[1:]
-        for row in rows:
-            words = row.split()
-            if len(words) == 5:
-                name, priority = shlex.quote(words[0]), words[4]
-                given = f"-p {priority} " if priority.isdigit() else ""  # else the kernel chose it
-                yield f"swapoff {name} && swapon {given}{name}"
 
 
 def _anonymous(areas: Collection[Area]) -> list[Area]:

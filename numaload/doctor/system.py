@@ -7,6 +7,7 @@ assigning to it: that is how checks are tested.
 from __future__ import annotations
 
 import os
+import shlex
 import time
 import warnings
 from bisect import bisect_right
@@ -36,7 +37,7 @@ from numaload.files.residency import (
 )
 from numaload.files.source import SourceFile, absolute, io_timeout, model_paths
 from numaload.formats.shards import is_layout
-from numaload.linux.mounts import Mount, mount_of
+from numaload.linux.mounts import Mount, mount_of, unescaped
 from numaload.linux.placement import Area, parse_numa_maps
 from numaload.linux.syscalls import PAGE, binding
 from numaload.linux.sysfs import MOST, number_in
@@ -65,6 +66,26 @@ class DiskUse(NamedTuple):
 
     rate: float  # bytes a second
     busy: float
+
+
+class SwapArea(NamedTuple):
+    """A device or file of swap space in which something is."""
+
+    name: str
+    used: int  # bytes
+    priority: str
+
+    @property
+    def is_ram(self) -> bool:
+        """Return whether it is RAM, compressed."""
+        return self.name.startswith("/dev/zram")
+
+    @property
+    def swapon(self) -> str:
+        """Return the command that turns it on as it was."""
+        # A negative priority is the kernel's own choice, which cannot be given.
+        given = f"-p {self.priority} " if self.priority.isdigit() else ""
+        return f"swapon {given}{shlex.quote(self.name)}"
 
 
 class System:
@@ -347,6 +368,18 @@ class System:
     def meminfo(self) -> dict[str, int]:
         """Return /proc/meminfo in bytes. Raises: Unknown."""
         return self.fields("/proc/meminfo")
+
+    @cached_property
+    def swaps(self) -> list[SwapArea]:
+        """Return the swap areas that are in use. Raises: Unknown."""
+        header, *rows = self.text("/proc/swaps").splitlines() or [""]
+        if not header.startswith("Filename"):
+            raise Unknown("/proc/swaps: is not a table of swap space")
+        return [
+            SwapArea(unescaped(words[0]), used << 10, words[4])
+            for words in map(str.split, rows)
+            if len(words) == 5 and (used := number_in(words[3]))
+        ]
 
     @cached_property
     def binding(self) -> str:

@@ -130,11 +130,12 @@ def _parse(line: str) -> Mount | None:
     if len(words) < 6 or len(rest) < 2:
         return None
     options = rest[2] if len(rest) > 2 else ""
-    point, source = _unescaped(words[4]), _unescaped(rest[1])
+    point, source = unescaped(words[4]), unescaped(rest[1])
     return Mount(words[2], point, rest[0], options, source, words[0], words[1])
 
 
-def _unescaped(name: str) -> str:
+def unescaped(name: str) -> str:
+    """Return a name of the kernel's tables as it is."""
     return OCTAL.sub(lambda match: chr(int(match[1], 8)), name)
 
 

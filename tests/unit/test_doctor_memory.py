@@ -15,7 +15,17 @@ import pytest
 from doctor_systems import FAST, GIB, constructed, looked
 from machines import CXL, ONE, SNC2, XEON, Machine
 from numaload.doctor import memory
-from numaload.doctor.check import ESTIMATED, LOAD, MEASURED, PASS, Check, Finding, Price, Unknown
+from numaload.doctor.check import (
+    ESTIMATED,
+    LOAD,
+    MEASURED,
+    ONCE,
+    PASS,
+    Check,
+    Finding,
+    Price,
+    Unknown,
+)
 from numaload.doctor.speeds import Speeds
 from numaload.doctor.system import System
 from numaload.errors import NumaloadError
@@ -399,15 +409,49 @@ def swapping(files: dict[str, str], **status: int) -> dict[str, str]:
 def test_a_process_that_was_swapped_out(tmp_path: Path) -> None:
     files = swapping(meminfo(8 * GIB), VmSwap=GIB)
     finding = found(memory.SwapInUse, on(tmp_path, files, pid=77))
-    assert finding.seen == "1.0 GiB of process 77 are in swap; 2.0 GiB of swap are in use"
-    assert finding.price == Price(GIB / DISK, ESTIMATED, PASS)
+    assert finding.seen == "1.0 GiB of process 77 are in swap; disks hold 2.0 GiB of swap"
+    assert finding.price == Price(GIB / DISK, ESTIMATED, ONCE)
     assert finding.fix == "swapoff '/dev/sda 2' /swap.img"
     assert finding.undo == "swapon -p 5 '/dev/sda 2' && swapon /swap.img"
 
 
 def test_what_does_not_fit_cannot_come_back(tmp_path: Path) -> None:
-    files = swapping(meminfo(GIB), VmSwap=GIB)
-    assert found(memory.SwapInUse, on(tmp_path, files, pid=77)).fix.startswith("end what else")
+    finding = found(memory.SwapInUse, on(tmp_path, swapping(meminfo(GIB), VmSwap=GIB), pid=77))
+    assert finding.fix.startswith("end what else")
+    assert finding.price == Price(GIB / DISK, ESTIMATED, PASS)
+
+
+def test_swap_goes_on_where_a_group_has_no_room(tmp_path: Path) -> None:
+    files = swapping(meminfo(8 * GIB), VmSwap=GIB, RssAnon=GIB)
+    files |= group(tmp_path, "/job.slice", GIB, "77")
+    price = found(memory.SwapInUse, on(tmp_path, files, pid=77)).price
+    assert price == Price(GIB / DISK, ESTIMATED, PASS)
+
+
+ZRAM = "/dev/zram0 partition 8388604 2000000 100\n"
+
+
+@pytest.mark.parametrize(
+    ("swaps", "zswapped", "kib"),
+    [
+        (f"{ZRAM}/dev/sda2 partition 8388604 97152 -2\n", 0, 97152),
+        ("/dev/sda2 partition 8388604 2097152 -2\n", GIB, GIB >> 10),
+        (ZRAM, 0, 0),
+        (f"{ZRAM}/dev/sda2 partition 8388604 64 -2\n", 0, 0),
+        ("/dev/sda2 partition 8388604 2097152 -2\n", 2 * GIB, 0),
+        ("/dev/sda2 partition 8388604 2097152 -2\n", 3 * GIB, 0),
+    ],
+)
+def test_swap_in_ram_is_not_charged_to_a_disk(
+    tmp_path: Path, swaps: str, zswapped: int, kib: int
+) -> None:
+    files = meminfo(8 * GIB, Zswapped=zswapped) | {"/proc/swaps": SWAPS + swaps}
+    system = on(tmp_path, swapping(files, VmSwap=2 * GIB), pid=77)
+    finding = looked(memory.SwapInUse, system)
+    assert bool(finding) == bool(kib)
+    if finding:
+        assert finding.seen.startswith("2.0 GiB of process 77 are in swap; disks hold ")
+        assert finding.price == Price((kib << 10) / DISK, ESTIMATED, ONCE)
 
 
 def test_pages_that_come_back_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,6 +461,9 @@ def test_pages_that_come_back_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     finding = found(memory.SwapInUse, system)
     assert "3.0 MiB came back from swap in 0.1 s" in finding.seen
     assert finding.price == Price(GIB / DISK, ESTIMATED, PASS)
+    # The kernel counts what zram has, too.
+    both = on(tmp_path, swapping(meminfo(8 * GIB) | {"/proc/swaps": IN_USE + ZRAM}))
+    assert looked(memory.SwapInUse, both) is None
 
 
 def test_replicas_that_were_swapped_out(

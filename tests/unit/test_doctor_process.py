@@ -12,13 +12,13 @@ import pytest
 from doctor_systems import GIB, constructed, looked
 from machines import CXL, ONE, SNC2, XEON
 from numaload.cli.doctor import show
-from numaload.doctor.check import ESTIMATED, PASS, Price, Unknown
+from numaload.doctor.check import ESTIMATED, ONCE, PASS, Price, Unknown
 from numaload.doctor.diagnosis import examine
 from numaload.doctor.findings import ThreadReport
+from numaload.doctor.memory import SwapInUse
 from numaload.doctor.process import (
     CHECKS,
     LOCAL_RATE,
-    SWAP_RATE,
     BoundLate,
     Quota,
     RemoteShare,
@@ -227,20 +227,29 @@ def test_nodes_without_cpus_are_nobody_s_mistake(tmp_path: Path) -> None:
 # In swap.
 
 
-@pytest.mark.parametrize(("disk", "rate"), [(2e9, 2e9), (None, SWAP_RATE)])
-def test_memory_in_swap(disk: float | None, rate: float, tmp_path: Path) -> None:
-    files = {
-        STATUS: "Name:\tpython\nVmSwap:\t  976563 kB\n",
-        SWAPS: SWAP + "/dev/sda2 partition 8388604 1000000 -2\n/f file 1024 0 5\n",
-        "/proc/meminfo": "MemAvailable: 9000000 kB\nSwapTotal: 9000000 kB\nSwapFree: 8000000 kB\n",
-    }
-    system = process(tmp_path, at(NODE_0), files=files, size=GIB, speeds=Speeds(disk=disk))
-    found = looked(Swapped, system)
+IN_SWAP = {
+    STATUS: "Name:\tpython\nVmSwap:\t  976563 kB\n",
+    SWAPS: SWAP + "/dev/sda2 partition 8388604 1000000 -2\n/a\\040b file 1024 8 5\n/c file 9 0 4\n",
+    "/proc/vmstat": "pswpin 0\n",
+    "/proc/meminfo": "MemAvailable: 9000000 kB\nSwapTotal: 9000000 kB\nSwapFree: 8000000 kB\n",
+}
+
+
+def test_memory_in_swap(tmp_path: Path) -> None:
+    found = looked(Swapped, process(tmp_path, at(NODE_0), files=IN_SWAP, size=GIB))
     assert found is not None
     assert found.seen == "953 MiB of it are in swap"
-    assert found.price == Price(976563 * 1024 / rate, ESTIMATED, PASS)
-    assert found.fix == "swapoff /dev/sda2 && swapon /dev/sda2 && swapoff /f && swapon -p 5 /f"
+    assert found.fix == (
+        "swapoff /dev/sda2 && swapon /dev/sda2 && swapoff '/a b' && swapon -p 5 '/a b'"
+    )
     assert (found.undo, found.root) == ("", True)
+
+
+def test_seconds_of_swap_are_claimed_once(tmp_path: Path) -> None:
+    system = process(tmp_path, at(NODE_0), files=IN_SWAP, size=GIB, speeds=Speeds(disk=2e9))
+    found = [looked(check, system) for check in (SwapInUse, Swapped)]
+    prices = [(one.id, one.price) for one in found if one]
+    assert prices == [("NL204", Price(976563 * 1024 / 2e9, ESTIMATED, ONCE)), ("NL710", None)]
 
 
 def test_swap_without_room_for_what_is_in_it(tmp_path: Path) -> None:

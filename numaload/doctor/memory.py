@@ -44,7 +44,7 @@ class Room(NamedTuple):
 
 
 class Lack(NamedTuple):
-    nbytes: int  # that are read again
+    nbytes: int  # that are read again; of LOAD: besides what is absent now, which others count
     on: str  # PASS or LOAD
 
 
@@ -73,7 +73,9 @@ def lacks(system: System, free: int) -> Lack | None:
         return None
     if any(entry.policy != MIXED for entry in stored(system)):
         return None
-    return Lack(size - free, PASS) if size > free else Lack(2 * size - free, LOAD)
+    if size > free:
+        return Lack(size - free, PASS)
+    return Lack(max(0, 2 * size - free - _absent(system)), LOAD)
 
 
 def stored(system: System) -> list[Entry]:
@@ -135,9 +137,9 @@ class _Memory(Check):
         return self.why
 
     def read(self, nbytes: int, on: str, how: str = MEASURED) -> Price | None:
-        """Price the reading of so many bytes from the model's disk."""
+        """Price the reading of so many bytes from the model's disk; None where there are none."""
         disk = self.system.speeds.disk
-        return Price(nbytes / disk, how, on) if disk else None
+        return Price(nbytes / disk, how, on) if disk and nbytes else None
 
     def fix(self) -> str:
         return _write(self.new, self.path)
@@ -204,7 +206,7 @@ class NoRoomForCopy(_Lacking):
     how = ESTIMATED  # the engine copies the weights; what it evicts is read again
     why = (
         "An engine that copies the weights (llama.cpp --no-mmap, torch) pushes the file out of the"
-        " page cache meanwhile. The next load reads it from the disk again."
+        " page cache meanwhile: the load after that reads it from the disk again."
     )
 
     def available(self) -> bool:
@@ -214,10 +216,7 @@ class NoRoomForCopy(_Lacking):
         )
 
     def fix(self) -> str:
-        return (
-            "have the engine map the file, as llama.cpp does by default; or, once it is loaded:"
-            f" numaload evict {self.file}"
-        )
+        return "have the engine map the file, as llama.cpp does by default"
 
 
 class SmallGroup(_Lacking):

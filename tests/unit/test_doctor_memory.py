@@ -192,11 +192,16 @@ def test_without_a_measured_disk_there_is_no_price(tmp_path: Path) -> None:
     assert found(memory.LargerThanRam, system).price is None
 
 
-def test_a_copy_pushes_out_what_was_read(tmp_path: Path) -> None:
-    finding = found(memory.NoRoomForCopy, on(tmp_path, meminfo(10 * GIB), size=8 * GIB))
+@pytest.mark.parametrize(
+    ("absent", "lost"),
+    [(8, 0), (7, 0), (6, 0), (5, 1), (1, 5)],  # what is absent, a load reads all the same
+)
+def test_a_copy_pushes_out_what_was_read(tmp_path: Path, absent: int, lost: int) -> None:
+    system = on(tmp_path, meminfo(10 * GIB), size=8 * GIB, absent=absent * GIB)
+    finding = found(memory.NoRoomForCopy, system)
     assert "8.0 GiB, this machine (MemAvailable) has room for 10.0" in finding.seen
-    assert finding.price == Price(6 * GIB / DISK, ESTIMATED, LOAD)
-    assert "numaload evict /models/model.gguf" in finding.fix
+    assert finding.price == (Price(lost * GIB / DISK, ESTIMATED, LOAD) if lost else None)
+    assert "evict" not in finding.fix
 
 
 @pytest.mark.parametrize("size", [6, 11])
@@ -562,15 +567,19 @@ def test_huge_pages_that_nobody_uses(tmp_path: Path) -> None:
     assert rest.price == Price(GIB / DISK, MEASURED, PASS)
 
 
-@pytest.mark.parametrize(("size", "is_found"), [(0, True), (5, False), (8, True)])
+@pytest.mark.parametrize(
+    ("size", "absent", "is_found", "lost"),
+    [(0, 0, True, 0), (5, 5, False, 0), (8, 8, True, 0), (8, 5, True, 1), (8, 1, True, 2)],
+)
 def test_huge_pages_matter_where_the_model_lacks_room(
-    tmp_path: Path, size: int, is_found: bool
+    tmp_path: Path, size: int, absent: int, is_found: bool, lost: int
 ) -> None:
-    system = on(tmp_path, meminfo(10 * GIB) | pages(1024, 1024), size=size * GIB)
+    files = meminfo(10 * GIB) | pages(1024, 1024)
+    system = on(tmp_path, files, size=size * GIB, absent=absent * GIB)
     finding = looked(memory.IdleHugePages, system)
     assert bool(finding) is is_found
-    if finding and size:
-        assert finding.price == Price(2 * GIB / DISK, ESTIMATED, LOAD)
+    if finding:
+        assert finding.price == (Price(lost * GIB / DISK, ESTIMATED, LOAD) if lost else None)
 
 
 @pytest.mark.parametrize("pool", [pages(1200, 200), pages(1200, 1200, 1200), pages(700, 700)])

@@ -84,7 +84,9 @@ class Hyperthreads(Check):
         return any(name in self.system.environment for name in self.VARIABLES)
 
     def measure(self) -> str:
-        cpus, told = self.system.machine.cpus, self.system.environment
+        cpus, told = self.system.cpus, self.system.environment
+        if not cpus:
+            raise Unknown("which CPUs may be used")
         path = "topology/thread_siblings_list"
         self.cores = len({self.system.text(f"{CPUS}/cpu{cpu}/{path}") for cpu in cpus})
         for name in self.VARIABLES:  # OMP_NUM_THREADS may be a list: the first is the outermost
@@ -92,7 +94,7 @@ class Hyperthreads(Check):
             if count is not None and count > self.cores:
                 self.asked[name] = told[name]
         which = ", ".join(f"{name}={value}" for name, value in self.asked.items())
-        return which and f"{which}, on {self.cores} cores with {len(cpus)} CPUs"
+        return which and f"{which}, on {_some(self.cores, 'core')} with {_some(len(cpus), 'CPU')}"
 
     def explain(self) -> str:
         return (
@@ -119,7 +121,7 @@ class _Frequencies(Check):
         self.changes: dict[tuple[str, str], list[int]] = {}  # {(old, new): CPUs}
 
     def available(self) -> bool:
-        cpus = self.system.machine.cpus
+        cpus = self.system.cpus
         return bool(cpus) and self.system.exists(f"{CPUS}/cpu{min(cpus)}/cpufreq")
 
     def fix(self) -> str:
@@ -157,7 +159,7 @@ class Governor(_Frequencies):
     LOWEST = "powersave"
 
     def measure(self) -> str:
-        cpus = sorted(self.system.machine.cpus)
+        cpus = sorted(self.system.cpus)
         driver = self._text(cpus[0], "scaling_driver")
         active = driver in self.ACTIVE
         self.leaf = self.PREFERENCE if active else "scaling_governor"
@@ -205,8 +207,8 @@ class Throttled(Check):
         groups = folders("cpu", self.system.sys, self.system.proc)
         stopped = max(map(self._stopped, groups), default=0)
         return (
-            f"{found:.4g} CPUs' time is allowed, and {count} CPUs are visible; it ran out in"
-            f" {stopped} of its periods so far"
+            f"{found:.4g} CPUs' time is allowed, and {_some(count, 'CPU')} can be seen; it ran out"
+            f" in {stopped} of its periods so far"
         )
 
     def _stopped(self, folder: tuple[str, int]) -> int:
@@ -327,7 +329,7 @@ class Busy(Check):
             raise Unknown(f"/proc/loadavg: {word[:40]!r} is no number") from error
         if round(load, 1) <= count:
             return ""
-        return f"{load:.1f} threads on average, in the last minute, and {count} CPUs"
+        return f"{load:.1f} threads on average, in the last minute, and {_some(count, 'CPU')}"
 
     def explain(self) -> str:
         return (
@@ -350,7 +352,7 @@ class Capped(_Frequencies):
     lowest = 1.0  # share of the most capped CPU
 
     def measure(self) -> str:
-        cpus = sorted(self.system.machine.cpus)
+        cpus = sorted(self.system.cpus)
         for cpu in cpus:
             cap, top = self._khz(cpu, self.leaf), self._khz(cpu, "cpuinfo_max_freq")
             if 0 < cap < self.SHARE * top:
@@ -431,8 +433,12 @@ def _bits(qtype: QuantType) -> float:
     return 8 * type_size / block_size
 
 
+def _some(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _count(system: System) -> int:
-    return len(system.machine.cpus) or os.cpu_count() or 1
+    return len(system.cpus) or os.cpu_count() or 1
 
 
 def _ids(system: System, path: str) -> frozenset[int]:

@@ -239,7 +239,7 @@ class FarStorage(_Nodes):
 
     def measure(self) -> str:
         kind = self.system.device.kind
-        self.cards, allowed = self.known(), _cpus(self.system)
+        self.cards, allowed = self.known(), self.system.cpus
         near = frozenset[int]().union(*(_near(self.system, gpu) for gpu in self.cards))
         bound = allowed <= near or not allowed & near  # to the GPU; elsewhere: that is NL405
         if kind == "memory" or not self.cards or bound or not self.system.absent:
@@ -292,7 +292,7 @@ class FarCpus(_Nodes):
     source = "llama.cpp #16000: 12.7 GB/s to the GPU from its node, 4.5 from another, 2026-11"
 
     def measure(self) -> str:
-        known, allowed = self.known(), _cpus(self.system)
+        known, allowed = self.known(), self.system.cpus
         self.cards = [gpu for gpu in known if not _near(self.system, gpu) & allowed]
         self.wanted = format_list({gpu.node for gpu in known if gpu.node is not None})
         if not self.cards or not allowed:
@@ -547,11 +547,6 @@ def _near(system: System, gpu: Gpu) -> frozenset[int]:
         return frozenset()
     same = [node.cpus for node in nodes.values() if node.packages == here.packages != ()]
     return here.cpus.union(*same)
-
-
-def _cpus(system: System) -> frozenset[int]:
-    """Return the CPUs that the process, or else this one, may run on. Raises: NumaError."""
-    return system.machine.cpus if system.pid is None else system.threads.cpus
 
 
 def _share(system: System, gpu: Gpu) -> float:

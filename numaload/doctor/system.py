@@ -346,6 +346,14 @@ class System:
     def machine(self) -> Topology:
         return topology(self.sys, self.proc)
 
+    @property
+    def cpus(self) -> frozenset[int]:
+        """Return the CPUs that the process, or else this one, may run on; none: not known.
+
+        Raises: NumaError.
+        """
+        return self.machine.cpus if self.pid is None else self.threads.cpus
+
     @cached_property
     def gpus(self) -> list[Gpu]:
         return gpus(self.sys, self.proc)

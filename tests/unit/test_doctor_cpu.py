@@ -15,6 +15,7 @@ from numaload.doctor.check import ESTIMATED, LOAD, PASS, Check, Unknown
 from numaload.doctor.system import System
 from numaload.formats.qtypes import BLOCKS, QuantType
 from numaload.linux.lists import parse_list
+from numaload.machine.topology import topology
 
 CPUS = "/sys/devices/system/cpu"
 FLAGS = "fpu sse2 avx avx2 fma f16c avx512f"
@@ -168,9 +169,44 @@ def test_threads_are_counted_against_cores(
     assert undo == (f"export OMP_NUM_THREADS={told['OMP_NUM_THREADS']}" if text else "")
 
 
+@pytest.mark.parametrize(
+    ("cpus", "expected"),
+    [
+        ("0-63", ""),
+        ("0,32", "OMP_NUM_THREADS=2, on 1 core with 2 CPUs"),
+        ("1", "OMP_NUM_THREADS=2, on 1 core with 1 CPU"),
+    ],
+)
+def test_threads_of_a_process_are_counted_against_its_own_cores(
+    tmp_path: Path, cpus: str, expected: str
+) -> None:
+    its: dict[str, Any] = {"pid": 42, "threads": SimpleNamespace(cpus=frozenset(parse_list(cpus)))}
+    system = constructed(tmp_path, XEON, SIBLINGS, environment={"OMP_NUM_THREADS": "2"}, **its)
+    system.machine = topology(system.sys, system.proc, allowed=frozenset({0}))  # of the doctor
+    found = looked(cpu.Hyperthreads, system)
+    assert (found.seen if found else "") == expected
+
+
+def test_frequencies_and_shares_are_those_of_the_cpus_of_a_process(tmp_path: Path) -> None:
+    threads = SimpleNamespace(cpus=frozenset({2}))
+    files = every("scaling_driver", "acpi-cpufreq") | every("scaling_governor", "ondemand")
+    files |= every("scaling_max_freq", "1850000") | {"/proc/cpuinfo": "flags: hypervisor\n"}
+    its: dict[str, Any] = {"pid": 42, "threads": threads, "weights": weights(Q4_0=10**9)}
+    assert scaled(tmp_path, cpu.Governor, files, **its)[0].startswith(
+        "scaling_governor: ondemand on CPUs 2 ("
+    )
+    assert scaled(tmp_path, cpu.Capped, files, **its)[0] == "CPUs 2 may run at 1.9 of 3.7 GHz"
+    price = scaled(tmp_path, cpu.InstructionSets, files, **its)[1]
+    assert price == (pytest.approx(1 / 3.0 - 1 / 5.5), ESTIMATED, PASS)
+
+
 def test_threads_are_unknown_without_siblings(tmp_path: Path) -> None:
     system = constructed(tmp_path, XEON, environment={"OMP_NUM_THREADS": "64"})
     with pytest.raises(Unknown, match="thread_siblings_list"):
+        looked(cpu.Hyperthreads, system)
+    for name, value in {"pid": 42, "threads": SimpleNamespace(cpus=frozenset())}.items():
+        setattr(system, name, value)
+    with pytest.raises(Unknown, match="which CPUs"):
         looked(cpu.Hyperthreads, system)
 
 
@@ -224,7 +260,7 @@ def test_quota_far_below_the_cpus_is_found(tmp_path: Path, quota: str, expected:
     assert bool(text) == bool(expected)
     assert price is None
     if text:
-        assert "64 CPUs are visible" in text
+        assert "and 64 CPUs can be seen" in text
         assert "700 of its periods" in text
         assert fix.startswith("docker update --cpus=64 ")
         assert fix.endswith("OMP_NUM_THREADS=4")

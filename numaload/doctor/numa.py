@@ -204,14 +204,18 @@ class OtherOpinion(_Nodes):
         "Engines that ask libnuma place weights by its nodes, which may be the wrong ones."
         " numaload reads /sys and is not concerned."
     )
-    root = True
 
     def measure(self) -> str:
         said = self.system.opinion
         return "" if said.startswith(("none, ", "libnuma agrees")) else said
 
     def fix(self) -> str:
-        return f"update libnuma to 2.0.19 or later: {NoLibnuma(self.system).fix()}"
+        node = min(self.system.machine.all)
+        return (
+            f"numaload exec --node {node} {self.file} -- PROGRAM -m {{model}}  # instead of the"
+            " engine's own NUMA option; libnuma 2.0.19 or later may mend it too, but not every"
+            " distribution has that: Debian 12 ends at 2.0.16"
+        )
 
 
 class ManyNodes(_Nodes):

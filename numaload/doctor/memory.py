@@ -231,24 +231,33 @@ class SmallGroup(_Lacking):
 
     def measure(self) -> str:
         seen = super().measure()
+        self.changes: list[tuple[str, int, int]] = []  # (path, old, new), in their order
         folder, _, name = self.limit.name.removeprefix("cgroup ").rpartition(" (")
         path = f"{folder}/{name.rstrip(')')}"
         old = number_in(SysFiles().text(path) or "") if seen else None
         # The outermost folder's limit is a container's own, which is set from outside.
         base = f"{self.system.sys}/fs/cgroup"
         if old is not None and folder not in (base, f"{base}/memory"):
-            self.path, self.old = path, str(old)
-            self.new = str(-(-(old + self.lack.nbytes) // GIB) * GIB)
+            new = -(-(old + self.lack.nbytes) // GIB) * GIB
+            self.changes = [(path, old, new)]
+            # Version 1 refuses a limit above that of memory and swap together.
+            both = f"{folder}/memory.memsw.limit_in_bytes"
+            most = number_in(SysFiles().text(both) or "")
+            if most is not None and most < new:
+                self.changes.insert(0, (both, most, most + new - old))
         return seen
 
     def fix(self) -> str:
-        if self.path:
-            return super().fix()
+        if self.changes:
+            return " && ".join(_write(new, path) for path, _, new in self.changes)
         enough = -(-self.system.size // GIB) + 1
         return (
             f"start the container with more: docker run --memory {enough}g, in Kubernetes"
             f" resources.limits.memory: {enough}Gi"
         )
+
+    def undo(self) -> str:
+        return " && ".join(_write(old, path) for path, old, _ in reversed(self.changes))
 
 
 class MirrorsDoNotFit(_Memory):

@@ -238,6 +238,29 @@ def test_a_limit_smaller_than_the_model(tmp_path: Path) -> None:
     assert finding.undo == f"echo {4 * GIB} > {path}"
 
 
+@pytest.mark.parametrize(
+    ("swap", "is_raised"),
+    [(0, True), (2, True), (3, False), (1 << 32, False)],  # GiB beside 4 of memory
+)
+def test_a_limit_of_memory_and_swap_is_raised_first(
+    tmp_path: Path, swap: int, is_raised: bool
+) -> None:
+    folder = "/sys/fs/cgroup/memory/job"
+    limit, both = f"{folder}/memory.limit_in_bytes", f"{folder}/memory.memsw.limit_in_bytes"
+    files = meminfo(12 * GIB) | {
+        "/proc/self/cgroup": "4:memory:/job\n",
+        limit: f"{4 * GIB}\n",
+        both: f"{(4 + swap) * GIB}\n",
+        f"{folder}/memory.usage_in_bytes": "0\n",
+    }
+    finding = found(memory.SmallGroup, on(tmp_path, files, size=7 * GIB))
+    raised, lowered = ([f"echo {n * GIB} > {tmp_path}{limit}"] for n in (7, 4))
+    if is_raised:
+        raised.insert(0, f"echo {(7 + swap) * GIB} > {tmp_path}{both}")
+        lowered.append(f"echo {(4 + swap) * GIB} > {tmp_path}{both}")
+    assert (finding.fix, finding.undo) == (" && ".join(raised), " && ".join(lowered))
+
+
 def test_a_container_s_limit_is_set_from_outside(tmp_path: Path) -> None:
     files = meminfo(12 * GIB) | group(tmp_path, "/", 4 * GIB)
     finding = found(memory.SmallGroup, on(tmp_path, files, size=7 * GIB))

@@ -338,61 +338,70 @@ def mirror(options: argparse.Namespace) -> int:
 def _watch(options: argparse.Namespace) -> int:
     """Keep models mirrored until a signal comes; their replicas are in use for so long.
 
-    A file that is being written is waited for: it must look the same twice.
+    A file that is being written is waited for: it must look the same twice. Those that cannot be
+    opened stop no others. Raises: at the start, what no waiting mends.
     """
     import time
 
-    from numaload.errors import NumaloadError
+    from numaload.errors import NumaloadError, NumaUnavailableError, StoreError, UsageError
 
     held: list[Any] = []
     plans = [""]  # what was said of the last one that did not fit
-    told, seen, is_ready = "", None, False
+    told, seen, is_ready = "", dict[str, Any](), False
     options.files = options.files or [weights.paths[0] for weights in _models([])]
     if not options.files:
         complain(TEACH)
         return 2
     while True:
+        now, failed = _as_they_are(options.files)
         try:
-            now = _as_they_are(options.files)
-            if now == seen and not _all_there(now, held):
-                held, told = _mirrored_again(options, held, plans), ""
-                if not is_ready:
-                    _tell_systemd("READY=1")
+            if now and now == seen and not _all_there(now.values(), held):
+                held = _mirrored_again(options, list(now), held, plans)
+            if held and not (failed or is_ready):
+                _tell_systemd("READY=1")
                 is_ready = True
-            seen = now
         except NumaloadError as error:
-            if _worded([str(error)]) != told:  # said once, not every few seconds
-                complain(error)
-            told = _worded([str(error)])
+            if not is_ready and isinstance(error, (UsageError, StoreError, NumaUnavailableError)):
+                raise
+            failed.append(str(error))
+        if _worded(failed) != told:  # said once, not every few seconds
+            told = _worded(failed)
+            for why in failed:
+                complain(why)
+        seen = now
         time.sleep(SETTLE_S if not held else options.watch)
 
 
-def _as_they_are(files: list[str]) -> list[Any]:
-    opened = _models(files)
-    try:
-        return [weights.model() for weights in opened]
-    finally:
-        for weights in opened:
-            weights.close()
+def _as_they_are(files: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return {file: its model}, and why others cannot be opened."""
+    from numaload.errors import NumaloadError
+    from numaload.weights import open_weights
+
+    found, failed = {}, []
+    for file in files:
+        try:
+            with open_weights(file) as weights:
+                found[file] = weights.model()
+        except NumaloadError as error:  # noqa: PERF203 - the others are still to be mirrored
+            failed.append(str(error))
+    return found, failed
 
 
-def _all_there(now: list[Any], held: list[Any]) -> bool:
-    """Return whether the replicas that are in use are those of the files, and have their names."""
-    import os
+def _all_there(now: Iterable[Any], held: list[Any]) -> bool:
+    """Return whether replicas of these models are in use and whole; note that they are in use."""
+    from numaload.replicas.lease import damage
 
-    entries = [lease.entry for one in held for lease in one._leases]  # noqa: SLF001
-    names = [
-        entry.path(group, i)
-        for entry in entries
-        for group in entry.groups
-        if set(group) <= {node for one in held for node in one.nodes}
-        for i in range(len(entry.file_names))
-    ]
-    same = [one.model.key for one in held] == [model.key for model in now]
-    return same and all(map(os.path.exists, names))
+    leases = [lease for one in held for lease in one._leases]  # noqa: SLF001
+    for lease in leases:
+        lease.note_use()
+    same = {model.key for model in now} <= {one.model.key for one in held}
+    return same and not any(damage(lease.entry) for lease in leases)
 
 
-def _mirrored_again(options: argparse.Namespace, before: list[Any], plans: list[str]) -> list[Any]:
+def _mirrored_again(
+    options: argparse.Namespace, files: list[str], before: list[Any], plans: list[str]
+) -> list[Any]:
+    """Mirror these files; return what is in use then. Other files' replicas stay in use."""
     from numaload.errors import NodeMemoryError
     from numaload.replicas import reclaim
     from numaload.replicas.mirror import mirror_shared
@@ -402,12 +411,14 @@ def _mirrored_again(options: argparse.Namespace, before: list[Any], plans: list[
         if plans[0] != before_that:  # what does not fit is tried again and again
             _announce(todo)
 
-    models, machine, wanted = _plan(options)
+    models, machine, wanted = _plan(argparse.Namespace(**vars(options) | {"files": files}))
+    paths = {weights.model().paths for weights in models}
     try:
         mirrors = mirror_shared(models, machine, wanted, None, announce)
     except NodeMemoryError:
         keys = {weights.model().key for weights in models}
-        replaced = [one for one in before if one.model.key not in keys]
+        its = [one for one in before if one.model.paths in paths]
+        replaced = [one for one in its if one.model.key not in keys]
         if not replaced:
             raise
         for one in replaced:  # where there is no room for both, the old one may go for the new one
@@ -415,8 +426,10 @@ def _mirrored_again(options: argparse.Namespace, before: list[Any], plans: list[
             one.close()
         mirrors = mirror_shared(models, machine, wanted, None, announce)
     plans[0] = ""
+    others = [one for one in before if one.model.paths not in paths]
     for one in before:
-        one.close()
+        if one not in others:
+            one.close()
     reclaim.sweep()  # what was replaced may go now
     for one in mirrors:
         one.owns_weights = True
@@ -425,7 +438,7 @@ def _mirrored_again(options: argparse.Namespace, before: list[Any], plans: list[
     for one in () if options.json else mirrors:
         _tell(one.report)
     sys.stdout.flush()  # who reads a pipe waits for it
-    return mirrors
+    return [*others, *mirrors]
 
 
 def _worded(lines: Iterable[str]) -> str:

@@ -41,7 +41,7 @@ class Lease(NotCopyable):
             self.fd = os.open(entry.name, userdir.DIRECTORY, dir_fd=store)
         try:
             userdir.flock(self.fd, fcntl.LOCK_SH)
-            self._note_use()
+            self.note_use()
         except BaseException:
             self.close()
             raise
@@ -72,19 +72,33 @@ class Lease(NotCopyable):
                 f"{source}: its replica cannot be opened: {where}: {reason(error)}"
             ) from error
 
-    def _note_use(self) -> None:
+    def note_use(self) -> None:
         if self.uses:
             with suppress(OSError):
                 os.utime(self.fd)
 
     def close(self) -> None:
         if getattr(self, "fd", -1) >= 0:
-            self._note_use()
+            self.note_use()
             fd, self.fd = self.fd, -1
             os.close(fd)
 
     def __del__(self) -> None:
         self.close()
+
+
+def damage(entry: Entry) -> str:
+    """Return what is wrong with the replicas' files, or ""; their bytes are not looked at."""
+    for group in entry.groups:
+        for i, identity in enumerate(entry.model.identities):
+            path = entry.path(group, i)
+            try:
+                status = os.stat(path, follow_symlinks=entry.holder is not None)
+            except OSError as error:
+                return f"{path}: {reason(error)}"
+            if entry.holder is None and (wrong := _wrong(status, identity.size)):
+                return f"{path} {wrong}"
+    return ""
 
 
 def _map_replica(entry: Entry, path: str, size: int, folder: int) -> MappedMemory:

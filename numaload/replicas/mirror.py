@@ -55,7 +55,7 @@ from numaload.replicas.layout import (
     striped,
     sums_of,
 )
-from numaload.replicas.lease import Lease
+from numaload.replicas.lease import Lease, damage
 from numaload.replicas.plan import (
     HELD,
     NO_BUDGET,
@@ -168,11 +168,14 @@ def attach(
 def lacking(path: str | os.PathLike[str], nodes: Sequence[int], policy: str = "") -> list[int]:
     """Return the nodes that no whole replica of the model, as its files are now, serves.
 
+    Whole: of which no file was removed or cut; ``verify`` asks for its pages and bytes.
+
     policy: only by replicas of this one.
     """
     with open_weights(path) as weights:
         found = store.find(weights.model(), policy)
-    serving = by_node({group: group for group, one in found.items() if one.policy != MIXED})
+    whole = {g for g, one in found.items() if one.policy != MIXED and not damage(one)}
+    serving = by_node({group: group for group in whole})
     return [node for node in nodes if node not in serving]
 
 
@@ -448,7 +451,8 @@ def _missing(models: Sequence[Weights], options: MirrorOptions, *, building: boo
 
 def _found(model: known.Model, policy: str, *, building: bool) -> dict[Group, Entry]:
     try:
-        return store.find(model, policy)
+        found = store.find(model, policy)
+        return {group: entry for group, entry in found.items() if not damage(entry)}
     except StoreError as error:
         if building:
             raise
@@ -514,6 +518,7 @@ def _mirror_shared(
 ) -> list[Mirror]:
     with reclaim.building() as folder:
         bound = can_bind(options, machine)
+        reclaim.drop_damaged(_keys(models))
         builds = _missing(models, options, building=True)
         pool = _pool(models, options)
         planned = partial(

@@ -26,6 +26,7 @@ from numaload.replicas import folders, pools
 from numaload.replicas import store as stored
 from numaload.replicas.entry import Entry, folder_of, holder_of
 from numaload.replicas.folders import MANIFEST
+from numaload.replicas.lease import damage
 from numaload.replicas.plan import Need
 
 PAUSES_S = (0.01,) * 10  # in which others may end what they began to remove
@@ -293,6 +294,14 @@ def drop_replaced() -> None:
     for entry in before:
         if not used[entry.name].users and entry.model.state() == "changed":
             _take(entry, "the file changed")
+
+
+def drop_damaged(keys: Collection[str]) -> None:
+    """Release replicas of these models that lack files or ends of files: they are built again."""
+    for entry in stored.entries():
+        if entry.model.key in keys and stored.reachable(entry) and (why := damage(entry)):
+            warn_once(f"gone {entry.name}", f"{entry.model.paths[0]}: a damaged replica: {why}")
+            release([entry], f"damaged: {why}")
 
 
 def _take(entry: Entry, why: str) -> list[Released]:

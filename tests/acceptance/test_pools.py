@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -627,14 +627,11 @@ def test_watching_what_patterns_place_and_a_file_that_is_removed(
         numaload("release", a)
         assert next_report(process)["copied"] > 0
         next(numaload.store.rglob("*.parts")).unlink()
-        assert process.stderr is not None
-        said = "\n"
-        while said and "mirrored, twice" not in said:
-            said = process.stderr.readline()
-            assert "placed by patterns" not in said
-        assert f"numaload release {a}" in said
-        numaload("release", a)
         assert next_report(process)["copied"] > 0
+        process.kill()
+        said = process.communicate()[1]
+    assert f"{a}: a damaged replica: " in said
+    assert "placed by patterns" not in said
 
 
 def test_watching_all_models_in_a_pool_that_has_no_room_for_two(
@@ -666,8 +663,71 @@ def test_watching_says_once_that_it_does_not_fit(
     options, plans = _parser(["mirror"]).parse_args(["mirror", models[0], "--watch"]), [""]
     for _ in range(3):
         with pytest.raises(NodeMemoryError):
-            replicas._mirrored_again(options, [], plans)
+            replicas._mirrored_again(options, models[:1], [], plans)
     assert capsys.readouterr().err.count("plan: pool base on node 0: does NOT fit") == 1
+
+
+def cut(path: Path) -> None:
+    path.chmod(0o600)
+    os.truncate(path, 1000)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut])
+def test_a_damaged_replica_is_not_ready_and_is_built_again(
+    numaload: Numaload, models: list[str], damage: Callable[[Path], None]
+) -> None:
+    a = models[0]
+    numaload("mirror", a)
+    with watching(numaload, a) as process:
+        next_report(process)
+        damage(next(numaload.store.rglob("a.gguf")))
+        assert next_report(process)["copied"] > 0
+    damage(next(numaload.store.rglob("a.gguf")))
+    assert not ready(numaload, a)
+    assert "to build on" in numaload("plan", a, "--policy", "mirror").stdout
+    assert f"{a}: a damaged replica: " in numaload("mirror", a).stderr
+    assert ready(numaload, a)
+    assert "damaged: " in numaload("store").stdout
+
+
+def test_a_watched_file_that_is_missing_stops_no_other(
+    numaload: Numaload, models: list[str], tmp_path: Path
+) -> None:
+    a, b = models[:2]
+    away = shutil.move(b, tmp_path / "away")
+    with watching(numaload, a, b) as process:
+        next_report(process)
+        numaload("release", a)
+        assert next_report(process)["paths"] == [a]
+        shutil.move(away, b)
+        wait_for(lambda: ready(numaload, b), "the replica of the file that came back")
+        process.kill()
+        assert process.communicate()[1].count(f"{b}: No such file or directory") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [(["--pool", "my pool"], 2), (["--nodes", "99"], 2), (["--place", "x=mirror"], 2)],
+)
+def test_watching_what_no_waiting_mends_ends(
+    numaload: Numaload, models: list[str], words: list[str], status: int
+) -> None:
+    numaload("mirror", models[0], "--watch", "0.1", *words, status=status)
+
+
+def test_watching_with_no_store_ends(models: list[str], tmp_path: Path) -> None:
+    no_tmpfs = Numaload(tmp_path)
+    done = no_tmpfs("mirror", models[0], "--watch", "0.1", status=1)
+    assert "expected a tmpfs" in done.stderr
+
+
+def test_what_is_watched_is_in_use(numaload: Numaload, models: list[str]) -> None:
+    """However the watcher ends; idle time counts from when it was last there."""
+    with watching(numaload, models[0]) as process:
+        next_report(process)
+        (folder,) = [path.parents[1] for path in numaload.store.rglob("a.gguf")]
+        os.utime(folder, (1, 1))
+        wait_for(lambda: folder.stat().st_mtime > 1, "a look at the replica")
 
 
 def test_watching_nothing_ends(numaload: Numaload) -> None:

@@ -24,13 +24,17 @@ LABEL = 8  # columns of "   seen "
 SHELL = re.compile(r"[|&;<>]")  # in commands that one sudo does not reach to the end of
 CONTINUED = " \\"  # ends a line of a command that goes on
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # in a command: no line may end inside
+# A name in a remedy, as shlex.quote writes it; an apostrophe inside a word begins none.
+NAME = re.compile(r"(?<!\w)'(?:[^']|'\"'\"')*'")
+NOT_PRINTED = "a command that cannot be printed, for a name in it or its length: --json has it"
 INSIDE = "\N{NO-BREAK SPACE}"  # stands for a space there, until lines are cut
 # Remedies are commands from the first of these words on: at their beginning, or after ": ".
 COMMANDS = {
     "apk", "apt-get", "cat", "cp", "cpupower", "cryptsetup", "dmesg", "dnf", "docker", "echo",
     "export", "for", "hf", "losetup", "loginctl", "mdadm", "migratepages", "mkdir", "modprobe",
-    "mount", "mv", "numactl", "numaload", "nvidia-smi", "pacman", "ps", "rm", "sha256sum",
-    "swapoff", "swapon", "sysctl", "taskset", "ulimit", "umount", "unset", "yum", "zypper",
+    "mount", "mv", "numactl", "numaload", "nvidia-smi", "pacman", "prlimit", "ps", "rm",
+    "sha256sum", "swapoff", "swapon", "sysctl", "taskset", "ulimit", "umount", "unset", "yum",
+    "zypper",
 }  # fmt: skip
 
 
@@ -169,7 +173,7 @@ def _show_remedy(label: str, text: str, columns: int, *, root: bool) -> None:
         _wrap(sentence, columns, first, rest)
         first = rest
     if command:
-        whole = QUOTED.sub(lambda its: its[0].replace(" ", INSIDE), printable(command))
+        whole = QUOTED.sub(lambda its: its[0].replace(" ", INSIDE), command)
         lines = _wrapped(whole, columns - len(CONTINUED), first, rest)
         for line in [*(f"{line}{CONTINUED}" for line in lines[:-1]), lines[-1]]:
             say(line.replace(INSIDE, " "))
@@ -182,16 +186,19 @@ def remedy(text: str, *, root: bool) -> tuple[str, str, str]:
 
     One of the first two may be empty, and the third.
     """
-    sentence, mark, rest = text.rpartition(": ")
-    if text.partition(" ")[0] in COMMANDS:
-        sentence, mark, rest = "", "", text
-    elif rest.partition(" ")[0] not in COMMANDS:
+    plain = NAME.sub(lambda its: "_" * len(its[0]), text)  # names may have ": " and "  # " in them
+    sentence, mark, _ = plain.rpartition(": ")
+    start = 0 if plain.partition(" ")[0] in COMMANDS else len(sentence + mark)
+    if plain[start:].partition(" ")[0] not in COMMANDS:
         return f"{text} (as root)" if root else text, "", ""
-    command, _, remark = rest.partition("  # ")
+    stop = start + len(plain[start:].partition("  # ")[0])
+    sentence, command, remark = text[:start].rstrip(), text[start:stop], text[stop + len("  # ") :]
     if root and os.geteuid():
         simple = not SHELL.search(command)
         command = f"sudo {command if simple else f'sh -c {shlex.quote(command)}'}"
-    return f"{sentence}{mark}".rstrip(), command, remark
+    if printable(command) != command:
+        return f"{sentence} {NOT_PRINTED}{' (as root)' * root}".lstrip(), "", remark
+    return sentence, command, remark
 
 
 def cost(finding: Finding) -> str:

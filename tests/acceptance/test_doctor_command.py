@@ -14,6 +14,7 @@ import pytest
 import numaload as api
 from commands import Numaload
 from numaload.cli.doctor import _show_remedy as show_remedy
+from numaload.cli.doctor import remedy
 from numaload.doctor.paste import PATH, redacted
 
 
@@ -78,6 +79,28 @@ def test_a_quoted_path_is_on_one_line(capsys: pytest.CaptureFixture[str]) -> Non
     assert first == "   fix  see what fits; then:"
     assert shlex.split(" ".join(line.removesuffix(" \\") for line in command)) == words
     assert remark == "        # as often as it is used"
+
+
+@pytest.mark.parametrize(
+    "name", ["/m/a  # b", "/m/my: rm x", "/it's: cp  # '", "/m/\u65e5 \U0001f600"]
+)
+@pytest.mark.parametrize("sentence", ["", "the file's own; then:", "the engines' one, or:"])
+def test_a_name_does_not_divide_a_remedy(name: str, sentence: str) -> None:
+    command = f"numaload mirror --x={shlex.quote(name)} {shlex.quote(name)}"
+    text = f"{sentence} {command}  # it's a remark".lstrip()
+    assert remedy(text, root=False) == (sentence, command, "it's a remark")
+    said = f"start it with {shlex.quote(f'{name}: rm x')} again"
+    assert remedy(said, root=False) == (said, "", "")
+
+
+@pytest.mark.parametrize("name", ["/m/nb\xa0sp", "/m/a\nb", "/m/\udcff", "/m/" + "x" * 4000])
+def test_a_command_that_cannot_be_printed_is_not_printed(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show_remedy("fix", f"then: numaload mirror {shlex.quote(name)}  # often", 80, root=True)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("fix then: a command that cannot be printed, ")
+    assert said.endswith("--json has it (as root) # often")
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,9 @@ class InstructionSets(Check):
 
     def fix(self) -> str:
         if self.word:
-            return f"take {self.word} off the kernel command line, then restart the machine"
+            return (
+                f"take {self.word} off the kernel command line, then restart the machine, as root"
+            )
         return (
             "start the virtual machine with the host's processor: qemu-system-x86_64 -cpu host,"
             " or <cpu mode='host-passthrough'/> by virsh edit"
@@ -63,7 +65,10 @@ class InstructionSets(Check):
 
     def undo(self) -> str:
         if self.word:
-            return f"put {self.word} back on the kernel command line, then restart the machine"
+            return (
+                f"put {self.word} back on the kernel command line, then restart the machine, as"
+                " root"
+            )
         return "give the virtual machine its former -cpu model again"
 
 

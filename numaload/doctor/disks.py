@@ -235,6 +235,7 @@ class SlowLink(_OnDisks):
                 continue
             self.share = max(self.share, 1 - _bandwidth(now) / _bandwidth(best))
             self.by_slot = _bandwidth(limit) <= 1.01 * _bandwidth(now)
+            self.root = not self.by_slot  # most distributions show dmesg to root only
             told = f"{name}: {_link(now)} of {_link(best)}, {gb(rate)} measured"
             if self.by_slot:
                 told += ", and its slot gives no more"

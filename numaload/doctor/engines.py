@@ -24,6 +24,7 @@ FIRST_ROWS = 4096  # bytes of numa_maps, which takes long for all of a large pro
 class NoLibnuma(Check):
     id, title = "NL601", "ktransformers was built without NUMA"
     source = "ktransformers doc/en/install.md (V0.2) and its issues 634, 796, 896, 2026-08"
+    root = True
     EXTENSION = "cpuinfer_ext"
     LIBRARY = b"libnuma.so"
     path = ""
@@ -66,7 +67,10 @@ class NoLibnuma(Check):
         return "apt-get install libnuma-dev  # then in its sources: USE_NUMA=1 bash install.sh"
 
     def undo(self) -> str:
-        return "in its sources: bash install.sh"
+        return (
+            "apt-get remove libnuma-dev  # if it was not there before; then in its sources: bash"
+            " install.sh"
+        )
 
 
 class _Llama(Check):
@@ -216,7 +220,7 @@ class LazyTables(_Llama):
 class LockLimit(_Llama):
     id, title, several = "NL607", "llama.cpp may not lock the model in RAM", False
     source = "proc_pid_limits(5), Max locked memory; llama.cpp --mlock warns once, 2026-08"
-    LIMIT = re.compile(r"Max locked memory +(\d+|unlimited)")
+    LIMIT = re.compile(r"Max locked memory +(\d+|unlimited) +(\d+|unlimited)")
 
     def measure(self) -> str:
         mode, option = self._value(("-lm", "--load-mode"), "LLAMA_ARG_LOAD_MODE")
@@ -226,9 +230,10 @@ class LockLimit(_Llama):
         match = self.LIMIT.search(self.system.text(f"/proc/{self.system.pid}/limits"))
         if match is None:
             raise Unknown(f"/proc/{self.system.pid}/limits does not tell what may be locked")
-        self.old = match[1]
+        self.old, self.most = match[1], match[2]
         if self.old == "unlimited" or int(self.old) >= self.system.size:
             return ""
+        self.root = self.most != "unlimited" and int(self.most) < self.system.size
         return (
             f"{asked}, but {size_of(int(self.old))} may be locked, of a model of"
             f" {size_of(self.system.size)}"
@@ -238,12 +243,19 @@ class LockLimit(_Llama):
         return "It warns once and goes on: the kernel may drop weights, or swap them out."
 
     def fix(self) -> str:
-        return (
-            "ulimit -l unlimited  # in the shell that starts it; of a service LimitMEMLOCK=infinity"
-        )
+        where = "in the shell that starts it; of a service LimitMEMLOCK=infinity"
+        if self.root:
+            return (
+                f"prlimit --pid $$ --memlock=unlimited  # {where}; its hard limit is too low, which"
+                " memlock in /etc/security/limits.conf raises for good"
+            )
+        most = self.most if self.most == "unlimited" else int(self.most) >> 10
+        return f"ulimit -S -l {most}  # {where}"
 
     def undo(self) -> str:
-        return f"ulimit -l {int(self.old) >> 10}"
+        if self.root:
+            return f"prlimit --pid $$ --memlock={self.old}:{self.most}"
+        return f"ulimit -S -l {int(self.old) >> 10}"
 
 
 class Pinning(Check):

@@ -168,7 +168,7 @@ def _beyond_quota(seen: ThreadReport) -> Iterator[ThreadFinding]:
             "quota",
             f"{len(seen.busy)} threads have work ({seen.told(seen.busy)}), but the cgroup allows"
             f" {quota:.4g} CPUs' time: once that is used up, all of them must wait",
-            f"{_fewer(max(1, int(quota)))}, or raise cpu.max",
+            f"{_fewer(max(1, int(quota)))}, or raise cpu.max as root",
             _ids(seen.busy),
         )
 
@@ -217,7 +217,7 @@ def _far(seen: ThreadReport) -> Iterator[ThreadFinding]:
                 "far",
                 f"{seen.told(pool.threads)} may run on node {format_list(nodes)} only, and have"
                 f" memory of node {format_list(mems)} only (cpuset)",
-                f"put node {format_list(nodes)} into cpuset.mems, or CPUs of node"
+                f"as root put node {format_list(nodes)} into cpuset.mems, or CPUs of node"
                 f" {format_list(mems)} into cpuset.cpus",
                 _ids(pool.threads),
             )

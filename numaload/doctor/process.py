@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections import Counter
@@ -46,7 +47,11 @@ class _Threads(Check):
         return self.why
 
     def fix(self) -> str:
-        return "; ".join(dict.fromkeys(finding.fix for finding in self._found()))
+        text = "; ".join(dict.fromkeys(finding.fix for finding in self._found()))
+        with suppress(OSError):  # nobody but root moves threads of others
+            owner = os.stat(f"{self.system.proc}/{self.system.pid}").st_uid
+            self.root = ": taskset -" in text and owner != self.system.uid
+        return text
 
     def _found(self) -> list[ThreadFinding]:
         return [one for one in self.system.threads.findings if one.kind == self.kind]

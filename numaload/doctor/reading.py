@@ -284,7 +284,7 @@ class FarAway(_Elsewhere):
 
 
 class Silent(OfFile):
-    id, title = "NL114", "The server does not answer"
+    id, title, root = "NL114", "The server does not answer", True
     source = "docs/storage.md, network file systems, 2026-10"
     why = "A program that reads such a file waits until the server is back, maybe for ever."
 

@@ -139,6 +139,7 @@ def test_instruction_sets_are_missed_where_something_hides_them(
     assert text.startswith(expected)
     assert bool(text) == bool(expected) == bool(undo)
     assert fix in how
+    assert how.endswith("as root") == undo.endswith("as root") == (fix == "clearcpuid")
     if text:
         # 64e9 weights by 64 CPUs: a second of each for 1e9 weights.
         assert price == (pytest.approx(1 / 3.0 - 1 / 5.5), ESTIMATED, PASS)

@@ -110,6 +110,7 @@ def test_extension_of_a_process_is_searched_for_libnuma(
     if finding:
         assert finding.seen.endswith(f"root{path} does not use libnuma")
         assert finding.fix.endswith("USE_NUMA=1 bash install.sh")
+        assert finding.root
 
 
 def test_extension_is_found_without_a_process_where_it_is_installed(
@@ -323,15 +324,24 @@ def test_tables_that_stay_on_the_disk(tmp_path: Path) -> None:
 
 
 def test_a_limit_of_locked_memory(tmp_path: Path) -> None:
-    def looked_at(limit: str, *words: str) -> Finding | None:
-        files = {f"/proc/{PID}/limits": f"Max locked memory         {limit}   {limit}   bytes\n"}
+    def looked_at(limit: str, *words: str, hard: str = "") -> Finding | None:
+        row = f"Max locked memory         {limit}   {hard or limit}   bytes\n"
+        files = {f"/proc/{PID}/limits": row}
         system = process(tmp_path, "llama-server", *words, files=files, size=10**10, on=ONE)
         return looked(engines.LockLimit, system)
 
     finding = looked_at("8388608", "--mlock")
     assert finding is not None
     assert "8.0 MiB may be locked, of a model of 9.3 GiB" in finding.seen
-    assert finding.undo == "ulimit -l 8192"
+    assert finding.fix.startswith("prlimit --pid $$ --memlock=unlimited  # ")
+    assert finding.undo == "prlimit --pid $$ --memlock=8388608:8388608"
+    assert finding.root
+    for hard, most in (("unlimited", "unlimited"), ("20000000000", "19531250")):
+        finding = looked_at("8388608", "--mlock", hard=hard)
+        assert finding is not None
+        assert finding.fix.startswith(f"ulimit -S -l {most}  # ")
+        assert finding.undo == "ulimit -S -l 8192"
+        assert not finding.root
     assert looked_at("8388608", "--load-mode", "mmap+mlock") is not None
     assert looked_at("8388608") is None
     assert looked_at("unlimited", "--mlock") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from numaload.doctor.process import (
     CHECKS,
     LOCAL_RATE,
     BoundLate,
+    MainPinned,
     Quota,
     RemoteShare,
     Swapped,
@@ -275,6 +277,19 @@ def test_what_cannot_be_read_is_unknown(check: Any, text: str | None, tmp_path: 
     files = {} if text is None else {MAPS: text, STATUS: text}
     with pytest.raises(Unknown, match=str(PID)):
         looked(check, constructed(tmp_path, XEON, files, pid=PID, threads=at(NODE_0)))
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_threads_of_others_are_moved_by_root(tmp_path: Path, mine: bool) -> None:
+    uid = os.getuid() if mine else os.getuid() + 1
+    found = looked(MainPinned, process(tmp_path, at("0", "0-3"), uid=uid))
+    assert found is not None
+    assert f": taskset -pc 0-3 {PID}" in found.fix
+    assert found.root != mine
+    crowd = looked(Quota, process(tmp_path, replace(at("0-3", on=0), quota=1.0), uid=uid))
+    assert crowd is not None
+    assert crowd.fix.endswith("or raise cpu.max as root")
+    assert not crowd.root
 
 
 def test_what_people_see_of_a_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -475,6 +475,7 @@ def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
     assert "no answer for 15 s" in finding.seen
     assert finding.price is None
     assert finding.fix.endswith("umount -f -l /models")
+    assert finding.root
     refused = Speeds(why_not="its file system maps no files")
     assert looked(reading.Silent, on_nfs(tmp_path, speeds=refused)) is None
 
@@ -507,6 +508,7 @@ def test_a_link_that_is_too_slow(
     assert seen in finding.seen
     assert seconds(finding) == 5.0
     assert finding.fix.startswith(fix)
+    assert finding.root == ("dmesg" in finding.fix)
     assert not finding.undo
 
 

@@ -265,6 +265,7 @@ def test_memory_of_another_node(mems: str, expected: list[str], tmp_path: Path) 
         assert finding.text == (
             "2 of a may run on node 1 only, and have memory of node 0 only (cpuset)"
         )
+        assert finding.fix.startswith("as root put node 1 into cpuset.mems")
 
 
 def test_a_node_without_memory_is_no_mistake(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from shlex import quote
+from shlex import join, quote
 
 from numaload.doctor.check import ESTIMATED, MEASURED, Check, Price, Unknown
 from numaload.doctor.storage import LEAST_S, NO_DISKS, PARTITION, OfFile, gb, size_of, whole_disk
@@ -156,12 +156,17 @@ class Encrypted(_OnDisks):
     def measure(self) -> str:
         if not slow_disk(self):
             return ""
-        self.names = [
-            self.system.text(f"/sys/block/{name}/dm/name")
+        # Refreshing resets every flag that is not named. The kernel shows this one.
+        self.names = {
+            self.system.text(f"/sys/block/{name}/dm/name"): (
+                ["--allow-discards"]
+                if self.system.number(f"/sys/block/{name}/queue/discard_max_bytes")
+                else []
+            )
             for name in _layers(self)
             if name.startswith("dm-")
             and self.system.text(f"/sys/block/{name}/dm/uuid").startswith("CRYPT-")
-        ]
+        }
         if not self.names:
             return ""
         rate, device = self.system.speeds.disk, self.system.device
@@ -175,12 +180,20 @@ class Encrypted(_OnDisks):
         return Price(max(0.0, lost - self.claimed(Busy, Degraded, SlowLink)), ESTIMATED)
 
     def fix(self) -> str:
-        flags = "--perf-no_read_workqueue --perf-no_write_workqueue"
-        each = " && ".join(f"cryptsetup refresh {flags} {quote(name)}" for name in self.names)
-        return f"{each}  # if that is set already: keep models on a volume without encryption"
+        return (
+            f"{self._refresh('--perf-no_read_workqueue', '--perf-no_write_workqueue')}  # see"
+            " cryptsetup status NAME before: other flags that it shows are reset unless you add"
+            " them, here and to undo; if these two are there, move models to a volume without"
+            " encryption"
+        )
 
     def undo(self) -> str:
-        return " && ".join(f"cryptsetup refresh {quote(name)}" for name in self.names)
+        return self._refresh()
+
+    def _refresh(self, *flags: str) -> str:
+        return " && ".join(
+            f"cryptsetup refresh {join([*kept, *flags, name])}" for name, kept in self.names.items()
+        )
 
 
 class Loop(_OnDisks):

@@ -391,6 +391,7 @@ LAYERS = {
     "/sys/block/dm-0/queue/read_ahead_kb": "4096\n",
     "/sys/block/dm-0/dm/uuid": "CRYPT-LUKS2-0a-secret\n",
     "/sys/block/dm-0/dm/name": "se cret\n",
+    "/sys/block/dm-0/queue/discard_max_bytes": "0\n",
     "/sys/block/dm-0/slaves/md0/x": "",
     "/sys/block/md0/md/degraded": "0\n",
     "/sys/block/md0/slaves/nvme0n1p3/x": "",
@@ -407,7 +408,12 @@ def test_slow_decryption(tmp_path: Path) -> None:
     assert "with se cret (dm-crypt) gives 0.50 GB/s, such disks some 2.00 GB/s" in finding.seen
     assert seconds(finding) == 45.0
     assert "--perf-no_read_workqueue --perf-no_write_workqueue 'se cret'" in finding.fix
+    assert "cryptsetup status NAME" in finding.fix
     assert finding.undo == "cryptsetup refresh 'se cret'"
+    trims = LAYERS | {"/sys/block/dm-0/queue/discard_max_bytes": "2199023255040\n"}
+    finding = found(disks.Encrypted, system(tmp_path / "trims", trims, **CRYPT))
+    assert finding.fix.startswith("cryptsetup refresh --allow-discards --perf-no_read_workqueue ")
+    assert finding.undo == "cryptsetup refresh --allow-discards 'se cret'"
     assert looked(disks.Encrypted, system(tmp_path, LAYERS, **CRYPT | {"speeds": FAST})) is None
     (tmp_path / "sys/block/dm-0/dm/uuid").write_text("LVM-1\n")
     assert looked(disks.Encrypted, system(tmp_path, **CRYPT)) is None

@@ -8,11 +8,12 @@ more specific ones claim.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from hashlib import sha256
-from shlex import quote
+from shlex import join, quote
 
 import xxhash
 
@@ -24,6 +25,7 @@ from numaload.files.holes import find_holes, tensors_in
 from numaload.files.residency import ByteRange
 from numaload.files.source import SourceFile, real_path
 from numaload.formats.splits import some
+from numaload.linux.mounts import real
 from numaload.replicas.layout import MIXED
 from numaload.replicas.verify import Checksum
 
@@ -31,7 +33,7 @@ GIB = 1 << 30
 LEAST_S = 0.5  # seconds of a load that are worth a finding
 NO_DISKS = ("network", "share", "memory")  # kinds of devices
 PARTITION = re.compile(r"(?<=\d)p\d+$|(?<=[a-z])\d+$")
-CACHED = re.compile(r"/models--([^/]+)/snapshots/[^/]+/(.+)")  # in the cache of the hub
+CACHED = re.compile(r"/models--([^/]+)/snapshots/([^/]+)/(.+)")  # in the cache of the hub
 SHA256 = re.compile(r"/blobs/([0-9a-f]{64})$")  # how that cache names what it checked
 
 
@@ -204,9 +206,19 @@ def _again(path: str) -> str:
     """Say how to get the file once more."""
     cached = CACHED.search(path)
     if cached:
-        repository = cached[1].replace("--", "/", 1)
-        return f"hf download {quote(repository)} {quote(cached[2])} --force-download"
+        words = [cached[1].replace("--", "/", 1), cached[3], "--revision", cached[2]]
+        cache = path[: cached.start()]
+        if real(cache) != real(_hub_cache()):
+            words += ["--cache-dir", cache]
+        return f"hf download {join(words)} --force-download"
     return f"download it again; its checksum tells whether it is whole: sha256sum {quote(path)}"
+
+
+def _hub_cache() -> str:
+    """Return where ``hf download`` keeps files when it is not told."""
+    told = os.environ
+    home = told.get("HF_HOME") or f"{told.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    return os.path.expanduser(told.get("HF_HUB_CACHE") or f"{home}/hub")
 
 
 def gb(rate: float | None) -> str:

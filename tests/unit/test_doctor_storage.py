@@ -365,19 +365,32 @@ def test_a_file_with_a_hole(tmp_path: Path) -> None:
     where.close()
 
 
-def test_a_damaged_file_of_the_hub_s_cache(tmp_path: Path) -> None:
+def test_a_damaged_file_of_the_hub_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = "/c/models--org--some--name/snapshots/abc/q4"
     broken = FormatError("ends early", path=f"{folder}/m-00002-of-00002.gguf")
     where = system(tmp_path, _opened=(None, broken))
     where.path = f"{folder}/m-00001-of-00002.gguf"
     finding = found(storage.NotWhole, where)
     assert finding.seen == str(broken)
-    again = "hf download org/some--name q4/m-00002-of-00002.gguf --force-download"
-    assert finding.fix == again
+    again = "hf download org/some--name q4/m-00002-of-00002.gguf --revision abc"
+    assert finding.fix == f"{again} --cache-dir /c --force-download"
     lacking = SplitError("1 of 2 missing", path=where.path, missing=[broken.path or ""])
     where = system(tmp_path, _opened=(None, lacking))
     where.path = lacking.path
-    assert found(storage.NotWhole, where).fix == again
+    assert found(storage.NotWhole, where).fix == finding.fix
+    for name, value in (("HF_HOME", ""), ("XDG_CACHE_HOME", ""), ("HF_HUB_CACHE", "/c")):
+        monkeypatch.setenv(name, value)
+    assert found(storage.NotWhole, where).fix == f"{again} --force-download"
+    monkeypatch.setenv("HF_HUB_CACHE", "")
+    monkeypatch.setenv("HOME", "/h")
+    for variables, cache in (
+        ({}, "/h/.cache/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/huggingface/hub"),
+        ({"HF_HOME": "~/hf"}, "/h/hf/hub"),
+    ):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert "--cache-dir" not in storage._again(f"{cache}/models--o--n/snapshots/abc/m.gguf")
 
 
 def test_what_could_not_be_measured_is_unknown(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ class FarStorage(_Nodes):
         return bool(self.system.size) and super().available()
 
     def measure(self) -> str:
-        kind = self.system.device.kind
+        kind, fuse = self.system.device.kind, self.system.device.file_system.startswith("fuse")
         self.cards, allowed = self.known(), self.system.cpus
         near = frozenset[int]().union(*(_near(self.system, gpu) for gpu in self.cards))
         bound = allowed <= near or not allowed & near  # to the GPU; elsewhere: that is NL405
@@ -247,7 +247,7 @@ class FarStorage(_Nodes):
         rate = self.system.speeds.disk
         if rate and rate < SLOW:  # so slow that even the longer way waits for it
             return ""
-        name, nodes = self._network() if kind == "network" else self._disks()
+        name, nodes = self._network() if kind == "network" and not fuse else self._disks()
         cpus = [self.system.machine.nodes[n].cpus for n in nodes if n in self.system.machine.nodes]
         if not all(cpus) or any(one & near for one in cpus):
             return ""

@@ -8,6 +8,7 @@ from shlex import quote
 
 from numaload.doctor.check import ESTIMATED, MEASURED, Check, Price, Unknown
 from numaload.doctor.storage import GIB, LEAST_S, OfFile, gb, size_of, whole_disk
+from numaload.linux.mounts import OVER_FOLDERS
 from numaload.linux.sysfs import SysFiles
 
 CLEARLY = 0.75  # of what the disk gives: a mapping that is slower than this is slow
@@ -267,13 +268,25 @@ class HubMount(_Elsewhere):
 
 
 class FarAway(_Elsewhere):
-    id, title = "NL106", "The file is on a network or a shared folder"
+    id, title = "NL106", "The file is on a network, a shared folder or FUSE"
     source = "assumed: a local NVMe SSD (PCIe 3.0 x4) gives 3 GB/s, 2026-11"
-    why = "Each load asks another machine for all of the file again, unless RAM still has it."
+    why = "Each load asks {} for all of the file again, unless RAM still has it."
 
     def available(self) -> bool:
-        far = super().available() and self.system.device.kind in ("network", "share")
-        return far and not _hub(self)
+        if not super().available() or _hub(self):
+            return False
+        device = self.system.device
+        return device.kind in ("network", "share") and device.file_system not in OVER_FOLDERS
+
+    def explain(self) -> str:
+        device = self.system.device
+        if device.kind == "network" and device.file_system.startswith("fuse"):
+            who = "a program (FUSE), which may have it from this machine or from another one,"
+        elif _options(self).get("aname", "").startswith("drvfs"):  # of WSL2
+            who = "Windows"
+        else:
+            who = "another machine" if device.kind == "network" else "the machine around this one"
+        return self.why.format(who)
 
     def measure(self) -> str:
         figures = self.figures()

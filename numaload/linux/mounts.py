@@ -25,6 +25,10 @@ NETWORKS = {
 }  # fmt: skip
 # Of containers, and everything in them; of the machine around this one.
 LOCAL_FUSE = {"fuse.fuse-overlayfs", "fuse.vmhgfs-fuse"}
+# They show folders of this machine otherwise. Those may be on a network, so they count as one.
+OVER_FOLDERS = {
+    "fuse.bindfs", "fuse.cryfs", "fuse.encfs", "fuse.gocryptfs", "fuse.mergerfs", "fuse.unionfs",
+}  # fmt: skip
 MAX_LINKS = 40  # as the kernel
 FRESH_S = 0.02  # a table read so recently is used again: one opening asks several times
 

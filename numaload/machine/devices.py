@@ -109,7 +109,9 @@ class Device:
     def __str__(self) -> str:
         several = f", {self.disks} disks" if self.disks > 1 else ""
         where = f"{self.name or self.file_system}, {self.file_system}{several}"
-        return printable(f"{KINDS[self.kind]} ({where})")
+        fuse = self.kind == "network" and self.file_system.startswith("fuse")
+        # Of what a FUSE server answers, nobody knows where it comes from.
+        return printable(f"{'FUSE file system' if fuse else KINDS[self.kind]} ({where})")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -447,14 +447,19 @@ def test_the_network_of_a_mount(tmp_path: Path, node: str, seen: str) -> None:
     assert bool(finding) == bool(seen)
 
 
+UP = {"/sys/class/net/eth0/operstate": "up\n", "/sys/class/net/eth0/device/numa_node": "0\n"}
+FUSE = Device("network", "x", "fuse.x")  # nobody knows where it has the file from
+
+
 @pytest.mark.parametrize(
     "said",
     [
         {"disks": disk(why="the firmware does not say")},
         {"device": Device("network", "server:/models", "nfs4")},
+        {"device": FUSE, "disks": disk(why="no block device"), "files": UP},
         {"environment": {"CUDA_VISIBLE_DEVICES": "GPU-0a1b"}},
     ],
-    ids=["disk", "interface", "uuid"],
+    ids=["disk", "interface", "fuse", "uuid"],
 )
 def test_nodes_that_are_not_said_are_unknown(tmp_path: Path, said: Any) -> None:
     put_card(tmp_path, node=1)

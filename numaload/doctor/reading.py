@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+from collections.abc import Iterator
+from functools import cached_property
 from shlex import quote
 
 from numaload.doctor.check import ESTIMATED, MEASURED, Check, Price, Unknown
-from numaload.doctor.storage import GIB, LEAST_S, OfFile, gb, size_of, whole_disk
-from numaload.linux.mounts import OVER_FOLDERS
+from numaload.doctor.storage import CACHED, GIB, LEAST_S, OfFile, gb, size_of, whole_disk
+from numaload.formats.splits import NAME
+from numaload.linux.mounts import OVER_FOLDERS, network_of
 from numaload.linux.sysfs import SysFiles
 
 CLEARLY = 0.75  # of what the disk gives: a mapping that is slower than this is slow
 LOCAL = 3.0e9  # bytes a second of a local NVMe SSD (PCIe 3.0 x4)
 NFS = ("nfs", "nfs4")
 LOOPBACK = re.compile(r"127\.[0-9.]+|::1|localhost")
+BESIDE = re.compile(r"\.(jinja|json|model|py|tiktoken|txt)$")  # tokenizer, index, configuration
 HUB = re.compile(r"\b(hf-mount|s3fs|mountpoint-s3|gcsfuse|goofys|geesefs|rclone|blobfuse2?)\b")
 WINDOWS = {"hdd": 1024, "ssd": 1024, "card": 1024, "nfs": 15360}  # KiB to read ahead; of others:
 WINDOW = 4096
@@ -240,9 +245,63 @@ class _Elsewhere(OfFile):
         others = self.claimed(ReadAhead, SmallReads, OneConnection)
         return Price(max(0.0, self.lost(self.rate, LOCAL) - others), ESTIMATED)
 
+    @cached_property
+    def place(self) -> str:
+        """Return a new folder for the model, for a command; "" where ~ is on a network as well."""
+        home = network_of(os.path.expanduser("~"), self.system.proc)
+        if home is not None and home.kind not in OVER_FOLDERS:
+            return ""
+        name = _model_name(self.paths[0])
+        for number in itertools.count():
+            new = f"{name}-copy{number or ''}"
+            if not os.path.lexists(os.path.expanduser(f"~/models/{new}")):
+                break
+        return f"~/models/{quote(new)}"
+
+    @property
+    def copying(self) -> str:
+        room = f"with {size_of(self.system.size)} free"
+        if not self.place:
+            return f"copy it to a local disk {room}, which ~ is not on, and load that file"
+        # Without -p the folder is new, so nothing is overwritten, and undoing removes nothing else.
+        return (
+            f"mkdir -p ~/models && mkdir {self.place} && cp {' '.join(self._sources())}"
+            f" {self.place}/  # ~ must be on a local disk {room}; then load that file"
+        )
+
+    def _sources(self) -> Iterator[str]:
+        """Yield the model's files, for a command, and patterns of what else belongs to it."""
+        yield from dict.fromkeys(map(_pattern, self.paths))
+        files = self.system.files
+        if files and files[0].path.endswith(".safetensors"):
+            folder = os.path.dirname(files[0].path)
+            found = map(BESIDE.search, files[0].ask(os.listdir, folder))
+            for suffix in sorted({match[0] for match in found if match}):
+                yield f"{quote(folder)}/*{suffix}"
+
     def undo(self) -> str:
-        names = [file.path for file in self.system.files] or [self.system.path or ""]
-        return "rm " + " ".join(f"~/models/{quote(os.path.basename(name))}" for name in names)
+        return f"rm -r {self.place}" if self.place else ""
+
+
+def _pattern(path: str) -> str:
+    """Return a pattern of all files of a split model: their names may be too many for a line."""
+    split = NAME.fullmatch(path)
+    if split is None:
+        return quote(path)
+    return f"{quote(split[1])}-{'?' * len(split[2])}-of-{split[3]}{split[4]}"
+
+
+def _model_name(path: str) -> str:
+    """Name a model by its file, or by its folder or repository where all files have one name."""
+    folder, name = os.path.split(path)
+    cached, split = CACHED.search(path), NAME.fullmatch(name)
+    stem, suffix = os.path.splitext(name)
+    found = split[1] if split else stem
+    if cached:
+        found = cached[1]
+    elif suffix == ".safetensors" and "model" in stem:
+        found = os.path.basename(folder)
+    return found.lstrip(".") or "model"  # never no name, or that of the folder above
 
 
 class HubMount(_Elsewhere):
@@ -263,8 +322,8 @@ class HubMount(_Elsewhere):
         )
 
     def fix(self) -> str:
-        name = os.path.basename(self.system.path or "")
-        return f"{self.copying}; or: hf download ORG/NAME {quote(name)} --local-dir ~/models"
+        name, place = quote(os.path.basename(self.paths[0])), self.place or "THERE"
+        return f"{self.copying}; or: hf download ORG/NAME {name} --local-dir {place}"
 
 
 class FarAway(_Elsewhere):

@@ -78,21 +78,12 @@ class OfFile(Check):
         return sum(price.seconds for price in prices if price)
 
     @property
-    def paths(self) -> str:
-        """Return the names of the model's files, for a command."""
-        names = [file.path for file in self.system.files] or [self.system.path or ""]
-        return " ".join(map(quote, names))
+    def paths(self) -> list[str]:
+        return [file.path for file in self.system.files] or [self.system.path or ""]
 
     @property
     def path(self) -> str:
         return quote(self.system.path or "")
-
-    @property
-    def copying(self) -> str:
-        where = (
-            f"~ must be on a local disk with {size_of(self.system.size)} free; then load that file"
-        )
-        return f"mkdir -p ~/models && cp {self.paths} ~/models/  # {where}"
 
 
 def _price(check: Check) -> Price | None:

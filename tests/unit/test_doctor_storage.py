@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ import safetensors_builder as sb
 from commands import evict, resident
 from doctor_systems import FAST, GIB, NVME, constructed, looked
 from machines import ONE
+from numaload.cli.doctor import remedy
 from numaload.doctor import disks, reading, speeds, storage
 from numaload.doctor.check import Check, Finding, Unknown
 from numaload.doctor.speeds import Speeds
@@ -239,13 +241,102 @@ def test_a_network_leaves_out_what_its_options_cost(tmp_path: Path) -> None:
     finding = found(reading.FarAway, on_nfs(tmp_path))
     assert "0.90 GB/s; a local NVMe disk typically gives 3.00 GB/s" in finding.seen
     assert seconds(finding) == round(SIZE / 0.9e9 - SIZE / 3e9 - 9.0, 1)
-    assert finding.fix.startswith(f"mkdir -p ~/models && cp {PATH} ~/models/")
-    assert finding.undo == "rm ~/models/model.gguf"
+    assert finding.fix.startswith(
+        f"mkdir -p ~/models && mkdir ~/models/model-copy && cp {PATH} ~/models/model-copy/  # "
+    )
+    assert finding.undo == "rm -r ~/models/model-copy"
     slow: dict[str, Any] = {"speeds": Speeds(disk=1.0e9, mapped=0.1e9), "files": {BDI: "128\n"}}
     both = on_nfs(tmp_path, **slow)
     assert seconds(found(reading.ReadAhead, both)) == 270.0
     assert seconds(found(reading.FarAway, both)) == 300 - 10 - 270.0 - 9.0
     assert looked(reading.Mapped, both) is None
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    return folder
+
+
+def run(text: str) -> int:
+    return subprocess.run(["sh", "-c", remedy(text, root=False)[1]], check=False).returncode
+
+
+HUB_FOLDER = "hub/models--org--it's  # a/snapshots/0123"
+
+
+@pytest.mark.parametrize(
+    ("names", "others", "copied"),
+    [
+        (["home/models/model.gguf"], ["home/models/config.json"], "model-copy"),
+        (["nfs/it's: a  # b & c.gguf"], [], "it's: a  # b & c-copy"),
+        (["nfs/..gguf"], [], "gguf-copy"),
+        ([f"nfs/q-0000{i}-of-00002.gguf" for i in (1, 2)], ["nfs/q-00001-of-00009.gguf"], "q-copy"),
+        (["nfs/my m/model.safetensors"], ["nfs/my m/config.json", "nfs/my m/x.bin"], "my m-copy"),
+        ([f"{HUB_FOLDER}/model.safetensors"], [f"{HUB_FOLDER}/merges.txt"], "org--it's  # a-copy"),
+    ],
+)
+def test_a_copy_overwrites_nothing_and_undoing_removes_nothing_else(
+    tmp_path: Path, home: Path, names: list[str], others: list[str], copied: str
+) -> None:
+    for name in (*names, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    paths = [str(tmp_path / name) for name in names]
+    where = on_nfs(tmp_path / "machine", files={})
+    where.path, where.files = paths[0], [SourceFile(path) for path in paths]
+    before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    first = found(reading.FarAway, where)
+    assert run(first.fix) == 0
+    there = home / "models" / copied
+    wanted = [*names, *(o for o in others if o.endswith(("json", "txt")) and "home" not in o)]
+    assert {p.name: p.read_text() for p in there.iterdir()} == {
+        os.path.basename(name): name for name in wanted
+    }
+    assert run(first.fix) != 0  # it is there
+    second = found(reading.FarAway, where)
+    assert run(second.fix) == 0
+    assert sorted(p.name for p in there.parent.iterdir() if p.is_dir()) == [copied, f"{copied}1"]
+    assert [run(second.undo), run(first.undo)] == [0, 0]
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for file in where.files:
+        file.close()
+
+
+@pytest.mark.parametrize("check", [reading.FarAway, reading.HubMount])
+def test_a_home_on_a_network_gets_no_copy(tmp_path: Path, home: Path, check: type[Check]) -> None:
+    row = f"20 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 20 0:45 / {home} rw - nfs4 server:/home rw\n"
+    hub = nfs(source="localhost:/m")._replace(options="rw")
+    mount = hub if check is reading.HubMount else nfs()
+    where = on_nfs(tmp_path / "root", mount, files={"/proc/self/mountinfo": row})
+    finding = found(check, where)
+    assert finding.fix.startswith("copy it to a local disk with 27.9 GiB free, which ~ is not on")
+    assert finding.undo == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "options", "said"),
+    [
+        ("nfs4", "network", "rw", "asks another machine for"),
+        ("fuse.foo", "network", "rw", "(FUSE), which may have it from this machine or from an"),
+        ("9p", "share", "rw,trans=virtio", "asks the machine around this one for"),
+        ("9p", "share", "rw,aname=drvfs;path=C:\\;uid=0", "asks Windows for"),
+        ("fuse.mergerfs", "network", "rw", ""),
+        ("fuse.gocryptfs", "network", "rw", ""),
+    ],
+)
+def test_who_has_the_file_is_not_asserted_where_nobody_knows(
+    tmp_path: Path, kind: str, device: str, options: str, said: str
+) -> None:
+    lies_on = Device(device, "x", kind)
+    assert ("network" in str(lies_on)) == (kind == "nfs4")
+    finding = looked(
+        reading.FarAway,
+        on_nfs(tmp_path, Mount("0:45", "/models", kind, options, "x"), device=lies_on),
+    )
+    assert (said in finding.why) if finding and said else (finding is None and not said)
 
 
 @pytest.mark.parametrize("kind", ["9p", "virtiofs"])
@@ -272,8 +363,10 @@ def test_a_mount_of_the_hub(tmp_path: Path, mount: Mount) -> None:
     finding = found(reading.HubMount, where)
     assert mount.source in finding.seen
     assert seconds(finding) == round(SIZE / 0.9e9 - SIZE / 3e9, 1)
-    assert f"cp {PATH} ~/models/" in finding.fix
-    assert "hf download" in finding.fix
+    assert f"cp {PATH} ~/models/model-copy/" in finding.fix
+    assert finding.fix.endswith(
+        "; or: hf download ORG/NAME model.gguf --local-dir ~/models/model-copy"
+    )
     for other in (reading.FarAway, reading.SmallReads, reading.OneConnection, reading.Mapped):
         assert looked(other, where) is None
 

@@ -6,13 +6,15 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from shlex import quote
+from typing import ClassVar
 
 from numaload.doctor.check import ESTIMATED, MEASURED, Check, Price, Unknown
 from numaload.doctor.storage import CACHED, GIB, LEAST_S, OfFile, gb, size_of, whole_disk
 from numaload.formats.splits import NAME
-from numaload.linux.mounts import OVER_FOLDERS, network_of
+from numaload.linux.mounts import OVER_FOLDERS, Mount, network_of, real
 from numaload.linux.sysfs import SysFiles
 
 CLEARLY = 0.75  # of what the disk gives: a mapping that is slower than this is slow
@@ -132,9 +134,13 @@ class ReadAhead(OfFile):
 
 
 class _OfNfs(OfFile):
-    """A check of a mount of NFS whose server is another machine."""
+    """A check of a mount of NFS whose server is another machine.
+
+    ``wanted``: the options that it wants.
+    """
 
     root = True
+    wanted: ClassVar[dict[str, str]]
 
     def available(self) -> bool:
         mount = self.system.mount if super().available() else None
@@ -147,25 +153,53 @@ class _OfNfs(OfFile):
     def seconds(self) -> float | None:
         raise NotImplementedError
 
-    def remounted(self, **changed: str) -> str:
-        """Return the command that mounts it again: NFS does not change these in a remount."""
-        mount = self.system.mount
-        if mount is None:
+    @property
+    def mount(self) -> Mount:
+        if self.system.mount is None:
             raise Unknown("the mount of the file is not shown")
-        options = _options(self) | changed
-        shown = ",".join(
-            f"{k}={v}" if v else k for k, v in options.items() if k not in OF_THE_KERNEL
-        )
-        point, source = quote(mount.point), quote(mount.source)
-        return f"umount {point} && mount -t {mount.kind} -o {quote(shown)} {source} {point}"
+        return self.system.mount
+
+    def fix(self) -> str:
+        changed = self._wanted()
+        if not self._mountable():
+            named = ",".join(f"{name}={value}" for name, value in changed.items())
+            return (
+                f"give {named} to the mount of {quote(self.mount.source)} itself; what is at"
+                f" {quote(self.mount.point)} was bound there from it"
+            )
+        after = "  # after all mounts of this server are unmounted" * ("nconnect" in changed)
+        return self._remounted(changed) + after
 
     def undo(self) -> str:
-        return self.remounted()
+        return self._remounted({}) if self._mountable() else ""
+
+    def _wanted(self) -> dict[str, str]:
+        """Return what every such check wants: the second remedy must not take the first back."""
+        found = dict(self.wanted)
+        for check in (SmallReads(self.system), OneConnection(self.system)):
+            with suppress(Unknown):
+                found |= check.wanted if check.measure() else {}
+        return found
+
+    def _mountable(self) -> bool:
+        """Return whether it can be mounted by its name: not a file, or a folder that is gone."""
+        mount = self.mount
+        return mount.point not in map(real, self.paths) and not mount.root.endswith("//deleted")
+
+    def _remounted(self, changed: dict[str, str]) -> str:
+        """Return the command that mounts it again: NFS does not change these in a remount."""
+        mount = self.mount
+        options = _split(mount.flags) | _split(mount.options) | changed
+        left_out = {*OF_THE_KERNEL, *({"rw"} if "ro" in options else ())}
+        shown = ",".join(f"{k}={v}" if v else k for k, v in options.items() if k not in left_out)
+        source = mount.source if mount.root == "/" else mount.source.rstrip("/") + mount.root
+        point = quote(mount.point)
+        return f"umount {point} && mount -t {mount.kind} -o {quote(shown)} {quote(source)} {point}"
 
 
-# Options of NFS that the kernel shows and mount.nfs finds by itself.
+# Options of NFS that the kernel shows and mount.nfs finds by itself, and the default of all mounts.
 OF_THE_KERNEL = (
-    "addr", "clientaddr", "mountaddr", "mountport", "mountproto", "mountvers", "namlen",
+    "addr", "clientaddr", "mountaddr", "mountport", "mountproto", "mountvers", "namlen", "relatime",
 )  # fmt: skip
 
 
@@ -174,6 +208,7 @@ class SmallReads(_OfNfs):
     source = "nfs(5), rsize: the largest is 1 MiB; Linux servers give that by default, 2026-11"
     why = "rsize is how much one request to the NFS server asks for; each costs its time."
     LEAST = 1 << 20  # bytes
+    wanted: ClassVar[dict[str, str]] = {"rsize": str(LEAST)}
     # A request costs the client and the server this much, however large it is.
     REQUEST_S = 50e-6
     MOST = 0.75  # of the time: what is left is the network's and the disk's behind it
@@ -194,9 +229,6 @@ class SmallReads(_OfNfs):
         more = (absent / self.rsize - absent / self.LEAST) * self.REQUEST_S
         return min(more, self.MOST * self.disk_s) if self.disk_s else more
 
-    def fix(self) -> str:
-        return self.remounted(rsize=str(self.LEAST))
-
 
 class OneConnection(_OfNfs):
     id, title = "NL104", "NFS uses one connection"
@@ -208,6 +240,7 @@ class OneConnection(_OfNfs):
     LARGE = GIB  # bytes to read, from which it matters
     FAST = 0.3e9  # bytes a second: below it the network itself, of 1 or 2.5 Gbit/s, is the limit
     SAVED = 0.3  # of the time
+    wanted: ClassVar[dict[str, str]] = {"nconnect": "8"}
 
     def measure(self) -> str:
         rate, options = self.system.speeds.disk, _options(self)
@@ -222,9 +255,6 @@ class OneConnection(_OfNfs):
         if not self.disk_s:
             return None
         return self.SAVED * max(0.0, self.disk_s - self.claimed(SmallReads))
-
-    def fix(self) -> str:
-        return self.remounted(nconnect="8") + "  # after all mounts of this server are unmounted"
 
 
 class _Elsewhere(OfFile):
@@ -382,7 +412,11 @@ def _hub(check: Check) -> bool:
 def _options(check: Check) -> dict[str, str]:
     """Return the options of the file's mount: {name: value, or ""}."""
     mount = check.system.mount
-    words = (word.partition("=") for word in (mount.options if mount else "").split(",") if word)
+    return _split(mount.options if mount else "")
+
+
+def _split(options: str) -> dict[str, str]:
+    words = (word.partition("=") for word in options.split(",") if word)
     return {name: value for name, _, value in words}
 
 

@@ -36,7 +36,8 @@ FRESH_S = 0.02  # a table read so recently is used again: one opening asks sever
 class Mount(NamedTuple):
     """A row of the mount table. ``source``: /dev/sda1, server:/export, the name of a FUSE server.
 
-    ``id`` and ``parent`` say which mount it is mounted on.
+    ``id`` and ``parent`` say which mount it is mounted on. ``options`` are those of the whole file
+    system, ``flags`` of this mount alone; ``root`` is the folder of the file system that is shown.
     """
 
     device: str  # "major:minor"
@@ -46,6 +47,8 @@ class Mount(NamedTuple):
     source: str = ""
     id: str = ""
     parent: str = ""
+    root: str = "/"
+    flags: str = ""  # ro,nosuid
 
     def __str__(self) -> str:
         source = self.source or "its server"
@@ -134,8 +137,8 @@ def _parse(line: str) -> Mount | None:
     if len(words) < 6 or len(rest) < 2:
         return None
     options = rest[2] if len(rest) > 2 else ""
-    point, source = unescaped(words[4]), unescaped(rest[1])
-    return Mount(words[2], point, rest[0], options, source, words[0], words[1])
+    root, point, source = map(unescaped, (words[3], words[4], rest[1]))
+    return Mount(words[2], point, rest[0], options, source, words[0], words[1], root, words[5])
 
 
 def unescaped(name: str) -> str:

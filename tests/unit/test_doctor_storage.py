@@ -200,10 +200,13 @@ def test_small_requests_of_nfs(tmp_path: Path) -> None:
     tiny = found(reading.SmallReads, on_nfs(tmp_path, nfs(4096)))
     assert seconds(tiny) == 22.5  # no more than three quarters of what the reading takes
     assert finding.fix == (
-        "umount /models && mount -t nfs4 -o rw,vers=4.2,rsize=1048576,hard,proto=tcp"
+        "umount /models && mount -t nfs4 -o rw,vers=4.2,rsize=1048576,hard,proto=tcp,nconnect=8"
+        " server:/m /models  # after all mounts of this server are unmounted"
+    )
+    assert finding.undo == (
+        "umount /models && mount -t nfs4 -o rw,vers=4.2,rsize=65536,hard,proto=tcp"
         " server:/m /models"
     )
-    assert finding.undo == finding.fix.replace("1048576", "65536")
 
 
 def test_one_connection_of_nfs(tmp_path: Path) -> None:
@@ -212,6 +215,44 @@ def test_one_connection_of_nfs(tmp_path: Path) -> None:
     assert seconds(finding) == 9.0
     assert "nconnect=8 server:/m /models" in finding.fix
     assert "nconnect" not in finding.undo
+
+
+def test_two_remedies_of_a_mount_do_not_take_each_other_back(tmp_path: Path) -> None:
+    where = on_nfs(tmp_path, nfs(65536))
+    fixes = {found(check, where).fix for check in (reading.SmallReads, reading.OneConnection)}
+    assert len(fixes) == 1
+    assert "rsize=1048576,hard,proto=tcp,nconnect=8 server:/m" in fixes.pop()
+
+
+@pytest.mark.parametrize(
+    ("flags", "root", "source", "options", "name"),
+    [
+        (
+            "ro,nosuid,nodev,noexec,relatime", "/ai/my models", "filer:/export",
+            "ro,nosuid,nodev,noexec", "'filer:/export/ai/my models'",
+        ),
+        ("rw,noatime", "/ai", "filer:/", "rw,noatime", "filer:/ai"),
+    ],
+)  # fmt: skip
+def test_a_mount_is_mounted_again_as_it_was(
+    tmp_path: Path, flags: str, root: str, source: str, options: str, name: str
+) -> None:
+    mount = nfs(65536, ",nconnect=1", source)._replace(flags=flags, root=root)
+    finding = found(reading.SmallReads, on_nfs(tmp_path, mount))
+    for command, rsize in ((finding.fix, MIB), (finding.undo, 65536)):
+        assert command == (
+            f"umount /models && mount -t nfs4 -o {options},vers=4.2,rsize={rsize},hard,proto=tcp,"
+            f"nconnect=1 {name} /models"
+        )
+
+
+@pytest.mark.parametrize("said", [{"root": "/ai//deleted"}, {"point": PATH}])
+def test_a_bind_mount_that_has_no_name_gets_no_command(
+    tmp_path: Path, said: dict[str, str]
+) -> None:
+    finding = found(reading.SmallReads, on_nfs(tmp_path, nfs(65536)._replace(**said)))
+    assert finding.fix.startswith("give rsize=1048576,nconnect=8 to the mount of server:/m")
+    assert remedy(finding.fix, root=True)[1] == finding.undo == ""
 
 
 @pytest.mark.parametrize(

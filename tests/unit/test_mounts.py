@@ -20,7 +20,7 @@ from numaload.linux.mounts import (
 )
 from numaload.machine import userdir
 
-ROW = "{id} 1 {device} / {point} rw,relatime shared:1 - {kind} source {options}\n"
+ROW = "{id} 1 {device} /a\\040b {point} rw,relatime shared:1 - {kind} source {options}\n"
 
 
 def write(root: Path, *mounts: tuple[str, str, str]) -> str:
@@ -44,7 +44,17 @@ def test_by_device_and_nearest_above(tmp_path: Path) -> None:
         tmp_path / "root",
         (device, "/", "ext4"), (device, folder, "tmpfs"), ("0:999", f"{folder}/x", "nfs"),
     )  # fmt: skip
-    expected = Mount(device, folder, "tmpfs", "rw,size=64k", "source", id="21", parent="1")
+    expected = Mount(
+        device,
+        folder,
+        "tmpfs",
+        "rw,size=64k",
+        "source",
+        "21",
+        "1",
+        root="/a b",
+        flags="rw,relatime",
+    )
     assert mount_of(str(tmp_path), root) == expected
 
 

@@ -185,7 +185,7 @@ def _compared(report: DequantReport) -> list[str]:
 
 
 def check_plot(path: str) -> None:
-    """Refuse a path that could not be drawn. Raises: UsageError."""
+    """Refuse a path that could not be drawn. Raises: UsageError, OSError."""
     try:
         from matplotlib.figure import Figure  # noqa: F401 - whether it is there
     except ImportError:
@@ -193,14 +193,14 @@ def check_plot(path: str) -> None:
     if _ending(path) not in ("svg", "png"):
         raise UsageError(f"--plot {path}: expected a name that ends in .svg or .png")
     folder = os.path.dirname(os.path.realpath(path))  # a link to a picture stays one
-    is_other = os.path.lexists(path) and not os.path.isfile(path)
-    if is_other or not os.access(folder, os.W_OK):
-        wrong = path if is_other else folder
-        raise UsageError(f"--plot {path}: {wrong} cannot be written to as a file there")
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise UsageError(f"--plot {path}: {path} cannot be written to as a file there")
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"--plot {path}: {folder} cannot be written to")
 
 
 def plot(report: DequantReport, path: str) -> None:
-    """Draw a row per type, the rate of each way to float32. Raises: UsageError.
+    """Draw a row per type, the rate of each way to float32. Raises: UsageError, OSError.
 
     A picture that was there is replaced by a whole one, or stays.
     """
@@ -220,7 +220,7 @@ def plot(report: DequantReport, path: str) -> None:
         with userdir.folder(where, None) as folder:
             userdir.write_whole(name, picture.getvalue(), folder)
     except OSError as error:
-        raise UsageError(f"--plot {path}: {reason(error)}") from error
+        raise OSError(f"--plot {path}: {reason(error)}") from error
 
 
 def _ending(path: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import shlex
 import stat
@@ -13,8 +12,6 @@ from typing import Any
 
 from numaload.cli.output import print_json, say, size
 from numaload.machine.userdir import write_whole
-
-START = b"<!DOCTYPE html>"  # of what may be replaced: a model of the same name may not
 
 
 def add_verbs(verbs: Any) -> None:
@@ -60,7 +57,7 @@ def report(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _folder_of(output: str) -> Iterator[int]:
-    """Open the folder of the page. Raises: UsageError where no page can be written there."""
+    """Open the folder of the page. Raises: UsageError for what is no page; OSError."""
     from numaload.errors import UsageError
 
     where, name = os.path.dirname(output) or ".", os.path.basename(output)
@@ -70,11 +67,10 @@ def _folder_of(output: str) -> Iterator[int]:
         folder = os.open(where, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with _named(output):
-            if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder):  # which does not say why
+                os.close(os.open(".", os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, dir_fd=folder))
             with suppress(FileNotFoundError):
-                there = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                if not stat.S_ISREG(there.st_mode) or _start_of(name, folder) not in (b"", START):
+                if not _is_page(name, folder):
                     raise UsageError(
                         f"{output} is there and is no page: give another name, or remove it"
                     )
@@ -85,16 +81,20 @@ def _folder_of(output: str) -> Iterator[int]:
 
 @contextmanager
 def _named(output: str) -> Iterator[None]:
-    """Say which page cannot be written. Raises: UsageError."""
-    from numaload.errors import UsageError, reason
+    """Say which page cannot be written. Raises: OSError."""
+    from numaload.errors import reason
 
     try:
         yield
     except OSError as error:
-        raise UsageError(f"{output}: no page can be written there: {reason(error)}") from error
+        raise OSError(f"{output}: no page can be written there: {reason(error)}") from error
 
 
-def _start_of(name: str, folder: int) -> bytes:
-    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
-    with open(fd, "rb") as file:
-        return file.read(len(START))
+def _is_page(name: str, folder: int) -> bool:
+    """Return whether numaload wrote it. Raises: OSError."""
+    from numaload.cli.page.markup import START
+
+    if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+        return False
+    with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
+        return file.read(len(START)) == START.encode()

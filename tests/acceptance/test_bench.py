@@ -80,7 +80,6 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "no-threads": (("--threads", "0"), "threads 0: expected 1 to"),
     "threads": (("--threads", "100000"), "threads 100000: expected 1 to"),
     "rounds": (("--rounds", "0"), "rounds 0: expected at least 1"),
-    "plot": (("--plot", "/nowhere/x.svg"), "/nowhere cannot be written to"),
     "plot-nowhere": (("--plot", ""), "expected a name that ends in .svg"),
     "no-type": (("--qtype", ""), "type : expected one of"),
     "library-named-as-ours": (("--ggml", "float32=x.so"), "ggml named 'float32': expected another"),
@@ -124,6 +123,9 @@ print(json.dumps(main.main({[*words, "--json", "--plot", str(earlier)]!r})))
         env=numaload.environment,
     )  # fmt: skip
     assert f"--plot {earlier}: File too large" in done.stderr
+    assert done.stdout.endswith("\n1\n")
+    with pytest.raises(OSError, match="/nowhere cannot be written to"):
+        table.check_plot("/nowhere/x.svg")
     assert earlier.read_text() == "a picture"
     assert len(os.listdir(tmp_path)) == 3
 

@@ -19,6 +19,7 @@ import pytest
 
 import numaload as api
 from commands import KEPT, LIMIT_S, Numaload, evict
+from numaload.cli.page.markup import START
 from numaload.cli.page.sections import page_of
 from numaload.cli.page.style import COLORS
 from report_facts import constructed_facts
@@ -50,11 +51,11 @@ def test_report_writes_one_page(model: str, numaload: Numaload, tmp_path: Path) 
     """Of a model with a replica, over an earlier page; nothing else is left beside it."""
     numaload("mirror", model)
     page = tmp_path / "page.html"
-    page.write_text("<!DOCTYPE html> an earlier page")
+    page.write_text(f"{START} an earlier page")
     done = numaload("report", model, "-o", page)
     assert re.fullmatch(rf"{re.escape(str(page))}: \d+\.\d KiB\n", done.stdout)
     text = page.read_text()
-    assert text.startswith("<!DOCTYPE html>\n<html")
+    assert text.startswith(START)
     assert text.endswith("</html>\n")
     for said in (
         "blk.0.attn_q.weight",
@@ -64,7 +65,7 @@ def test_report_writes_one_page(model: str, numaload: Numaload, tmp_path: Path) 
     ):
         assert said in text
     assert list(tmp_path.iterdir()) == [page]
-    assert numaload("report", model, "-o", "-").stdout.startswith("<!DOCTYPE html>\n<html")
+    assert numaload("report", model, "-o", "-").stdout.startswith(START)
 
 
 def test_report_as_json_has_what_the_page_shows(
@@ -97,7 +98,10 @@ def test_report_draws_a_recorded_load(model: str, numaload: Numaload, tmp_path: 
     assert "trace.json, over" in (tmp_path / "page.html").read_text()
 
 
-@pytest.mark.parametrize("there", ["model", "folder", "fifo", "link", "dangling"])
+OWN = {"own": "<!DOCTYPE html><h1>My own site</h1>", "empty": "", "cut": START[:-1]}
+
+
+@pytest.mark.parametrize("there", ["model", "folder", "fifo", "link", "dangling", *OWN])
 def test_report_replaces_nothing_but_pages(
     there: str, model: str, numaload: Numaload, tmp_path: Path
 ) -> None:
@@ -108,6 +112,8 @@ def test_report_replaces_nothing_but_pages(
         os.mkfifo(output)
     elif there == "dangling":
         output.symlink_to("nowhere")
+    elif there in OWN:
+        output.write_text(OWN[there])
     else:
         (shutil.copy if there == "model" else os.symlink)(model, output)
     before = output.lstat()
@@ -124,8 +130,8 @@ def test_report_replaces_nothing_but_pages(
     [
         ((), 2, "expected either -o PAGE.html, or --json"),
         (("-o", "page.html", "--json"), 2, "expected either -o PAGE.html, or --json"),
-        (("-o", "/nowhere/page.html"), 2, "/nowhere/page.html: no page can be written there"),
-        (("-o", "a" * 250), 2, "aaa: no page can be written there: File name too long"),
+        (("-o", "/nowhere/page.html"), 1, "/nowhere/page.html: no page can be written there"),
+        (("-o", "a" * 250), 1, "aaa: no page can be written there: File name too long"),
         (("-o", "/"), 2, "/: expected the name of a file"),
         (("--json", "--trace", __file__), 1, "expected [ of trace events"),
         (("--json", "--trace", "/nowhere"), 1, "/nowhere: No such file"),
@@ -135,6 +141,26 @@ def test_report_says_what_is_wrong_with_a_command(
     words: tuple[str, ...], status: int, said: str, model: str, numaload: Numaload
 ) -> None:
     assert said in numaload("report", model, *words, status=status).stderr
+
+
+@pytest.mark.parametrize(
+    ("mounted", "said"),
+    [("ro", "Read-only file system"), ("size=4k", "No space left on device")],
+)
+def test_report_says_why_its_page_cannot_be_written(
+    mounted: str, said: str, model: str, numaload: Numaload, tmp_path: Path
+) -> None:
+    own = ["unshare", "-r", "-m"]
+    if subprocess.run([*own, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no namespaces may be made here")
+    mount = f'mount -t tmpfs -o {mounted} tmpfs "$0" && exec "$@"'
+    page = tmp_path / "page.html"
+    done = subprocess.run(
+        [*own, "sh", "-c", mount, str(tmp_path), *numaload.command("report", model, "-o", page)],
+        env=numaload.environment, capture_output=True, text=True, check=False, timeout=LIMIT_S,
+    )  # fmt: skip
+    assert f"error: {page}: no page can be written there: {said}\n" in done.stderr
+    assert done.returncode == 1
 
 
 def test_report_of_what_is_no_model_shows_the_machine(numaload: Numaload, tmp_path: Path) -> None:

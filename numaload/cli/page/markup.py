@@ -15,6 +15,8 @@ from numaload.errors import printable
 
 WIDTH = 100  # units of a strip
 ABSENT, OTHER, USED = "absent", "unknown", "used"  # classes of parts beside "n0" to "n7"
+# How each page begins: what does not is replaced by none.
+START = '<!DOCTYPE html>\n<html lang="en"><head><meta name="generator" content="numaload">'
 COLORS = 8  # of nodes; beyond, they are used again: words say which node it is
 
 
@@ -46,6 +48,7 @@ def document(title: str, style: str) -> tuple[Element, Element]:
     """Return a page and its body, to be filled."""
     page = Element("html", {"lang": "en"})
     head = add(page, "head")
+    add(head, "meta", name="generator", content="numaload")
     add(head, "meta", charset="utf-8")
     policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     add(head, "meta", **{"http-equiv": "Content-Security-Policy", "content": policy})

@@ -177,10 +177,10 @@ def test_what_is_resident_is_not_read(volume: Volume, numaload: Numaload) -> Non
     assert sum(again["on_nodes"].values()) >= again["size"]
 
 
-@pytest.mark.parametrize("verb", ["inspect", "prewarm", "plan", "mirror"])
+@pytest.mark.parametrize("verb", ["inspect", "prewarm", "plan", "mirror", "store path"])
 def test_a_server_that_says_nothing(volume: Volume, numaload: Numaload, verb: str) -> None:
     volume.server.freeze()
-    line = failed(numaload, verb, volume.model, "--io-timeout", 1)
+    line = failed(numaload, *verb.split(), volume.model, "--io-timeout", 1)
     volume.server.thaw()
     assert f"{volume.model}: no answer for 1 s from test-server (fuse, mounted at" in line
     assert str(volume.server.point) in line

@@ -195,20 +195,14 @@ def _parser(named: Iterable[str]) -> argparse.ArgumentParser:
 
 def _add_common(verb: str, parser: argparse.ArgumentParser) -> None:
     """Add the options of all verbs but bench, which has parsers below its own."""
-    from numaload.cli.output import seconds
+    from numaload.cli.output import add_io_timeout
 
     if verb == "bench":
         return
     if verb != RUNS:  # its stdout is the program's
         parser.add_argument("--json", action="store_true", help="print the API's report")
-    if verb == "nodes":  # it reads no file, and its disks are looked up in /sys
-        return
-    parser.add_argument(
-        "--io-timeout",
-        metavar="SECONDS",
-        type=seconds,
-        help="fail when a network file system does not answer for so long (default: wait)",
-    )
+    if verb != "nodes":  # it reads no file, and its disks are looked up in /sys
+        add_io_timeout(parser)
 
 
 def _width() -> int:

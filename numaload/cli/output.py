@@ -14,6 +14,7 @@ from numaload.errors import printable
 SIZE = r"(\d{1,12}(?:\.\d{1,6})?)([kKmMgGtT]?)(?:i?[bB])?"
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 WIDEST = 200  # characters to which a column is padded; a longer cell goes over
+LONGEST_S = 1e9  # 30 years: the system cannot count waits that are much longer
 WORTH_A_BAR = 64 << 20  # bytes; less is over before a bar is drawn
 TIMES = ((86400, "days"), (3600, "h"), (60, "min"))  # units of durations over their double
 
@@ -110,17 +111,38 @@ def byte_count(text: str) -> int:
     return int(float(match[1]) * 1024 ** "BKMGT".index(match[2].upper() or "B"))
 
 
-def seconds(text: str) -> float:
-    """Read an option's value. Raises: ArgumentTypeError."""
+def seconds(text: str, *, zero: bool = False) -> float:
+    """Read an option's value. zero: it may be 0. Raises: ArgumentTypeError."""
     try:
         found = float(text)
     except ValueError:
         found = -1
-    if not 0 < found < 1e6:
+    if not 0 <= found < float("inf") or (found == 0 and not zero):
         from argparse import ArgumentTypeError
 
-        raise ArgumentTypeError(f"expected a number of seconds above 0, found {text!r}")
-    return found
+        least = ", 0 or more" if zero else " above 0"
+        raise ArgumentTypeError(f"expected a number of seconds{least}, found {text!r}")
+    return min(found, LONGEST_S)
+
+
+def interval(text: str) -> float:
+    """Read the value of --watch, which need not have one. Raises: ArgumentTypeError."""
+    from argparse import ArgumentTypeError
+
+    try:
+        return seconds(text)
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"{error}; a FILE goes before --watch") from None
+
+
+def add_io_timeout(parser: Any, default: Any = None) -> None:
+    parser.add_argument(
+        "--io-timeout",
+        metavar="SECONDS",
+        type=seconds,
+        default=default,
+        help="fail when a network file system does not answer for so long (default: wait)",
+    )
 
 
 def print_json(data: Any, *, a_line: bool = False) -> None:

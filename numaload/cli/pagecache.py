@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from numaload.cli.output import complain, note, print_json, print_table, say, seconds, size
+from numaload.cli.output import complain, interval, note, print_json, print_table, say, size
 
 if TYPE_CHECKING:
     from numaload.files.source import SourceFile
@@ -36,17 +36,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--watch",
         metavar="SECONDS",
         nargs="?",
-        type=_seconds,
+        type=interval,
         const=WATCH_S,
         help=f"again and again, every {WATCH_S:g} seconds unless given, until Ctrl-C",
     )
-
-
-def _seconds(text: str) -> float:
-    try:
-        return seconds(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}; a FILE goes before --watch") from None
 
 
 def repeat(show: Callable[[], int], every: float | None, *, in_place: bool) -> int:

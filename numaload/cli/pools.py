@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from numaload.cli.output import (
+    add_io_timeout,
     complain,
     count,
     duration,
@@ -43,11 +45,15 @@ def add_verbs(verbs: Any) -> None:
     )
     gc.add_argument("--pool", metavar="POOL", default="", help="only of this one")
     gc.add_argument(
-        "--idle", metavar="SECONDS", type=seconds, help="also what was not used for so long"
+        "--idle",
+        metavar="SECONDS",
+        type=partial(seconds, zero=True),
+        help="also what was not used for so long",
     )
     gc.set_defaults(run=collect)
     for part in parts.choices.values():
         part.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+        add_io_timeout(part, argparse.SUPPRESS)
 
 
 def table(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from numaload.cli.output import (
     complain,
     count,
     files_of,
+    interval,
     note,
     on_nodes,
     print_json,
@@ -18,7 +19,6 @@ from numaload.cli.output import (
     progress_bar,
     rate,
     say,
-    seconds,
     size,
 )
 
@@ -107,7 +107,7 @@ def add_verbs(verbs: Any) -> None:
                 metavar="SECONDS",
                 nargs="?",
                 const=WATCH_S,
-                type=seconds,
+                type=interval,
                 help="stay, and mirror again what changes or goes: looked at every so often"
                 f" (default: {WATCH_S:g})",
             )

@@ -161,6 +161,10 @@ def _siblings(path: str) -> list[str]:
 
 def status(options: argparse.Namespace) -> int:
     if options.ready:
+        if options.tensors or options.watch is not None:
+            from numaload.errors import UsageError
+
+            raise UsageError("--ready says one thing, once: leave out --tensors and --watch")
         return _ready(options)
     given = dict.fromkeys(path for file in options.files for path in _siblings(file))
     files = pagecache.Files(given or _used(), tensors=options.tensors)

@@ -24,6 +24,7 @@ import numaload as api
 from commands import Numaload, sparse_model, wait_for
 from numaload.cli import replicas
 from numaload.cli.main import _parser
+from numaload.cli.output import LONGEST_S
 from numaload.errors import (
     ClosedError,
     NodeMemoryError,
@@ -260,6 +261,27 @@ def test_collecting(models: list[str]) -> None:
     for never in (-1, float("nan"), "1"):
         with pytest.raises(UsageError, match="0 or more"):
             catalogue.collect(idle_s=never)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "read"),
+    [
+        (("gc", "--idle", "2592000"), "idle", 2592000),
+        (("gc", "--idle", "0"), "idle", 0),
+        (("gc", "--io-timeout", "1e300"), "io_timeout", LONGEST_S),
+        (("path", "m", "--io-timeout", "3"), "io_timeout", 3),
+        (("budget", "--io-timeout", "3"), "io_timeout", 3),
+        (("--io-timeout", "3", "path", "m"), "io_timeout", 3),
+        (("gc",), "io_timeout", None),
+    ],
+)
+def test_seconds_of_the_store_s_parts(words: tuple[str, ...], option: str, read: object) -> None:
+    assert getattr(_parser(["store"]).parse_args(["store", *words]), option) == read
+
+
+def test_an_idle_time_below_0_is_refused(numaload: Numaload) -> None:
+    said = numaload("store", "gc", "--idle", "-1", status=2).stderr
+    assert "expected a number of seconds, 0 or more, found '-1'" in said
 
 
 def test_the_budget_of_one_pool_is_shown(numaload: Numaload) -> None:

@@ -376,9 +376,19 @@ def test_watching_ends_with_who_reads_it(cold: list[str], numaload: Numaload) ->
 
 
 @pytest.mark.parametrize("words", [("--watch", "model.gguf"), ("--watch=0",), ("--watch=-1",),
-                                   ("--watch=nan",)])  # fmt: skip
-def test_what_is_no_interval(numaload: Numaload, words: tuple[str, ...]) -> None:
-    assert "expected a number of seconds" in numaload("status", *words, status=2).stderr
+                                   ("--watch=nan",), ("--watch=inf",)])  # fmt: skip
+@pytest.mark.parametrize("verb", ["status", "mirror"])
+def test_what_is_no_interval(numaload: Numaload, verb: str, words: tuple[str, ...]) -> None:
+    said = numaload(verb, *words, status=2).stderr
+    assert "expected a number of seconds above 0, found" in said
+    assert "; a FILE goes before --watch\n" in said
+
+
+@pytest.mark.parametrize("words", [("--watch",), ("--watch", 1, "--json"), ("--tensors",)])
+def test_ready_goes_with_no_other_view(numaload: Numaload, words: tuple[object, ...]) -> None:
+    done = numaload("status", "model.gguf", "--ready", *words, status=2)
+    assert "leave out --tensors and --watch" in done.stderr
+    assert done.stdout == ""
 
 
 def test_bar_letters() -> None:

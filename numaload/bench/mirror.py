@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import median
@@ -17,7 +16,7 @@ from typing import Any
 
 from numaload.bench.machine import LOAD_AFTER, Progress, Series, check_rounds, describe, load
 from numaload.errors import ReadError, reason
-from numaload.files.source import SourceFile, model_paths
+from numaload.files.source import SourceFile
 from numaload.linux.lists import Group, format_list
 from numaload.linux.mapping import MappedMemory, map_private
 from numaload.linux.syscalls import PAGE
@@ -28,6 +27,7 @@ from numaload.pagecache.prewarm import prewarm
 from numaload.replicas.arena import private_memory
 from numaload.replicas.build import build
 from numaload.replicas.layout import Layout
+from numaload.weights import open_weights
 
 CHUNK = 8 << 20
 MARGIN = 0.25  # see machine.Series
@@ -74,15 +74,14 @@ def measure(path: str, rounds: int = 15, progress: Progress | None = None) -> Mi
     """Build private replicas on all nodes, each time beside its limits, in shuffled turns.
 
     The model is brought into RAM first, and the memory that a round takes is touched and freed.
-    Raises: UsageError, ReadError, NodeMemoryError; PlacementError, ChecksumError of a replica.
+    Raises: UsageError, ReadError, FormatError for what is no model, NodeMemoryError;
+    PlacementError, ChecksumError of a replica.
     """
     check_rounds(rounds)
-    paths, nodes = model_paths(path), topology().all
-    with ExitStack() as opened:
-        files = [opened.enter_context(SourceFile(one)) for one in paths]
-        nbytes = sum(file.size for file in files)
-        if not nbytes:
-            raise ReadError("empty: there is nothing to mirror", path=path)
+    nodes = topology().all
+    with open_weights(path) as weights:
+        files = [part.file for part in weights.parts]
+        paths, nbytes = [file.path for file in files], sum(file.size for file in files)
         memory.require((len(nodes) + 1) * nbytes, "replicas to measure", "take a smaller model")
         bound = why_not_bound(nodes) is None
         machine = describe() | {"replicas on": format_list(nodes), "bound": str(bound)}

@@ -97,10 +97,11 @@ def _parameters(options: argparse.Namespace) -> dict[str, Any]:
         file = found["file"] = os.path.abspath(found["file"])
         found["bytes"] = os.path.getsize(file) if os.path.isfile(file) else None
         if options.bench == "mirror":  # of all files, whichever of them is named
-            from numaload.files.source import model_paths
+            from numaload.weights import open_weights
 
-            paths = model_paths(file)
-            found |= {"bytes": sum(map(os.path.getsize, paths)), "files": len(paths)}
+            with open_weights(file) as weights:
+                sizes = [part.file.size for part in weights.parts]
+            found |= {"bytes": sum(sizes), "files": len(sizes)}
     return found
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from commands import Numaload
+from numaload.bench.mirror import measure
 from numaload.demo import write_model
+from numaload.errors import FormatError, ReadError
 from safetensors_builder import model as safetensors_model
 
 BANDWIDTH = ("bench", "bandwidth", "--nodes", "local", "--size", "1M", "--rounds", "8")
@@ -115,4 +117,10 @@ def test_mirror_without_cp_measures_the_others(
 def test_mirror_refuses_what_is_no_model(numaload: Numaload, tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     assert "empty" in numaload("bench", "mirror", tmp_path / "empty", status=1).stderr
-    assert numaload("bench", "mirror", tmp_path / "none.gguf", status=1).stderr
+    (tmp_path / "text").write_text("hello")
+    for name, said in {"text": "expected the magic", "none": "No such file or directory"}.items():
+        done = numaload("bench", "mirror", tmp_path / name, "--rounds", 1, status=1)
+        assert done.stderr.startswith(f"numaload: error: {tmp_path / name}: {said}")
+        assert done.stdout == ""
+        with pytest.raises((FormatError, ReadError), match=said):
+            measure(str(tmp_path / name), rounds=1)

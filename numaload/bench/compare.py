@@ -25,6 +25,7 @@ MOST_SERIES, MOST_VALUES, LONGEST_NAME = 10_000, 2 * MOST_ROUNDS, 200  # VALUES:
 UNITS = ("GB/s", "Gw/s", "ns")
 SIGNIFICANT = 0.05  # of all rows of a report together: each has its part of it
 NO_LIMIT = ("rounds", "pairs")  # parameters that may differ: they only change how much is seen
+LISTS = ("dtype", "nodes", "qtype", "threads", "ways")  # parameters of any order and case
 LABELS = {"file": "FILE", "bytes": "the size of FILE", "files": "the number of its files"}
 CHANGING = ("date", "load before", LOAD_AFTER, "in huge pages")  # from run to run
 FASTER, SLOWER, SAME, FEW = "faster", "slower", "no difference", "too few rounds"
@@ -135,8 +136,14 @@ def check_same(
         pairs[LABELS.get(name, f"--{name}")] = (old["parameters"].get(name), parameters.get(name))
     pairs["the processor"] = (old["machine"].get("processor"), processor)
     for what, (then, now) in pairs.items():
-        if then != now:
+        if _as_measured(what, then) != _as_measured(what, now):
             raise UsageError(f"--compare {path}: {what} is {then!r} there, and {now!r} here")
+
+
+def _as_measured(what: str, value: Any) -> Any:
+    """Return a value that is equal for all that measures the same."""
+    is_list = what.removeprefix("--") in LISTS and isinstance(value, str)
+    return set(value.upper().split(",")) if is_list else value
 
 
 def compare(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,24 @@ def test_check_same_says_what_is_not(name: str) -> None:
     change, said = DIFFERENT[name]
     with pytest.raises(UsageError, match=said):
         check_same("old.json", change(REPORT), "read", {"file": "/m", "rounds": 9}, "P")
+
+
+@pytest.mark.parametrize(
+    ("name", "then", "now", "same"),
+    [
+        ("qtype", "Q4_0,Q8_0", "q8_0,q4_0", True),
+        ("ways", "dd,pread-x4", "pread-x4,dd", True),
+        ("nodes", "0,1", "1,0", True),
+        ("qtype", "Q4_0,Q8_0", "Q4_0", False),
+        ("qtype", "Q4_0", None, False),
+        ("file", "/M", "/m", False),
+        ("threads", 2, 3, False),
+    ],
+)
+def test_check_same_compares_what_was_measured(name: str, then: Any, now: Any, same: bool) -> None:
+    old = REPORT | {"parameters": {name: then}}
+    with nullcontext() if same else pytest.raises(UsageError, match=f"{then!r} there, and {now!r}"):
+        check_same("old.json", old, "read", {name: now}, "P")
 
 
 def test_check_same_takes_other_rounds() -> None:

@@ -96,7 +96,7 @@ def _forget(options: argparse.Namespace) -> int:
     for one in removed:
         ways = "; ".join(f"{sink}: {plan.way}" for sink, plan in one.plans.items())
         say(f"removed: tuned {one.date} for {one.mount} ({one.conditions.get('device')}): {ways}")
-    if damaged:
+    if damaged and options.file is None:  # or else they stay, and a warning names each
         say(f"removed: {count(damaged, 'damaged record')}")
     elif not removed:
         say(NOTHING)

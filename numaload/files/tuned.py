@@ -184,10 +184,10 @@ def _read(
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno in WAYS_OUT:
             raise  # this says nothing of the record
-        path = f"{where}/{name}"
+        path, why = f"{where}/{name}", reason(error) if isinstance(error, OSError) else error
         tell(
             path,
-            f"{path}: no tuned plan that can be used ({error}); left out:"
+            f"{path}: no tuned plan that can be used ({why}); left out:"
             " numaload tune --forget removes it",
         )
 
@@ -221,20 +221,20 @@ def keep(file: SourceFile, device: Device, plans: Mapping[str, Tuned]) -> str:
 def forget(file: SourceFile | None = None) -> tuple[list[Record], int]:
     """Remove the plans of this file's device, or all and what is damaged.
 
-    Returns: the plans, and how many were damaged. Raises: StoreError.
+    Returns: the plans, and how many are damaged, of whichever device. Raises: StoreError.
     """
-    if file is None:
-        found, names = records(lambda *_: None), list[str]()
-        with _named("removed"), suppress(FileNotFoundError, NotADirectoryError):
-            names += filter(RECORD.fullmatch, os.listdir(_where()))
-        _remove(names)
-        return found, len(names) - len(found)
-    device = device_of(file.path, network=file.is_network, numbers=file.device)
-    storage = storage_of(file.path, device, numbers=file.device)
-    now = conditions(device, storage)
-    found = [one for one in records() if _is_of(one, storage, now)]
-    _remove([one.name for one in found])
-    return found, 0
+    found, names = records((lambda *_: None) if file is None else warn_once), list[str]()
+    with _named("removed"), suppress(FileNotFoundError, NotADirectoryError):
+        names += filter(RECORD.fullmatch, os.listdir(_where()))
+    damaged = len(names) - len(found)
+    if file is not None:
+        device = device_of(file.path, network=file.is_network, numbers=file.device)
+        storage = storage_of(file.path, device, numbers=file.device)
+        now = conditions(device, storage)
+        found = [one for one in found if _is_of(one, storage, now)]
+        names = [one.name for one in found]
+    _remove(names)
+    return found, damaged
 
 
 def _remove(names: list[str]) -> None:

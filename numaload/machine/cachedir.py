@@ -20,6 +20,7 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Not to wait for somebody's named pipe.
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 NO_FILE = {errno.ELOOP, errno.ENXIO}  # what opening a link, and a socket, fails with
+FOREIGN = "it is no file that only this user may write to"
 WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -96,11 +97,11 @@ def read(folder: int, name: str, largest: int) -> bytes:
     except OSError as error:
         if error.errno not in NO_FILE:
             raise
-        raise ForeignFileError(error.errno, os.strerror(error.errno), name) from error
+        raise ForeignFileError(error.errno, FOREIGN, name) from error
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or not _mine(found):
-            raise ForeignFileError(errno.EPERM, os.strerror(errno.EPERM), name)
+            raise ForeignFileError(errno.EPERM, FOREIGN, name)
         with open(fd, "rb", closefd=False) as file:
             return file.read() if found.st_size <= largest else b""
     finally:  # of a folder, open() raises and leaves it open

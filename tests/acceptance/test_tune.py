@@ -132,6 +132,10 @@ def test_forgotten_plans_are_named_and_gone(
     assert one["name"] == record.name
     assert set(one["plans"]["page cache"]) == {"name", "threads", "chunk", "gain"}
     record.write_text("{")
+    done = numaload("tune", "--forget", model)
+    assert done.stdout == "no tuned plan was kept\n"
+    assert f"{record}: no tuned plan that can be used" in done.stderr
+    assert numaload.json("tune", "--forget", model) == {"removed": [], "damaged": 1}
     done = numaload("tune", "--forget")
     assert (done.stdout, done.stderr) == ("removed: 1 damaged record\n", "")
     record.write_text("{")

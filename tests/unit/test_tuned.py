@@ -193,6 +193,15 @@ def test_what_is_no_record_is_said_once_and_left_out(
     assert records() == []
 
 
+@pytest.mark.parametrize("name", ["open-to-others", "a-link", "a-pipe"])
+def test_a_record_that_others_may_write_to_says_so(
+    file: SourceFile, record: Path, name: str
+) -> None:
+    BAD[name](record)
+    (text,) = said(lambda: is_used(file))
+    assert "(it is no file that only this user may write to)" in text
+
+
 def test_a_record_of_somebody_else_is_not_used(file: SourceFile, record: Path) -> None:
     if os.geteuid():
         pytest.skip("only root can give a file to somebody else")
@@ -258,6 +267,17 @@ def test_forgetting_all_removes_what_is_damaged_and_counts_it(record: Path) -> N
     assert said(lambda: removed.append(forget())) == []
     assert removed == [([], 1), ([], 0)]
     assert not record.exists()
+
+
+def test_forgetting_a_device_s_plan_counts_what_is_damaged_and_leaves_it(
+    file: SourceFile, record: Path
+) -> None:
+    junk = record.with_name(f"{1:032x}.json")
+    junk.write_text("junk")
+    with pytest.warns(NumaloadWarning, match=f"^{junk}: no tuned plan that can be used"):
+        removed, damaged = forget(file)
+    assert ([one.name for one in removed], damaged) == ([record.name], 1)
+    assert list(record.parent.iterdir()) == [junk]
 
 
 def test_what_cannot_be_removed_is_said_once(record: Path) -> None:

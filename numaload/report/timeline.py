@@ -8,13 +8,14 @@ Source: "Trace Event Format", https://docs.google.com/document/d/1CvAClvFfyA5R-P
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 from numaload.errors import FormatError, printable
 from numaload.files.source import SourceFile
 from numaload.formats.jsontext import DECODER, JsonText
+from numaload.trace.perfetto import END, HEAD
 
 MOST_BYTES = 64 << 20  # of a trace file: some 400,000 events
 LONGEST_EVENT = 16 << 10  # characters
@@ -44,7 +45,8 @@ class Timeline:
     """``source``: the file of the trace, None where it is what this process did just now.
 
     others, others_s: events, and their seconds, of stages and threads that are not drawn.
-    odd: events of the file that were left out, since they are not as expected.
+    odd: events of the file that were left out, since they are not as expected. cut: so was its last
+    one, of which a process had not written all.
     """
 
     source: str | None
@@ -53,6 +55,7 @@ class Timeline:
     others: int = 0
     others_s: float = 0.0
     odd: int = 0
+    cut: bool = False
 
 
 class _Event(NamedTuple):
@@ -65,13 +68,21 @@ class _Event(NamedTuple):
 def read_trace(path: str) -> Timeline:
     """Read a trace that NUMALOAD_TRACE wrote, or any in the Chrome trace event format.
 
-    Raises: ReadError, FormatError for what is none or is larger than 64 MiB.
+    Raises: ReadError, FormatError for what is none, has no event or is larger than 64 MiB.
     """
+    nothing = object()
     with SourceFile(path) as file:
         if file.size > MOST_BYTES:
             raise FormatError(f"{file.size} bytes, expected at most {MOST_BYTES}", path=path)
         raw = file.read_at(0, file.size)
-    return timeline_of(_events(raw, path), path)
+    cut = raw.startswith(HEAD) and not raw.endswith(END)
+    if cut:  # as who adds to it does
+        raw = (raw[: raw.rfind(b"},\n") + 1] or b"[") + END
+    events = _events(raw, path)
+    first = next(events, nothing)
+    if first is nothing:
+        raise FormatError("expected trace events, found none", path=path)
+    return replace(timeline_of(chain([first], events), path), cut=cut)
 
 
 def _events(raw: bytes, path: str) -> Iterator[Any]:

@@ -128,6 +128,11 @@ def test_page_tells_of_odd_events_where_no_other_is(page: Callable[..., Page]) -
     assert "Left out: 1 event not as expected.\nNo stage was recorded." in shown.text
 
 
+def test_page_tells_of_an_event_that_is_cut(page: Callable[..., Page]) -> None:
+    shown = page(timeline=replace(timeline_of([event("read", 1, 1)], "/t.json"), cut=True))
+    assert "Left out: the last event of the file, of which not all is written." in shown.text
+
+
 def hostile(text: str) -> dict[str, Any]:
     """Return facts that have this text wherever a file, a kernel or a user gives one."""
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numaload import trace
 from numaload.errors import FormatError
 from numaload.report import timeline as timeline_module
 from numaload.report.timeline import CELLS, LANES, Timeline, read_trace, timeline_of
+from numaload.trace.perfetto import HEAD, TraceFile
 from report_facts import event
 
 
@@ -110,6 +112,10 @@ def test_times_since_1970_are_drawn() -> None:
         ('[{"a": 1, "a": 2}]', "a name appears twice in an object"),
         ('[{"a": "b', "Unterminated string"),
         ("[1] 2", "expected nothing after the trace"),
+        ("[]", "expected trace events, found none"),
+        ('{"traceEvents": []}', "expected trace events, found none"),
+        ('{"bench": "read", "series": []}', "expected trace events, found none"),
+        (HEAD.decode(), "expected trace events, found none"),
         ("[1" + "0" * 5000 + "]", "expected a trace event"),
     ],
 )
@@ -124,6 +130,21 @@ def test_a_trace_that_is_too_large_is_not_read(
     monkeypatch.setattr(timeline_module, "MOST_BYTES", 10)
     with pytest.raises(FormatError, match="11 bytes, expected at most 10"):
         read(tmp_path, "[" + " " * 9 + "]")
+
+
+@pytest.mark.parametrize("left", [1, 40, len(b'"dur":5}\n]\n'), len(b"\n]\n"), 2])
+def test_a_trace_is_read_up_to_an_event_that_is_cut(tmp_path: Path, left: int) -> None:
+    """As it is while a process adds to it, and after one that was killed meanwhile."""
+    path, stages = tmp_path / "trace.json", ["read", "copy", "hash"]
+    file = TraceFile(str(path))
+    for stage in stages:
+        file.add(event(stage, 1, 5))
+    file.write()
+    assert not read_trace(str(path)).cut
+    os.truncate(path, path.stat().st_size - left)
+    found = read_trace(str(path))
+    assert {lane.stage for lane in found.lanes} == {"read", "copy"}
+    assert (found.cut, found.odd) == (True, 0)
 
 
 def test_what_this_process_did_is_drawn_as_well() -> None:

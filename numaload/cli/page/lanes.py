@@ -23,6 +23,8 @@ def draw_lanes(section: Element, timeline: Timeline | None, palette: Palette) ->
         add(section, "p", f"This is what making the report did. {HOW}")
     if timeline and timeline.odd:
         add(section, "p", f"Left out: {count(timeline.odd, 'event')} not as expected.")
+    if timeline and timeline.cut:
+        add(section, "p", "Left out: the last event of the file, of which not all is written.")
     if not (timeline and timeline.lanes):
         add(section, "p", "No stage was recorded.")
         return

@@ -87,8 +87,11 @@ def killed_note(
     )
 
 
-def tmpfs_limit_note(path: str, needed: int, root: str = "/") -> str:
-    """Say why the tmpfs that holds ``path`` has its size, and how to have ``needed`` bytes more."""
+def tmpfs_limit_note(path: str, needed: int, root: str = "/", *, held: bool = False) -> str:
+    """Say why the tmpfs that holds ``path`` has its size, and how to have ``needed`` bytes more.
+
+    held: for replicas of ``mirror --hold``, which take little there.
+    """
     mount = mount_of(path, f"{root}/proc")
     if mount is None or mount.kind != "tmpfs":
         return ""
@@ -108,10 +111,11 @@ def tmpfs_limit_note(path: str, needed: int, root: str = "/") -> str:
             f"start it with --shm-size={wanted}g, in Kubernetes an emptyDir of medium Memory there"
         )
     total = given or status.f_blocks * status.f_frsize
-    return (
-        f"the size of {mount.point} is {total} bytes ({total / GIB:.2f} GiB), {why}: {fix}; or"
-        " numaload mirror --hold, which it does not limit"
-    )
+    instead = "numaload mirror --hold, which it does not limit"
+    if held:
+        instead = f"free {needed >> 10} KiB of it"
+    size = f"{total} bytes ({total / GIB:.2f} GiB)"
+    return f"the size of {mount.point} is {size}, {why}: {fix}; or {instead}"
 
 
 def _current() -> User:

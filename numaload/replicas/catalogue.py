@@ -87,6 +87,7 @@ def table() -> Table:
     entries = stored.entries()
     used = reclaim.uses(entries)
     rows = [_row(entry, used[entry.name]) for entry in entries]
+    reclaim.tell_over(entries, used, topology())
     return Table(rows, pools.budgets(), pools.journal())
 
 
@@ -128,7 +129,7 @@ def collect(pool: str = "", idle_s: float | None = None) -> list[reclaim.Release
     pool: only of this one. idle_s: also all that were not used for so many seconds. What is kept
     stays. Returns what went. Raises: StoreError, UsageError.
     """
-    if pool:
+    if pool != "":
         pools.checked(pool)
     if idle_s is not None and not (isinstance(idle_s, (int, float)) and idle_s >= 0):
         raise UsageError(f"idle_s {idle_s!r}: expected a number of seconds, 0 or more")

@@ -152,7 +152,8 @@ def plan(
         if kept != PRIVATE:
             # A manifest, folders and links come on top, and are all that held replicas take there.
             small = SMALL + total // SMALL_SHARE
-            needs.append(_store_need(small if kept == HELD else total + small))
+            needed = small if kept == HELD else total + small
+            needs.append(_store_need(needed, held=kept == HELD))
     return MirrorPlan(tuple(builds), tuple(needs))
 
 
@@ -190,7 +191,7 @@ def free_on(node: int, machine: Topology, *, bound: bool = True) -> int | None:
     return memory.node_free(node) if bound else memory.node_unused(node)
 
 
-def _store_need(needed: int) -> Need:
+def _store_need(needed: int, *, held: bool) -> Need:
     try:
         where = userdir.path()
         while not os.path.isdir(where) and where != "/":
@@ -199,7 +200,7 @@ def _store_need(needed: int) -> Need:
         with userdir.named(where):
             status = os.statvfs(where)
             free = status.f_bavail * status.f_frsize
-            hint = "" if needed <= free else logout.tmpfs_limit_note(where, needed)
+            hint = "" if needed <= free else logout.tmpfs_limit_note(where, needed, held=held)
     except StoreError as error:
         return Need("the store", needed, 0, hint=str(error), is_tmpfs=True)
     return Need(f"tmpfs {where}", needed, free, hint=hint, is_tmpfs=True)

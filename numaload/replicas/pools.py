@@ -83,9 +83,9 @@ class Gone:
 
 def checked(pool: str) -> str:
     """Return the name of a pool. Raises: UsageError."""
-    if not POOL.fullmatch(pool):
+    if not (isinstance(pool, str) and POOL.fullmatch(pool)):
         raise UsageError(
-            f"pool {pool[:100]!r}: expected letters, digits, '.', '_' or '-', at most 32"
+            f"pool {str(pool)[:100]!r}: expected letters, digits, '.', '_' or '-', at most 32"
         )
     return pool
 

@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -241,12 +241,26 @@ def room(needs: Sequence[Need], pool: str, but: Collection[str]) -> tuple[list[E
     going, enough = pools.chosen(may, needs, {name: use.idle_s for name, use in used.items()})
     if enough:
         return going, ""
-    stays = ""
-    for entry in own:
+    return [], f"what may go of pool {pool} is not enough{_staying(own, used)}"
+
+
+def _staying(entries: Sequence[Entry], used: Mapping[str, Use]) -> str:
+    """Say of each entry that may not go why it stays."""
+    said = ""
+    for entry in entries:
         users = ", ".join(used[entry.name].users)
         if users or entry.keep:
-            stays += f"; {entry.model.paths[0]} is {f'used by {users}' if users else 'kept'}"
-    return [], f"what may go of pool {pool} is not enough{stays}"
+            said += f"; {entry.model.paths[0]} is {f'used by {users}' if users else 'kept'}"
+    return said
+
+
+def tell_over(entries: Sequence[Entry], used: Mapping[str, Use], machine: Topology) -> None:
+    """Say which pools are over their budget, and why."""
+    for pool in sorted({entry.pool for entry in entries}):
+        own = [entry for entry in entries if entry.pool == pool]
+        for need in pools.over(pool, own, machine):
+            over = f"{need.name}: {-(need.free or 0)} bytes over its budget{_staying(own, used)}"
+            warn_once(over, over)
 
 
 def _of_pool(pool: str) -> list[Entry]:
@@ -279,7 +293,10 @@ def collect(machine: Topology, pool: str = "", idle_s: float | None = None) -> l
             may = [e for e in left if e.pool == name and e in free and not e.keep]
             for entry in pools.chosen(may, pools.over(name, left, machine), idle)[0]:
                 why[entry.name] = f"pool {name} was over its budget"
-        return [one for e in free if e.name in why for one in _take(e, why[e.name])]
+        done = [one for e in free if e.name in why for one in _take(e, why[e.name])]
+        gone = {one.entry.name for one in done}
+        tell_over([entry for entry in found if entry.name not in gone], used, machine)
+        return done
 
 
 def drop_replaced() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -253,8 +254,11 @@ def test_collecting(models: list[str]) -> None:
         (gone,) = catalogue.collect(idle_s=400)
     assert gone.entry.model.paths == (b,)
     catalogue.budget("lora", "0")
-    with pytest.warns(NumaloadWarning, match="pool lora was over its budget"):
+    with pytest.warns(NumaloadWarning) as warned:
         catalogue.collect(pool="lora")
+    said = [str(one.message) for one in warned]
+    assert f"{a}: its replicas went: pool lora was over its budget" in said
+    assert any(re.search(rf"over its budget; {c} is kept$", text) for text in said)
     assert there() == ["c", "d"]
     catalogue.budget("lora", None)
     assert catalogue.table().budgets == {}
@@ -289,6 +293,34 @@ def test_the_budget_of_one_pool_is_shown(numaload: Numaload) -> None:
     numaload("store", "budget", "base", "2G")
     numaload("store", "budget", "lora", "1G")
     assert numaload("store", "budget", "lora").stdout == "pool lora: at most 1.0 GiB of each node\n"
+
+
+def test_what_keeps_a_pool_over_its_budget_is_named(numaload: Numaload, models: list[str]) -> None:
+    a = models[0]
+    numaload("mirror", a, "--pool", "lora", "--keep", "--nodes", "local")
+    numaload("store", "budget", "lora", "1M")
+    for part in ([], ["gc"]):
+        said = numaload("store", *part).stderr
+        assert re.search(rf"pool lora on node 0: 31\d+ bytes over its budget; {a} is kept", said)
+
+
+@pytest.mark.parametrize("pool", [None, 5, "my pool"])
+def test_what_is_no_name_of_a_pool(models: list[str], pool: Any) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: catalogue.budget(pool, "5"),
+        lambda: catalogue.collect(pool=pool),
+        lambda: api.mirror(models[0], shared=True, pool=pool),
+    ]
+    for call in calls if pool is not None else calls[:2]:
+        with pytest.raises(UsageError, match="expected letters, digits"):
+            call()
+
+
+@pytest.mark.parametrize("place", ["", "typo/deeper"])
+def test_a_place_that_no_store_can_be_in_is_named(tmp_path: Path, place: str) -> None:
+    numaload = Numaload(tmp_path / place)  # not on a tmpfs, or below what is not there
+    for words in (["store"], ["status"], ["release"], ["store", "budget"], ["store", "gc"]):
+        assert f"error: {tmp_path}" in numaload(*words, status=1).stderr
 
 
 def test_budgets_of_nodes_in_percent() -> None:

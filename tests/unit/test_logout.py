@@ -231,6 +231,8 @@ def test_what_containers_get(tmp_path: Path) -> None:
     assert "67108864 bytes (0.06 GiB)" in said
     assert "--shm-size=" in said
     assert "remount" not in said
+    said = logout.tmpfs_limit_note(root, 300 << 10, root, held=True)
+    assert said.endswith("; or free 300 KiB of it")
 
 
 def test_a_size_that_was_given(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import ClassVar
 
 from numaload.doctor.check import COPY, ESTIMATED, PASS, Check, Price, Unknown
-from numaload.doctor.storage import size_of
+from numaload.doctor.storage import size_of, unused
 from numaload.errors import NumaloadError
 from numaload.files.source import Identity
 from numaload.linux.lists import format_list
@@ -379,7 +379,7 @@ class _Cached(_Nodes):
     def fix(self) -> str:
         if self.system.device.kind == "memory":  # of tmpfs: evicting would lose it
             names = [file.path for file in self.system.files] or [self.system.path or ""]
-            pairs = [(shlex.quote(name), shlex.quote(f"{name}.new")) for name in names]
+            pairs = [(shlex.quote(name), shlex.quote(unused(f"{name}.new"))) for name in names]
             copy = "numactl --interleave=all cp {0} {1} && mv {1} {0}"
             return " && ".join(copy.format(*pair) for pair in pairs)
         warm = f"numaload prewarm --nodes all --policy interleave {self.file}"

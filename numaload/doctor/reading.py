@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from shlex import quote
 from typing import ClassVar
 
 from numaload.doctor.check import ESTIMATED, MEASURED, Check, Price, Unknown
-from numaload.doctor.storage import CACHED, GIB, LEAST_S, OfFile, gb, size_of, whole_disk
+from numaload.doctor.storage import CACHED, GIB, LEAST_S, OfFile, gb, size_of, unused, whole_disk
 from numaload.formats.splits import NAME
 from numaload.linux.mounts import OVER_FOLDERS, Mount, network_of, real
 from numaload.linux.sysfs import SysFiles
@@ -281,12 +280,8 @@ class _Elsewhere(OfFile):
         home = network_of(os.path.expanduser("~"), self.system.proc)
         if home is not None and home.kind not in OVER_FOLDERS:
             return ""
-        name = _model_name(self.paths[0])
-        for number in itertools.count():
-            new = f"{name}-copy{number or ''}"
-            if not os.path.lexists(os.path.expanduser(f"~/models/{new}")):
-                break
-        return f"~/models/{quote(new)}"
+        new = unused(os.path.expanduser(f"~/models/{_model_name(self.paths[0])}-copy"))
+        return f"~/models/{quote(os.path.basename(new))}"
 
     @property
     def copying(self) -> str:

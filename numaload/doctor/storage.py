@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from hashlib import sha256
+from itertools import count
 from shlex import join, quote
 
 import xxhash
@@ -191,6 +192,12 @@ def whole_disk(system: System) -> str:
             if whole and "/" not in whole and system.exists(f"/sys/block/{whole}/queue"):
                 return whole
     return ""
+
+
+def unused(path: str) -> str:
+    """Return the path, with a number where something is there: a command would overwrite that."""
+    paths = (f"{path}{number or ''}" for number in count())
+    return next(one for one in paths if not os.path.lexists(one))
 
 
 def _again(path: str) -> str:

@@ -379,10 +379,11 @@ def test_page_cache_on_one_node(
 def test_a_file_in_tmpfs_cannot_be_evicted(tmp_path: Path) -> None:
     memory = Device("memory", "tmpfs", "tmpfs")
     system = constructed(tmp_path, TWO, size=SIZE, cache_nodes={0: SIZE}, device=memory)
-    system.path = "/models/a model.gguf"
+    system.path = f"{tmp_path}/a model.gguf"
+    Path(f"{system.path}.new").touch()  # somebody's own
     assert found(CacheOnOneNode, system).fix == (
-        "numactl --interleave=all cp '/models/a model.gguf' '/models/a model.gguf.new'"
-        " && mv '/models/a model.gguf.new' '/models/a model.gguf'"
+        f"numactl --interleave=all cp '{system.path}' '{system.path}.new1'"
+        f" && mv '{system.path}.new1' '{system.path}'"
     )
 
 

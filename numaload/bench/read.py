@@ -44,6 +44,7 @@ from numaload.bench.ways import (
 from numaload.errors import NumaloadError, ReadError, UsageError
 from numaload.files.residency import residency
 from numaload.files.source import SourceFile, model_paths
+from numaload.machine.devices import device_of
 from numaload.machine.memory import LEAST_FREE, UNKNOWN, available
 
 COLD, WARM = "cold", "warm"
@@ -298,6 +299,9 @@ def measure(
     with SourceFile(path) as file:
         bench = _Bench(file, selected, rounds, progress or (lambda _: None))
         bench.look()
+        device = device_of(file.path, network=file.is_network, numbers=file.device)
+        bench.report.machine["storage"] = str(device)
+        bench.report.machine["read-ahead"] = f"{device.read_ahead >> 10} KiB"
         for turn in range(rounds):
             for state in (state for state in STATES if state in states):
                 bench.round(state, f"round {turn + 1} of {rounds}: {state}")

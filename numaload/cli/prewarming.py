@@ -89,7 +89,7 @@ def tell(report: PrewarmReport) -> None:
         where = ", ".join(f"node {n}: {size(b)}" for n, b in report.on_nodes.items())
         asked = f"asked for {on_nodes(report.nodes)} ({report.policy})"
         say(f"{asked}; the kernel says {where or 'none of it is in RAM'}")
-    if report.followed is not None:
+    if report.read_by_others:
         say(f"process {report.followed} read {size(report.read_by_others)} meanwhile")
     for line in _lacks(report):
         note(line)

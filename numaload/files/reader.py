@@ -120,7 +120,8 @@ class Reading:
 
         workers = Workers(cpus, way.threads, name, hands_on=True)
         try:
-            with trace.span("threads"):
+            parent = trace.current()  # of what they do: they go on when all are started
+            with trace.span("threads"), trace.under(parent):
                 jobs = [workers.submit(reading, token=self.token) for _ in range(way.threads)]
             finish(jobs, self.token, self.steps)
             workers.close()

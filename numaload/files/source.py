@@ -267,7 +267,7 @@ class SourceFile(NotCopyable):
 
     def drop_cache(self, offset: int, nbytes: int) -> None:
         """Give page cache back. Pages that someone maps or writes stay. Raises: ReadError."""
-        with trace.span("drop", nbytes, file=self.path):
+        with trace.span("drop", file=self.path):
             self._drop_cache(offset, nbytes)
 
     def _drop_cache(self, offset: int, nbytes: int) -> None:

@@ -38,6 +38,7 @@ FOLDER = "tuned"
 RECORD = re.compile(r"[0-9a-f]{32}\.json")
 LARGEST = 16 << 10  # bytes of a record; one has about 1,000
 KEPT = 64  # records
+TRIAL = "trial"  # no record: what is written to see whether one could be
 MOST_GAIN = 10**6
 
 
@@ -194,8 +195,9 @@ def _read(
 
 def check_kept() -> None:
     """Check that plans can be kept. Raises: StoreError."""
-    with _named("kept"), cachedir.opened(_where(), create=True):
-        pass
+    with _named("kept"), cachedir.opened(_where(), create=True) as folder:
+        cachedir.write(folder, TRIAL, b"{}")
+        os.unlink(TRIAL, dir_fd=folder)
 
 
 def keep(file: SourceFile, device: Device, plans: Mapping[str, Tuned]) -> str:

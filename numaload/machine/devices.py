@@ -59,7 +59,19 @@ IDENTITIES = (
 )  # fmt: skip
 # Mount options that reading depends on, of NFS, SMB, 9p, FUSE, btrfs and XFS.
 READ_OPTIONS = frozenset(
-    ("vers", "proto", "rsize", "nconnect", "cache", "msize", "max_read", "compress", "dax")
+    (
+        "vers",
+        "proto",
+        "rsize",
+        "nconnect",
+        "cache",
+        "msize",
+        "max_read",
+        "rasize",
+        "compress",
+        "compress-force",
+        "dax",
+    )
 )
 LAYERS = re.compile(r"(?:^|,)(?:upperdir|lowerdir)=([^,]*)")
 

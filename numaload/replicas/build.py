@@ -48,7 +48,7 @@ class Built:
     placements: dict[Group, Placement]
     seconds: float
     bound: bool = True
-    given_back: int = 0  # bytes of source page cache that this brought in and dropped again
+    given_back: int = 0  # bytes of the source that were read and do not stay in page cache
     plan: ReadPlan | None = None  # how what was not in RAM was read
 
     @property

@@ -46,7 +46,7 @@ class MirrorReport:
     copied: int = 0  # bytes that were written for that
     seconds: float = 0.0
     left_out: dict[int, str] = field(default_factory=dict)
-    given_back: int = 0  # bytes of source page cache dropped again
+    given_back: int = 0  # bytes of the source that were read and do not stay in page cache
     plan: ReadPlan | None = None  # how the source was read; None where nothing was built
     binding: str = ""
     unbound: list[int] = field(default_factory=list)  # placed by first touch, not bound

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from _thread import get_native_id
+from _thread import _local, get_native_id
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -27,6 +27,7 @@ _takers: tuple[Callable[[Event], object], ...] = ()
 _modules = sys.modules
 _watched = "opentelemetry.trace"  # a program that uses OpenTelemetry has imported it; "": never
 _imported: Any = None  # numaload.trace.telemetry, once it is needed
+_here = _local()  # "within": stages of decorated functions that this thread is inside
 
 
 class _Off:
@@ -118,17 +119,27 @@ def span(
 
 def importing(module: str) -> Span | _Off:
     """Return a span of importing this module here; of none where that was done before."""
-    return _OFF if module in _modules else span("import")
+    return _OFF if module in _modules else span("import", file=module)
 
 
 def spanned(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function: each call of it is a span of this stage."""
+    """Decorate a function: each call of it is a span of this stage, and none inside another one."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            with span(name):
+            one = span(name)
+            if not one.is_on:
                 return function(*args, **kwargs)
+            within = _here.__dict__.setdefault("within", set())
+            if name in within:
+                return function(*args, **kwargs)
+            within.add(name)
+            try:
+                with one:
+                    return function(*args, **kwargs)
+            finally:
+                within.discard(name)
 
         return call
 
@@ -156,12 +167,13 @@ def _telemetry() -> Any:
         return _imported if _imported.is_used() else None
     try:
         from numaload.trace import telemetry
-    except ImportError as error:
+    except Exception as error:  # noqa: BLE001 - also what a provider raises that the environment names
         from numaload.errors import warn_once
 
         _watched = ""
-        fix = "pip install -U 'numaload[otel]'"
-        warn_once("opentelemetry", f"no spans for OpenTelemetry: {error}; {fix}")
+        why = str(error) or f"{type(error).__name__}, from a provider that OTEL_PYTHON_... names"
+        fix = "; pip install -U 'numaload[otel]'" if isinstance(error, ImportError) else ""
+        warn_once("opentelemetry", f"no spans for OpenTelemetry: {why}{fix}")
         return None
     _imported = telemetry
     return telemetry if telemetry.is_used() else None

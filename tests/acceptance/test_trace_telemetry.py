@@ -193,6 +193,15 @@ def test_spans_of_threads_are_nested_under_the_call_that_gave_them_work(
     assert f"numaload.{call}" in calls
 
 
+def test_no_span_ends_before_what_is_nested_under_it(received: Receiver) -> None:
+    """But for spans that a caller gave its own threads' work to."""
+    known = {one.span_id: one for one in received.spans}
+    for name in ("read", "hash", "copy", "prepare", "drop"):
+        for span in received.named(f"numaload.{name}"):
+            above = known[span.parent_span_id]
+            assert span.end_time_unix_nano <= above.end_time_unix_nano, (name, above.name)
+
+
 def test_spans_tell_bytes_node_file_and_tensor(received: Receiver, model_files: list[str]) -> None:
     size = sum(os.path.getsize(path) for path in model_files)
     hashed = [attributes(span) for span in received.named("numaload.hash")]

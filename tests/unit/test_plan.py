@@ -50,7 +50,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     monkeypatch.setattr(
         memory, "cgroup_limits", lambda *_: [memory.Limit("cgroup", room["cgroup"])]
     )
-    monkeypatch.setattr(plans, "_store_need", lambda n, held: plans.Need("tmpfs", n, room["tmpfs"]))
+    monkeypatch.setattr(plans, "_store_need", lambda n, **_: plans.Need("tmpfs", n, room["tmpfs"]))
     return room
 
 

@@ -63,6 +63,31 @@ def test_recording_collects_spans_of_all_threads() -> None:
     assert 0 <= read["dur"] <= copy["ts"] + copy["dur"] - read["ts"]
 
 
+def test_a_stage_inside_itself_is_one_span() -> None:
+    """Or its time would be counted twice."""
+
+    @trace.spanned("store")
+    def outer(again: bool) -> None:
+        if again:
+            outer(again=False)
+            inner()
+
+    @trace.spanned("plan")
+    def inner() -> None:
+        pass
+
+    with trace.recording() as events:
+        outer(again=True)
+        outer(again=False)
+    assert [event["name"] for event in events] == ["plan", "store", "store"]
+
+
+def test_importing_names_the_module() -> None:
+    with trace.recording() as events, trace.importing("numaload.none"):
+        pass
+    assert events[0]["args"] == {"file": "numaload.none"}
+
+
 def test_span_of_a_failure_names_the_error() -> None:
     with trace.recording() as events, pytest.raises(KeyError), trace.span("open"):
         raise KeyError
@@ -242,3 +267,14 @@ def test_old_opentelemetry_is_said_once(tmp_path: Path) -> None:
         capture_output=True, check=True,
     )  # fmt: skip
     assert done.stderr.count("pip install -U 'numaload[otel]'") == 1
+
+
+def test_a_provider_that_is_not_there_stops_no_work() -> None:
+    pytest.importorskip("opentelemetry.trace")
+    done = subprocess.run(
+        [sys.executable, "-c", f"import opentelemetry.trace\n{PROGRAM}\n{PROGRAM}"], text=True,
+        env=os.environ | {"OTEL_PYTHON_TRACER_PROVIDER": "none-such"}, capture_output=True,
+        check=True,
+    )  # fmt: skip
+    assert done.stderr.count("no spans for OpenTelemetry: ") == 1
+    assert "a provider that OTEL_PYTHON_... names" in done.stderr

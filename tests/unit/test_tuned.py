@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from errno import EMFILE
+from errno import EMFILE, ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,19 @@ def test_where_nothing_can_be_kept_nothing_is_looked_for(
     monkeypatch.setenv("NUMALOAD_CACHE_DIR", "relative")
     assert said(lambda: is_used(file)) == []
     with pytest.raises(StoreError, match="which is no full path"):
+        tuned.check_kept()
+
+
+def test_whether_plans_can_be_kept_is_tried(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is there may be read-only, or its disk full."""
+    tuned.check_kept()
+    assert list(record.parent.iterdir()) == [record]
+
+    def full(folder: int, name: str, content: bytes) -> None:
+        raise OSError(ENOSPC, os.strerror(ENOSPC), name)
+
+    monkeypatch.setattr(cachedir, "write", full)
+    with pytest.raises(StoreError, match="No space left"):
         tuned.check_kept()
 
 

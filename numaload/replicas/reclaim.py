@@ -316,7 +316,9 @@ def drop_replaced() -> None:
 def drop_damaged(keys: Collection[str]) -> None:
     """Release replicas of these models that lack files or ends of files: they are built again."""
     for entry in stored.entries():
-        if entry.model.key in keys and stored.reachable(entry) and (why := damage(entry)):
+        if entry.model.key not in keys or not stored.reachable(entry):
+            continue
+        if (why := damage(entry)) and stored.is_there(entry):  # or else it was released just now
             warn_once(f"gone {entry.name}", f"{entry.model.paths[0]}: a damaged replica: {why}")
             release([entry], f"damaged: {why}")
 

@@ -391,10 +391,12 @@ def _all_there(now: Iterable[Any], held: list[Any]) -> bool:
     """Return whether replicas of these models are in use and whole; note that they are in use."""
     from numaload.replicas.lease import damage
 
-    leases = [lease for one in held for lease in one._leases]  # noqa: SLF001
+    wanted = {model.key for model in now}
+    its = [one for one in held if one.model.key in wanted]
+    leases = [lease for one in its for lease in one._leases]  # noqa: SLF001
     for lease in leases:
         lease.note_use()
-    same = {model.key for model in now} <= {one.model.key for one in held}
+    same = wanted == {one.model.key for one in its}
     return same and not any(damage(lease.entry) for lease in leases)
 
 

@@ -58,21 +58,10 @@ IDENTITIES = (
     "device/cid", "dm/name", "loop/backing_file", "device/model",
 )  # fmt: skip
 # Mount options that reading depends on, of NFS, SMB, 9p, FUSE, btrfs and XFS.
-READ_OPTIONS = frozenset(
-    (
-        "vers",
-        "proto",
-        "rsize",
-        "nconnect",
-        "cache",
-        "msize",
-        "max_read",
-        "rasize",
-        "compress",
-        "compress-force",
-        "dax",
-    )
-)
+READ_OPTIONS = frozenset((
+    "vers", "proto", "rsize", "nconnect", "cache", "msize", "max_read", "rasize", "compress",
+    "compress-force", "dax",
+))  # fmt: skip
 LAYERS = re.compile(r"(?:^|,)(?:upperdir|lowerdir)=([^,]*)")
 
 

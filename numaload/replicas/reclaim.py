@@ -319,7 +319,8 @@ def drop_damaged(keys: Collection[str]) -> None:
         if entry.model.key not in keys or not stored.reachable(entry):
             continue
         if (why := damage(entry)) and stored.is_there(entry):  # or else it was released just now
-            warn_once(f"gone {entry.name}", f"{entry.model.paths[0]}: a damaged replica: {why}")
+            text = f"{entry.model.paths[0]}: a damaged replica is built again: {why}"
+            warn_once(f"gone {entry.name}", text)
             release([entry], f"damaged: {why}")
 
 

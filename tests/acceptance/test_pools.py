@@ -684,7 +684,7 @@ def test_watching_what_patterns_place_and_a_file_that_is_removed(
         assert next_report(process)["copied"] > 0
         process.kill()
         said = process.communicate()[1]
-    assert f"{a}: a damaged replica: " in said
+    assert f"{a}: a damaged replica is built again: " in said
     assert "placed by patterns" not in said
 
 
@@ -741,7 +741,7 @@ def test_a_damaged_replica_is_not_ready_and_is_built_again(
     damage(next(numaload.store.rglob("a.gguf")))
     assert not ready(numaload, a)
     assert "to build on" in numaload("plan", a, "--policy", "mirror").stdout
-    assert f"{a}: a damaged replica: " in numaload("mirror", a).stderr
+    assert f"{a}: a damaged replica is built again: " in numaload("mirror", a).stderr
     assert ready(numaload, a)
     assert "damaged: " in numaload("store").stdout
 
@@ -759,6 +759,23 @@ def test_a_watched_file_that_is_missing_stops_no_other(
         wait_for(lambda: ready(numaload, b), "the replica of the file that came back")
         process.kill()
         assert process.communicate()[1].count(f"{b}: No such file or directory") == 1
+
+
+def test_a_released_replica_of_a_missing_file_is_not_built_for_ever(
+    numaload: Numaload, models: list[str]
+) -> None:
+    a, b = models[:2]
+    with watching(numaload, a, b) as process:
+        assert process.stdout is not None
+        assert len(json.loads(process.stdout.readline())) == 2
+        os.unlink(b)
+        (entry,) = [path.parents[1] for path in numaload.store.rglob("b.gguf")]
+        shutil.rmtree(entry)
+        os.utime(a)  # looked at again, and mirrored as it is now
+        assert next_report(process)["paths"] == [a]
+        time.sleep(1)  # ten looks more
+        process.kill()
+        assert not process.stdout.read()
 
 
 @pytest.mark.parametrize(

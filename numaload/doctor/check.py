@@ -20,6 +20,11 @@ ONCE = "the next token of a dense model"
 PASSES = 10  # that follow a load, at least: an answer of ten words by a dense model
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun: "1 core", "2 cores"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class Unknown(Exception):  # noqa: N818 - it is an answer, not a failure
     """Raise it where what a check looks at cannot be read: that is not the same as "none"."""
 

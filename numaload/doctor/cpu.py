@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-from numaload.doctor.check import ESTIMATED, PASS, Check, Price, Unknown
+from numaload.doctor.check import ESTIMATED, PASS, Check, Price, Unknown, counted
 from numaload.doctor.system import System
 from numaload.formats.qtypes import BLOCKS, FLOATS, QuantType
 from numaload.kernels import jit, registry
@@ -99,7 +99,9 @@ class Hyperthreads(Check):
             if count is not None and count > self.cores:
                 self.asked[name] = told[name]
         which = ", ".join(f"{name}={value}" for name, value in self.asked.items())
-        return which and f"{which}, on {_some(self.cores, 'core')} with {_some(len(cpus), 'CPU')}"
+        return (
+            which and f"{which}, on {counted(self.cores, 'core')} with {counted(len(cpus), 'CPU')}"
+        )
 
     def explain(self) -> str:
         return (
@@ -212,8 +214,8 @@ class Throttled(Check):
         groups = folders("cpu", self.system.sys, self.system.proc)
         stopped = max(map(self._stopped, groups), default=0)
         return (
-            f"{found:.4g} CPUs' time is allowed, and {_some(count, 'CPU')} can be seen; it ran out"
-            f" in {stopped} of its periods so far"
+            f"{found:.4g} CPUs' time is allowed, and {counted(count, 'CPU')} can be seen; it ran"
+            f" out in {stopped} of its periods so far"
         )
 
     def _stopped(self, folder: tuple[str, int]) -> int:
@@ -334,7 +336,7 @@ class Busy(Check):
             raise Unknown(f"/proc/loadavg: {word[:40]!r} is no number") from error
         if round(load, 1) <= count:
             return ""
-        return f"{load:.1f} threads on average, in the last minute, and {_some(count, 'CPU')}"
+        return f"{load:.1f} threads on average, in the last minute, and {counted(count, 'CPU')}"
 
     def explain(self) -> str:
         return (
@@ -436,10 +438,6 @@ def _weights(system: System) -> Counter[QuantType]:
 def _bits(qtype: QuantType) -> float:
     block_size, type_size = BLOCKS[qtype]
     return 8 * type_size / block_size
-
-
-def _some(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _count(system: System) -> int:

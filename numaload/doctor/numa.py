@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import ClassVar
 
-from numaload.doctor.check import COPY, ESTIMATED, PASS, Check, Price, Unknown
+from numaload.doctor.check import COPY, ESTIMATED, PASS, Check, Price, Unknown, counted
 from numaload.doctor.storage import size_of, unused
 from numaload.errors import NumaloadError
 from numaload.files.source import Identity
@@ -245,8 +245,8 @@ class ManyNodes(_Nodes):
         lacks = f"; {_gib(size)} do not fit on node {format_list(short)}" if short else ""
         made, enough = _copies(self.nodes, size), _copies(self.sockets, size)
         return (
-            f"{self.nodes} nodes in {_count(self.sockets, 'socket')}{self._mode()}: numaload mirror"
-            f" makes {made} where {enough} would do{lacks}"
+            f"{self.nodes} nodes in {counted(self.sockets, 'socket')}{self._mode()}: numaload"
+            f" mirror makes {made} where {enough} would do{lacks}"
         )
 
     def _mode(self) -> str:
@@ -463,10 +463,6 @@ def _gib(nbytes: float) -> str:
 def _copies(count: int, size: int) -> str:
     each = "1 copy" if count == 1 else f"{count} copies"
     return f"{each} ({_gib(count * size)})" if size else each
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 CHECKS: tuple[type[Check], ...] = (
